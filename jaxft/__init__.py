@@ -1,0 +1,39 @@
+"""jaxft: train, fine-tune and ship Transformers with JAX and Flax, Hugging Face weights in and out.
+
+    >>> import jaxft
+    >>> model, params, tokenizer = jaxft.load("path-or-hub-id")
+    >>> model.apply({"params": params}, **tokenizer(["some text"])).logits
+
+Importing this package imports neither jax nor transformers: names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxft.config import RunConfig, load_config
+    from jaxft.errors import UserError
+    from jaxft.layers import Compute
+    from jaxft.pretrained import Loaded, export_folder, load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Compute": "layers",
+    "Loaded": "pretrained",
+    "RunConfig": "config",
+    "UserError": "errors",
+    "export_folder": "pretrained",
+    "load": "pretrained",
+    "load_config": "config",
+}
+
+__all__ = ["Compute", "Loaded", "RunConfig", "UserError", "__version__", "export_folder", "load", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxft.{_HOME[name]}"), name)

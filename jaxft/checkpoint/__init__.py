@@ -1,0 +1,47 @@
+"""Checkpoints that survive crashes, bit rot, library upgrades and a change of devices.
+
+A step folder is written by Orbax; ``jaxft.json`` with the hash of every file is written last. Names are loaded on first
+use: :func:`read_manifest` alone (to inspect a checkpoint) imports neither jax nor Orbax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
+    from jaxft.checkpoint.params import is_checkpoint, restore_params, save_params
+    from jaxft.checkpoint.store import Checkpoints, Restored
+
+_HOME = {
+    "Checkpoints": "store",
+    "DamagedCheckpoint": "manifest",
+    "FileSpec": "manifest",
+    "LeafSpec": "manifest",
+    "Manifest": "manifest",
+    "Restored": "store",
+    "is_checkpoint": "params",
+    "read_manifest": "manifest",
+    "restore_params": "params",
+    "save_params": "params",
+}
+
+__all__ = [
+    "Checkpoints",
+    "DamagedCheckpoint",
+    "FileSpec",
+    "LeafSpec",
+    "Manifest",
+    "Restored",
+    "is_checkpoint",
+    "read_manifest",
+    "restore_params",
+    "save_params",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

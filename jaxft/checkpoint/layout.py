@@ -1,0 +1,166 @@
+"""Between trees of arrays and what Orbax writes: groups of nested dicts with string keys, one folder per group.
+
+Only paths reach the disk, no class names of optax or of ours: ``opt_state/0/mu/embed/kernel``. The first part of a
+path is the group (``params``, ``ema``, ``opt_state``); arrays outside of any (``step``) make up the group ``counters``.
+Groups are why parameters can be read from a full state without touching the optimizer's, and without Orbax's partial
+modes, which are silent about what is missing.
+
+Orbax's v1 API, not v0: it can leave out compression (weights hardly compress, and zstd tripled the time to save), it is
+one call per save without a manager that deletes steps in place, and groups ("checkpointables") are public API there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxft.checkpoint.manifest import LeafSpec, Manifest
+from jaxft.errors import UserError
+
+MARKER = "orbax.checkpoint"
+"""A file that every folder written by Orbax has."""
+COUNTERS = "counters"
+_DATA_FILE_BYTES = 256 * 2**20
+"""Several files instead of one are hashed in parallel."""
+_SHOWN = 4
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in the order of ``jax.tree.leaves``."""
+    flat: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [_name(key) for key in keys]
+        path = "/".join(names)
+        if path in flat or any(not name or "/" in name for name in names):
+            raise ValueError(f"tree path {names} cannot be stored: a name is empty, has a '/', or occurs twice")
+        flat[path] = leaf
+    return flat
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):  # DictKey, GetAttrKey, SequenceKey
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"tree key {key!r} has no name")
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts from leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
+    return tree
+
+
+def _stored_path(path: str) -> str:
+    return path if "/" in path else f"{COUNTERS}/{path}"
+
+
+def specs_of(flat: dict[str, Any]) -> dict[str, LeafSpec]:
+    """Shapes and dtypes by path."""
+    for path, leaf in flat.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(f"{path}: a checkpoint holds arrays, not {type(leaf).__name__}")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{path}: a typed PRNG key cannot be stored; store the seed")
+    return {path: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat.items()}
+
+
+def check_tree(folder: Path, stored: dict[str, LeafSpec], wanted: dict[str, LeafSpec]) -> None:
+    """Refuses a checkpoint whose tree is not exactly the one wanted: Orbax would cast dtypes without a word.
+
+    Raises:
+      UserError: lists the first paths that differ.
+    """
+    differing = []
+    for path in dict.fromkeys([*wanted, *stored]):
+        if path not in stored:
+            differing.append(f"{path}: not in the checkpoint, expected {wanted[path]}")
+        elif path not in wanted:
+            differing.append(f"{path}: {stored[path]} in the checkpoint, not expected")
+        elif stored[path] != wanted[path]:
+            differing.append(f"{path}: {stored[path]} in the checkpoint, expected {wanted[path]}")
+    if differing:
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise UserError(
+            f"{folder}: does not fit this configuration (use the model, optimizer and dtypes it was saved with): "
+            f"{'; '.join(differing[:_SHOWN])}{more}"
+        )
+
+
+def subtree(manifest: Manifest, group: str) -> dict[str, LeafSpec]:
+    """The part of the manifest's tree in one group, by paths inside it."""
+    return {
+        path.removeprefix(f"{group}/"): leaf for path, leaf in manifest.tree.items() if path.startswith(f"{group}/")
+    }
+
+
+def start_save(folder: Path, flat: dict[str, Any]) -> ocp.AsyncResponse[None]:
+    """Begins to write; when this returns, the caller may donate the arrays. ``result()`` waits for the commit."""
+    if any(path.startswith(f"{COUNTERS}/") for path in flat):
+        raise ValueError(f"a state cannot have a subtree {COUNTERS!r}: the name is taken by the layout on disk")
+    _quiet_orbax()
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
+    # Shardings are always given at restore: those of the devices that happened to save are of no use, and Orbax cannot
+    # read them on fewer devices (google/orbax#648).
+    context.array.saving.enable_write_sharding_file = False
+    groups = unflatten({_stored_path(path): _detach(leaf) for path, leaf in flat.items()})
+    with context:
+        return ocp.save_checkpointables_async(str(folder), groups)
+
+
+def _detach(leaf: Any) -> Any:
+    """A copy where Orbax would make none: on CPU it writes out of the array's own buffer.
+
+    That is safe, since XLA waits before it reuses a buffer that someone holds, but then the next training step, which
+    wants the donated buffer, waits for the disk. From other devices, Orbax copies to the host before it returns.
+    """
+    if isinstance(leaf, jax.Array) and all(device.platform == "cpu" for device in leaf.sharding.device_set):
+        return jnp.copy(leaf)
+    return leaf
+
+
+def load(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by path as ``like`` says: on its shardings, or in numpy where it has numpy arrays.
+
+    Groups that ``like`` does not name are not read. The caller has compared shapes and dtypes.
+    """
+    abstract = unflatten({_stored_path(path): _abstract(path, leaf) for path, leaf in like.items()})
+    with ocp.Context():  # not whatever context the caller may be in
+        loaded = flatten(ocp.load_checkpointables(str(folder), abstract))
+    arrays = {path: loaded[_stored_path(path)] for path in like}
+    found, wanted = specs_of(arrays), specs_of(like)
+    if len(loaded) != len(like) or found != wanted:
+        raise RuntimeError(f"{folder}: Orbax returned another tree than was asked for")
+    return arrays
+
+
+def _abstract(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        raise ValueError(f"{path}: restoring needs an explicit sharding for every array")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+class _RaisedAnyway(logging.Filter):
+    """Drops the tracebacks (four per failed save, 150 lines) that Orbax logs of an error that it also raises to us."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in str(record.msg)
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    logging.getLogger("absl").addFilter(_RaisedAnyway())

@@ -1,0 +1,140 @@
+"""Parameters without the rest of the training state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.checkpoint import layout, processes
+from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
+from jaxft.checkpoint.store import load_checked, step_folders, with_versions
+from jaxft.errors import UserError
+from jaxft.files import fsync_folder, refuse_existing
+
+logger = logging.getLogger("jaxft.checkpoint")
+
+RUN_SUBFOLDER = "checkpoints"
+"""Where a run folder has its checkpoints."""
+
+
+def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:
+    """Writes parameters as one checkpoint folder, whole or not at all.
+
+    Raises:
+      UserError: ``folder`` exists and is not empty, or cannot be written.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict of arrays, not {type(params).__name__}")
+    target = Path(folder).absolute()
+    flat = layout.flatten({"params": params})
+    tree = layout.specs_of(flat)
+    meta = with_versions(meta)
+    refuse_existing(target)
+    # The same name in all processes, for Orbax.
+    temporary = target.with_name(f".{target.name}.saving")
+    try:
+        if processes.is_first():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+        processes.barrier("params begin")
+        layout.start_save(temporary, flat).result()
+        if processes.is_first():
+            seal(temporary, kind="params", step=None, best=False, tree=tree, meta=meta)
+            if target.exists():
+                target.rmdir()
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+        processes.barrier("params end")
+    except (OSError, ValueError) as error:
+        _remove(temporary)
+        raise UserError(f"{target}: could not be written: {' '.join(str(error).split())}; check space there") from error
+
+
+def _remove(temporary: Path) -> None:
+    """Removes a temporary folder, and Orbax's own temporary folder for it."""
+    for path in (temporary, *temporary.parent.glob(f"{temporary.name}.orbax-checkpoint-tmp*")):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def restore_params(
+    folder: Path, like: Any | None = None, *, average: bool = True, verify: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """Parameters and meta from whatever holds them; optimizer state is neither read nor hashed.
+
+    Args:
+      folder: a parameters-only folder, a step folder of a full state, or a run's folder or checkpoints folder. In the
+        last two cases the best step is taken, else the newest; damaged ones are passed over with one warning each.
+      like: parameters as :class:`jax.ShapeDtypeStruct` with shardings, or as arrays; None: numpy arrays in dicts.
+      average: from a full state, take the moving average if it has one.
+      verify: compare the hash of every file that is read.
+
+    Raises:
+      UserError: no checkpoint there, a damaged one, or one that does not fit ``like``.
+    """
+    candidates = _candidates(Path(folder).absolute())
+    if not candidates:
+        raise UserError(f"{folder}: there is no jaxft checkpoint here; name a run, a step folder or saved parameters")
+    for path in candidates[:-1]:
+        try:
+            return _restore(path, like, average, verify)
+        except UserError as error:
+            # Without a manifest now: a run that is still going has just deleted it.
+            if not isinstance(error, DamagedCheckpoint) and (path / NAME).exists():
+                raise
+            logger.warning("%s: falling back to the next best in %s", error, path.parent)
+    return _restore(candidates[-1], like, average, verify)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether :func:`restore_params` finds a checkpoint in ``folder``, intact or not."""
+    return bool(_candidates(Path(folder).absolute()))
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Step folders in order of preference."""
+    if (folder / NAME).exists():
+        return [folder]
+    found = step_folders(folder) or step_folders(folder / RUN_SUBFOLDER)
+    newest_first = [found[step] for step in sorted(found, reverse=True)]
+    best = next((path for path in newest_first if _is_best(path)), None)
+    return newest_first if best is None else [best, *(path for path in newest_first if path != best)]
+
+
+def _is_best(folder: Path) -> bool:
+    try:
+        return read_manifest(folder).best
+    except DamagedCheckpoint:
+        return False  # restoring it says what is wrong with it
+
+
+def _restore(folder: Path, like: Any | None, average: bool, verify: bool) -> tuple[Any, dict[str, Any]]:
+    manifest = read_manifest(folder)
+    group = _group(manifest, average)
+    stored = layout.subtree(manifest, group)
+    if not stored:
+        raise UserError(f"{folder}: this checkpoint holds no parameters")
+    wanted = _empty(stored) if like is None else layout.flatten(like)
+    layout.check_tree(folder, stored, layout.specs_of(wanted))
+    check_files(folder, manifest, hashes=verify, within={group})
+    arrays = load_checked(folder, {f"{group}/{path}": leaf for path, leaf in wanted.items()}, verified=verify)
+    if like is None:
+        return layout.unflatten(arrays)[group], manifest.meta
+    return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), manifest.meta
+
+
+def _group(manifest: Manifest, average: bool) -> str:
+    averaged = average and manifest.kind == "state" and bool(layout.subtree(manifest, "ema"))
+    return "ema" if averaged else "params"
+
+
+def _empty(stored: dict[str, LeafSpec]) -> dict[str, np.ndarray]:
+    return {path: np.empty(leaf.shape, jnp.dtype(leaf.dtype)) for path, leaf in stored.items()}

@@ -1,0 +1,317 @@
+"""Full training states under one folder: saved in the background, verified at restore, deleted in an order that a crash
+cannot turn into a half checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint
+
+import jaxft
+from jaxft.checkpoint import layout, processes
+from jaxft.checkpoint.manifest import (
+    NAME,
+    DamagedCheckpoint,
+    LeafSpec,
+    Manifest,
+    check_files,
+    copy_json,
+    read_manifest,
+    seal,
+)
+from jaxft.errors import UserError
+from jaxft.files import fsync_folder
+
+logger = logging.getLogger("jaxft.checkpoint")
+
+_STEP = re.compile(r"0|[1-9]\d*")
+_LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp(-\d+)?|\.deleting-\d+-[0-9a-f]{8}")
+
+
+class Restored(NamedTuple):
+    """What :meth:`Checkpoints.restore` found."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """Full training states under one folder: ``<step>/``, written by Orbax, plus ``<step>/jaxft.json``, written last.
+
+    One training run owns the folder: constructing this removes what crashed saves and deletions left there. To only
+    read (perhaps while a run is writing), use :func:`~jaxft.checkpoint.restore_params` and
+    :func:`~jaxft.checkpoint.read_manifest`.
+
+    With several processes, all construct it and call its methods in the same order, on a shared file system. Process 0
+    hashes, writes manifests, verifies and deletes, each after Orbax's own barrier.
+
+    Args:
+      folder: created if missing.
+      keep: how many of the newest steps stay; the best one stays besides.
+      verify: compare the hash of every file before a checkpoint is believed; existence and size are always compared.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, verify: bool = True) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: must be at least 1")
+        self.folder = Path(folder).absolute()
+        self._keep = keep
+        self._verify = verify
+        self._saving: threading.Thread | None = None
+        self._failure: UserError | None = None
+        self._damaged: set[int] = set()
+        # Not atexit: that is after concurrent.futures, which Orbax needs to the end, has shut down (a save then fails
+        # or hangs). There is no public name for it. A weak reference, or no store would be freed before the end.
+        threading._register_atexit(_finish_at_exit, weakref.ref(self))  # pyrefly: ignore[missing-attribute]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be used for checkpoints: {error}") from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
+        """Saves in the background. When this returns, buffers of ``state`` may be donated. Waits for an earlier save.
+
+        A program that ends waits for the save, but only :meth:`wait`, :meth:`close` or the next save raise its failure.
+
+        Args:
+          step: names the checkpoint; there must be none of this number.
+          state: tree of arrays.
+          meta: plain JSON to be returned by :meth:`restore`; ``versions`` is added.
+          best: this state is the best so far.
+
+        Raises:
+          UserError: an earlier save failed, or the step exists.
+        """
+        self.wait()
+        flat = layout.flatten(state)
+        tree = layout.specs_of(flat)
+        meta = with_versions(meta)
+        target = self._free(step)
+        try:
+            writing = layout.start_save(target, flat)
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
+
+        def finish() -> None:
+            what = "failed"
+            try:
+                writing.result()
+                if processes.is_first():
+                    seal(target, kind="state", step=step, best=best, tree=tree, meta=meta)
+                    what = "is complete, but removing older ones failed"
+                    self._retain(step)
+            except Exception as error:  # noqa: BLE001 - the next wait() raises it; in this thread nobody would see it
+                self._failure = self._failed(step, error, what)
+                self._failure.__cause__ = error
+
+        self._saving = threading.Thread(target=finish, name=f"checkpoint-{step}")
+        self._saving.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more.
+
+        Raises:
+          UserError: a save failed since the last call; said once.
+        """
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+            failure, self._failure = self._failure, None
+            if processes.anyone(failure is not None):
+                raise failure or UserError("a checkpoint failed in another process; its log says why")
+
+    def close(self) -> None:
+        """Waits for a save that is still running."""
+        self.wait()
+
+    def steps(self) -> tuple[int, ...]:
+        """Complete checkpoints, ascending: those with a readable manifest. Nothing is hashed."""
+        return tuple(sorted(self._manifests()))
+
+    def best(self) -> int | None:
+        """The newest step saved with ``best=True``. Its own manifest says so: no crash can part the two."""
+        return max((step for step, manifest in self._manifests().items() if manifest.best), default=None)
+
+    def restore(self, like: Any, step: int | None = None) -> Restored:
+        """The newest intact checkpoint, or the one asked for by number.
+
+        Damaged ones are passed over with one warning each, and replaced or removed by later saves. One asked for by
+        number never is.
+
+        Args:
+          like: the state as :class:`jax.ShapeDtypeStruct` with shardings (any mesh), or as arrays.
+          step: which one; None: the newest.
+
+        Raises:
+          UserError: none there, none intact, or it does not fit ``like``.
+        """
+        self.wait()
+        wanted = layout.flatten(like)
+        specs = layout.specs_of(wanted)
+        if step is not None:
+            return self._restore(step, like, wanted, specs)
+        candidates = sorted(step_folders(self.folder), reverse=True)
+        for candidate in candidates:
+            try:
+                return self._restore(candidate, like, wanted, specs)
+            except DamagedCheckpoint as error:
+                logger.warning("%s: falling back to the one before step %d", error, candidate)
+                self._damaged.add(candidate)
+        if candidates:
+            raise UserError(f"{self.folder}: all checkpoints are damaged ({candidates}); remove them to start afresh")
+        raise UserError(f"{self.folder}: there is no checkpoint here")
+
+    def _restore(self, step: int, like: Any, wanted: dict[str, Any], specs: dict[str, LeafSpec]) -> Restored:
+        folder = self.folder / str(step)
+        if not folder.is_dir():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there are: {there}")
+        self._check(folder, specs)
+        arrays = load_checked(folder, wanted, verified=self._verify)
+        state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
+        return Restored(step, state, read_manifest(folder).meta)
+
+    def _check(self, folder: Path, specs: dict[str, LeafSpec]) -> None:
+        """Raises the same kind of error in all processes; process 0 has the details."""
+        problem: UserError | None = None
+        if processes.is_first():
+            try:
+                manifest = read_manifest(folder)
+                layout.check_tree(folder, manifest.tree, specs)
+                check_files(folder, manifest, hashes=self._verify)
+            except UserError as error:
+                problem = error
+        verdict = processes.first_says(0 if problem is None else 1 + isinstance(problem, DamagedCheckpoint))
+        if verdict:
+            kind = DamagedCheckpoint if verdict == 2 else UserError
+            raise problem or kind(f"{folder}: refused; the log of process 0 says why")
+
+    def _manifests(self) -> dict[int, Manifest]:
+        found = {}
+        for step, folder in step_folders(self.folder).items():
+            try:
+                found[step] = read_manifest(folder)
+            except DamagedCheckpoint as error:
+                # restore() warns; here the question is only what counts as complete.
+                logger.debug("%s", error)
+            except UserError:
+                if (folder / NAME).exists():
+                    raise  # a newer format; else retention has just deleted it
+        return found
+
+    def _free(self, step: int) -> Path:
+        """The folder to save a step to, with nothing in its way.
+
+        A step that restore() found damaged is replaced: training that went on from an older one comes by it again.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: must not be negative")
+        target = self.folder / str(step)
+        try:
+            if step in self._damaged and processes.is_first():
+                self._forget(step)
+            self._clean()
+        except OSError as error:
+            raise self._failed(step, error) from error
+        self._damaged.discard(step)
+        if target.exists():
+            raise UserError(f"{target} already exists; resume from it, remove it, or save to another folder")
+        return target
+
+    def _failed(self, step: int, error: Exception, what: str = "failed") -> UserError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(
+            f"checkpoint of step {step} {what}: {reason}; earlier checkpoints are intact; "
+            f"check space and permissions of {self.folder}"
+        )
+
+    def _clean(self) -> None:
+        """Removes what crashed or failed saves and deletions left: only what is ours, never what has a manifest."""
+        if processes.is_first():
+            for child in self.folder.iterdir():
+                unsealed = _STEP.fullmatch(child.name) and (child / layout.MARKER).exists()
+                ours = unsealed or _LEFTOVER.fullmatch(child.name)
+                if ours and child.is_dir() and not (child / NAME).exists():
+                    logger.info("removing %s, left by a save or deletion that did not finish", child)
+                    shutil.rmtree(child)
+        processes.barrier("clean")
+
+    def _retain(self, saved: int) -> None:
+        """Deletes what is neither among the newest nor the best.
+
+        Steps after the one just saved stay: they are of a run that went further before someone resumed from an older
+        step, and must not push out the new ones. Those that restore() found damaged go, now that there is a good one.
+        """
+        for step in sorted(self._damaged):
+            if (self.folder / str(step)).exists():
+                self._forget(step)
+        self._damaged.clear()
+        manifests = self._manifests()
+        past = sorted(step for step in manifests if step <= saved)
+        best = max((step for step in past if manifests[step].best), default=None)
+        for step in past[: -self._keep]:
+            if step != best:
+                self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        """Deletes a step: first what makes it count, durably, then its name, then its content."""
+        folder = self.folder / str(step)
+        (folder / NAME).unlink(missing_ok=True)
+        fsync_folder(folder)
+        gone = self.folder / f".deleting-{step}-{uuid.uuid4().hex[:8]}"
+        folder.rename(gone)
+        fsync_folder(self.folder)
+        shutil.rmtree(gone)
+
+
+def _finish_at_exit(reference: weakref.ref[Checkpoints]) -> None:
+    """Lets a running save end with the program, and says what no wait() has raised."""
+    store = reference()
+    if store is not None:
+        if store._saving is not None:
+            store._saving.join()
+        if store._failure is not None:
+            logger.error("%s", store._failure)
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Folders named after a step that have a manifest, whatever is in it."""
+    if not folder.is_dir():
+        return {}
+    return {
+        int(child.name): child for child in folder.iterdir() if _STEP.fullmatch(child.name) and (child / NAME).exists()
+    }
+
+
+def with_versions(meta: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``meta`` with the versions that write it."""
+    versions = {"jaxft": jaxft.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
+    return {**copy_json(meta), "versions": versions}
+
+
+def load_checked(folder: Path, like: dict[str, Any], *, verified: bool) -> dict[str, Any]:
+    """:func:`layout.load`, with errors in files that were not hashed before told as what they are."""
+    try:
+        return layout.load(folder, like)
+    except (OSError, ValueError, KeyError) as error:
+        if verified:
+            raise  # the files are those that were written: not damage
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpoint(f"{folder}: checkpoint damaged, Orbax cannot read it ({reason})") from error

@@ -1,0 +1,56 @@
+"""``jaxft eval``: score a model on labelled rows."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("model", help="exported folder, run folder, checkpoint or hub id")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.eval=my.csv, data.text=..., eval.batch_size=..."
+    )
+    parser.add_argument("--out", help="folder for metrics.json and confusion.png")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints accuracy, F1, per-class precision and recall, and the confusion matrix."""
+    from pathlib import Path
+
+    from jaxft.commands.train import set_up_jax
+    from jaxft.errors import UserError
+
+    set_up_jax("~/.cache/jaxft/xla")
+    import jax
+
+    from jaxft import loop, tasks
+    from jaxft.data.encode import encode_rows, read_rows
+    from jaxft.data.loader import Batches, make_buckets, stream
+    from jaxft.report import report_text, write_report
+    from jaxft.serving import open_model
+    from jaxft.step import make_eval_step
+
+    served = open_model(options.model, options.overrides, lambda text: print(text, file=sys.stderr))
+    config = served.config
+    if served.model.head != "classification":
+        raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
+    if config.data.eval is None:
+        raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
+    rows = read_rows(config.data.eval, config.data)
+    split = encode_rows("eval", rows, served.labels, served.tokenizer)
+    task = tasks.task(config.task.name).make_task(config.task, served.labels, (1,) * len(served.labels))
+    step = jax.jit(make_eval_step(served.model, task))
+    buckets = make_buckets(None, served.tokenizer.max_length or config.data.max_length)
+    batches = Batches(split, config.eval.batch_size, buckets, served.tokenizer.pad_id, None)
+    sums = [step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)]
+    metrics = task.metrics(loop.added(sums))
+    print(f"eval: {len(split)} rows, {split.truncated} truncated to {served.tokenizer.max_length} tokens")
+    print(report_text(metrics, served.labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        for path in write_report(Path(options.out), metrics, served.labels, []):
+            print(f"wrote {path}")
+    return 0

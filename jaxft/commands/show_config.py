@@ -1,0 +1,50 @@
+"""``jaxft show-config``: the resolved configuration, itself a loadable run file; and the learning-rate schedule drawn."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxft.config import load_config, to_yaml
+from jaxft.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", nargs="?", help="YAML run file; without one: the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optim.learning_rate=1e-4")
+    parser.add_argument(
+        "--plot-schedule", nargs="?", const="-", metavar="PNG", help="draw the learning rate (and write a PNG)"
+    )
+    parser.add_argument("--steps", type=int, help="total steps of the drawn schedule, if the run file gives epochs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the configuration, and the schedule if asked."""
+    path, overrides = split_run_file(options.run_file, options.overrides)
+    config = load_config(path, overrides)
+    print(to_yaml(config), end="")
+    if options.plot_schedule:
+        from pathlib import Path
+
+        from jaxft.optim.schedules import make_schedule
+        from jaxft.report import schedule_png, schedule_text
+
+        steps = options.steps or config.train.steps
+        if steps is None:
+            raise UserError(
+                "the run is given in epochs; add --steps N (training rows / train.batch_size per epoch) to draw it"
+            )
+        schedule = make_schedule(config.optim, steps)
+        rates = [float(schedule(step)) for step in range(steps)]
+        print(schedule_text(rates))
+        if options.plot_schedule != "-":
+            schedule_png(Path(options.plot_schedule), rates)
+            print(f"wrote {options.plot_schedule}")
+    return 0
+
+
+def split_run_file(first: str | None, rest: list[str]) -> tuple[str | None, list[str]]:
+    """(run file or None, overrides): a first argument with "=" is an override already."""
+    if first is not None and "=" in first:
+        return None, [first, *rest]
+    return first, rest

@@ -1,0 +1,152 @@
+"""``jaxft train``: fine-tune, report, export."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from jaxft.commands.show_config import split_run_file
+from jaxft.config import load_config, to_yaml
+from jaxft.errors import UserError
+from jaxft.files import write_atomic
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", nargs="?", help="YAML run file, for instance configs/runs/wordnet8_minilm.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=my.csv mesh.fsdp=8")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains one run per seed."""
+    path, overrides = split_run_file(options.run_file, options.overrides)
+    config = load_config(path, overrides)
+    print(to_yaml(config), end="", flush=True)
+    start = time.perf_counter()
+    set_up_jax(config.train.compilation_cache)
+    from jaxft import loop, setup  # imports jax
+
+    times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
+    ready = setup.prepare(config, _note, times)
+    out = Path(config.train.out)
+    programs = loop.compile_programs(ready, _note, times)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "config.yaml", to_yaml(config))
+    results: dict[int, dict[str, Any]] = {}
+    for seed in config.train.seeds or (config.train.seed,):
+        folder = out / f"seed{seed}" if config.train.seeds else out
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
+        began = time.perf_counter()
+        result = loop.fit(ready, programs, folder, seed, _note, times)
+        if result.interrupted:
+            return 130
+        trained = time.perf_counter() - began
+        write_atomic(folder / "config.yaml", to_yaml(seeded))
+        results[seed] = result.metrics
+        _finish(ready, programs, result, folder, trained)
+    if len(results) > 1:
+        from jaxft.report import seeds_text, write_seeds
+
+        write_seeds(out, results)
+        print(seeds_text(results))
+    return 0
+
+
+def _since_start(now: float) -> float:
+    from jaxft.__main__ import STARTED
+
+    return max(0.0, now - STARTED)
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)
+
+
+def set_up_jax(cache: str | None) -> None:
+    """Turns on XLA's persistent compilation cache, and keeps the libraries' chatter off the console."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import jax
+
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -> None:
+    """Report, plots, export."""
+    import resource
+
+    from jaxft.metrics import read_log
+    from jaxft.report import report_text, write_report
+
+    log = read_log(out / "log.jsonl")
+    print()
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    print(report_text(result.metrics, ready.task.labels, log, width))
+    written = write_report(out, result.metrics, ready.task.labels, log)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
+    for path in written:
+        print(f"wrote {path}")
+    if ready.config.train.export:
+        _export(ready, programs, result, out / "export")
+
+
+def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
+    """Writes the Hugging Face folder, loads it back and compares its logits on held-out rows."""
+    from jaxft.pretrained import export_folder
+
+    source = ready.source
+    # An export of an earlier, shorter part of this run is replaced, in one rename.
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    export_folder(
+        fresh,
+        {} if source is None else source.hf_config,
+        _family(ready),
+        ready.model,
+        result.params,
+        tokenizer_folder=ready.tokenizer.folder,
+        labels=ready.task.labels,
+    )
+    if target.exists():
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        os.replace(target, old)
+        os.replace(fresh, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(fresh, target)
+    _compare(ready, programs, result, target)
+
+
+def _family(ready: Any) -> Any:
+    from jaxft import models
+
+    return models.family(ready.family_name)
+
+
+def _compare(ready: Any, programs: Any, result: Any, target: Path) -> None:
+    import jax
+    import numpy as np
+
+    from jaxft.pretrained import load_params, open_source
+
+    source = open_source(str(target), _note)
+    params = load_params(source, ready.model, _note, mesh=ready.mesh)
+    same = jax.tree.all(
+        jax.tree.map(lambda a, b: bool(np.array_equal(np.asarray(a), np.asarray(b))), result.params, params)
+    )
+    from jaxft.loop import evaluate
+
+    again = evaluate(ready, programs, params)
+    if not same or again != result.metrics or source.labels != ready.task.labels:
+        raise UserError(
+            f"{target}: the exported model differs from the trained one; this is a bug in jaxft, please report it"
+        )
+    print(f"exported {target} (Hugging Face layout); loaded back: parameters bit-equal, held-out metrics identical")

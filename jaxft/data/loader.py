@@ -1,0 +1,142 @@
+"""Batches whose content is a pure function of (seed, step).
+
+There is no iterator state to save: resuming at step n reads batch n, at once, on any number of processes. Each epoch is one
+seeded shuffle of the split (Grain's index shuffle: O(1) memory), cut into windows; inside a window rows are sorted by
+length and cut into batches, and the batches of a window are shuffled. So rows of similar length share a batch, every row
+is seen exactly once per epoch, and a batch has one of a few declared lengths ("buckets").
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxft.data.encode import Split
+from jaxft.data.tokenizer import pad_rows
+from jaxft.errors import UserError
+
+_WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Random access to the batches of a split: ``batches[step]``.
+
+    Batches are dicts of ``tokens``, ``mask``, ``types`` [B, S] int32, ``labels`` [B] int32 and ``weights`` [B] float32;
+    rows of weight 0 fill up the last batch of an epoch.
+    """
+
+    split: Split
+    batch_size: int
+    buckets: tuple[int, ...]
+    pad_id: int
+    seed: int | None
+    """Of the shuffle; None: file order, sorted by nothing, one epoch."""
+    processes: tuple[int, int] = (0, 1)
+    """(index, count): which rows of the global batch this process makes."""
+
+    def __post_init__(self) -> None:
+        count = self.processes[1]
+        if self.batch_size % count:
+            raise UserError(f"batch size {self.batch_size} does not divide by {count} processes; choose a multiple")
+        if int(self.split.lengths.max()) > self.buckets[-1]:
+            raise ValueError(f"{self.split.name}: a row of {self.split.lengths.max()} tokens is beyond {self.buckets}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that show every row once."""
+        return -(-len(self.split) // self.batch_size)
+
+    def __len__(self) -> int:
+        # Grain wants a finite length; a trained run is shorter than this.
+        return self.steps_per_epoch if self.seed is None else 1 << 40
+
+    def __getitem__(self, step: int) -> HostBatch:
+        rows = self.rows_of(int(step))
+        length = bucket_of(int(self.split.lengths[rows].max()), self.buckets)
+        index, count = self.processes
+        share = self.batch_size // count
+        rows = rows[index * share : (index + 1) * share]
+        items = [self.split.row(i) for i in rows] + [(np.zeros(0, np.int32),) * 2 + (0,)] * (share - len(rows))
+        batch = pad_rows([item[0] for item in items], [item[1] for item in items], length, self.pad_id)
+        weights = np.zeros(share, np.float32)
+        weights[: len(rows)] = 1.0
+        return batch | {"labels": np.array([item[2] for item in items], np.int32), "weights": weights}
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self.seed is None:
+            return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, len(self.split)))
+        window, within = divmod(index, _WINDOW)
+        return _window(self, epoch, window)[within]
+
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The (rows, length) shapes that batches of this split can have."""
+        longest = bucket_of(int(self.split.lengths.max()), self.buckets)
+        shortest = bucket_of(int(self.split.lengths.min()), self.buckets)
+        return tuple((self.batch_size, length) for length in self.buckets if shortest <= length <= longest)
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(rows: int, seed: int) -> Any:
+    return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+
+@functools.lru_cache(maxsize=8)
+def _window(batches: Batches, epoch: int, window: int) -> list[np.ndarray]:
+    """The rows of each batch of one window."""
+    rows, size, seed = len(batches.split), batches.batch_size, batches.seed
+    assert seed is not None
+    order = _shuffled(rows, seed)
+    first, last = window * _WINDOW * size, min((window + 1) * _WINDOW * size, rows)
+    members = np.array([order[epoch * rows + i] for i in range(first, last)], np.int64)
+    rng = np.random.default_rng([seed, epoch, window])
+    # A stable sort keeps the shuffled order among equal lengths. The short batch, if any, is cut at a random place: were it
+    # always the longest rows, the epoch would end with the hardest ones.
+    members = members[np.argsort(batches.split.lengths[members], kind="stable")]
+    full, rest = divmod(len(members), size)
+    sizes = [size] * full + ([rest] if rest else [])
+    if rest:
+        place = int(rng.integers(full + 1))
+        sizes[place], sizes[-1] = sizes[-1], sizes[place]
+    cuts = np.split(members, np.cumsum(sizes)[:-1])
+    # Every batch but the epoch's last is full, so that (step -> rows) needs no table.
+    short = [cut for cut in cuts if len(cut) < size]
+    whole = [cut for cut in cuts if len(cut) == size]
+    return [whole[i] for i in rng.permutation(len(whole))] + short
+
+
+def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds ``length``."""
+    return next(bucket for bucket in buckets if bucket >= length)
+
+
+def make_buckets(declared: tuple[int, ...] | None, max_length: int) -> tuple[int, ...]:
+    """The padded lengths of a run: as declared, or powers of two from 16 below ``max_length``, and ``max_length``."""
+    if declared is not None:
+        return tuple(sorted(set(declared)))
+    return tuple(1 << p for p in range(4, 20) if 1 << p < max_length) + (max_length,)
+
+
+def stream(batches: Batches, start: int, stop: int, read_ahead: int) -> Iterator[HostBatch]:
+    """Batches ``start`` to ``stop - 1``, prepared by background threads a few ahead of their use."""
+    if start >= stop:
+        return iter(())
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
+    source: Any = batches  # random access by __len__ and __getitem__ is all that Grain asks for
+    return iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
+
+
+def to_global(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows as part of global arrays, split over the batch axes of the mesh."""
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

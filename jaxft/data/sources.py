@@ -1,0 +1,210 @@
+"""Where rows come from: one function, :func:`iter_rows`, for every form of ``data.train`` and ``data.eval``.
+
+Nothing heavy is imported until a reference needs it, and TensorFlow never is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxft.data.rows import (
+    Row,
+    Value,
+    column_positions,
+    iter_csv,
+    iter_jsonl,
+    iter_tsv,
+    iter_txt,
+    plain_value,
+)
+from jaxft.errors import UserError, nearest
+from jaxft.files import find_file
+
+__all__ = ["Row", "Value", "iter_rows"]
+
+_ACCEPTED = (
+    ".csv, .tsv, .jsonl (.ndjson, .jsonlines) and .txt, each also .gz; "
+    ".parquet; tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
+)
+_READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]] = {
+    ".csv": iter_csv,
+    ".tsv": iter_tsv,
+    ".jsonl": iter_jsonl,
+    ".jsonlines": iter_jsonl,
+    ".ndjson": iter_jsonl,
+    ".txt": iter_txt,
+}
+# NAME may hold colons (a version), and so may the slices of SPLIT: imdb_reviews:1.0.0:train[:80%]+test[:10%]
+_TFDS = re.compile(r"tfds:(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\]]*\])+)")
+_PARQUET_BATCH = 1024
+
+
+def iter_rows(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    """The values of ``columns``, in that order, of every row that ``reference`` names, in file order and lazily.
+
+    A ``ClassLabel`` of tfds or of the ``datasets`` library comes as its name, and as None where it is -1 ("hidden").
+
+    Raises:
+      UserError: at the call, or when the row that shows it is reached: nothing to read there, a missing column, a
+        malformed row.
+    """
+    if reference == "-":
+        return iter_txt(None, columns)
+    if reference.startswith("tfds:"):
+        return _iter_tfds(reference, columns)
+    if reference.startswith("hf:"):
+        return _iter_hf(reference, columns)
+    suffixes = [suffix.lower() for suffix in Path(reference).suffixes]
+    if suffixes[-1:] == [".parquet"]:
+        return _iter_parquet(find_file(reference, "data file"), columns)
+    suffix = suffixes[:-1][-1:] if suffixes[-1:] == [".gz"] else suffixes[-1:]
+    reader = _READERS.get("".join(suffix))
+    if reader is None:
+        raise UserError(f"{reference!r}: the suffix does not tell the format of the rows; accepted: {_ACCEPTED}")
+    return reader(find_file(reference, "data file"), columns)
+
+
+def _imported(module: str, package: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        hint = f"try: pip install {package}"
+        raise UserError(f"{reference}: needs the Python package {package!r} ({error}); {hint}") from error
+
+
+def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    parquet = _imported("pyarrow.parquet", "pyarrow", str(path))
+    from pyarrow import ArrowException
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            column_positions(file.schema_arrow.names, columns, str(path))
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns)):
+                for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                    where = f"{path} row {number}"
+                    yield Row(tuple(map(plain_value, values, columns, [where] * len(columns))), where)
+                    number += 1
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    match = _TFDS.fullmatch(reference)
+    if match is None:
+        raise UserError(f"{reference!r}: expected tfds:NAME:SPLIT, for instance tfds:imdb_reviews:train[:80%]")
+    tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
+    builder = _tfds_builder(tfds, match["name"], reference)
+    try:
+        source = builder.as_data_source(split=match["split"])
+    except (ValueError, NotImplementedError) as error:
+        # An unknown split, or data prepared in TFDS's default format, which only TensorFlow can read.
+        hint = "prepared data must be in the array_record format"
+        raise UserError(f"{reference}: cannot be read: {_first_line(error)} ({hint})") from error
+    features = builder.info.features
+    column_positions(list(features), columns, reference)
+    names = {c: features[c].int2str for c in columns if isinstance(features[c], tfds.features.ClassLabel)}
+    for number in range(len(source)):
+        yield _library_row(source[number], columns, names, f"{reference} row {number}")
+
+
+def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
+    """A builder whose data lie on disk in random-access format."""
+    folder = Path(name).expanduser()
+    if (folder / "dataset_info.json").is_file():
+        return tfds.builder_from_directory(folder)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise UserError(f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json)")
+    builder = _registered_builder(tfds, name, reference)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS talks while it prepares; our stdout may be predictions
+            builder.download_and_prepare()
+    except ImportError as error:
+        raise UserError(f"{reference}: TFDS cannot prepare it here: {error}; install that package") from error
+    except (OSError, tfds.download.DownloadError) as error:  # requests' errors are OSErrors
+        host = re.search(r"host='([^']+)'|https?://([^/\s]+)", str(error))
+        problem = f"cannot download from {host[1] or host[2]}" if host else f"cannot be prepared: {_first_line(error)}"
+        raise UserError(
+            f"{reference}: {problem}; go online, or prepare it elsewhere with file_format='array_record', copy the "
+            "folder that holds its dataset_info.json, and use tfds:FOLDER:SPLIT"
+        ) from error
+    return builder
+
+
+def _registered_builder(tfds: ModuleType, name: str, reference: str) -> Any:
+    def build() -> Any:
+        return tfds.builder(name, file_format="array_record")
+
+    not_found = tfds.core.registered.DatasetNotFoundError
+    try:
+        try:
+            return build()
+        except not_found:
+            # Most text data sets (glue, c4, wikipedia) register themselves only on this import.
+            importlib.import_module("tensorflow_datasets.text")
+            return build()
+    except not_found as error:
+        # Community data sets would be looked up on the network, with TensorFlow.
+        known = tfds.list_builders(with_community_datasets=False)
+        hint = nearest(re.split("[/:]", name)[0], known)
+        hint = hint if hint.startswith("did you mean") else "tfds.list_builders() lists the names"
+        raise UserError(f"{reference}: TFDS has no data set {name!r}: {hint}") from error
+    except (ValueError, AssertionError, ImportError) as error:  # unknown config, unknown version, missing package
+        raise UserError(f"{reference}: {_first_line(error)}") from error
+
+
+def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    path, split = Path(reference.removeprefix("hf:")).expanduser(), ""
+    if not path.exists():
+        head, _, split = reference.removeprefix("hf:").rpartition(":")
+        path = find_file(head or split, "data folder")
+    library = _imported("datasets", "datasets", reference)
+    try:
+        dataset = library.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{reference}: not a folder saved by datasets.save_to_disk: {_first_line(error)}") from error
+    dataset = _hf_split(dataset, split, reference)
+    column_positions(dataset.column_names, columns, reference)
+    names = {c: dataset.features[c].int2str for c in columns if isinstance(dataset.features[c], library.ClassLabel)}
+    for number, record in enumerate(dataset.select_columns(list(columns)).with_format(None)):
+        yield _library_row(record, columns, names, f"{reference} row {number}")
+
+
+def _hf_split(loaded: Any, split: str, reference: str) -> Any:
+    """The table of ``split`` in what load_from_disk gave: one table, or a dict of them."""
+    if not isinstance(loaded, dict):
+        if split:
+            raise UserError(f"{reference}: the folder holds a single table without splits; leave out ':{split}'")
+        return loaded
+    if split not in loaded:
+        problem = f"no split {split!r}: {nearest(split, loaded)}" if split else f"name a split: {', '.join(loaded)}"
+        raise UserError(f"{reference}: {problem}; use hf:FOLDER:SPLIT")
+    return loaded[split]
+
+
+_NameOf = Callable[[int], str]
+
+
+def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: dict[str, _NameOf], where: str) -> Row:
+    return Row(tuple(_library_value(record[column], column, names.get(column), where) for column in columns), where)
+
+
+def _library_value(value: Any, column: str, name_of: _NameOf | None, where: str) -> Value:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy scalar
+        value = value.item()
+    if name_of is None or value is None:
+        return plain_value(value, column, where)
+    # -1 is how both libraries mark the hidden labels of test splits.
+    return None if value == -1 else name_of(int(value))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

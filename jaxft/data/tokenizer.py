@@ -1,0 +1,133 @@
+"""Text to token ids, with the fast `tokenizers` library alone: importing `transformers` costs seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.errors import UserError
+
+# What a tokenizer may consist of; copied as they are on export.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer read from a folder.
+
+    Calling it gives model inputs: ``tokenizer(["one text", "another"])`` or ``tokenizer(texts, pairs)`` returns a dict of
+    [B, S] int32 arrays ``tokens``, ``mask`` and ``types``, padded to the longest row.
+    """
+
+    def __init__(self, folder: Path, max_length: int | None = None) -> None:
+        """Reads the tokenizer in ``folder``; rows are truncated to ``max_length`` tokens (None: never).
+
+        Raises:
+          UserError: there is no tokenizer, or its files are malformed.
+        """
+        self.folder = folder
+        self.max_length = max_length
+        self._fast = _read(folder)
+        # Settings of whoever saved the file (sentence-transformers stores its own) must not act unseen.
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        if max_length is not None:
+            try:
+                self._fast.enable_truncation(max_length)
+            except (ValueError, OverflowError) as error:
+                raise UserError(f"data.max_length={max_length}: {error}") from error
+        self.pad_id = self._pad_id()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that this tokenizer can produce."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> list[tuple[list[int], list[int], bool]]:
+        """Per row: token ids, token types, and whether anything was cut off."""
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings = self._fast.encode_batch_fast(inputs)
+        return [(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
+
+    def __call__(self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Model inputs for a few texts (or pairs), padded to the longest."""
+        texts = [texts] if isinstance(texts, str) else texts
+        pairs = [pairs] if isinstance(pairs, str) else pairs
+        rows = self.encode(texts, pairs)
+        return pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], None, self.pad_id)
+
+    def _pad_id(self) -> int:
+        named = _read_json(self.folder / "tokenizer_config.json").get("pad_token", "[PAD]")
+        token = named.get("content") if isinstance(named, dict) else named
+        found = self._fast.token_to_id(token) if token else None
+        return 0 if found is None else found
+
+
+def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
+    """Ragged rows as [B, S] int32 arrays ``tokens``, ``mask`` and ``types``; S is ``length`` or that of the longest row."""
+    width = max(map(len, tokens), default=1) if length is None else length
+    out = {name: np.zeros((len(tokens), width), np.int32) for name in ("tokens", "mask", "types")}
+    out["tokens"][:] = pad_id
+    for i, (ids, kinds) in enumerate(zip(tokens, types, strict=True)):
+        out["tokens"][i, : len(ids)] = ids
+        out["types"][i, : len(ids)] = kinds
+        out["mask"][i, : len(ids)] = 1
+    return out
+
+
+def _read(folder: Path) -> Any:
+    from tokenizers import Tokenizer as Fast
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Fast.from_file(str(path))
+        except Exception as error:
+            raise UserError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from error
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder}: no tokenizer files (looked for {', '.join(TOKENIZER_FILES[:6])}); set data.tokenizer"
+        )
+    return _converted(folder)
+
+
+def _converted(folder: Path) -> Any:
+    """A slow tokenizer's files (vocab.txt alone, say) as `transformers` would convert them: slower to import, rarely needed."""
+    from transformers import AutoTokenizer
+
+    try:
+        fast = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{folder}: tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+    backend = getattr(fast, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{folder}: no fast tokenizer can be made of these files; save one with tokenizer.json")
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return tree

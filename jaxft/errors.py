@@ -1,0 +1,23 @@
+"""The one exception class that means "the user can fix this".
+
+Everything raised as :class:`UserError` is printed by the command line as one line and ends the process with exit code 2,
+without a traceback. Anything else that escapes is a bug in jaxft and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A problem in the user's input: says what is wrong, where, and what to do about it."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the nearest valid name, or all of them if none is near."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"valid names: {', '.join(names)}" if names else "no names are valid here"

@@ -1,0 +1,370 @@
+"""The training loop: the one imperative file. Reads top to bottom."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import checkpoint
+from jaxft.config import RunConfig, to_tree
+from jaxft.data.loader import Batches, stream, to_global
+from jaxft.errors import UserError
+from jaxft.metrics import Clock, Sinks, open_sinks
+from jaxft.setup import Note, Setup, Times
+from jaxft.sharding import batch_sharding, replicated
+from jaxft.state import TrainState, init_state, state_shardings
+from jaxft.step import make_eval_step, make_train_step
+
+# What may differ between a run and its resumption without changing its course.
+_FREE_SECTIONS = ("mesh", "log", "checkpoint")
+_FREE_KEYS = ("train.out", "train.compilation_cache", "train.export", "train.seeds", "train.seed", "data.read_ahead")
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Compiled steps by batch shape; shared by all seeds of a run."""
+
+    train: dict[tuple[int, ...], Any]
+    evaluate: dict[tuple[int, ...], Any]
+    init: Any
+    shapes: TrainState
+    """The state, as shapes with shardings."""
+
+
+@dataclass
+class Progress:
+    """What the loop knows besides the state; stored with each checkpoint."""
+
+    best_value: float | None = None
+    best_step: int | None = None
+    bad_evals: int = 0
+    """Evaluations in a row without a better value."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    params: Any
+    """The best ones by ``eval.metric``, or the last ones if nothing was evaluated."""
+    metrics: dict[str, Any]
+    """Of ``params`` on the held-out rows."""
+    best_step: int
+    interrupted: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compile_programs(setup: Setup, note: Note, times: Times) -> Programs:
+    """Compiles every step for every declared batch shape, before step 0."""
+    with times.part("compile"), jax.set_mesh(setup.mesh):
+        return _compile_programs(setup, note)
+
+
+def _compile_programs(setup: Setup, note: Note) -> Programs:
+    config, whole = setup.config, replicated(setup.mesh)
+
+    def start(params: Any) -> TrainState:
+        return init_state(params, setup.optimizer, config.optim.ema is not None)
+
+    shaped = jax.eval_shape(start, setup.shapes)
+    places = state_shardings(shaped, setup.optimizer, setup.shardings, setup.mesh)
+    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
+    step = make_train_step(
+        setup.model,
+        setup.task,
+        setup.optimizer,
+        setup.schedule,
+        accumulation=config.train.accumulation,
+        ema=config.optim.ema,
+        param_shardings=setup.shardings if setup.mesh.size > 1 else None,
+    )
+    train = jax.jit(step, donate_argnums=0, out_shardings=(places, whole))
+    evaluate = jax.jit(make_eval_step(setup.model, setup.task), out_shardings=whole)
+    batches, held_out = setup.train_batches(0), setup.eval_batches()
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+    note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
+
+    jobs = {("train", shape): (train, (state, _batch_shape(setup, batches, shape), seed)) for shape in batches.shapes()}
+    average = state.best_params
+    jobs |= {("eval", s): (evaluate, (average, _batch_shape(setup, held_out, s))) for s in held_out.shapes()}
+
+    def compiled(job: tuple[Any, tuple[Any, ...]]) -> Any:
+        function, arguments = job
+        with jax.set_mesh(setup.mesh):  # the mesh context is per thread
+            return function.lower(*arguments).compile()
+
+    # XLA compiles mostly on one thread per program.
+    with ThreadPoolExecutor(2) as pool:
+        programs = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
+    return Programs(
+        {shape: program for (kind, shape), program in programs.items() if kind == "train"},
+        {shape: program for (kind, shape), program in programs.items() if kind == "eval"},
+        jax.jit(start, out_shardings=places, donate_argnums=0),
+        state,
+    )
+
+
+def _shown(batches: Batches) -> str:
+    return " ".join(f"{rows}x{length}" for rows, length in batches.shapes())
+
+
+def _batch_shape(setup: Setup, batches: Batches, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
+    one = batches[0]
+    return {
+        name: jax.ShapeDtypeStruct(shape if value.ndim == 2 else shape[:1], value.dtype, sharding=sharding)
+        for name, value in one.items()
+    }
+
+
+def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times) -> Result:
+    """Trains one run to its end (or until it is told to stop) and returns its best parameters.
+
+    Raises:
+      UserError: the folder holds another run, or training diverged.
+    """
+    config = setup.config
+    out.mkdir(parents=True, exist_ok=True)
+    store = checkpoint.Checkpoints(out / "checkpoints", keep=config.checkpoint.keep, verify=config.checkpoint.verify)
+    try:
+        with jax.set_mesh(setup.mesh):
+            return _fit(setup, programs, out, seed, note, times, store)
+    finally:
+        store.close()
+
+
+def _fit(
+    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times, store: checkpoint.Checkpoints
+) -> Result:
+    config = setup.config
+    with times.part("weights"):
+        state, progress, start = _start(setup, programs, out, seed, note, store)
+    note(f"time to first step: {times.text()}")
+    meta = run_meta(setup, seed)
+    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
+    seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
+    total, interrupted, step, lap = setup.total_steps, False, start, _Lap()
+    pending: tuple[int, Any, int] | None = None
+
+    sinks = open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config))
+    with sinks, _stop_on_signal() as stop:
+        sinks.advance(start)
+        for batch in _timed(stream(setup.train_batches(seed), start, total, config.data.read_ahead), lap.clock):
+            placed = to_global(batch, sharding)
+            state, metrics = programs.train[batch["tokens"].shape](state, placed, seed_array)
+            # One step late: the device is already at work on the next step while the host reads this one's numbers.
+            if pending is not None:
+                _report_step(setup, sinks, lap, *pending)
+            step += 1
+            pending = (step, metrics, int(batch["weights"].sum()))
+
+            interrupted = stop.requested
+            evaluated = step % setup.eval_every == 0 or step == total
+            if evaluated or interrupted or _checkpoint_due(config, step):
+                _report_step(setup, sinks, lap, *pending)
+                pending = None
+                with lap.clock.paused():
+                    better = evaluated and _evaluate(setup, programs, sinks, state, step, progress)
+                    if _checkpoint_due(config, step) or better or evaluated or interrupted:
+                        sinks.sync()
+                        store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
+            if interrupted or (config.eval.patience and progress.bad_evals >= config.eval.patience):
+                break
+        if not interrupted and step < total:
+            sinks.note(
+                f"stopped early at step {step}: no better {config.eval.metric} in {progress.bad_evals} evaluations"
+            )
+        store.wait()
+    if interrupted:
+        note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
+    return _result(setup, programs, state, step, progress, store, interrupted)
+
+
+def _start(
+    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, store: checkpoint.Checkpoints
+) -> tuple[TrainState, Progress, int]:
+    """A fresh state, or the newest checkpoint's."""
+    config = setup.config
+    if not store.steps():
+        return programs.init(setup.start_params(seed, note)), Progress(), 0
+    if config.checkpoint.resume == "never":
+        raise UserError(f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out")
+    restored = store.restore(programs.shapes)
+    _refuse_other_run(restored.meta["config"], to_tree(config), seed, restored.meta["seed"], out)
+    note(f"resuming from step {restored.step}")
+    return restored.state, Progress(**restored.meta["progress"]), restored.step
+
+
+def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], seed: int, old_seed: int, out: Path) -> None:
+    old, new = _flat(before), _flat(now)
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_SECTIONS
+    ]
+    if seed != old_seed:
+        differing.append("train.seed")
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise UserError(
+            f"{out} holds a run with another configuration: {key} was {old.get(key, old_seed)!r}, now {new.get(key, seed)!r}{more}; "
+            "choose another train.out"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".strip(".")).items()}
+
+
+def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to go on, and to serve the model without the run's files."""
+    source = setup.source
+    return {
+        "config": to_tree(setup.config),
+        "seed": seed,
+        "family": setup.family_name,
+        "arch": to_tree(setup.model.config),
+        "head": setup.model.head,
+        "labels": list(setup.task.labels),
+        "hf_config": {} if source is None else source.hf_config,
+        "tokenizer": str(setup.tokenizer.folder),
+        "max_length": setup.config.data.max_length,
+    }
+
+
+def _checkpoint_due(config: RunConfig, step: int) -> bool:
+    return config.checkpoint.every is not None and step % config.checkpoint.every == 0
+
+
+def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any, rows: int) -> None:
+    """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
+    values = jax.device_get(metrics)
+    lap.rows += rows
+    lap.tokens += int(values["tokens"])
+    sinks.advance(step)
+    config = setup.config.train
+    if int(values["streak"]) > config.max_nonfinite:
+        raise UserError(
+            f"step {step}: loss or gradient was not finite {int(values['streak'])} steps in a row; "
+            "lower optim.learning_rate or look at the data"
+        )
+    if step % config.log_every == 0 or step == setup.total_steps:
+        sinks.timing(step, lap.clock.lap(lap.rows, lap.tokens))
+        lap.rows = lap.tokens = 0
+        sinks.log(
+            step,
+            "train",
+            {
+                "loss": float(values["loss"] / max(float(values["weight"]), 1e-30)),
+                "learning_rate": float(values["learning_rate"]),
+                "grad_norm": float(values["grad_norm"]),
+                "skipped": int(values["skipped"]),
+                "epoch": step * config.batch_size / len(setup.train),
+            },
+        )
+
+
+def _evaluate(setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int, progress: Progress) -> bool:
+    """Scores the held-out rows and updates ``progress``; True if this is the best so far."""
+    metrics = evaluate(setup, programs, state.best_params)
+    sinks.log(step, "eval", {name: metrics[name] for name in setup.task.metric_names()})
+    value, best = metrics[setup.config.eval.metric], progress.best_value
+    sign = 1 if setup.config.eval.mode == "max" else -1
+    better = bool(np.isfinite(value)) and (best is None or sign * value > sign * best)
+    if better:
+        progress.best_value, progress.best_step, progress.bad_evals = value, step, 0
+    else:
+        progress.bad_evals += 1
+    return better
+
+
+def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
+    """Metrics of ``params`` on the held-out rows; the final partial batch counts exactly its rows."""
+    batches = setup.eval_batches()
+    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
+    sums = []
+    for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
+        sums.append(programs.evaluate[batch["tokens"].shape](params, to_global(batch, sharding)))
+    return setup.task.metrics(added(sums))
+
+
+def added(sums: list[Any]) -> dict[str, np.ndarray]:
+    """Per-batch sums added up on the host in float64."""
+    fetched = jax.device_get(sums)
+    return {name: np.sum([np.asarray(part[name], np.float64) for part in fetched], axis=0) for name in fetched[0]}
+
+
+def _result(
+    setup: Setup,
+    programs: Programs,
+    state: TrainState,
+    step: int,
+    progress: Progress,
+    store: checkpoint.Checkpoints,
+    interrupted: bool,
+) -> Result:
+    best = progress.best_step
+    if best is not None and best != step:
+        state = store.restore(programs.shapes, best).state
+    params = state.best_params
+    metrics = {} if interrupted else evaluate(setup, programs, params)
+    return Result(step, params, metrics, step if best is None else best, interrupted)
+
+
+def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
+    """The same batches; the time spent waiting for each is told to the clock."""
+    while True:
+        with clock.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@dataclass
+class _Lap:
+    """What happened since the last log line."""
+
+    clock: Clock = field(default_factory=Clock)
+    rows: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (a notebook's worker): signals are the caller's business
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

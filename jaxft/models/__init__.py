@@ -1,0 +1,36 @@
+"""One module per model family. There is no registry: a family is found by the name of its module.
+
+A family module defines (see docs/add_a_model.md):
+
+- ``Config``: frozen dataclass of everything that changes the maths;
+- ``Model``: Linen module, ``Model(config, head, compute)``, ``head`` one of ``HEADS`` or None;
+- ``HEADS``: head name -> the reference's architecture name;
+- ``config_from_hf`` / ``config_to_hf``: to and from the reference's config.json;
+- ``hf_rules(config, head)``: the weight table, see :mod:`jaxft.hf`;
+- ``TINY``: a Config small enough for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from jaxft.errors import UserError, nearest
+
+
+def families() -> tuple[str, ...]:
+    """The names of all model families."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def family(name: str) -> ModuleType:
+    """The module of a family, by its name or by the reference's ``model_type``.
+
+    Raises:
+      UserError: there is no such family.
+    """
+    module = name.replace("-", "_")
+    if module not in families():
+        raise UserError(f"model family {name!r} is not supported: {nearest(module, families())}")
+    return importlib.import_module(f"{__name__}.{module}")

@@ -1,0 +1,437 @@
+"""BERT (Devlin et al. 2018), as `transformers` computes it (`BertModel` and its heads).
+
+Dims: B batch, S length, D model width, N heads, H head size, F MLP width, V vocabulary, L layers, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.attention import MaskSpec, attend
+from jaxft.errors import UserError, nearest
+from jaxft.hf import Layout, Rule
+from jaxft.layers import (
+    ACTIVATIONS,
+    Compute,
+    Embed,
+    LayerNorm,
+    Linear,
+    Projection,
+    apply_stack,
+    dropout,
+    einsum,
+    labelled,
+    project_together,
+    stacked_params,
+    subkey,
+)
+
+Array = jax.Array
+
+HEADS = {
+    None: "BertModel",
+    "classification": "BertForSequenceClassification",
+    "masked_lm": "BertForMaskedLM",
+    "next_sentence": "BertForNextSentencePrediction",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that changes the maths. Field names follow the reference's config.json where it has the field."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    """Dropout before the classifier; None: ``hidden_dropout_prob``."""
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    """Its embedding is never trained through look-ups, as with torch's ``padding_idx``."""
+    tie_word_embeddings: bool = True
+    """The masked-LM decoder is the word embedding table."""
+    pooler: bool = True
+    """Whether there is a pooler beside the bare encoder; the classification and next-sentence heads always have one."""
+    num_labels: int = 2
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+TINY = Config(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=40,
+)
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden: Array
+    """[B, S, D], after the last layer."""
+    pooled: Array | None
+    """[B, D], tanh of an affine map of the first token; None without a pooler."""
+    logits: Array | None
+    """float32; classification [B, C], next_sentence [B, 2], masked_lm [B, S, V]; None without a head."""
+
+
+def _normal(config: Config) -> Any:
+    return nn.initializers.normal(config.initializer_range)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its residual connection and norm."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, mask: MaskSpec, key: Array | None) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
+
+        projections = [
+            Projection((d, n, h), ("embed", "heads", None), self.compute, _normal(c), name=name)()
+            for name in ("query", "key", "value")
+        ]
+        q, k, v = (
+            rules.constrain(y, "batch", "length", "act_heads", None)
+            for y in project_together(x, projections, self.compute)
+        )
+        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, subkey(key, 0))
+        out = Linear("bsnh,nhd->bsd", (n, h, d), ("heads", None, "embed"), self.compute, _normal(c), name="out")(mixed)
+        out = dropout(out, c.hidden_dropout_prob, subkey(key, 1))
+        return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
+
+
+class Mlp(nn.Module):
+    """Two affine maps with an activation between, with residual connection and norm."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, f = c.hidden_size, c.intermediate_size
+        up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), self.compute, _normal(c), name="up")(x)
+        wide = ACTIVATIONS[c.hidden_act](rules.constrain(up, "batch", "length", "act_mlp"))
+        down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), name="down")(wide)
+        down = dropout(down, c.hidden_dropout_prob, subkey(key, 0))
+        return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
+
+
+class Layer(nn.Module):
+    """One encoder layer: post-norm attention, then post-norm MLP."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None, mask: MaskSpec) -> Array:
+        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0))
+        x = Mlp(self.config, self.compute, name="mlp")(x, subkey(key, 1))
+        return self.compute.rules.constrain(x, "batch", "length", "act_embed")
+
+
+class Embeddings(nn.Module):
+    """Sum of token, position and token-type vectors, normalised."""
+
+    config: Config
+    compute: Compute
+
+    def setup(self) -> None:
+        c = self.config
+
+        def table(rows: int, axis: str) -> Embed:
+            return Embed(rows, c.hidden_size, (axis, "embed"), self.compute, _normal(c))
+
+        self.token = table(c.vocab_size, "vocab")
+        self.position = table(c.max_position_embeddings, "positions")
+        self.type = table(c.type_vocab_size, "types")
+        self.norm = LayerNorm(c.layer_norm_eps, self.compute)
+
+    def __call__(self, tokens: Array, types: Array, positions: Array, key: Array | None) -> Array:
+        words = self.token(tokens)
+        if self.config.pad_token_id is not None:
+            frozen = (tokens == self.config.pad_token_id)[..., None]
+            words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
+        x = words + self.type(types) + self.position(positions)
+        x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
+        return dropout(x, self.config.hidden_dropout_prob, key)
+
+    def attend(self, x: Array) -> Array:
+        """[..., D] -> [..., V]: similarity to each token's vector (the tied decoder)."""
+        return einsum("bsd,vd->bsv", x, self.token.embedding, self.compute)
+
+
+class MaskedLmHead(nn.Module):
+    """Affine, activation, norm, then the vocabulary."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, hidden: Array, embeddings: Embeddings) -> Array:
+        c = self.config
+        x = Linear("bsd,de->bse", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="dense")(
+            hidden
+        )
+        x = LayerNorm(c.layer_norm_eps, self.compute, name="norm")(ACTIVATIONS[c.hidden_act](x))
+        bias = self.param("bias", labelled(nn.initializers.zeros, "vocab"), (c.vocab_size,), self.compute.param_dtype)
+        if c.tie_word_embeddings:
+            logits = embeddings.attend(x)
+        else:
+            shape, init = (c.hidden_size, c.vocab_size), labelled(_normal(c), "embed", "vocab")
+            logits = einsum("bsd,dv->bsv", x, self.param("kernel", init, shape, self.compute.param_dtype), self.compute)
+        logits = self.compute.rules.constrain(logits, "batch", "length", "act_vocab")
+        return logits.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+class ClassHead(nn.Module):
+    """Dropout and one affine map of the pooled vector."""
+
+    config: Config
+    compute: Compute
+    classes: int
+    rate: float
+
+    @nn.compact
+    def __call__(self, pooled: Array | None, key: Array | None) -> Array:
+        assert pooled is not None  # models with this head have a pooler
+        x = dropout(pooled, self.rate, key)
+        shape = (self.config.hidden_size, self.classes)
+        # [B, C] is tiny: full precision costs nothing and keeps probabilities clean.
+        exact = Compute(param_dtype=self.compute.param_dtype, rules=self.compute.rules)
+        return Linear("bd,dc->bc", shape, ("embed", "classes"), exact, _normal(self.config), name="linear")(x)
+
+
+class Model(nn.Module):
+    """The encoder, with a pooler and head as asked."""
+
+    config: Config
+    head: str | None = None
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        types: Array | None = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        key: Array | None = None,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: [B, S] int32 ids.
+          mask: [B, S], 0 or False where a token is padding. None: nothing is.
+          types: [B, S] int32 token types (0 first text, 1 second). None: all 0.
+          positions: [B, S] int32. None: 0..S-1 in each row.
+          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          key: dropout key. None: deterministic.
+
+        Raises:
+          UserError: S is beyond the position table.
+        """
+        c, (b, s) = self.config, tokens.shape
+        if s > c.max_position_embeddings:
+            raise UserError(f"sequence length {s} is beyond the model's position table of {c.max_position_embeddings}")
+        types = jnp.zeros((b, s), jnp.int32) if types is None else types
+        positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
+        spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
+
+        embeddings = Embeddings(c, self.compute, name="embed")
+        x = embeddings(tokens, types, positions, subkey(key, 0))
+        layer = Layer(c, self.compute, parent=None)
+        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
+        hidden = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec)
+
+        pooled = None
+        if self.head in ("classification", "next_sentence") or (self.head is None and c.pooler):
+            dense = Linear(
+                "bd,de->be", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="pooler"
+            )
+            pooled = jnp.tanh(dense(hidden[:, 0]))
+        return Output(hidden, pooled, self._logits(hidden, pooled, embeddings, subkey(key, 2)))
+
+    def _logits(self, hidden: Array, pooled: Array | None, embeddings: Embeddings, key: Array | None) -> Array | None:
+        c = self.config
+        match self.head:
+            case None:
+                return None
+            case "masked_lm":
+                return MaskedLmHead(c, self.compute, name="head")(hidden, embeddings)
+            case "classification":
+                rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+                return ClassHead(c, self.compute, c.num_labels, rate, name="head")(pooled, key)
+            case "next_sentence":
+                return ClassHead(c, self.compute, 2, 0.0, name="head")(pooled, None)
+        raise UserError(f"bert has no head {self.head!r}: {nearest(str(self.head), [h for h in HEADS if h])}")
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face layout
+
+_SAME_NAME = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+    "tie_word_embeddings",
+]
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
+    which are the reference's.
+
+    Raises:
+      UserError: the file asks for something else than a BERT encoder with absolute positions.
+    """
+    if hf.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(
+            f"config.json: position_embedding_type={hf['position_embedding_type']!r} is not supported (only 'absolute')"
+        )
+    for flag in ("is_decoder", "add_cross_attention"):
+        if hf.get(flag):
+            raise UserError(f"config.json: {flag}=true is not supported; bert here is an encoder")
+    return {name: hf[name] for name in _SAME_NAME if name in hf}
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The reference's config.json of ``config``, without label names and architecture."""
+    return {"model_type": "bert", **{name: getattr(config, name) for name in _SAME_NAME}}
+
+
+# What a task may need that a checkpoint need not have; initialised afresh, and said.
+_FRESH = ("head/*", "pooler/*")
+# Known, harmless leftovers: buffers, and heads that the task does not use.
+_LEFTOVERS = (
+    "*embeddings.position_ids",
+    "*embeddings.token_type_ids",
+    "cls.*",
+    "classifier.*",
+    "qa_outputs.*",
+    "*pooler.dense.*",
+)
+
+
+def hf_layout(config: Config, head: str | None) -> Layout:
+    """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
+    # gamma and beta: LayerNorm in the original TensorFlow port, still on the hub.
+    return Layout(_rules(config, head), "bert.", ((".gamma", ".weight"), (".beta", ".bias")), _LEFTOVERS, _FRESH)
+
+
+def head_of(names: Collection[str]) -> str | None:
+    """The head that a checkpoint with these tensor names has."""
+    if "classifier.weight" in names:
+        return "classification"
+    if any(name.startswith("cls.predictions.") for name in names):
+        return "masked_lm"
+    return "next_sentence" if "cls.seq_relationship.weight" in names else None
+
+
+def config_of_weights(shape_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What tensor names and shapes alone say about the Config; believed over config.json."""
+    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in shape_of)}
+    if "classifier.weight" in shape_of:
+        said["num_labels"] = shape_of["classifier.weight"][0]
+    return said
+
+
+def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
+    """The weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is)."""
+    base = (
+        Rule("embed/token/embedding", "bert.embeddings.word_embeddings.weight"),
+        Rule("embed/position/embedding", "bert.embeddings.position_embeddings.weight"),
+        Rule("embed/type/embedding", "bert.embeddings.token_type_embeddings.weight"),
+        *_pair("embed/norm", "bert.embeddings.LayerNorm"),
+    )
+    of_layer = "bert.encoder.layer.{layer}"
+    layers = (
+        *(
+            rule
+            for name in ("query", "key", "value")
+            for rule in (
+                Rule(f"layers/attention/{name}/kernel", f"{of_layer}.attention.self.{name}.weight", "(n h) d -> d n h"),
+                Rule(f"layers/attention/{name}/bias", f"{of_layer}.attention.self.{name}.bias", "(n h) -> n h"),
+            )
+        ),
+        Rule("layers/attention/out/kernel", f"{of_layer}.attention.output.dense.weight", "d (n h) -> n h d"),
+        Rule("layers/attention/out/bias", f"{of_layer}.attention.output.dense.bias"),
+        *_pair("layers/attention/norm", f"{of_layer}.attention.output.LayerNorm"),
+        *_dense("layers/mlp/up", f"{of_layer}.intermediate.dense"),
+        *_dense("layers/mlp/down", f"{of_layer}.output.dense"),
+        *_pair("layers/mlp/norm", f"{of_layer}.output.LayerNorm"),
+    )
+    pooler = _dense("pooler", "bert.pooler.dense")
+    match head:
+        case None:
+            return (*base, *layers, *(pooler if config.pooler else ()))
+        case "classification":
+            return (*base, *layers, *pooler, *_dense("head/linear", "classifier"))
+        case "next_sentence":
+            return (*base, *layers, *pooler, *_dense("head/linear", "cls.seq_relationship"))
+    if config.tie_word_embeddings:
+        decoder: tuple[Rule, ...] = (Rule("head/bias", "cls.predictions.bias"),)
+    else:
+        # transformers v5 reads decoder.bias; v4 tied the two and stored the other name only.
+        bias, copy = "cls.predictions.decoder.bias", "cls.predictions.bias"
+        decoder = (
+            Rule("head/kernel", "cls.predictions.decoder.weight", "v d -> d v"),
+            Rule("head/bias", bias, None, (copy,)),
+        )
+    return (
+        *base,
+        *layers,
+        *_dense("head/dense", "cls.predictions.transform.dense"),
+        *_pair("head/norm", "cls.predictions.transform.LayerNorm"),
+        *decoder,
+    )
+
+
+def _dense(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}/kernel", f"{theirs}.weight", "o i -> i o"), Rule(f"{ours}/bias", f"{theirs}.bias")
+
+
+def _pair(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")

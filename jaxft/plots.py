@@ -1,0 +1,288 @@
+"""Pictures of numbers: PNG files drawn with matplotlib, and the same curves as text drawn with plotext.
+
+matplotlib is used through its objects and the Agg canvas: no pyplot, hence no display and no global state.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.errors import UserError
+from jaxft.files import write_atomic
+
+_DPI = 120
+_BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
+_MOST_POINTS = 4000
+"""More points than pixels make files large and lines solid, and Agg refuses very long paths."""
+_MOST_CELLS_WITH_TEXT = 20
+_MARKS = "●+○*"
+
+
+class Series(NamedTuple):
+    """One curve; non-finite values are left out when it is drawn."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def series_of(log: Sequence[dict[str, Any]], kind: str, name: str) -> Series:
+    """The values of one name in the train or eval records of a log."""
+    records = [record for record in log if record.get("kind") == kind and name in record]
+    return Series(name, [record["step"] for record in records], [float(record[name]) for record in records])
+
+
+def score_series(log: Sequence[dict[str, Any]]) -> list[Series]:
+    """The curves of the evaluation scores: every float besides the loss.
+
+    Of equal curves, only the first: micro F1 is the accuracy when each row has one label.
+    """
+    names = dict.fromkeys(
+        name
+        for record in log
+        if record.get("kind") == "eval"
+        for name, value in record.items()
+        if isinstance(value, float) and name != "loss"
+    )
+    found: list[Series] = []
+    for series in (series_of(log, "eval", name) for name in names):
+        if all(list(series.values) != list(other.values) for other in found):
+            found.append(series)
+    return found
+
+
+def smoothed(series: Series) -> Series:
+    """Exponential moving average over about a twentieth of the points, without bias at the start (as Adam's moments);
+    non-finite values are passed over."""
+    keep = 1.0 - 2.0 / (max(len(series.values) / 20, 1.0) + 1.0)
+    total = weight = 0.0
+    values = []
+    for value in series.values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1.0 - keep) * value, keep * weight + (1.0 - keep)
+        values.append(total / weight if weight else math.nan)
+    return Series(f"{series.name}, smoothed", series.steps, values)
+
+
+def _thinned(series: Series) -> Series:
+    stride = math.ceil(len(series.steps) / _MOST_POINTS) or 1
+    return Series(series.name, series.steps[::stride], series.values[::stride])
+
+
+def plain_label(label: str) -> str:
+    """A label on one line, visible even when empty."""
+    shown = "".join(c if c.isprintable() else " " for c in label)
+    return shown if shown.strip() else repr(label)
+
+
+def abbreviated(text: str, length: int) -> str:
+    """At most ``length`` characters."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _new_figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from PIL import Image  # matplotlib writes its own PNGs through it
+
+    figure.canvas.draw()
+    pixels = figure.canvas.buffer_rgba()
+    picture = Image.frombuffer("RGBA", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBA", 0, 1).convert("RGB")
+    buffer = io.BytesIO()
+    # A palette makes files a third as large; smoothed edges need few colours, and dithering would only add noise.
+    picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        buffer, format="png", optimize=True, dpi=(_DPI, _DPI)
+    )
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def _drawable(labels: Sequence[str], length: int) -> tuple[list[str], str]:
+    """The labels as matplotlib's default font can draw them, and a remark if some names had to become numbers."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    plain = [plain_label(label) for label in labels]
+    lacking = [any(font.get_char_index(ord(char)) == 0 for char in label) for label in plain]
+    shown = [f"#{i}" if lacking[i] else abbreviated(label, length) for i, label in enumerate(plain)]
+    return shown, "\n#: class number, the font lacks the name" if any(lacking) else ""
+
+
+def confusion_png(path: Path, confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> Path:
+    """Heat map of a confusion matrix [C true, C predicted]: colours are shares of the true row, texts are counts (up to
+    20 classes)."""
+    count = len(labels)
+    shares = [[cell / max(sum(row), 1) for cell in row] for row in confusion]
+    side = min(max(3.0, 0.55 * count), 8.5)
+    figure = _new_figure(side + 2.6, side + 1.6)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85, format=lambda share, _: f"{100 * share:.0f}%")
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    remark = _name_classes(axes, labels, side * 72 / count)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"Confusion, {sum(map(sum, confusion)):,} rows{remark}", fontsize=11)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if count <= _MOST_CELLS_WITH_TEXT:
+        _write_cells(axes, confusion, shares, side * 72 / count)
+    return _save(figure, path)
+
+
+def _name_classes(axes: Any, labels: Sequence[str], cell_points: float) -> str:
+    """Ticks with the names of the classes; returns a remark on them for the title."""
+    shown, remark = _drawable(labels, 18)
+    # Not every name of very many classes fits beside its row.
+    stride = math.ceil(9.0 / cell_points)
+    ticks = range(0, len(labels), stride)
+    names = [shown[i] for i in ticks]
+    size = min(10.0, 0.75 * stride * cell_points)
+    # A letter is about 0.6 of the font size wide.
+    if 0.6 * size * max(map(len, names)) < 0.9 * stride * cell_points:
+        slant = {}
+    elif len(names) <= _MOST_CELLS_WITH_TEXT:
+        slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    else:
+        slant = {"rotation": 90}
+    # A label is no formula: `$` means a dollar.
+    axes.set_xticks(ticks, names, fontsize=size, parse_math=False, **slant)
+    axes.set_yticks(ticks, names, fontsize=size, parse_math=False)
+    return remark
+
+
+def _write_cells(axes: Any, confusion: Sequence[Sequence[int]], shares: list[list[float]], cell_points: float) -> None:
+    longest = max(len(str(cell)) for row in confusion for cell in row)
+    # A digit is about 0.65 of the font size wide; a cell keeps a little air.
+    size = min(12.0, 0.8 * cell_points / (0.65 * longest))
+    for i, row in enumerate(confusion):
+        for j, cell in enumerate(row):
+            colour = "white" if shares[i][j] > 0.55 else ("#1a202c" if cell else _GRAY)
+            axes.text(j, i, str(cell), ha="center", va="center", fontsize=size, color=colour)
+
+
+def curves_png(path: Path, log: Sequence[dict[str, Any]]) -> Path | None:
+    """Loss, evaluation scores and learning rate over steps, one above the other; None if there is nothing to draw."""
+    train, evaluated = series_of(log, "train", "loss"), series_of(log, "eval", "loss")
+    scores, rate = score_series(log), series_of(log, "train", "learning_rate")
+    present = {"loss": train.steps or evaluated.steps, "score": scores, "learning rate": rate.steps}
+    panels = [name for name, found in present.items() if found]
+    if not panels:
+        return None
+    heights = [1.0 if name == "learning rate" else 1.6 for name in panels]
+    figure = _new_figure(8.0, 0.6 + 1.7 * sum(heights))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, name in zip(grid, panels, strict=True):
+        _style(axes, name)
+        if name == "loss":
+            _draw_losses(axes, train, evaluated)
+        elif name == "score":
+            for series, colour in zip(scores, _cycle(len(scores)), strict=True):
+                axes.plot(series.steps, series.values, "o-", ms=3.5, lw=1.4, color=colour, label=_words(series.name))
+            axes.legend(frameon=False, fontsize=9)
+        else:
+            shown = _thinned(rate)
+            axes.plot(shown.steps, shown.values, color=_GRAY, lw=1.6)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    grid[-1].set_xlabel("step")
+    return _save(figure, path)
+
+
+def _draw_losses(axes: Any, train: Series, evaluated: Series) -> None:
+    if train.steps:
+        raw, mean = _thinned(train), _thinned(smoothed(train))
+        axes.plot(raw.steps, raw.values, color=_BLUE, lw=0.8, alpha=0.35, label="train")
+        axes.plot(mean.steps, mean.values, color=_BLUE, lw=1.8, label="train, smoothed")
+    if evaluated.steps:
+        axes.plot(evaluated.steps, evaluated.values, "o-", ms=3.5, lw=1.4, color=_ORANGE, label="eval")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _cycle(count: int) -> list[str]:
+    colours = (_ORANGE, _GREEN, _RED, _BLUE)
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def _style(axes: Any, name: str) -> None:
+    axes.set_ylabel(name)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace(" f1", " F1")
+
+
+def schedule_png(path: Path, rates: Sequence[float]) -> Path:
+    """The learning rate of every step."""
+    shown = _thinned(Series("learning rate", range(len(rates)), rates))
+    figure = _new_figure(8.0, 3.2)
+    axes = figure.add_subplot()
+    _style(axes, "learning rate")
+    axes.plot(shown.steps, shown.values, color=_BLUE, lw=1.8)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.set_xlabel("step")
+    return _save(figure, path)
+
+
+def chart(title: str, lines: Sequence[Series], points: Sequence[Series], width: int, *, colour: bool) -> str:
+    """Curves against the step as text: ``lines`` joined and drawn first, ``points`` as marks over them.
+
+    Returns an empty string if there is no finite value.
+    """
+    import plotext
+
+    marks = [("▚", "hd", series) for series in lines]
+    marks += [(_MARKS[i % len(_MARKS)], _MARKS[i % len(_MARKS)], series) for i, series in enumerate(points)]
+    finite = [(key, marker, _finite(_thinned(series))) for key, marker, series in marks]
+    finite = [entry for entry in finite if entry[2].steps]
+    if not finite:
+        return ""
+    # A figure of our own: plotext.figure is shared by the whole process. Only the limits of the terminal are global.
+    plotext.terminal.limit(False, False)
+    figure = type(plotext.figure)(plotext.terminal)
+    figure.plot_size(width, 15)
+    figure.theme("simple" if colour else "colorless")
+    for _, marker, series in finite:
+        signal = figure.signal(list(series.steps), list(series.values), marker=marker)
+        figure.draw(signal.lines(True).density("full") if marker == "hd" else signal)
+    # The key stands in the title: a legend box would cover data.
+    figure.title("   ".join([title, *(f"{key} {_words(series.name)}" for key, _, series in finite)]))
+    figure.label("step", axis="x")
+    _rule(figure, "x", [step for *_, series in finite for step in (0, *series.steps)], "{:.0f}")
+    _rule(figure, "y", [value for *_, series in finite for value in series.values], "{:.3g}")
+    text = str(figure.build().string(colorless=not colour))
+    plotext.terminal.limit()
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def _rule(figure: Any, axis: str, values: Sequence[float], form: str) -> None:
+    """Five ticks over the range of the values; plotext's own print steps as 1.7e3 and small rates at full length."""
+    low, high = min(values), max(values)
+    ticks = [low + (high - low) * i / 4 for i in range(5)] if high > low else [low]
+    if axis == "x":
+        ticks = sorted({float(round(tick)) for tick in ticks})
+    # A flat curve is drawn in the middle.
+    figure.ruler(axis).lim(*((low, high) if high > low else (low - 1.0, low + 1.0)))
+    figure.ruler(axis).ticks(ticks, [form.format(tick) for tick in ticks])
+
+
+def _finite(series: Series) -> Series:
+    pairs = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if math.isfinite(value)]
+    return Series(series.name, [step for step, _ in pairs], [value for _, value in pairs])

@@ -1,0 +1,201 @@
+"""A trained model ready to answer: from an exported folder, a run folder or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import checkpoint, models
+from jaxft.config import RunConfig, decode, load_config
+from jaxft.data.loader import bucket_of, make_buckets
+from jaxft.data.tokenizer import Tokenizer, pad_rows
+from jaxft.errors import UserError
+from jaxft.pretrained import check_vocabulary, load_params, make_config, open_source, resolve_folder
+from jaxft.setup import Note, make_compute
+from jaxft.step import apply_model
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model with all it needs to answer."""
+
+    config: RunConfig
+    """The run's configuration if the model came from a run, else the defaults; overrides applied."""
+    family_name: str
+    model: Any
+    params: Any
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    """Label names in the order of class ids; empty without a classification head."""
+    hf_config: dict[str, Any]
+
+
+def open_model(reference: str, overrides: list[str], note: Note, *, head: str | None = "stored") -> Served:
+    """Opens a model folder, run folder or checkpoint.
+
+    Args:
+      reference: a Hugging Face folder or hub id; a run folder (its export, else its best checkpoint); a checkpoint folder.
+      overrides: ``key=value`` pairs over the run's configuration (or the defaults).
+      note: called with a line for everything that was guessed or left unused.
+      head: head to open; ``stored``: the one the weights have.
+
+    Raises:
+      UserError: there is no such model, or it is not usable.
+    """
+    folder = Path(reference).expanduser()
+    run_file = folder / "config.yaml"
+    if run_file.is_file():
+        exported = folder / "export"
+        if (exported / "config.json").is_file():
+            return _from_folder(str(exported), load_config(str(run_file), overrides), note, head)
+        return _from_checkpoint(folder, overrides, note)
+    if folder.is_dir() and checkpoint.is_checkpoint(folder):
+        return _from_checkpoint(folder, overrides, note)
+    return _from_folder(reference, load_config(None, overrides), note, head)
+
+
+def _from_folder(reference: str, config: RunConfig, note: Note, head: str | None) -> Served:
+    source = open_source(reference, note, family=config.model.family)
+    head = source.head if head == "stored" else head
+    model = source.family.Model(source.config, head, make_compute(config.model))
+    params = load_params(source, model, note)
+    labels = source.labels or ()
+    if head == "classification" and not labels:
+        labels = tuple(f"LABEL_{i}" for i in range(source.config.num_labels))
+    folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
+    return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
+
+
+def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
+    params, meta = checkpoint.restore_params(folder)
+    config = _override(meta["config"], overrides)
+    family = models.family(meta["family"])
+    model = family.Model(make_config(family, meta["arch"]), meta["head"], make_compute(config.model))
+    tokenizer = Path(meta["tokenizer"])
+    if config.data.tokenizer is not None:
+        tokenizer = resolve_folder(config.data.tokenizer)
+    elif not tokenizer.is_dir() and config.model.init is not None:
+        note(f"{tokenizer} is gone; the tokenizer of {config.model.init} is used")
+        tokenizer = resolve_folder(config.model.init)
+    params = jax.tree.map(jnp.asarray, params)
+    return _served(config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), meta["hf_config"])
+
+
+def _override(tree: dict[str, Any], overrides: list[str]) -> RunConfig:
+    import tempfile
+
+    decode(RunConfig, tree)
+    # Overrides work on run files; the stored configuration is one.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+        return load_config(str(path), overrides)
+
+
+def _served(
+    config: RunConfig,
+    family: str,
+    model: Any,
+    params: Any,
+    tokenizer_folder: Path,
+    labels: tuple[str, ...],
+    hf_config: Any,
+) -> Served:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = config.data.max_length if limit is None else min(config.data.max_length, limit)
+    tokenizer = Tokenizer(tokenizer_folder, length)
+    check_vocabulary(tokenizer, model.config)
+    return Served(config, family, model, params, tokenizer, labels, hf_config)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says of one text."""
+
+    probabilities: np.ndarray
+    """[C] float32, in the order of the labels."""
+    truncated: bool
+
+
+def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], list[str] | None], list[Answer]]:
+    """``(texts, pairs or None) -> answers`` in the same order.
+
+    Rows are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
+    it is first needed.
+
+    Raises:
+      UserError: the model has no classification head.
+    """
+    if served.model.head != "classification":
+        raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
+
+    @jax.jit
+    def probabilities(params: Any, batch: Any) -> jax.Array:
+        return jax.nn.softmax(apply_model(served.model, params, batch, None).logits, axis=-1)
+
+    limit = served.tokenizer.max_length or 512
+    buckets = make_buckets(None, limit)
+
+    def classify(texts: list[str], pairs: list[str] | None) -> list[Answer]:
+        rows = served.tokenizer.encode(texts, pairs)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            size = min(batch_size, 1 << (len(chosen) - 1).bit_length())
+            empty = [([], [], False)] * (size - len(chosen))
+            members = [rows[i] for i in chosen] + empty
+            length = bucket_of(max(len(ids) for ids, _, _ in members), buckets)
+            batch = pad_rows([m[0] for m in members], [m[1] for m in members], length, served.tokenizer.pad_id)
+            found = np.asarray(probabilities(served.params, batch))
+            answers |= {i: Answer(found[k], rows[i][2]) for k, i in enumerate(chosen)}
+        return [answers[i] for i in range(len(rows))]
+
+    return classify
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to ``size`` items, in order; a slow producer (a pipe, a person) is not waited for: what is there is given."""
+    todo: queue.Queue[Any] = queue.Queue(maxsize=4 * size)
+    end = object()
+
+    def produce() -> None:
+        try:
+            for item in items:
+                todo.put(item)
+            todo.put(end)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            todo.put(_Failure(error))
+
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        chunk = [todo.get()]
+        while len(chunk) < size and chunk[-1] is not end and not isinstance(chunk[-1], _Failure):
+            try:
+                chunk.append(todo.get_nowait())
+            except queue.Empty:
+                break
+        last = chunk[-1]
+        done = last is end or isinstance(last, _Failure)
+        if chunk[: -1 if done else None]:
+            yield chunk[: -1 if done else None]
+        if isinstance(last, _Failure):
+            raise last.error
+        if done:
+            return
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException

@@ -1,0 +1,253 @@
+"""From a resolved configuration to everything a run needs, before its first step: data, model, task, mesh, optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft import models, tasks
+from jaxft.config import ModelConfig, RunConfig
+from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
+from jaxft.data.loader import Batches, make_buckets
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.errors import UserError
+from jaxft.layers import Compute
+from jaxft.optim import make_optimizer, make_schedule
+from jaxft.pretrained import (
+    Source,
+    check_vocabulary,
+    init_params,
+    load_params,
+    make_config,
+    open_source,
+    resolve_folder,
+    shapes_and_axes,
+)
+from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Times:
+    """Seconds by cause, for "time to first step"."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Any:
+        """Adds the time of the block to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def text(self) -> str:
+        """All parts and their sum on one line."""
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({parts})"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all seeds of a run share. Holds no parameters."""
+
+    config: RunConfig
+    mesh: Mesh
+    family_name: str
+    source: Source | None
+    """Where weights come from; None: random ones."""
+    model: Any
+    task: Any
+    fresh_head: bool
+    tokenizer: Tokenizer
+    train: Split
+    held_out: Split
+    buckets: tuple[int, ...]
+    shapes: Any
+    """Shaped parameter tree."""
+    axes: Any
+    """Logical axis names of each parameter."""
+    shardings: Any
+    """Where each parameter lies."""
+    schedule: Any
+    optimizer: Any
+    total_steps: int
+    eval_every: int
+
+    def train_batches(self, seed: int) -> Batches:
+        """Training batches, shuffled by ``seed``."""
+        return self._batches(self.train, self.config.train.batch_size, seed)
+
+    def eval_batches(self) -> Batches:
+        """Held-out batches: every row once."""
+        return self._batches(self.held_out, self.config.eval.batch_size, None)
+
+    def _batches(self, split: Split, size: int, seed: int | None) -> Batches:
+        processes = (jax.process_index(), jax.process_count())
+        return Batches(split, size, self.buckets, self.tokenizer.pad_id, seed, processes)
+
+    def start_params(self, seed: int, note: Note) -> Any:
+        """The parameters before step 0, placed on the mesh."""
+        if self.source is None:
+            return init_params(self.model, seed, self.shardings)
+        return load_params(self.source, self.model, note, mesh=self.mesh, seed=seed, fresh_head=self.fresh_head)
+
+
+def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
+    """Reads data, config.json and tokenizer, and decides labels, head, shapes, schedule; weights are read later.
+
+    Raises:
+      UserError: anything in the configuration, data or model folder that cannot work.
+    """
+    mesh = make_mesh(config.mesh)
+    _check_batch_sizes(config, mesh)
+    task_module = tasks.task(config.task.name)
+    source = None
+    with times.part("weights"):
+        if config.model.init is not None:
+            source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
+        tokenizer = _tokenizer(config, source)
+    with times.part("data"):
+        if config.data.train is None:
+            raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
+        rows = read_rows(config.data.train, config.data)
+        if config.data.eval is not None:
+            held = read_rows(config.data.eval, config.data)
+        else:
+            rows, held = hold_out(rows, config.data.eval_fraction, config.train.seed)
+        labels, fresh_head = _decide_labels(config, source, sorted_labels(rows), note)
+        train = encode_rows("train", rows, labels, tokenizer)
+        held_out = encode_rows("eval", held, labels, tokenizer)
+    _report_data(train, held_out, labels, config, note)
+
+    counts = np.bincount(train.labels, minlength=len(labels))
+    task = task_module.make_task(config.task, labels, tuple(int(count) for count in counts))
+    if config.eval.metric not in task.metric_names():
+        raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
+    family_name, model = _model(config, source, task.head, len(labels))
+    _check_lengths(config, model.config)
+    check_vocabulary(tokenizer, model.config)
+
+    steps_per_epoch = -(-len(train) // config.train.batch_size)
+    total = config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch))
+    shapes, axes = shapes_and_axes(model)
+    schedule = make_schedule(config.optim, total)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        family_name=family_name,
+        source=source,
+        model=model,
+        task=task,
+        fresh_head=fresh_head,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        buckets=make_buckets(config.data.buckets, config.data.max_length),
+        shapes=shapes,
+        axes=axes,
+        shardings=shardings_of(mesh, model.compute.rules, shapes, axes),
+        schedule=schedule,
+        optimizer=make_optimizer(config.optim, schedule, shapes, axes),
+        total_steps=total,
+        eval_every=config.eval.every or steps_per_epoch,
+    )
+
+
+def make_compute(config: ModelConfig) -> Compute:
+    """How the model is computed, from the ``model`` section."""
+    matmul = config.matmul_dtype
+    if matmul == "auto":
+        matmul = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Compute(config.activation_dtype, matmul, config.param_dtype, config.layers, config.remat, DEFAULT_RULES)
+
+
+def _model(config: RunConfig, source: Source | None, head: str, classes: int) -> tuple[str, Any]:
+    if source is not None:
+        tree = {**source.config.__dict__, "num_labels": classes}
+        return source.family_name, source.family.Model(
+            make_config(source.family, tree), head, make_compute(config.model)
+        )
+    if config.model.family is None:
+        raise UserError("model.init is not set, so model.family and model.arch must say what to build")
+    family = models.family(config.model.family)
+    made = make_config(family, {**config.model.arch, "num_labels": classes})
+    return config.model.family, family.Model(made, head, make_compute(config.model))
+
+
+def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
+    if config.data.tokenizer is not None:
+        folder: Path = resolve_folder(config.data.tokenizer)
+    elif source is not None:
+        folder = source.folder
+    else:
+        raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
+    return Tokenizer(folder, config.data.max_length)
+
+
+def _decide_labels(
+    config: RunConfig, source: Source | None, found: tuple[str, ...], note: Note
+) -> tuple[tuple[str, ...], bool]:
+    """The label order, and whether the head must be fresh."""
+    stored = source.labels if source is not None and source.head == "classification" else None
+    declared = None if config.data.labels is None else tuple(label_text(label) for label in config.data.labels)
+    keep_stored = stored is not None and set(found) <= set(stored) and config.model.head == "task"
+    labels = declared or (stored if keep_stored and stored else found)
+    if source is None:
+        return labels, True
+    if source.head != "classification" or config.model.head == "fresh":
+        return labels, True
+    if stored is None and source.config.num_labels == len(labels) and declared is not None:
+        note(
+            f"the checkpoint's head names no labels; its {len(labels)} classes are taken to be data.labels, in that order"
+        )
+        return labels, False
+    if stored != labels:
+        note(f"the checkpoint's head has labels {list(stored or ())}, the task {list(labels)}: a fresh head is made")
+        return labels, True
+    note(f"the checkpoint's head is kept: labels {list(labels)}")
+    return labels, False
+
+
+def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config: RunConfig, note: Note) -> None:
+    for split in (train, held_out):
+        lengths = split.lengths
+        note(
+            f"{split.name}: {len(split)} rows, {lengths.sum()} tokens, length median {int(np.median(lengths))} max {lengths.max()}, "
+            f"{split.truncated} truncated to {config.data.max_length} tokens"
+        )
+    note(f"labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
+    absent = [label for i, label in enumerate(labels) if not (train.labels == i).any()]
+    if absent:
+        note(f"warning: no training row has label {', '.join(absent)}")
+
+
+def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = config.train.batch_size // config.train.accumulation
+    for key, size in (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)):
+        if size % ways:
+            raise UserError(
+                f"{key} = {size} cannot be split over {ways} devices (mesh data x fsdp); choose a multiple of {ways}"
+            )
+
+
+def _check_lengths(config: RunConfig, model_config: Any) -> None:
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and config.data.max_length > limit:
+        raise UserError(
+            f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
+        )
+    longest = max(make_buckets(config.data.buckets, config.data.max_length))
+    if limit is not None and longest > limit:
+        raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit}")

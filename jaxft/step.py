@@ -1,0 +1,113 @@
+"""The train step and the evaluation step: pure functions, jitted once per batch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.optim import global_norm, update_ema
+from jaxft.state import TrainState
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+MODEL_INPUTS = ("tokens", "mask", "types", "positions", "segments")
+
+
+def apply_model(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> Any:
+    """The model's output on a batch."""
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return model.apply({"params": params}, **inputs, key=key)
+
+
+def make_train_step(
+    model: Any,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    *,
+    accumulation: int = 1,
+    ema: float | None = None,
+    param_shardings: Any = None,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Sums]]:
+    """One optimizer step as a pure function ``(state, batch, seed) -> (state, metrics)``.
+
+    The loss is summed over the batch and divided by the batch's total weight, whatever the number of micro-batches, devices
+    and padding rows. The only randomness is ``fold_in(key(seed), step)``. A step whose loss or gradient is not finite
+    leaves parameters and optimizer unchanged and is counted.
+
+    Args:
+      accumulation: micro-batches per step.
+      ema: decay of the moving average of the parameters, or None.
+      param_shardings: gradients are constrained to these (in Auto mode they were seen to come out unsharded). None: not.
+    """
+
+    def loss_of(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = task.sums(apply_model(model, params, batch, key), batch)
+        return sums["loss"] / weight, sums
+
+    def gradient_of(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[Any, Sums]:
+        gradient, sums = jax.grad(loss_of, has_aux=True)(params, batch, key, weight)
+        if param_shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, param_shardings)
+        return gradient, sums
+
+    def accumulated(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[Any, Sums]:
+        # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+        shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
+            part, index = item
+            return jax.tree.map(jnp.add, total, gradient_of(params, part, jax.random.fold_in(key, index), weight)), None
+
+        return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
+
+    def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        weight = jnp.maximum(task.weight_of(batch), 1e-30)
+        gradient, sums = (gradient_of if accumulation == 1 else accumulated)(state.params, batch, key, weight)
+        norm = global_norm(gradient)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        count = state.step - state.skipped  # the optimizer counts the steps that it took, not those that were skipped
+        average = None if ema is None else update_ema(state.ema, params, ema, count)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + skipped,
+            streak=(state.streak + 1) * skipped,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=None if ema is None else keep(average, state.ema),
+        )
+        metrics = sums | {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(count), jnp.float32),
+            "skipped": new_state.skipped,
+            "streak": new_state.streak,
+            "tokens": batch["mask"].sum(),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], Sums]:
+    """``(params, batch) -> sums`` over the batch; rows of weight 0 add nothing."""
+
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        return task.sums(apply_model(model, params, batch, None), batch)
+
+    return eval_step

@@ -1,0 +1,13 @@
+"""Eight virtual CPU devices for the whole suite, whatever the machine has."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+settings.register_profile("jaxft", database=None, deadline=None, derandomize=True)
+settings.load_profile("jaxft")

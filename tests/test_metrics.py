@@ -1,0 +1,254 @@
+"""The sinks: deterministic log, resume after a crash, non-finite values, trackers, console, clock."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxft.config import LogConfig
+from jaxft.errors import UserError
+from jaxft.metrics import Clock, Sinks, open_sinks, read_log
+
+OFF = LogConfig(progress="off")
+
+
+def opened(out: Path, start: int = 0, total: int = 30, config: LogConfig = OFF) -> Sinks:
+    return open_sinks(out, config, start_step=start, total_steps=total, run_config={"train": {"seed": 0}})
+
+
+def steps(sinks: Sinks, first: int, last: int) -> None:
+    """What a loop does for the steps first..last: deterministic values and speeds that differ between runs."""
+    for step in range(first, last + 1):
+        sinks.timing(step, {"rows_per_s": 100.0 + id(sinks) % 97})
+        sinks.log(step, "train", {"loss": np.float32(1 / (step + 2)), "learning_rate": 1e-5 / 3 * step, "skipped": 0})
+        if step % 5 == 0:
+            sinks.log(step, "eval", {"loss": 0.1 * step, "accuracy": step / 30})
+        sinks.advance(step)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 9, "ki', b'{"step": 9', b"\0\0\0\0", b"\xff\xfe{"])
+def test_a_resumed_run_leaves_the_same_bytes(tmp_path: Path, tail: bytes) -> None:
+    with opened(tmp_path / "straight") as sinks:
+        steps(sinks, 1, 12)
+    with opened(tmp_path / "resumed") as sinks:
+        steps(sinks, 1, 8)
+    log = tmp_path / "resumed/log.jsonl"
+    log.write_bytes(log.read_bytes() + tail)
+    with opened(tmp_path / "resumed", start=5) as sinks:
+        steps(sinks, 6, 12)
+    assert log.read_bytes() == (tmp_path / "straight/log.jsonl").read_bytes()
+    timing = [record["step"] for record in read_log(tmp_path / "resumed/timing.jsonl")]
+    assert timing == list(range(1, 13))
+
+
+def test_resume_keeps_a_line_that_lacks_only_its_newline(tmp_path: Path) -> None:
+    with opened(tmp_path) as sinks:
+        steps(sinks, 1, 3)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-1])
+    opened(tmp_path, start=3).close()
+    assert log.read_bytes() == whole
+
+
+def test_a_start_at_zero_begins_empty_logs(tmp_path: Path) -> None:
+    with opened(tmp_path) as sinks:
+        sinks.log(0, "eval", {"loss": 1.0})
+    opened(tmp_path).close()
+    assert (tmp_path / "log.jsonl").read_bytes() == b""
+
+
+def test_a_damaged_line_inside_the_log_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "kind": "train"}\nnot json\n{"step": 2, "kind": "train"}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl:2: not a log record"):
+        opened(tmp_path, start=2)
+    with pytest.raises(UserError, match=r"log\.jsonl:2"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:
+    with opened(tmp_path) as sinks:
+        sinks.log(1, "train", {"loss": 0.1})
+        assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "kind": "train", "loss": 0.1}\n'
+        sinks.sync()
+
+
+def test_nonfinite_values_are_valid_json_and_come_back(tmp_path: Path) -> None:
+    with opened(tmp_path) as sinks:
+        sinks.log(1, "train", {"loss": float("nan"), "grad_norm": np.float32("inf"), "low": -math.inf})
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"bare {name} in JSON")
+
+    text = (tmp_path / "log.jsonl").read_text()
+    raw = json.loads(text, parse_constant=refuse)
+    assert raw == {"step": 1, "kind": "train", "loss": "nan", "grad_norm": "inf", "low": "-inf"}
+    (back,) = read_log(tmp_path / "log.jsonl")
+    assert math.isnan(back["loss"])
+    assert (back["grad_norm"], back["low"], back["kind"]) == (math.inf, -math.inf, "train")
+
+
+def test_numpy_scalars_are_logged_and_anything_else_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as sinks:
+        sinks.log(1, "train", {"a": np.float64(0.1), "b": np.int64(3), "c": np.asarray(2.5)})
+        for bad in ({"x": "text"}, {"x": True}, {"step": 1}):
+            with pytest.raises(TypeError, match="cannot log"):
+                sinks.log(1, "train", bad)  # type: ignore[arg-type]
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "kind": "train", "a": 0.1, "b": 3, "c": 2.5}]
+
+
+def test_console_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(tmp_path, total=1000) as sinks:
+        sinks.timing(20, {"tokens_per_s": 12345.6, "wait_percent": 0.4})
+        sinks.log(20, "train", {"loss": 0.69314, "learning_rate": 4.2149e-05, "grad_norm": 1.25, "skipped": 0})
+        sinks.log(20, "eval", {"loss": 0.5, "macro_f1": 0.75, "rows": 1234})
+        sinks.note("best so far")
+    assert capsys.readouterr().out.splitlines() == [
+        "train   20/1000 | loss 0.6931 | rate 4.21e-05 | grad norm 1.2500 | tokens/s 12,346 | wait   0.4%",
+        "eval    20/1000 | loss 0.5000 | macro f1 0.7500 | rows  1,234",
+        "best so far",
+    ]
+
+
+def test_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with opened(tmp_path, start=2, total=4, config=LogConfig(progress="on")) as sinks:
+        steps(sinks, 3, 4)
+        assert sinks._bar is not None
+        sinks._bar.refresh()
+    shown = stderr.getvalue()
+    assert "2/4" in shown
+    assert "4/4" in shown
+    assert "loss 0.16" in shown
+    assert "rows/s 1" in shown
+
+
+def test_no_bar_without_a_terminal(tmp_path: Path) -> None:
+    with opened(tmp_path, config=LogConfig(progress="auto")) as sinks:
+        assert sinks._bar is None
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        opened(tmp_path / "file")
+
+
+def test_tensorboard_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="pip install tensorboardX"):
+        opened(tmp_path, config=LogConfig(tensorboard=True, progress="off"))
+
+
+def scalars_of(folder: Path) -> list[tuple[int, str, float]]:
+    """All scalars in TFRecord event files: 8 bytes of length, 4 of checksum, the message, 4 of checksum."""
+    from tensorboardX.proto import event_pb2
+
+    message: Any = vars(event_pb2)["Event"]  # protobuf makes the class at run time
+    found = []
+    for file in sorted(folder.glob("events.*")):
+        raw = file.read_bytes()
+        while raw:
+            (size,) = struct.unpack("<Q", raw[:8])
+            event = message.FromString(raw[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            raw = raw[16 + size :]
+    return found
+
+
+def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
+    with opened(tmp_path, config=LogConfig(tensorboard=True, progress="off")) as sinks:
+        sinks.timing(3, {"rows_per_s": 8.0})
+        sinks.log(3, "train", {"loss": 0.5})
+        sinks.log(3, "eval", {"accuracy": 0.75})
+    expected = [(3, "timing/rows_per_s", 8.0), (3, "train/loss", 0.5), (3, "eval/accuracy", 0.75)]
+    assert scalars_of(tmp_path / "tensorboard") == expected
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the wandb package, which the test environment lacks."""
+
+    def __init__(self, failure: str | None = None) -> None:
+        super().__init__("wandb")
+        self.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+        self.failure, self.started, self.logged, self.finished = failure, [], [], 0
+
+    def init(self, **options: object) -> FakeWandb:
+        if self.failure:
+            raise self.errors.Error(self.failure)
+        self.started.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_gets_the_same_scalars_and_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = LogConfig(wandb="demo", progress="off")
+    with opened(tmp_path, config=config) as sinks:
+        sinks.timing(1, {"rows_per_s": 8.0})
+        sinks.log(1, "train", {"loss": 0.5})
+    opened(tmp_path, start=1, config=config).close()
+    opened(tmp_path, config=config).close()
+    assert fake.logged == [(1, {"timing/rows_per_s": 8.0}), (1, {"train/loss": 0.5})]
+    assert fake.finished == 3
+    assert fake.started[0]["project"] == "demo"
+    assert fake.started[0]["config"] == {"train": {"seed": 0}}
+    first, resumed, fresh = (start["id"] for start in fake.started)
+    assert first == resumed != fresh
+
+
+def test_wandb_problems_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("api_key not configured\nmore"))
+    with pytest.raises(UserError, match=r"log\.wandb=demo: api_key not configured \("):
+        opened(tmp_path, config=LogConfig(wandb="demo", progress="off"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        opened(tmp_path, config=LogConfig(wandb="demo", progress="off"))
+
+
+def test_clock_counts_waiting_and_leaves_pauses_out() -> None:
+    time = 0.0
+
+    def now() -> float:
+        return time
+
+    clock = Clock(now)
+    with clock.waiting():
+        time += 1.0
+    time += 3.0
+    with clock.paused():
+        time += 100.0
+    speeds = clock.lap(rows=8, tokens=200)
+    assert speeds == {"rows_per_s": 2.0, "tokens_per_s": 50.0, "wait_percent": 25.0, "seconds": 4.0}
+    time += 2.0
+    assert clock.lap(rows=8, tokens=20) == {
+        "rows_per_s": 4.0,
+        "tokens_per_s": 10.0,
+        "wait_percent": 0.0,
+        "seconds": 2.0,
+    }
+    assert math.isfinite(clock.lap(0, 0)["rows_per_s"])
+
+
+def test_imports_are_cheap() -> None:
+    code = "import sys, jaxft.metrics, jaxft.report; print([n for n in {names} if n in sys.modules])"
+    names = ("matplotlib", "plotext", "tqdm", "tensorboardX", "wandb", "jax", "numpy")
+    done = subprocess.run([sys.executable, "-c", code.format(names=names)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
