@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 STARTED = time.perf_counter()
 
@@ -25,35 +27,63 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     from jaxft import __version__
-    from jaxft.errors import UserError
 
-    parser = argparse.ArgumentParser(
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:
+        # Only the command asked for is imported: `jaxft --help` stays quick.
+        module = importlib.import_module(f"jaxft.commands.{given[0].replace('-', '_')}")
+        parser = _Parser(prog=f"jaxft {given[0]}", description=COMMANDS[given[0]].capitalize() + ".")
+        module.add_arguments(parser)
+        # Intermixed: key=value pairs may stand before and after options.
+        options = parser.parse_intermixed_args(given[1:])
+        return _run(given[0], module.run, options)
+    parser = _Parser(
         prog="jaxft",
         description="Train, fine-tune and ship Transformers with JAX and Flax: Hugging Face weights in, Hugging Face folders out.",
+        epilog="jaxft COMMAND --help says more about each.",
     )
     parser.add_argument("--version", action="version", version=f"jaxft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    given = sys.argv[1:] if arguments is None else arguments
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        # Only the command asked for is imported: `jaxft --help` stays quick.
-        if name in given:
-            module = importlib.import_module(f"jaxft.commands.{name.replace('-', '_')}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
-    options = parser.parse_args(given)
+        commands.add_parser(name, help=summary)
+    parser.parse_args(given)
+    return parser.error("name a COMMAND first, then its arguments")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is told in one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help says more\n")
+
+
+def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    from jaxft.errors import UserError
+
     try:
-        return options.run(options)
+        return run(options)
     except UserError as error:
-        print(f"jaxft {options.command}: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(command, str(error))
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # A full disk, a folder that may not be written, a path through a file: the user's to fix, wherever it shows.
+        if error.filename is None and error.strerror is None:
+            raise
+        return _refuse(
+            command, ": ".join(str(part) for part in (error.filename2 or error.filename, error.strerror) if part)
+        )
     except KeyboardInterrupt:
-        print(f"jaxft {options.command}: interrupted", file=sys.stderr)
+        print(f"jaxft {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(command: str, message: str) -> int:
+    # Messages of libraries that are passed on may have several lines; scripts read one.
+    print(f"jaxft {command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -77,14 +77,17 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes ``target`` when the block ends without an error, and vanishes otherwise.
 
     Raises:
-      UserError: ``target`` exists and is not an empty folder.
+      UserError: ``target`` exists and is not an empty folder, or cannot be written.
     """
     import shutil
 
     refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from error
     try:
         yield temporary
         if target.exists():
@@ -106,8 +109,10 @@ def file_written_whole(target: Path) -> Iterator[IO[str]]:
     """Yields a text file that becomes ``target`` when the block ends without an error, and vanishes otherwise.
 
     Raises:
-      UserError: the folder of ``target`` does not exist or cannot be written.
+      UserError: ``target`` is a folder, or its folder does not exist or cannot be written.
     """
+    if target.is_dir():
+        raise UserError(f"{target}: cannot be written: it is a folder")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 - closed below, before the rename

@@ -131,11 +131,12 @@ def import_params(
         raise ValueError(f"rules and parameters differ: {sorted(set(by_path) ^ set(ours))}")
 
     problems = _Problems([], [], [])
-    fresh, sources = [], {}
+    fresh, sources, concerned = [], {}, set[str]()
     for path, rule in by_path.items():
         theirs = _names_of(rule, ours[path].shape)
         if theirs[0] not in names:
             theirs = next(([copy] for copy in rule.copies if copy in names), theirs)
+        concerned.update(names[name] for name in theirs if name in names)
         absent = [name for name in theirs if name not in names]
         if absent:
             if len(absent) == len(theirs) and _matches(path, layout.fresh):
@@ -150,9 +151,8 @@ def import_params(
                 problems.misshaped.append(f"{names[name]} is {list(actual)}, expected {list(expected)}")
         sources[path] = [names[name] for name in theirs]
 
-    read = {name for group in sources.values() for name in group}
     known = {names[copy] for rule in layout.rules for copy in rule.copies if copy in names}
-    left = [(canonical, name) for canonical, name in names.items() if name not in read and name not in known]
+    left = [(canonical, name) for canonical, name in names.items() if name not in concerned and name not in known]
     unused = [name for canonical, name in left if _matches(canonical, layout.leftovers)]
     problems.unused.extend(name for _, name in left if name not in unused)
     problems.raise_if_any(weights)

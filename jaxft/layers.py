@@ -146,6 +146,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "mish": jax.nn.mish,
     "sigmoid": jax.nn.sigmoid,
+    "hardswish": jax.nn.hard_swish,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "laplace": lambda x: 0.5 * (1.0 + lax.erf((x - 0.707107) / np.float32(0.282095 * np.sqrt(2.0)))),
     "tanh": jnp.tanh,
     "linear": lambda x: x,
 }

@@ -26,7 +26,7 @@ from jaxft.step import make_eval_step, make_train_step
 
 # What may differ between a run and its resumption without changing its course.
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
-_FREE_KEYS = ("train.out", "train.compilation_cache", "train.export", "train.seeds", "train.seed", "data.read_ahead")
+_FREE_KEYS = ("train.out", "train.compilation_cache", "train.export", "train.seeds", "data.read_ahead")
 
 
 @dataclass(frozen=True)
@@ -153,32 +153,38 @@ def _fit(
     meta = run_meta(setup, seed)
     sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
-    total, interrupted, step, lap = setup.total_steps, False, start, _Lap()
+    batches, total = setup.train_batches(seed), setup.total_steps
+    interrupted, step, lap = False, start, _Lap()
     pending: tuple[int, Any, int] | None = None
 
     sinks = open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config))
     with sinks, _stop_on_signal() as stop:
         sinks.advance(start)
-        for batch in _timed(stream(setup.train_batches(seed), start, total, config.data.read_ahead), lap.clock):
+        # A run that has stopped early stays stopped when it is resumed.
+        last = start if _out_of_patience(config, progress) else total
+        for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
             placed = to_global(batch, sharding)
-            state, metrics = programs.train[batch["tokens"].shape](state, placed, seed_array)
+            # The global shape: `batch` holds only this process's rows.
+            state, metrics = programs.train[placed["tokens"].shape](state, placed, seed_array)
             # One step late: the device is already at work on the next step while the host reads this one's numbers.
             if pending is not None:
                 _report_step(setup, sinks, lap, *pending)
             step += 1
-            pending = (step, metrics, int(batch["weights"].sum()))
+            pending = (step, metrics, len(batches.rows_of(step - 1)))
 
             interrupted = stop.requested
             evaluated = step % setup.eval_every == 0 or step == total
-            if evaluated or interrupted or _checkpoint_due(config, step):
+            due = _checkpoint_due(config, step, evaluated)
+            if evaluated or interrupted or due:
                 _report_step(setup, sinks, lap, *pending)
                 pending = None
                 with lap.clock.paused():
                     better = evaluated and _evaluate(setup, programs, sinks, state, step, progress)
-                    if _checkpoint_due(config, step) or better or evaluated or interrupted:
+                    ended = interrupted or step == total or _out_of_patience(config, progress)
+                    if due or better or ended:
                         sinks.sync()
                         store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
-            if interrupted or (config.eval.patience and progress.bad_evals >= config.eval.patience):
+            if interrupted or _out_of_patience(config, progress):
                 break
         if not interrupted and step < total:
             sinks.note(
@@ -195,31 +201,49 @@ def _start(
 ) -> tuple[TrainState, Progress, int]:
     """A fresh state, or the newest checkpoint's."""
     config = setup.config
+    check_folder(config, out, seed)
     if not store.steps():
         return programs.init(setup.start_params(seed, note)), Progress(), 0
-    if config.checkpoint.resume == "never":
-        raise UserError(f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out")
     restored = store.restore(programs.shapes)
     _refuse_other_run(restored.meta["config"], to_tree(config), seed, restored.meta["seed"], out)
     note(f"resuming from step {restored.step}")
     return restored.state, Progress(**restored.meta["progress"]), restored.step
 
 
+def check_folder(config: RunConfig, out: Path, seed: int) -> None:
+    """Refuses, before anything is compiled, a run folder that this run cannot go on in.
+
+    Raises:
+      UserError: ``out`` holds another run's checkpoints, or any at all while ``checkpoint.resume`` is ``never``.
+    """
+    for _, folder in sorted(checkpoint.step_folders(out / "checkpoints").items(), reverse=True):
+        if config.checkpoint.resume == "never":
+            raise UserError(
+                f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out"
+            )
+        try:
+            meta = checkpoint.read_manifest(folder).meta
+        except checkpoint.DamagedCheckpoint:
+            continue  # restoring falls back in the same order, with its warning
+        _refuse_other_run(meta["config"], to_tree(config), seed, meta["seed"], out)
+        return
+
+
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], seed: int, old_seed: int, out: Path) -> None:
     old, new = _flat(before), _flat(now)
+    # Not config.train.seed: with several seeds in one command it is not the one that this folder is of.
+    old["train.seed"], new["train.seed"] = old_seed, seed
     differing = [
         key
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_SECTIONS
     ]
-    if seed != old_seed:
-        differing.append("train.seed")
     if differing:
         key = differing[0]
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        was, is_now = [repr(flat[key]) if key in flat else "not set" for flat in (old, new)]
         raise UserError(
-            f"{out} holds a run with another configuration: {key} was {old.get(key, old_seed)!r}, now {new.get(key, seed)!r}{more}; "
-            "choose another train.out"
+            f"{out} holds a run with another configuration: {key} was {was}, now {is_now}{more}; choose another train.out"
         )
 
 
@@ -245,8 +269,12 @@ def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
     }
 
 
-def _checkpoint_due(config: RunConfig, step: int) -> bool:
-    return config.checkpoint.every is not None and step % config.checkpoint.every == 0
+def _checkpoint_due(config: RunConfig, step: int, evaluated: bool) -> bool:
+    return evaluated if config.checkpoint.every is None else step % config.checkpoint.every == 0
+
+
+def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
+    return config.eval.patience is not None and progress.bad_evals >= config.eval.patience
 
 
 def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any, rows: int) -> None:
@@ -272,7 +300,7 @@ def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any,
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),
-                "epoch": step * config.batch_size / len(setup.train),
+                "epoch": step / setup.train_batches(0).steps_per_epoch,
             },
         )
 
@@ -297,7 +325,8 @@ def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
     sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
     sums = []
     for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
-        sums.append(programs.evaluate[batch["tokens"].shape](params, to_global(batch, sharding)))
+        placed = to_global(batch, sharding)
+        sums.append(programs.evaluate[placed["tokens"].shape](params, placed))
     return setup.task.metrics(added(sums))
 
 
@@ -316,12 +345,13 @@ def _result(
     store: checkpoint.Checkpoints,
     interrupted: bool,
 ) -> Result:
-    best = progress.best_step
-    if best is not None and best != step:
+    best = step if progress.best_step is None else progress.best_step
+    if interrupted:  # whoever sent the signal does not wait for long
+        return Result(step, state.best_params, {}, best, interrupted)
+    if best != step:
         state = store.restore(programs.shapes, best).state
     params = state.best_params
-    metrics = {} if interrupted else evaluate(setup, programs, params)
-    return Result(step, params, metrics, step if best is None else best, interrupted)
+    return Result(step, params, evaluate(setup, programs, params), best)
 
 
 def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:

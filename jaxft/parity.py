@@ -53,6 +53,7 @@ def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Differ
             f"--check compares with transformers on torch, which is not installed ({error.name}); pip install torch"
         ) from error
 
+    transformers.utils.logging.disable_progress_bar()
     batch = random_batch(model.config, rows)
     exact = model.clone(compute=Compute())
     ours = jax.jit(exact.apply)({"params": params}, **batch)
@@ -60,7 +61,9 @@ def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Differ
     try:
         theirs_model = architecture.from_pretrained(str(folder), dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder}: transformers cannot load it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     inputs = {
         "input_ids": torch.tensor(batch["tokens"].astype(np.int64)),
         "attention_mask": torch.tensor(batch["mask"].astype(np.int64)),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -150,7 +151,8 @@ def _family_name(hf_config: dict[str, Any], family: str | None, folder: Path, no
         return family
     if stated is not None:
         return str(stated)
-    architectures = hf_config.get("architectures") or []
+    listed = hf_config.get("architectures")
+    architectures = listed if isinstance(listed, list) else []
     for candidate in models.families():
         if any(name in architectures for name in models.family(candidate).HEADS.values()):
             note(f"config.json has no model_type: {candidate!r} follows from architectures {architectures}")
@@ -187,7 +189,9 @@ def open_folder(path: Path) -> Weights:
 def shapes_and_axes(model: Any) -> tuple[Any, Any]:
     """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
     example = jnp.zeros((1, 2), jnp.int32)
-    return unlabel(jax.eval_shape(lambda key: model.init(key, example)["params"], jax.random.key(0)))
+    # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
+    quick = model.clone(compute=dataclasses.replace(model.compute, layers="scanned"))
+    return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
 
 
 def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
@@ -269,12 +273,14 @@ def export_folder(
     labels: tuple[str, ...] | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
+    max_length: int | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer.
 
     Args:
       source_config: the config.json the model came from (or {}): keys that we do not know are kept.
       labels: label names in the order of class ids.
+      max_length: tokens per text that the model was trained with; becomes the tokenizer's ``model_max_length``.
       dtype: of the weights; None: as they are.
 
     Raises:
@@ -293,6 +299,10 @@ def export_folder(
             for name in TOKENIZER_FILES:
                 if (tokenizer_folder / name).is_file():
                     shutil.copyfile(tokenizer_folder / name, folder / name)
+            if max_length is not None:
+                path = folder / "tokenizer_config.json"
+                settings = (read_json(path) if path.is_file() else {}) | {"model_max_length": max_length}
+                write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _exported_config(

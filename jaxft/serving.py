@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import threading
@@ -58,14 +59,20 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
     if run_file.is_file():
         exported = folder / "export"
         if (exported / "config.json").is_file():
-            return _from_folder(str(exported), load_config(str(run_file), overrides), note, head)
+            # Its tokenizer is beside it, wherever data.tokenizer was when the run was made.
+            beside = ["data.tokenizer=null", *overrides]
+            return _from_folder(str(exported), load_config(str(run_file), beside), note, head)
         return _from_checkpoint(folder, overrides, note)
     if folder.is_dir() and checkpoint.is_checkpoint(folder):
         return _from_checkpoint(folder, overrides, note)
-    return _from_folder(reference, load_config(None, overrides), note, head)
+    # Without a run there is no data.max_length but the one asked for, or the one that the tokenizer's files state.
+    asked = any(override.startswith("data.max_length=") for override in overrides)
+    return _from_folder(reference, load_config(None, overrides), note, head, stated_length=not asked)
 
 
-def _from_folder(reference: str, config: RunConfig, note: Note, head: str | None) -> Served:
+def _from_folder(
+    reference: str, config: RunConfig, note: Note, head: str | None, *, stated_length: bool = False
+) -> Served:
     source = open_source(reference, note, family=config.model.family)
     head = source.head if head == "stored" else head
     model = source.family.Model(source.config, head, make_compute(config.model))
@@ -74,6 +81,8 @@ def _from_folder(reference: str, config: RunConfig, note: Note, head: str | None
     if head == "classification" and not labels:
         labels = tuple(f"LABEL_{i}" for i in range(source.config.num_labels))
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
+    if stated_length and (stated := Tokenizer(folder).stated_length):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
     return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
 
 
@@ -113,8 +122,8 @@ def _served(
     hf_config: Any,
 ) -> Served:
     limit = getattr(model.config, "max_position_embeddings", None)
-    length = config.data.max_length if limit is None else min(config.data.max_length, limit)
-    tokenizer = Tokenizer(tokenizer_folder, length)
+    length = config.data.max_length
+    tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit))
     check_vocabulary(tokenizer, model.config)
     return Served(config, family, model, params, tokenizer, labels, hf_config)
 

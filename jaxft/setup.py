@@ -124,7 +124,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         if config.data.eval is not None:
             held = read_rows(config.data.eval, config.data)
         else:
-            rows, held = hold_out(rows, config.data.eval_fraction, config.train.seed)
+            # The same rows for every train.seed: runs are compared on them.
+            rows, held = hold_out(rows, config.data.eval_fraction, seed=0)
         labels, fresh_head = _decide_labels(config, source, sorted_labels(rows), note)
         train = encode_rows("train", rows, labels, tokenizer)
         held_out = encode_rows("eval", held, labels, tokenizer)
@@ -173,6 +174,10 @@ def make_compute(config: ModelConfig) -> Compute:
 
 
 def _model(config: RunConfig, source: Source | None, head: str, classes: int) -> tuple[str, Any]:
+    if config.model.arch.get("num_labels", classes) != classes:
+        raise UserError(
+            f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {classes} labels; leave it out"
+        )
     if source is not None:
         tree = {**source.config.__dict__, "num_labels": classes}
         return source.family_name, source.family.Model(

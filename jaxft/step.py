@@ -60,11 +60,13 @@ def make_train_step(
         # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
         micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        # In bfloat16, small micro-batches would be rounded away beside the total.
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
         def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
             part, index = item
-            return jax.tree.map(jnp.add, total, gradient_of(params, part, jax.random.fold_in(key, index), weight)), None
+            parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
+            return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
 
         return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
     from jaxft.checkpoint.params import is_checkpoint, restore_params, save_params
-    from jaxft.checkpoint.store import Checkpoints, Restored
+    from jaxft.checkpoint.store import Checkpoints, Restored, step_folders
 
 _HOME = {
     "Checkpoints": "store",
@@ -25,6 +25,7 @@ _HOME = {
     "read_manifest": "manifest",
     "restore_params": "params",
     "save_params": "params",
+    "step_folders": "store",
 }
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "read_manifest",
     "restore_params",
     "save_params",
+    "step_folders",
 ]
 
 

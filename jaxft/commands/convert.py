@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     target = Path(options.target)
     shard_bytes = parse_size(options.shard_size)
     refuse_existing(target)
+    if options.check:
+        _check_possible(options)
     set_up_jax(None)
     from jaxft import models
     from jaxft.pretrained import export_folder
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _write_checkpoint(target, got, options.dtype)
     print(f"wrote {target}")
-    return _check(target if options.to == "hf" else got.folder, got) if options.check else 0
+    return _check(target if options.to == "hf" else got.folder, got, options.dtype) if options.check else 0
 
 
 def parse_size(text: str) -> int:
@@ -94,7 +96,8 @@ def _open(options: argparse.Namespace) -> Any:
     from jaxft.errors import UserError, nearest
 
     path = Path(options.source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file() and checkpoint.is_checkpoint(path):
+    run = (path / "config.yaml").is_file() or checkpoint.is_checkpoint(path)
+    if path.is_dir() and not (path / "config.json").is_file() and run:
         return _open_checkpoint(path, options)
     from jaxft.layers import Compute
     from jaxft.pretrained import load_params, open_folder, open_source
@@ -126,7 +129,10 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
 
     served = open_model(str(path), [], print)
     if options.head not in ("stored", str(served.model.head or "none")):
-        raise UserError(f"--head {options.head}: the checkpoint has head {served.model.head or 'none'}")
+        raise UserError(
+            f"--head {options.head}: the checkpoint has head {served.model.head or 'none'}; "
+            "convert it to a Hugging Face folder first, then that with --head"
+        )
     return _Opened(
         family_name=served.family_name,
         model=served.model,
@@ -157,16 +163,28 @@ def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
     checkpoint.save_params(target, params, meta)
 
 
-def _check(folder: Path | None, got: Any) -> int:
-    from jaxft.errors import UserError
-    from jaxft.parity import compare, report_text
+def _check_possible(options: argparse.Namespace) -> None:
+    """Refuses --check before anything is written."""
+    from importlib.util import find_spec
 
-    if folder is None:
+    from jaxft.errors import UserError
+
+    if find_spec("torch") is None:
+        raise UserError("--check compares with transformers on torch, which is not installed; pip install torch")
+    path = Path(options.source).expanduser()
+    if options.to == "jaxft" and path.is_dir() and not (path / "config.json").is_file():
         raise UserError("--check needs a Hugging Face folder on one side; use --to hf")
+
+
+def _check(folder: Path, got: Any, dtype: str | None) -> int:
     import jax
     import jax.numpy as jnp
 
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), got.params)
+    from jaxft.parity import compare, report_text
+
+    # What was written, rounding included, as the reference reads it.
+    written = got.params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), got.params)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), written)
     differences = compare(folder, got.model, wide)
     print(report_text(differences))
     return 0 if all(d.passed for d in differences) else 1

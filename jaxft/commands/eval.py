@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     import jax
 
     from jaxft import loop, tasks
-    from jaxft.data.encode import encode_rows, read_rows
+    from jaxft.data.encode import encode_rows, label_text, read_rows
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.report import report_text, write_report
     from jaxft.serving import open_model
@@ -39,6 +39,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
+    declared = tuple(label_text(label) for label in config.data.labels or served.labels)
+    if declared != served.labels:
+        raise UserError(f"data.labels={list(declared)}: the model's labels are {list(served.labels)}; leave it out")
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    if config.task.class_weights == "balanced":
+        print("the loss is unweighted: task.class_weights=balanced would need the training rows", file=sys.stderr)
     rows = read_rows(config.data.eval, config.data)
     split = encode_rows("eval", rows, served.labels, served.tokenizer)
     task = tasks.task(config.task.name).make_task(config.task, served.labels, (1,) * len(served.labels))
@@ -50,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
     print(f"eval: {len(split)} rows, {split.truncated} truncated to {served.tokenizer.max_length} tokens")
     print(report_text(metrics, served.labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
         for path in write_report(Path(options.out), metrics, served.labels, []):
             print(f"wrote {path}")
     return 0

@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
 
     inputs = [item for item in options.inputs if "=" not in item or Path(item).exists()]
     overrides = [item for item in options.inputs if item not in inputs]
+    if inputs and " " in inputs[0] and not Path(inputs[0]).exists():
+        raise UserError(f"there is no file {inputs[0]!r}; to give a text on the command line: --text {inputs[0]!r}")
     if bool(inputs) == bool(options.text) or len(inputs) > 1:
         raise UserError("give one INPUT (a file, or - for standard input) or --text")
     if options.pair and len(options.pair) != len(options.text):
@@ -60,6 +62,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _texts(texts: list[str], pairs: list[str]) -> Iterator[tuple[str, ...]]:
+    from jaxft.errors import UserError
+
+    for text in (*texts, *pairs):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError("--text or --pair is not valid UTF-8; correct it, or give a file in UTF-8")
     yield from zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts)
 
 

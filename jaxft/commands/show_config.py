@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxft.config import load_config, to_yaml
+from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 
 
@@ -22,6 +22,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the configuration, and the schedule if asked."""
     path, overrides = split_run_file(options.run_file, options.overrides)
     config = load_config(path, overrides)
+    steps = _steps_to_plot(options, config) if options.plot_schedule else 0
     print(to_yaml(config), end="")
     if options.plot_schedule:
         from pathlib import Path
@@ -29,11 +30,6 @@ def run(options: argparse.Namespace) -> int:
         from jaxft.optim.schedules import make_schedule
         from jaxft.report import schedule_png, schedule_text
 
-        steps = options.steps or config.train.steps
-        if steps is None:
-            raise UserError(
-                "the run is given in epochs; add --steps N (training rows / train.batch_size per epoch) to draw it"
-            )
         schedule = make_schedule(config.optim, steps)
         rates = [float(schedule(step)) for step in range(steps)]
         print(schedule_text(rates))
@@ -41,6 +37,23 @@ def run(options: argparse.Namespace) -> int:
             schedule_png(Path(options.plot_schedule), rates)
             print(f"wrote {options.plot_schedule}")
     return 0
+
+
+def _steps_to_plot(options: argparse.Namespace, config: RunConfig) -> int:
+    target = options.plot_schedule
+    steps = config.train.steps if options.steps is None else options.steps
+    # The name is optional: a run file that follows the option must not be taken for it, and overwritten.
+    if target != "-" and not target.endswith(".png"):
+        raise UserError(
+            f"--plot-schedule {target}: the name of the picture must end in .png (or put the run file first)"
+        )
+    if steps is None:
+        raise UserError(
+            "the run is given in epochs; add --steps N (training rows / train.batch_size per epoch) to draw it"
+        )
+    if steps < 1:
+        raise UserError(f"--steps {steps}: must be at least 1")
+    return steps
 
 
 def split_run_file(first: str | None, rest: list[str]) -> tuple[str | None, list[str]]:

@@ -8,11 +8,13 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxft.commands.show_config import split_run_file
-from jaxft.config import load_config, to_yaml
+from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
 
@@ -30,17 +32,29 @@ def run(options: argparse.Namespace) -> int:
     print(to_yaml(config), end="", flush=True)
     start = time.perf_counter()
     set_up_jax(config.train.compilation_cache)
-    from jaxft import loop, setup  # imports jax
+    from jaxft import setup  # imports jax
 
     times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
     ready = setup.prepare(config, _note, times)
     out = Path(config.train.out)
+    folders = [_folder_of(config, seed) for seed in config.train.seeds] or [out]
+    with _nothing_left(folders + [out]):
+        return _train(config, ready, out, times)
+
+
+def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
+    from jaxft import loop
+
+    seeds = config.train.seeds or (config.train.seed,)
+    for seed in seeds:
+        loop.check_folder(config, _folder_of(config, seed), seed)
+    out.mkdir(parents=True, exist_ok=True)  # before the compiler works for a folder that cannot be
     programs = loop.compile_programs(ready, _note, times)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "config.yaml", to_yaml(config))
+    if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
+        write_atomic(out / "config.yaml", to_yaml(config))
     results: dict[int, dict[str, Any]] = {}
-    for seed in config.train.seeds or (config.train.seed,):
-        folder = out / f"seed{seed}" if config.train.seeds else out
+    for seed in seeds:
+        folder = _folder_of(config, seed)
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
         began = time.perf_counter()
         result = loop.fit(ready, programs, folder, seed, _note, times)
@@ -50,12 +64,40 @@ def run(options: argparse.Namespace) -> int:
         write_atomic(folder / "config.yaml", to_yaml(seeded))
         results[seed] = result.metrics
         _finish(ready, programs, result, folder, trained)
+    write_atomic(out / "config.yaml", to_yaml(config))
     if len(results) > 1:
         from jaxft.report import seeds_text, write_seeds
 
         write_seeds(out, results)
         print(seeds_text(results))
     return 0
+
+
+def _folder_of(config: RunConfig, seed: int) -> Path:
+    return Path(config.train.out) / f"seed{seed}" if config.train.seeds else Path(config.train.out)
+
+
+@contextmanager
+def _nothing_left(folders: list[Path]) -> Iterator[None]:
+    """If the block fails before a run's first step, the folders are as they were: what was there stays, what is new goes."""
+    parents = [folder for folder in (*folders, *folders[-1].parents) if not folder.exists()]
+    stated = {folder for folder in folders if (folder / "config.yaml").exists()}
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            # A log means that training began: it, and what says how, are worth keeping.
+            if folder not in stated and not any(folder.rglob("log.jsonl")):
+                (folder / "config.yaml").unlink(missing_ok=True)
+                _remove_if_empty(folder / "checkpoints")
+        for folder in parents:
+            _remove_if_empty(folder)
+        raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _since_start(now: float) -> float:
@@ -72,6 +114,10 @@ def set_up_jax(cache: str | None) -> None:
     """Turns on XLA's persistent compilation cache, and keeps the libraries' chatter off the console."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from jaxft.host_memory import cpu_only, keep_freed_memory
+
+    if cpu_only():
+        keep_freed_memory()
     import jax
 
     if cache is not None:
@@ -114,6 +160,7 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
         result.params,
         tokenizer_folder=ready.tokenizer.folder,
         labels=ready.task.labels,
+        max_length=ready.config.data.max_length,
     )
     if target.exists():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")

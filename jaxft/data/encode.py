@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -68,7 +69,7 @@ def read_rows(reference: str, config: DataConfig) -> list[Row]:
     for row in rows:
         check_texts(row, texts)
         label = row.values[-1]
-        if label is None or label == "":
+        if label is None or label_text(label) == "":
             raise UserError(f"{row.where}: column {config.label!r} is empty; every row needs a label")
     return rows
 
@@ -90,12 +91,19 @@ def label_text(value: object) -> str:
 
 
 def sorted_labels(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The distinct labels of rows: numbers in order of value if all are numbers, else in order of code points."""
-    names = {label_text(row.values[-1]) for row in rows}
+    """The distinct labels of rows: numbers in order of value if all are numbers, else in order of code points.
+
+    Class ids are part of a model, so the order must be one and the same in every process: names of equal value ("1",
+    "01") are told apart by their code points, and NaN, which has no place in an order, counts as a word.
+    """
+    names = sorted({label_text(row.values[-1]) for row in rows})
     try:
-        return tuple(sorted(names, key=float))
+        values = {name: float(name) for name in names}
     except ValueError:
-        return tuple(sorted(names))
+        return tuple(names)
+    if any(math.isnan(value) for value in values.values()):
+        return tuple(names)
+    return tuple(sorted(names, key=lambda name: values[name]))
 
 
 def encode_rows(name: str, rows: list[Row], labels: tuple[str, ...], tokenizer: Tokenizer) -> Split:

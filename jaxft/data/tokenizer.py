@@ -50,6 +50,7 @@ class Tokenizer:
                 self._fast.enable_truncation(max_length)
             except (ValueError, OverflowError) as error:
                 raise UserError(f"data.max_length={max_length}: {error}") from error
+        self._settings = _read_json(folder / "tokenizer_config.json")
         self.pad_id = self._pad_id()
 
     @property
@@ -72,8 +73,15 @@ class Tokenizer:
         rows = self.encode(texts, pairs)
         return pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], None, self.pad_id)
 
+    @property
+    def stated_length(self) -> int | None:
+        """The ``model_max_length`` that the tokenizer's files state, if it is a number that means something."""
+        stated = self._settings.get("model_max_length")
+        # The reference writes 1e30 for "unknown".
+        return int(stated) if isinstance(stated, int | float) and 2 < stated < 1_000_000 else None
+
     def _pad_id(self) -> int:
-        named = _read_json(self.folder / "tokenizer_config.json").get("pad_token", "[PAD]")
+        named = self._settings.get("pad_token", "[PAD]")
         token = named.get("content") if isinstance(named, dict) else named
         found = self._fast.token_to_id(token) if token else None
         return 0 if found is None else found

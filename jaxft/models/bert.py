@@ -69,6 +69,12 @@ class Config:
     num_labels: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"

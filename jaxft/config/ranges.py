@@ -1,0 +1,114 @@
+"""Values that no run can use, refused before anything is read or computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxft.config.schema import RunConfig
+from jaxft.errors import UserError
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Raises UserError for the first value out of range; names its key."""
+    optim, train, data, ev = config.optim, config.train, config.data, config.eval
+    rules = [
+        (train.batch_size > 0, "train.batch_size", train.batch_size, "must be at least 1"),
+        (train.accumulation > 0, "train.accumulation", train.accumulation, "must be at least 1"),
+        (
+            train.batch_size % max(train.accumulation, 1) == 0,
+            "train.accumulation",
+            train.accumulation,
+            f"must divide train.batch_size={train.batch_size}",
+        ),
+        (train.steps is not None or train.epochs is not None, "train.epochs", None, "give train.epochs or train.steps"),
+        (train.steps is None or train.steps > 0, "train.steps", train.steps, "must be at least 1"),
+        (
+            train.steps is not None or train.epochs is None or train.epochs > 0,
+            "train.epochs",
+            train.epochs,
+            "must be above 0",
+        ),
+        (train.log_every > 0, "train.log_every", train.log_every, "must be at least 1"),
+        (len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
+        (train.out != "", "train.out", repr(train.out), "name a folder"),
+        (
+            all(0 <= seed < 2**32 for seed in (train.seed, *train.seeds)),
+            "train.seed",
+            train.seed if not train.seeds else list(train.seeds),
+            "seeds must lie in 0..4294967295",
+        ),
+        (ev.batch_size > 0, "eval.batch_size", ev.batch_size, "must be at least 1"),
+        (ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
+        (ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),
+        (
+            config.checkpoint.every is None or config.checkpoint.every > 0,
+            "checkpoint.every",
+            config.checkpoint.every,
+            "must be at least 1",
+        ),
+        (config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "must be at least 1"),
+        (data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"),
+        (0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
+        (
+            data.buckets is None or (len(data.buckets) > 0 and min(data.buckets) > 0),
+            "data.buckets",
+            data.buckets,
+            "must name positive lengths",
+        ),
+        (
+            data.buckets is None or max(data.buckets, default=0) >= data.max_length,
+            "data.buckets",
+            data.buckets,
+            f"must reach data.max_length={data.max_length}",
+        ),
+        (
+            data.labels is None or len(set(data.labels)) == len(data.labels),
+            "data.labels",
+            data.labels,
+            "has a label twice",
+        ),
+        (data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
+        (optim.learning_rate >= 0, "optim.learning_rate", optim.learning_rate, "must not be negative"),
+        (0 <= optim.warmup_fraction <= 1, "optim.warmup_fraction", optim.warmup_fraction, "must lie in 0..1"),
+        (
+            optim.warmup_steps is None or optim.warmup_steps >= 0,
+            "optim.warmup_steps",
+            optim.warmup_steps,
+            "must not be negative",
+        ),
+        (0 <= optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must lie in 0..1"),
+        (0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "must lie in 0..1"),
+        (0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "must lie in 0..1"),
+        (
+            optim.clip_norm is None or optim.clip_norm > 0,
+            "optim.clip_norm",
+            optim.clip_norm,
+            "must be above 0 (null: off)",
+        ),
+        (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "must lie in 0..1"),
+        (optim.ema is None or 0 < optim.ema < 1, "optim.ema", optim.ema, "must lie between 0 and 1"),
+        (0 <= config.task.label_smoothing < 1, "task.label_smoothing", config.task.label_smoothing, "must lie in 0..1"),
+        (
+            all(size == -1 or size > 0 for size in dataclasses.astuple(config.mesh)),
+            "mesh",
+            dataclasses.asdict(config.mesh),
+            "sizes must be positive, one may be -1",
+        ),
+    ]
+    for holds, key, value, problem in rules:
+        if not holds:
+            raise UserError(f"{key}={value}: {problem}")
+    _check_finite(dataclasses.asdict(config), "")
+
+
+def _check_finite(tree: Any, path: str) -> None:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _check_finite(value, f"{path}.{key}".strip("."))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            _check_finite(value, f"{path}.{i}")
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        raise UserError(f"{path}={tree}: must be a finite number")

@@ -1,0 +1,210 @@
+"""The schema of a run: typed, frozen, each default stated once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learnt."""
+
+    name: str = "classification"
+    """A module of ``jaxft.tasks``."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    """``balanced``: N / (C * count of the class in the training data). Or a weight per label name."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, from which weights, computed how."""
+
+    init: str | None = None
+    """Weights to start from: a folder in Hugging Face layout, ``pkg:PACKAGE/FOLDER`` inside an installed Python package,
+    or a hub id ``ORG/NAME``. None: random weights for ``family`` and ``arch``."""
+    family: str | None = None
+    """A module of ``jaxft.models``. None: read from the config.json of ``init``."""
+    arch: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's Config: the whole architecture without ``init``, changes to it with ``init``
+    (for instance dropout rates)."""
+    head: Literal["task", "fresh"] = "task"
+    """``task``: use the head found in ``init`` if it fits the task, else a fresh one, and say so. ``fresh``: always new."""
+    param_dtype: DType = "float32"
+    """Storage type of parameters and of optimizer moments."""
+    activation_dtype: DType = "float32"
+    """Type of what flows between layers. Softmax, normalisation statistics and losses are float32 in any case."""
+    matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
+    bfloat16 units differ too much to be the default; see docs/performance.md)."""
+    layers: Literal["unrolled", "scanned"] = "unrolled"
+    """How the stacked layers are computed. The parameter tree is the same for both."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What a layer keeps for its backward pass: everything, only its input, or only its matmul results."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they become batches."""
+
+    train: str | None = None
+    """A .csv, .tsv, .jsonl or .parquet file (``.gz`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
+    the ``datasets`` library as ``hf:FOLDER[:SPLIT]``."""
+    eval: str | None = None
+    """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out."""
+    eval_fraction: float = 0.1
+    text: str = "text"
+    """Column of the (first) text."""
+    text_pair: str | None = None
+    """Column of the second text of a pair."""
+    label: str = "label"
+    """Column of the label. Ignored by ``predict``."""
+    labels: tuple[str, ...] | None = None
+    """Label names in the order of their class ids. None: the order stored with ``init`` if its head is kept, else the sorted
+    names found in the training rows (numbers sort as numbers)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
+    max_length: int = 128
+    """Tokens kept per row, special tokens included. Longer rows are truncated, counted and reported."""
+    buckets: tuple[int, ...] | None = None
+    """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
+    ``max_length``."""
+    read_ahead: int = 4
+    """Batches prepared before they are needed."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon"] = "adamw"
+    learning_rate: float = 5e-5
+    """Peak rate, reached after warm-up."""
+    schedule: Literal[
+        "constant", "linear", "cosine", "polynomial", "step", "exponential", "inverse_sqrt", "warmup_stable_decay"
+    ] = "linear"
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 0. None: ``warmup_fraction`` of all steps."""
+    warmup_fraction: float = 0.1
+    end_factor: float = 0.0
+    """Last rate as a share of the peak (linear, cosine, polynomial, exponential, warmup_stable_decay)."""
+    power: float = 2.0
+    """Exponent of the polynomial schedule."""
+    step_fractions: tuple[float, ...] = (0.5, 0.75)
+    """Where the step schedule drops, as shares of all steps."""
+    step_factor: float = 0.1
+    """What each drop of the step schedule, or each ``exponential_steps`` of the exponential one, multiplies the rate by."""
+    exponential_steps: int | None = None
+    """Steps per factor of ``step_factor`` in the exponential schedule. None: a tenth of all steps."""
+    decay_fraction: float = 0.1
+    """Share of all steps spent in the final decay of warmup_stable_decay."""
+    weight_decay: float = 0.01
+    """Decoupled decay, on parameters with two or more logical axes besides ``layers``: no biases, no norm scales."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """For momentum, nesterov and muon."""
+    clip_norm: float | None = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    layer_decay: float = 1.0
+    """Rate multiplier per layer below the top one (ELECTRA, BEiT); 1: off."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns over parameter paths (``embed/*``, ``layers/*``, ``layers/0-3/*`` for the first four layers) that do not train."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the parameters, used for evaluation and export. None: off."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; one may be -1 (all remaining devices)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and where results go."""
+
+    out: str = "runs/run"
+    """Run folder: resolved config, log, checkpoints, report and exported model."""
+    epochs: float | None = 3.0
+    """Passes over the training rows; ignored when ``steps`` is given."""
+    steps: int | None = None
+    batch_size: int = 32
+    """Rows per optimizer step, over all devices and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; k of them equal one batch of the same rows."""
+    seed: int = 0
+    """Of initial heads, data order and dropout."""
+    seeds: tuple[int, ...] = ()
+    """Several runs in one command, one sub-folder each, reported as mean +- sd. Replaces ``seed``."""
+    log_every: int = 10
+    """Steps between log lines."""
+    max_nonfinite: int = 10
+    """Steps in a row with a non-finite loss or gradient after which the run stops. Such steps change nothing."""
+    compilation_cache: str | None = "~/.cache/jaxft/xla"
+    """Folder of XLA's persistent compilation cache. None: off."""
+    export: bool = True
+    """Write the (best) model as a Hugging Face folder at the end, load it back and compare."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When held-out rows are scored."""
+
+    every: int | None = None
+    """Steps between evaluations. None: once per epoch, and at the end in any case."""
+    batch_size: int = 64
+    metric: str = "accuracy"
+    """Metric that names the best checkpoint and stops early."""
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = None
+    """Evaluations without a better ``metric`` after which training stops. None: never."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the full training state is saved."""
+
+    every: int | None = None
+    """Steps between checkpoints. None: at each evaluation."""
+    keep: int = 2
+    """Newest steps kept; the best one by ``eval.metric`` is kept besides."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: go on from the newest valid checkpoint in ``train.out``. ``never``: refuse a folder that has any."""
+    verify: bool = True
+    """Check the hash of every file before a checkpoint is believed."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides the console and log.jsonl, which are always written."""
+
+    tensorboard: bool = False
+    """TensorBoard event files in the run folder (needs the ``tensorboardX`` package)."""
+    wandb: str | None = None
+    """Weights & Biases project name (needs the ``wandb`` package)."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """Live progress bar; ``auto``: when the console is a terminal."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,165 @@
+"""Label order, labels and texts that cannot be used, truncation, held-out rows, text pairs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import models, pre_tokenizers, processors
+
+from jaxft.config import DataConfig
+from jaxft.data.encode import encode_rows, hold_out, label_text, read_rows, sorted_labels
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.errors import UserError
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
+CLS, SEP, A, B, C = 2, 3, 4, 5, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ids = {word: i for i, word in enumerate(VOCABULARY)}
+    fast = Fast(models.WordPiece(ids, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))  # type: ignore[assignment]
+    made = tmp_path_factory.mktemp("tokenizer")
+    fast.save(str(made / "tokenizer.json"))
+    return made
+
+
+def labelled(*labels: object) -> list[Row]:
+    return [Row(("a", label), f"f.csv:{i + 2}") for i, label in enumerate(labels)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        (["10", "9", "2", "-1"], ("-1", "2", "9", "10")),
+        ([10, 9, 2.0, "2"], ("2", "9", "10")),
+        (["b", "a", "10", "9"], ("10", "9", "a", "b")),
+        ([True, False], ("false", "true")),
+        (["0.5", "0.25"], ("0.25", "0.5")),
+        (["B", "a", "ä"], ("B", "a", "ä")),
+        ([" x", "x ", "y"], ("x", "y")),
+        (["1", "01", "1.0", "0"], ("0", "01", "1", "1.0")),
+        (["nan", "2", "1"], ("1", "2", "nan")),
+        (["9007199254740993", "9007199254740992"], ("9007199254740992", "9007199254740993")),
+    ],
+)
+def test_found_labels_are_sorted(labels: list[object], order: tuple[str, ...]) -> None:
+    assert sorted_labels(labelled(*labels)) == order
+    assert sorted_labels(labelled(*reversed(labels))) == order
+
+
+def test_label_order_does_not_depend_on_the_hash_seed() -> None:
+    # Ids are part of a model: a resumed process must find the same ones.
+    code = (
+        "from jaxft.data.encode import sorted_labels; from jaxft.data.rows import Row; "
+        "print(sorted_labels(Row(('t', l), '') for l in ['1', '01', '1.0', '001', '1e0', '0', 'nan']))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+
+
+def test_label_text() -> None:
+    assert [label_text(value) for value in (1, 1.0, "1", True, " x ", 0.5)] == ["1", "1", "1", "true", "x", "0.5"]
+
+
+def test_class_ids_follow_the_order_given(folder: Path) -> None:
+    split = encode_rows("train", labelled("x", "y", "z", "x"), ("z", "x", "y"), Tokenizer(folder, 8))
+    assert split.labels.tolist() == [1, 2, 0, 1]
+    assert split.labels.dtype == np.int32
+
+
+def test_unknown_label_says_where(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^f\.csv:3: unknown label 'anmal': did you mean 'animal'\?$"):
+        encode_rows("eval", labelled("animal", "anmal"), ("animal", "food"), Tokenizer(folder, 8))
+
+
+@pytest.mark.parametrize("empty", ["", "   "])
+def test_empty_label_says_where(tmp_path: Path, empty: str) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text(f"text,label\na,x\nb,{empty}\n")
+    with pytest.raises(UserError, match=r"f\.csv:3: column 'label' is empty; every row needs a label"):
+        read_rows(str(path), DataConfig())
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true"])
+def test_text_must_be_text(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(f'{{"text": "a", "label": 1}}\n{{"text": {value}, "label": 1}}\n')
+    with pytest.raises(UserError, match=r"f\.jsonl:2: column 'text' holds .*, which is not text"):
+        read_rows(str(path), DataConfig())
+
+
+def test_empty_data_set(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("text,label\n")
+    with pytest.raises(UserError, match=r"f\.csv: the data set is empty"):
+        read_rows(str(tmp_path / "f.csv"), DataConfig())
+
+
+def test_truncation_is_counted(folder: Path) -> None:
+    texts = ["a", "a b c", "a b c d", "a b c d a", ""]
+    rows = [Row((text, "x"), "") for text in texts]
+    split = encode_rows("train", rows, ("x", "y"), Tokenizer(folder, 5))
+    assert split.truncated == 2
+    assert split.lengths.tolist() == [3, 5, 5, 5, 2]
+    assert split.row(2)[0].tolist() == [CLS, A, B, C, SEP]
+    assert split.row(4)[0].tolist() == [CLS, SEP]
+
+
+def test_text_pairs(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("one,two,y\na b,c,0\na,b c a b c,1\na,,0\n")
+    rows = read_rows(str(path), DataConfig(text="one", text_pair="two", label="y"))
+    split = encode_rows("train", rows, ("0", "1"), Tokenizer(folder, 7))
+    assert split.row(0)[0].tolist() == [CLS, A, B, SEP, C, SEP]
+    assert split.row(0)[1].tolist() == [0, 0, 0, 0, 1, 1]
+    assert split.row(1)[0].tolist() == [CLS, A, SEP, B, C, A, SEP]
+    assert split.row(2)[0].tolist() == [CLS, A, SEP, SEP]
+    assert split.truncated == 1
+
+
+def test_tokenising_in_chunks_changes_nothing(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(2500)]
+    rows = [Row((text, "x"), "") for text in texts]
+    split = encode_rows("train", rows, ("x",), Tokenizer(folder, 64))
+    for i in (0, 1023, 1024, 2047, 2048, 2499):
+        assert split.row(i)[0].tolist() == [CLS, *(VOCABULARY.index(w) for w in texts[i].split()), SEP]
+
+
+def test_hold_out_is_stratified_and_deterministic() -> None:
+    rows = labelled(*(["x"] * 100 + ["y"] * 40 + ["z"] * 5 + ["one"]))
+    kept, held = hold_out(rows, 0.2, 3)
+    assert Counter(row.values[1] for row in held) == {"x": 20, "y": 8, "z": 1}
+    assert sorted(row.where for row in kept + held) == sorted(row.where for row in rows)
+    # File order within both.
+    places = {row.where: i for i, row in enumerate(rows)}
+    for part in (kept, held):
+        assert [places[row.where] for row in part] == sorted(places[row.where] for row in part)
+    assert hold_out(rows, 0.2, 3) == (kept, held)
+    assert hold_out(rows, 0.2, 4) != (kept, held)
+
+
+def test_hold_out_keeps_a_row_of_each_label() -> None:
+    kept, _ = hold_out(labelled("x", "x", "y"), 0.9, 0)
+    assert {row.values[1] for row in kept} == {"x", "y"}
+    with pytest.raises(UserError, match=r"data\.eval_fraction=0\.1 holds out no row of 3; set data\.eval"):
+        hold_out(labelled("x", "x", "y"), 0.1, 0)

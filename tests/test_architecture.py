@@ -1,0 +1,106 @@
+"""The house keeps its plan: imports go one way, names are found by themselves, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxft
+from jaxft import models, tasks
+
+ROOT = Path(jaxft.__file__).parent
+
+# One line per level, from the ground up. A module imports only from lines above its own, or its own package.
+LEVELS = (
+    "errors",
+    "files",
+    "config",
+    "sharding weights optim",
+    "layers hf",
+    "attention data tasks",
+    "models",
+    "pretrained state",
+    "step checkpoint records trackers",
+    "parity setup",
+    "metrics plots",
+    "report loop",
+    "serving",
+    "commands",
+    "__main__",
+)
+
+LEVEL_OF = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def package_of(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """First-level jaxft modules that a file imports, anywhere in it, type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxft":
+            found |= {alias.name for alias in node.names if alias.name in LEVEL_OF}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxft."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jaxft.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    mine = package_of(path)
+    if mine == "__init__":
+        return  # the lazy front door names everything
+    assert mine in LEVEL_OF, f"{mine} has no place in the plan: add it to LEVELS here and to docs/architecture.md"
+    for other in imports_of(path) - {mine}:
+        if mine == "commands" and other == "__main__":
+            continue
+        assert LEVEL_OF[other] < LEVEL_OF[mine], f"{path.relative_to(ROOT)} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_small(path: Path) -> None:
+    # A family is one file, whatever it takes.
+    limit = 480 if path.parent.name == "models" else 420
+    assert len(path.read_text().splitlines()) <= limit
+
+
+def test_no_file_but_its_own_names_a_family_or_task() -> None:
+    for name in (*models.families(), *tasks.tasks()):
+        for path in FILES:
+            if path.parent.name in ("models", "tasks"):
+                continue
+            strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+            allowed = name == "classification" and path.name == "schema.py"
+            assert name not in strings or allowed or path.name in KNOWN.get(name, ()), f"{path} names {name!r}"
+
+
+# The classification *head* shares the task's name: files that ask a model for class probabilities.
+KNOWN = {"classification": ("pretrained.py", "serving.py", "setup.py", "eval.py", "convert.py", "predict.py")}
+
+
+@pytest.mark.parametrize("module", ["torch", "tensorflow"])
+def test_the_package_never_needs(module: str) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "import pkgutil, importlib, jaxft\n"
+        "for m in pkgutil.walk_packages(jaxft.__path__, 'jaxft.'):\n"
+        "    m.name.endswith('__main__') or importlib.import_module(m.name)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
+
+
+def test_importing_jaxft_imports_neither_jax_nor_transformers() -> None:
+    script = (
+        "import sys, jaxft; sys.exit(bool({'jax', 'flax', 'numpy', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

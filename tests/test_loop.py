@@ -1,0 +1,457 @@
+"""Whole runs on a tiny model: stopping and going on leaves the same bits, the best model is kept, the rest is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import ARCH, config_of, overrides
+
+from jaxft import loop, pretrained, setup
+from jaxft.__main__ import main
+from jaxft.checkpoint import Checkpoints
+from jaxft.config import RunConfig
+from jaxft.errors import UserError
+from jaxft.loop import Programs, Result
+from jaxft.metrics import read_log
+from jaxft.optim import parameter_paths
+from jaxft.setup import Setup, Times
+from jaxft.sharding import make_mesh
+
+TOTAL = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A prepared run with compiled programs; its variants differ in what does not change the programs."""
+
+    setup: Setup
+    programs: Programs
+
+    def but(self, **sections: dict[str, Any]) -> Ready:
+        config = self.setup.config
+        for name, changes in sections.items():
+            config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **changes)})
+        every = config.eval.every
+        assert every is not None
+        total = config.train.steps
+        assert total is not None
+        return Ready(dataclasses.replace(self.setup, config=config, eval_every=every, total_steps=total), self.programs)
+
+
+@dataclasses.dataclass
+class Run:
+    """What one call of fit did."""
+
+    result: Result
+    batches: list[str]
+    """A hash of each batch trained on."""
+    notes: list[str]
+
+
+def prepared(config: RunConfig, devices: int, patch: pytest.MonkeyPatch) -> Ready:
+    patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
+    ready = setup.prepare(config, lambda text: None, Times())
+    return Ready(ready, loop.compile_programs(ready, lambda text: None, Times()))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="session")
+def ready(folder: Path) -> Ready:
+    with pytest.MonkeyPatch.context() as patch:
+        return prepared(config_of(folder), 1, patch)
+
+
+@functools.cache
+def _initial(model: Any, seed: int) -> Any:
+    return jax.tree.map(np.asarray, pretrained.init_params(model, seed))
+
+
+def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
+    """As the real one, which compiles at each call; a fresh copy, for it will be donated."""
+    made = _initial(model, seed)
+    return jax.tree.map(np.copy, made) if shardings is None else jax.device_put(made, shardings, may_alias=False)
+
+
+class Recorded(dict):
+    """Compiled steps that note which batches they see."""
+
+    def __init__(self, programs: dict[Any, Any], seen: list[str]) -> None:
+        super().__init__({shape: self._noting(program, seen) for shape, program in programs.items()})
+
+    @staticmethod
+    def _noting(program: Any, seen: list[str]) -> Any:
+        def call(state: Any, batch: Any, seed: Any) -> Any:
+            seen.append(hashlib.sha256(b"".join(np.asarray(batch[k]).tobytes() for k in sorted(batch))).hexdigest())
+            return program(state, batch, seed)
+
+        return call
+
+
+def fit(ready: Ready, out: Path, seed: int = 0, stop_at: int | None = None) -> Run:
+    """Runs to the end, or until a SIGTERM that comes before step ``stop_at`` is taken."""
+    seen: list[str] = []
+    notes: list[str] = []
+    programs = dataclasses.replace(ready.programs, train=Recorded(ready.programs.train, seen))
+    real = loop.stream
+
+    def with_signal(batches: Any, start: int, stop: int, read_ahead: int) -> Iterator[Any]:
+        for step, batch in enumerate(real(batches, start, stop, read_ahead), start=start):
+            if batches.seed is not None and step + 1 == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "stream", with_signal)
+        patch.setattr(setup, "init_params", init_params)
+        result = loop.fit(ready.setup, programs, out, seed, notes.append, Times())
+    return Run(result, seen, notes)
+
+
+def stored(ready: Ready, out: Path, step: int) -> tuple[Any, dict[str, Any]]:
+    with Checkpoints(out / "checkpoints", keep=99) as store:
+        restored = store.restore(ready.programs.shapes, step)
+    return restored.state, restored.meta
+
+
+def assert_same_end(ready: Ready, a: Path, b: Path, step: int = TOTAL) -> None:
+    """The same state to the bit, the same log to the byte, the same idea of what was best."""
+    (state, meta), (other, other_meta) = stored(ready, a, step), stored(ready, b, step)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    assert meta["progress"] == other_meta["progress"]
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+
+
+def assert_same_result(a: Result, b: Result) -> None:
+    assert (a.step, a.best_step, a.metrics) == (b.step, b.best_step, b.metrics)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="session")
+def whole(ready: Ready, folder: Path) -> tuple[Run, Path]:
+    """A run that never stops."""
+    return fit(ready, folder / "whole"), folder / "whole"
+
+
+def test_a_run_learns_and_logs(whole: tuple[Run, Path]) -> None:
+    run, out = whole
+    log = read_log(out / "log.jsonl")
+    train = [record for record in log if record["kind"] == "train"]
+    assert [record["step"] for record in train] == list(range(3, TOTAL + 1, 3))
+    assert [record["step"] for record in log if record["kind"] == "eval"] == list(range(5, TOTAL + 1, 5))
+    assert train[-1]["loss"] < train[0]["loss"]
+    # 13 steps show all 98 rows once.
+    assert [record["epoch"] for record in train] == [record["step"] / 13 for record in train]
+    assert len(run.batches) == TOTAL == len(set(run.batches))
+    assert run.result.metrics["rows"] == 21
+
+
+@pytest.mark.parametrize("stops", [(1,), (7, 8, 20), (30,)])
+def test_resuming_is_bit_identical(
+    ready: Ready, whole: tuple[Run, Path], tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    seen: list[str] = []
+    for stop in stops:
+        run = fit(ready, tmp_path, stop_at=stop)
+        assert run.result.interrupted
+        assert run.result.step == stop
+        assert f"stopped by a signal at step {stop} of {TOTAL}" in run.notes[-1]
+        seen += run.batches
+    last = fit(ready, tmp_path)
+    assert seen + last.batches == whole[0].batches
+    assert_same_end(ready, tmp_path, whole[1])
+    assert_same_result(last.result, whole[0].result)
+
+
+def test_checkpoints_between_evaluations(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    often = ready.but(checkpoint={"every": 4, "keep": 99})
+    fit(often, tmp_path)
+    assert_same_end(ready, tmp_path, whole[1])
+    with Checkpoints(tmp_path / "checkpoints", keep=99) as store:
+        steps = set(store.steps())
+        best = store.best()
+    # Every fourth, the last, and evaluations that were the best so far; not each evaluation.
+    log = read_log(tmp_path / "log.jsonl")
+    better, top = set(), -1.0
+    for record in log:
+        if record["kind"] == "eval" and record["accuracy"] > top:
+            better.add(record["step"])
+            top = record["accuracy"]
+    assert steps == {*range(4, TOTAL, 4), TOTAL} | better
+    assert best == max(better) == whole[0].result.best_step
+    # A crash loses what came after the newest checkpoint; the log is cut back to it.
+    for step in steps:
+        if step > 16:
+            (tmp_path / "checkpoints" / str(step) / "jaxft.json").unlink()
+    resumed = fit(often, tmp_path)
+    assert any(note == "resuming from step 16" for note in resumed.notes)
+    assert resumed.batches == whole[0].batches[16:]
+    assert_same_end(ready, tmp_path, whole[1])
+
+
+def test_a_finished_run_is_not_run_again(ready: Ready, whole: tuple[Run, Path]) -> None:
+    run, out = whole
+    before = (out / "log.jsonl").read_bytes()
+    again = fit(ready, out)
+    assert again.batches == []
+    assert (out / "log.jsonl").read_bytes() == before
+    assert_same_result(again.result, run.result)
+
+
+def test_evaluation_is_exact_with_an_uneven_last_batch(ready: Ready, whole: tuple[Run, Path]) -> None:
+    params, split = whole[0].result.params, ready.setup.held_out
+    assert len(split) % 8 != 0
+    logits = []
+    for i in range(len(split)):
+        tokens, types, _ = split.row(i)
+        width = 12 - len(tokens)
+        row = [np.pad(x, (0, width))[None] for x in (tokens, np.ones_like(tokens), types)]
+        logits.append(_apply(ready.setup.model)(params, *row)[0])
+    scores = np.asarray(logits, np.float64)
+    logp = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    true, predicted = split.labels, scores.argmax(1)
+    metrics = whole[0].result.metrics
+    assert metrics["accuracy"] == (true == predicted).mean()
+    assert metrics["loss"] == pytest.approx(-logp[np.arange(len(true)), true].mean(), rel=1e-6)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (true, predicted), 1)
+    assert metrics["confusion"] == confusion.tolist()
+    f1 = [2 * confusion[i, i] / (confusion[i].sum() + confusion[:, i].sum()) for i in range(3)]
+    assert metrics["macro_f1"] == pytest.approx(np.mean(f1))
+
+
+@functools.cache
+def _apply(model: Any) -> Any:
+    return jax.jit(
+        lambda p, tokens, mask, types: model.apply({"params": p}, tokens=tokens, mask=mask, types=types).logits
+    )
+
+
+def test_early_stopping_and_best_checkpoint(ready: Ready, tmp_path: Path) -> None:
+    # A loss that must fall by itself: mode=max of the loss is at its best early, and gets worse while training goes well.
+    stopping = ready.but(eval={"metric": "loss", "mode": "max", "patience": 2})
+    one = fit(stopping, tmp_path / "one")
+    log = [record for record in read_log(tmp_path / "one/log.jsonl") if record["kind"] == "eval"]
+    values = {record["step"]: record["loss"] for record in log}
+    best = max(values, key=lambda step: values[step])
+    assert one.result.best_step == best
+    assert one.result.step == best + 2 * 5 < TOTAL
+    # The parameters are those of the best step, not the last.
+    assert one.result.metrics["loss"] == values[best]
+    state, _ = stored(ready, tmp_path / "one", best)
+    for a, b in zip(jax.tree.leaves(one.result.params), jax.tree.leaves(state.ema), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    # Patience is counted across a stop between the two bad evaluations.
+    fit(stopping, tmp_path / "two", stop_at=best + 7)
+    two = fit(stopping, tmp_path / "two")
+    assert_same_end(ready, tmp_path / "one", tmp_path / "two", one.result.step)
+    assert_same_result(one.result, two.result)
+    # A run that has stopped early stays as it is.
+    before = (tmp_path / "two/log.jsonl").read_bytes()
+    again = fit(stopping, tmp_path / "two")
+    assert again.batches == []
+    assert (tmp_path / "two/log.jsonl").read_bytes() == before
+    assert_same_result(one.result, again.result)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": {"learning_rate": 1e-3}}, "optim.learning_rate was 0.01, now 0.001;"),
+        ({"optim": {"beta1": 0.8, "beta2": 0.9}}, "optim.beta1 was 0.9, now 0.8 (and 1 more);"),
+        ({"train": {"steps": 40}}, "train.steps was 30, now 40;"),
+        ({"model": {"arch": {}}}, "model.arch was not set, now {} (and 7 more);"),
+        ({"data": {"labels": ("a", "b")}}, "data.labels was None, now ['a', 'b'];"),
+    ],
+)
+def test_another_configuration_is_refused(
+    ready: Ready, whole: tuple[Run, Path], changes: dict[str, Any], message: str
+) -> None:
+    before = (whole[1] / "log.jsonl").read_bytes()
+    with pytest.raises(UserError) as caught:
+        fit(ready.but(**changes), whole[1])
+    assert str(caught.value) == (
+        f"{whole[1]} holds a run with another configuration: {message} choose another train.out"
+    )
+    assert (whole[1] / "log.jsonl").read_bytes() == before
+
+
+def test_another_seed_and_resume_never_are_refused(ready: Ready, whole: tuple[Run, Path]) -> None:
+    with pytest.raises(UserError, match=r"train\.seed was 0, now 1; choose another train\.out"):
+        fit(ready, whole[1], seed=1)
+    with pytest.raises(UserError, match=r"already holds checkpoints; set checkpoint\.resume=auto to go on"):
+        fit(ready.but(checkpoint={"resume": "never"}), whole[1])
+
+
+def test_what_does_not_change_the_course_may_change(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    fit(ready, tmp_path, stop_at=11)
+    other = ready.but(data={"read_ahead": 1}, checkpoint={"every": 3, "keep": 1}, train={"out": "x", "export": False})
+    fit(other, tmp_path)
+    assert_same_end(ready, tmp_path, whole[1])
+
+
+def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
+    def spoilt(programs: dict[Any, Any]) -> dict[Any, Any]:
+        def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
+            bad = batch["weights"] * (np.nan if int(state.step) >= 12 else 1.0)
+            return program(state, batch | {"weights": bad}, seed)
+
+        return {shape: lambda *a, p=program: call(p, *a) for shape, program in programs.items()}
+
+    broken = ready.but(train={"max_nonfinite": 4}, checkpoint={"every": 1, "keep": 99})
+    broken = dataclasses.replace(
+        broken, programs=dataclasses.replace(broken.programs, train=spoilt(broken.programs.train))
+    )
+    with pytest.raises(UserError, match=r"^step 17: loss or gradient was not finite 5 steps in a row; lower optim"):
+        fit(broken, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", keep=99) as store:
+        assert store.steps() == tuple(range(1, 17))
+    good, _ = stored(ready, tmp_path, 12)
+    after, _ = stored(ready, tmp_path, 16)
+    for field in ("params", "opt_state", "ema"):
+        for a, b in zip(jax.tree.leaves(getattr(good, field)), jax.tree.leaves(getattr(after, field)), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert (int(after.skipped), int(after.streak)) == (4, 4)
+    # With healthy data the run goes on from there.
+    assert fit(ready.but(train={"max_nonfinite": 4}), tmp_path).result.step == TOTAL
+
+
+def test_another_mesh_goes_on_with_the_same_data(
+    ready: Ready, whole: tuple[Run, Path], folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(folder, "mesh.data=1", "mesh.fsdp=8")
+    with pytest.MonkeyPatch.context() as patch:
+        sharded = prepared(config, 8, patch)
+    begun = fit(ready, tmp_path, stop_at=17)
+    ended = fit(sharded, tmp_path)
+    assert begun.batches + ended.batches == whole[0].batches
+    wanted, found = parameter_paths(whole[0].result.params), parameter_paths(ended.result.params)
+    for path, leaf in wanted.items():
+        if not path.endswith("key/bias"):  # its gradient is rounding alone
+            np.testing.assert_allclose(found[path], leaf, atol=2e-5, err_msg=path)
+    for a, b in zip(read_log(whole[1] / "log.jsonl"), read_log(tmp_path / "log.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_accumulation_in_the_loop(whole: tuple[Run, Path], folder: Path, tmp_path: Path) -> None:
+    # Without dropout, whose bits depend on the shape of a micro-batch, accumulation must not show.
+    still = ARCH.replace("{", "{hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0, ")
+    few = "train.steps=5", "train.log_every=1"
+    with pytest.MonkeyPatch.context() as patch:
+        four = prepared(config_of(folder, still, *few, "train.accumulation=4"), 1, patch)
+    run = fit(four, tmp_path)
+    assert run.batches == whole[0].batches[:5]
+    first, batch = read_log(tmp_path / "log.jsonl")[0], four.setup.train_batches(0)[0]
+    params = init_params(four.setup.model, 0)
+    logits = _apply(four.setup.model)(params, batch["tokens"], batch["mask"], batch["types"])
+    logp = np.asarray(jax.nn.log_softmax(logits))[np.arange(8), batch["labels"]]
+    assert first["loss"] == pytest.approx(-logp.mean(), rel=1e-5)
+
+
+def test_several_seeds_share_programs(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["train.seeds=[3,4]", f"train.out={tmp_path}", "train.steps=10", "train.export=false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        patch.setattr(setup, "init_params", init_params)
+        jax.config.update("jax_log_compiles", True)  # jax.log_compiles() would hold for this thread alone
+        try:
+            with caplog.at_level("WARNING"):
+                assert main(["train", *overrides(folder, *more)]) == 0
+        finally:
+            jax.config.update("jax_log_compiles", False)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    for name in ("train_step", "eval_step"):
+        assert sum(f"jit({name})" in message for message in compiled) == 1, compiled
+    logs = [(tmp_path / f"seed{seed}" / "log.jsonl").read_bytes() for seed in (3, 4)]
+    assert logs[0] != logs[1]
+    assert "+-" in capsys.readouterr().out
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tiny_run import ARCH, config_of, overrides
+from jaxft import loop, pretrained, setup
+from jaxft.__main__ import main
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[2] + "/cache")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+folder = Path(sys.argv[2])
+ready = setup.prepare(config_of(folder, "train.steps=120", "checkpoint.every=7", "eval.every=50"), print, setup.Times())
+programs = loop.compile_programs(ready, print, setup.Times())
+for out in sys.argv[3:]:
+    result = loop.fit(ready, programs, folder / out, 0, print, setup.Times())
+    print(json.dumps({"best": result.best_step, "metrics": result.metrics}), flush=True)
+"""
+
+
+def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
+    def start(*outs: str) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path), *outs]
+        # One device, quick compilation.
+        flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        return subprocess.Popen(arguments, env=os.environ | flags, stdout=subprocess.PIPE, text=True)
+
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    child = start("killed")
+    with child:
+        deadline = time.monotonic() + 120
+        while not (checkpoints.is_dir() and any(int(p.name) > 14 for p in checkpoints.iterdir() if p.name.isdigit())):
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    with start("killed", "never_stopped") as child:
+        printed, _ = child.communicate(timeout=240)
+    assert child.returncode == 0
+    assert "resuming from step" in printed
+    ends = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    first, second = tmp_path / "killed", tmp_path / "never_stopped"
+    assert (first / "log.jsonl").read_bytes() == (second / "log.jsonl").read_bytes()
+    manifests = [json.loads((out / "checkpoints/120/jaxft.json").read_text()) for out in (first, second)]
+    assert manifests[0]["meta"]["progress"] == manifests[1]["meta"]["progress"]
+    states = []
+    for out in (first, second):
+        with Checkpoints(out / "checkpoints", keep=99) as store:
+            like = _shapes_of(manifests[0]["tree"])
+            states.append(store.restore(like, 120).state)
+    for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def _shapes_of(tree: dict[str, Any]) -> Any:
+    nested: dict[str, Any] = {}
+    for path, leaf in tree.items():
+        *parents, last = path.split("/")
+        node = nested
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = np.zeros(leaf["shape"], leaf["dtype"])
+    return nested

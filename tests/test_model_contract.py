@@ -1,0 +1,172 @@
+"""What every model family must satisfy. Families are found by themselves: a new one is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import models
+from jaxft.config import MeshConfig
+from jaxft.hf import export_tensors, import_params, paths_of
+from jaxft.layers import Compute
+from jaxft.parity import random_batch
+from jaxft.pretrained import init_params, shapes_and_axes
+from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
+from jaxft.weights import open_weights, write_safetensors
+
+FAMILIES = models.families()
+HEADS = [(family, head) for family in FAMILIES for head in models.family(family).HEADS]
+
+
+def tiny(family: str) -> Any:
+    """The family's test configuration without dropout."""
+    config = models.family(family).TINY
+    off = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout_prob")}
+    return dataclasses.replace(config, **off)
+
+
+def result(out: Any) -> Any:
+    return out.hidden if out.logits is None else out.logits
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_every_parameter_is_labelled_and_every_label_is_in_the_table(family: str, head: str | None) -> None:
+    model = models.family(family).Model(tiny(family), head)
+    shapes, axes = shapes_and_axes(model)
+    for path, leaf in paths_of(shapes).items():
+        names: Any = axes
+        for part in path.split("/"):
+            names = names[part]
+        assert len(names) == len(leaf.shape), path
+        assert set(names) <= {None, *dict(DEFAULT_RULES.table)}, path
+        assert (names[0] == "layers") == path.startswith("layers/"), path
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+def test_round_trip_through_hugging_face_layout_is_bit_equal(family: str, head: str | None, tmp_path: Path) -> None:
+    module = models.family(family)
+    model = module.Model(tiny(family), head, Compute())
+    shapes, _ = shapes_and_axes(model)
+    params = init_params(model, 0)
+    layout = module.hf_layout(model.config, head)
+    write_safetensors(tmp_path, export_tensors(params, layout, bare=head is None), shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with open_weights(tmp_path) as weights:
+        again = import_params(weights, layout, shapes, lambda _: None, np.float32)
+    assert not again.fresh
+    assert not again.unused
+    jax.tree.map(np.testing.assert_array_equal, params, again.params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_execution_modes_give_the_same_values_and_gradients(family: str, layers: Any, remat: Any) -> None:
+    module = models.family(family)
+    config = module.TINY  # with dropout: its bits must not depend on the mode either
+    expected, ours = (
+        _gradient(family, config, compute) for compute in (Compute(), Compute(layers=layers, remat=remat))
+    )
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale), expected, ours)
+
+
+@functools.cache
+def _gradient(family: str, config: Any, compute: Compute) -> Any:
+    model = models.family(family).Model(config, None, compute)
+    params, batch = init_params(model, 0), random_batch(config, 3)
+    # A random cotangent: the sum of squares of a normalised vector has no gradient to speak of.
+    weights = np.random.default_rng(0).normal(size=(*batch["tokens"].shape, config.hidden_size)).astype(np.float32)
+
+    def loss(p: Any) -> Any:
+        return (model.apply({"params": p}, **batch, key=jax.random.key(3)).hidden * weights).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
+    model = models.family(family).Model(tiny(family), None)
+    params = init_params(model, 0)
+    batch = random_batch(model.config, 2)
+    short = {name: value[:, :20] for name, value in batch.items()}
+    short["mask"] = np.ones_like(short["mask"])
+    padded = {name: np.pad(value, ((0, 0), (0, 9))) for name, value in short.items()}
+    junk = padded | {"tokens": np.where(padded["mask"] == 1, padded["tokens"], 11)}
+    base = model.apply({"params": params}, **short).hidden
+    for other in (padded, junk):
+        np.testing.assert_allclose(model.apply({"params": params}, **other).hidden[:, :20], base, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_separate_ones(family: str) -> None:
+    model = models.family(family).Model(tiny(family), None)
+    params = init_params(model, 0)
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(5, model.config.vocab_size, (1, n)).astype(np.int32) for n in (7, 12))
+    packed = np.concatenate([first, second, np.zeros((1, 3), np.int32)], axis=1)
+    segments = np.array([[1] * 7 + [2] * 12 + [0] * 3], np.int32)
+    positions = np.array([[*range(7), *range(12), 0, 0, 0]], np.int32)
+    out = model.apply({"params": params}, packed, segments=segments, positions=positions).hidden
+    np.testing.assert_allclose(out[:, :7], model.apply({"params": params}, first).hidden, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(out[:, 7:19], model.apply({"params": params}, second).hidden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_padding_alone_are_finite(family: str) -> None:
+    model = models.family(family).Model(tiny(family), "classification")
+    params = init_params(model, 0)
+    batch = random_batch(model.config, 2)
+    batch = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
+
+    def loss(p: Any) -> Any:
+        return model.apply({"params": p}, **batch).logits.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2)], ids=str)
+def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
+    model = models.family(family).Model(tiny(family), "classification", Compute())
+    params = init_params(model, 0)
+    batch = random_batch(model.config, 8)
+
+    def loss(p: Any, batch: Any) -> Any:
+        return jnp.square(model.apply({"params": p}, **batch, key=jax.random.key(1)).logits).sum()
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = make_mesh(mesh_config)
+    shapes, axes = shapes_and_axes(model)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings_of(mesh, DEFAULT_RULES, shapes, axes))
+        value, gradient = jax.jit(jax.value_and_grad(loss))(placed, batch)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(a).max())),
+        expected[1],
+        gradient,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_operands_stay_near_float32(family: str) -> None:
+    config = tiny(family)
+    batch = random_batch(config, 4)
+    exact, rounded = (
+        models.family(family).Model(config, None, Compute(matmul_dtype=kind)) for kind in ("float32", "bfloat16")
+    )
+    params = init_params(exact, 0)
+    a, b = (jax.jit(m.apply)({"params": params}, **batch).hidden for m in (exact, rounded))
+    assert a.dtype == b.dtype == jnp.float32
+    difference = np.abs(np.asarray(a - b))[batch["mask"] == 1].max()
+    assert 0 < difference < 0.1
