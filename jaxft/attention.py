@@ -43,14 +43,14 @@ def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate:
     """softmax(q k^T / sqrt(H)) v with float32 softmax (Vaswani et al. 2017).
 
     Args:
-      q: [B, S, N, H]. k, v: [B, T, N, H].
+      q: [B, N, S, H]. k, v: [B, N, T, H].
       mask: who may see whom; rows that may see nothing give zeros.
       rate, key: dropout of attention probabilities; no key, no dropout.
 
-    Returns: [B, S, N, H].
+    Returns: [B, N, S, H].
     """
     scale = np.float32(q.shape[-1] ** -0.5)
-    logits = einsum("bsnh,btnh->bnst", q * scale.astype(q.dtype), k, compute).astype(jnp.float32)
+    logits = einsum("bnsh,bnth->bnst", q * scale.astype(q.dtype), k, compute).astype(jnp.float32)
     allowed = mask.allowed()
     if allowed is not None:
         logits = jnp.where(allowed, logits, _MASKED)
@@ -58,4 +58,4 @@ def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate:
     if allowed is not None:
         weights = weights * allowed.any(-1, keepdims=True)
     weights = dropout(weights, rate, key)
-    return einsum("bnst,btnh->bsnh", weights, v, compute)
+    return einsum("bnst,bnth->bnsh", weights, v, compute)

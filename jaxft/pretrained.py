@@ -196,12 +196,12 @@ def shapes_and_axes(model: Any) -> tuple[Any, Any]:
 
 def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
     """Freshly initialised parameters, made where they will lie."""
-    example = jnp.zeros((1, 2), jnp.int32)
+    # The model is a static argument, not part of a new function: other seeds find the compiled program.
+    return jax.jit(_init, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
 
-    def init(key: jax.Array) -> Any:
-        return unlabel(model.init(key, example)["params"])[0]
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+def _init(model: Any, key: jax.Array) -> Any:
+    return unlabel(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
 
 
 def load_params(
@@ -230,8 +230,8 @@ def load_params(
     flat = paths_of(got.params)
     if got.fresh:
         # Only what is missing is computed: XLA drops the rest of the initialisation.
-        initial = jax.jit(lambda: {p: v for p, v in _initial(model, seed).items() if p in got.fresh})
-        flat |= {p: v if not placed else jax.device_put(v, placed[p]) for p, v in initial().items()}
+        initial = jax.jit(_init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
+        flat |= {p: v if not placed else jax.device_put(v, placed[p]) for p, v in initial.items()}
         note(f"initialised afresh: {', '.join(got.fresh)}")
     left = [name for name in got.unused if not name.endswith(("position_ids", "token_type_ids"))]
     if left:
@@ -239,9 +239,8 @@ def load_params(
     return nested({path: flat[path] for path in paths_of(shapes)})
 
 
-def _initial(model: Any, seed: int) -> dict[str, Any]:
-    example = jnp.zeros((1, 2), jnp.int32)
-    return paths_of(unlabel(model.init(jax.random.key(seed), example)["params"])[0])
+def _init_some(model: Any, wanted: tuple[str, ...], key: jax.Array) -> dict[str, Any]:
+    return {path: value for path, value in paths_of(_init(model, key)).items() if path in wanted}
 
 
 class _WithoutHead(Weights):

@@ -114,10 +114,6 @@ def set_up_jax(cache: str | None) -> None:
     """Turns on XLA's persistent compilation cache, and keeps the libraries' chatter off the console."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from jaxft.host_memory import cpu_only, keep_freed_memory
-
-    if cpu_only():
-        keep_freed_memory()
     import jax
 
     if cache is not None:

@@ -99,7 +99,8 @@ class OptimConfig:
     step_factor: float = 0.1
     """What each drop of the step schedule, or each ``exponential_steps`` of the exponential one, multiplies the rate by."""
     exponential_steps: int | None = None
-    """Steps per factor of ``step_factor`` in the exponential schedule. None: a tenth of all steps."""
+    """Steps per factor of ``step_factor`` in the exponential schedule. None: half of all steps (the last rate is then
+    ``step_factor`` squared)."""
     decay_fraction: float = 0.1
     """Share of all steps spent in the final decay of warmup_stable_decay."""
     weight_decay: float = 0.01

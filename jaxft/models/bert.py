@@ -128,11 +128,11 @@ class Attention(nn.Module):
             for name in ("query", "key", "value")
         ]
         q, k, v = (
-            rules.constrain(y, "batch", "length", "act_heads", None)
+            rules.constrain(y, "batch", "act_heads", "length", None)
             for y in project_together(x, projections, self.compute)
         )
         mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, subkey(key, 0))
-        out = Linear("bsnh,nhd->bsd", (n, h, d), ("heads", None, "embed"), self.compute, _normal(c), name="out")(mixed)
+        out = Linear("bnsh,nhd->bsd", (n, h, d), ("heads", None, "embed"), self.compute, _normal(c), name="out")(mixed)
         out = dropout(out, c.hidden_dropout_prob, subkey(key, 1))
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
 

@@ -116,7 +116,7 @@ def _exponential(config: OptimConfig, total: int, warmup: int) -> optax.Schedule
     _check_step_factor(config)
     if config.exponential_steps is not None and config.exponential_steps < 1:
         raise UserError(f"optim.exponential_steps={config.exponential_steps}: must be at least 1")
-    per_factor = config.exponential_steps or max(round(total / 10), 1)
+    per_factor = config.exponential_steps or max(round(total / 2), 1)
     peak = config.learning_rate
     return optax.exponential_decay(peak, per_factor, config.step_factor, end_value=peak * config.end_factor)
 

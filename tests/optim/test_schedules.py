@@ -94,8 +94,8 @@ def test_exponential_by_formula() -> None:
     steps = np.arange(TOTAL)
     rates = curve(schedule="exponential", warmup_steps=0, step_factor=0.5, exponential_steps=20, end_factor=0.3) / PEAK
     np.testing.assert_allclose(rates, np.maximum(0.5 ** (steps / 20), 0.3), rtol=1e-5)
-    tenth = curve(schedule="exponential", warmup_steps=0, step_factor=0.5) / PEAK
-    np.testing.assert_allclose(tenth, 0.5 ** (steps / 5), rtol=1e-5)
+    half = curve(schedule="exponential", warmup_steps=0, step_factor=0.5) / PEAK
+    np.testing.assert_allclose(half, 0.5 ** (steps / (TOTAL / 2)), rtol=1e-5)
 
 
 def test_inverse_sqrt_is_continuous() -> None:
