@@ -155,6 +155,7 @@ def _fit(
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
     batches, total = setup.train_batches(seed), setup.total_steps
     interrupted, step, lap = False, start, _Lap()
+    best_metrics: dict[str, Any] | None = None
     pending: tuple[int, Any, int] | None = None
 
     sinks = open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config))
@@ -179,7 +180,9 @@ def _fit(
                 _report_step(setup, sinks, lap, *pending)
                 pending = None
                 with lap.clock.paused():
-                    better = evaluated and _evaluate(setup, programs, sinks, state, step, progress)
+                    scores = _evaluate(setup, programs, sinks, state, step) if evaluated else None
+                    better = scores is not None and _is_better(config, progress, scores, step)
+                    best_metrics = scores if better else best_metrics
                     ended = interrupted or step == total or _out_of_patience(config, progress)
                     if due or better or ended:
                         sinks.sync()
@@ -193,7 +196,7 @@ def _fit(
         store.wait()
     if interrupted:
         note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
-    return _result(setup, programs, state, step, progress, store, interrupted)
+    return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
 
 
 def _start(
@@ -305,12 +308,17 @@ def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any,
         )
 
 
-def _evaluate(setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int, progress: Progress) -> bool:
-    """Scores the held-out rows and updates ``progress``; True if this is the best so far."""
+def _evaluate(setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int) -> dict[str, Any]:
+    """Scores the held-out rows and logs it."""
     metrics = evaluate(setup, programs, state.best_params)
     sinks.log(step, "eval", {name: metrics[name] for name in setup.task.metric_names()})
-    value, best = metrics[setup.config.eval.metric], progress.best_value
-    sign = 1 if setup.config.eval.mode == "max" else -1
+    return metrics
+
+
+def _is_better(config: RunConfig, progress: Progress, metrics: dict[str, Any], step: int) -> bool:
+    """Whether an evaluation is the best so far; notes it in ``progress``."""
+    value, best = metrics[config.eval.metric], progress.best_value
+    sign = 1 if config.eval.mode == "max" else -1
     better = bool(np.isfinite(value)) and (best is None or sign * value > sign * best)
     if better:
         progress.best_value, progress.best_step, progress.bad_evals = value, step, 0
@@ -344,6 +352,7 @@ def _result(
     progress: Progress,
     store: checkpoint.Checkpoints,
     interrupted: bool,
+    best_metrics: dict[str, Any] | None,
 ) -> Result:
     best = step if progress.best_step is None else progress.best_step
     if interrupted:  # whoever sent the signal does not wait for long
@@ -351,7 +360,8 @@ def _result(
     if best != step:
         state = store.restore(programs.shapes, best).state
     params = state.best_params
-    return Result(step, params, evaluate(setup, programs, params), best)
+    # Evaluated in this process already, unless the best step was before a resume.
+    return Result(step, params, best_metrics or evaluate(setup, programs, params), best)
 
 
 def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:

@@ -40,7 +40,7 @@ class Batches:
     buckets: tuple[int, ...]
     pad_id: int
     seed: int | None
-    """Of the shuffle; None: file order, sorted by nothing, one epoch."""
+    """Of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
     processes: tuple[int, int] = (0, 1)
     """(index, count): which rows of the global batch this process makes."""
 
@@ -76,7 +76,7 @@ class Batches:
         """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.seed is None:
-            return np.arange(index * self.batch_size, min((index + 1) * self.batch_size, len(self.split)))
+            return _by_length(self)[index * self.batch_size : (index + 1) * self.batch_size]
         window, within = divmod(index, _WINDOW)
         return _window(self, epoch, window)[within]
 
@@ -90,6 +90,11 @@ class Batches:
 @functools.lru_cache(maxsize=64)
 def _shuffled(rows: int, seed: int) -> Any:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+
+@functools.lru_cache(maxsize=2)
+def _by_length(batches: Batches) -> np.ndarray:
+    return np.argsort(batches.split.lengths, kind="stable")
 
 
 @functools.lru_cache(maxsize=8)
