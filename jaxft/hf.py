@@ -203,18 +203,19 @@ def _their_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
         return one
     sizes = _sizes(rule.pattern, one)
     groups = rule.pattern.split("->")[0].replace("(", " ( ").replace(")", " ) ").split()
-    dims, inside = [], None
+    dims: list[int] = []
+    grouped = False
     for token in groups:
         if token == "(":
-            inside = 1
+            dims.append(1)
+            grouped = True
         elif token == ")":
-            dims.append(inside)
-            inside = None
-        elif inside is not None:
-            inside *= sizes[token]
+            grouped = False
+        elif grouped:
+            dims[-1] *= sizes[token]
         else:
             dims.append(sizes[token])
-    return tuple(dims)  # type: ignore[arg-type]
+    return tuple(dims)
 
 
 def _sizes(pattern: str, ours: tuple[int, ...]) -> dict[str, int]:

@@ -346,12 +346,12 @@ def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, 
     return parent.param(name, init)
 
 
-def apply_stack(layer: nn.Module, params: Any, length: int, x: Array, key: Array | None, *args: Any) -> Array:
+def apply_stack(layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any) -> Array:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
     """
-    compute: Compute = layer.compute  # type: ignore[attr-defined]
+    compute: Compute = layer.compute
 
     def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
         return layer.apply({"params": layer_params}, x, layer_key, *args)

@@ -153,7 +153,8 @@ def test_predict_keeps_the_order_of_mixed_lengths(home: Path, tmp_path: Path, ca
     for record, other in zip(records, single, strict=True):
         assert record["label"] == other["label"]
         assert record["probability"] == pytest.approx(other["probability"], abs=2e-6)
-    assert all(len(record["probabilities"]) == 1 for record in single)  # type: ignore[arg-type]
+    chosen: list[Any] = [record["probabilities"] for record in single]
+    assert all(len(probabilities) == 1 for probabilities in chosen)
 
 
 def test_options_and_overrides_may_be_mixed(home: Path, capsys: Capture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from jaxft.config import RunConfig, load_config
 
@@ -23,9 +24,9 @@ def write_tokenizer(folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     ids = {word: i for i, word in enumerate(WORDS)}
-    fast = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    fast.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))  # type: ignore[assignment]
+    fast: Any = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     folder.mkdir(parents=True, exist_ok=True)
     fast.save(str(folder / "tokenizer.json"))
     return folder

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,16 +27,16 @@ CLS, SEP, A, B, C = 2, 3, 4, 5, 6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {word: i for i, word in enumerate(VOCABULARY)}
-    fast = Fast(models.WordPiece(ids, unk_token="[UNK]"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))  # type: ignore[assignment]
+    fast: Any = Fast(models.WordPiece(ids, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
     made = tmp_path_factory.mktemp("tokenizer")
     fast.save(str(made / "tokenizer.json"))
     return made
 
 
-def labelled(*labels: object) -> list[Row]:
-    return [Row(("a", label), f"f.csv:{i + 2}") for i, label in enumerate(labels)]  # type: ignore[arg-type]
+def labelled(*labels: Any) -> list[Row]:
+    return [Row(("a", label), f"f.csv:{i + 2}") for i, label in enumerate(labels)]
 
 
 @pytest.mark.parametrize(

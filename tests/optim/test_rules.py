@@ -124,9 +124,9 @@ def test_muon_equals_optax_on_separate_matrices() -> None:
     update = jax.jit(reference.update)
     for path, inputs in MATRICES.items():
         for layer in range(L):
-            view = lambda seed: parameter_paths(random_tree(seed))[path][layer]  # noqa: B023, E731
+            view = lambda seed: parameter_paths(random_tree(seed))[path][layer]
             shape = view(0).shape
-            flat = lambda x: x.reshape(int(np.prod(shape[:inputs])), -1)  # noqa: B023, E731
+            flat = lambda x: x.reshape(int(np.prod(shape[:inputs])), -1)
             p: Any = flat(view(0))
             state = reference.init(p)
             for step in range(3):
