@@ -1,11 +1,13 @@
 """One training step of BERT classification: jaxft against `transformers` on torch, alternating, on this machine.
 
     python benchmarks/step.py                        # base and MiniLM sizes, dropout on and off
-    python benchmarks/step.py --sizes minilm --steps 20
+    python benchmarks/step.py --sizes minilm --turns 10
 
-Each contender lives in its own process and is asked for one step at a time, in turn, so that a change of the machine's
-speed hits all alike; the others sleep meanwhile. Same shapes, same optimizer (AdamW, clipping at norm 1), no padding.
-Printed: median and spread in milliseconds, the ratio of medians to torch float32 (above 1: faster), peak memory.
+Each contender lives in its own process; they take turns, so that a change of the machine's speed hits all alike, and sleep
+meanwhile. A turn is one step that is not counted, then `--turn` counted ones back to back, as in training: the first step
+after a pause pays for the pause (a virtual machine may have given the freed memory of a process back to its host; that
+step is printed apart). Same shapes, same optimizer (AdamW, clipping at norm 1), no padding. Printed: median and spread in
+milliseconds, the ratio of medians to torch float32 (above 1: faster), peak memory.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
 
     from jaxft.config import OptimConfig
     from jaxft.layers import Compute
+    from jaxft.memory import release_freed
     from jaxft.models import bert
     from jaxft.optim import make_optimizer, make_schedule
     from jaxft.pretrained import init_params, shapes_and_axes
@@ -103,6 +106,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
     }
     train_step = make_train_step(model, Task(tuple("abcdefgh")), optimizer, schedule)
     run = jax.jit(train_step, donate_argnums=0).lower(state, batch, np.uint32(0)).compile()
+    release_freed()  # as the training loop does
     box = [state]
 
     def step() -> float:
@@ -135,7 +139,7 @@ class Contender:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
         # As `make train` does, for all contenders alike: see docs/performance.md.
         environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-        self.kind, self.seconds, self.peak = kind, list[float](), 0.0
+        self.kind, self.seconds, self.first, self.peak = kind, list[float](), list[float](), 0.0
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -153,15 +157,18 @@ class Contender:
             raise SystemExit(f"{self.kind} died; run its worker by hand to see why")
         return json.loads(line)
 
-    def step(self, count: bool) -> None:
-        """Asks for one step."""
+    def turn(self, steps: int) -> None:
+        """Takes a step after the pause and then ``steps`` more."""
+        self.first.append(self._step())
+        self.seconds += [self._step() for _ in range(steps)]
+
+    def _step(self) -> float:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         answer = self._read()
-        if count:
-            self.seconds.append(answer["seconds"])
         self.peak = max(self.peak, answer["peak_mib"])
+        return answer["seconds"]
 
     def close(self) -> None:
         """Ends the worker."""
@@ -170,20 +177,27 @@ class Contender:
 
 def compare(size: str, dropout: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     contenders = [Contender(kind, size, dropout, options) for kind in options.contenders]
-    for count in range(-options.warmup, options.steps):
+    for _ in range(options.turns):
         for contender in contenders:
-            contender.step(count >= 0)
+            contender.turn(options.turn)
             time.sleep(options.pause)  # worker threads of the one before spin for a while
     for contender in contenders:
         contender.close()
     base = statistics.median(contenders[0].seconds)
-    print(f"\n{size}, {options.rows} x {options.length} tokens, dropout {dropout}, {options.steps} steps each")
-    print(f"{'':24}{'median ms':>10}{'min':>8}{'max':>8}{'x ' + contenders[0].kind:>18}{'peak MiB':>10}")
+    print(
+        f"\n{size}, {options.rows} x {options.length} tokens, dropout {dropout}, {options.turns} turns of {options.turn} steps"
+    )
+    print(
+        f"{'':24}{'median ms':>10}{'min':>8}{'max':>8}{'after pause':>13}{'x ' + contenders[0].kind:>18}{'peak MiB':>10}"
+    )
     rows = []
     for c in contenders:
         median = statistics.median(c.seconds)
-        ms = [1e3 * x for x in (median, min(c.seconds), max(c.seconds))]
-        print(f"{c.kind:24}{ms[0]:10.0f}{ms[1]:8.0f}{ms[2]:8.0f}{base / median:18.2f}{c.peak:10.0f}", flush=True)
+        ms = [1e3 * x for x in (median, min(c.seconds), max(c.seconds), statistics.median(c.first))]
+        print(
+            f"{c.kind:24}{ms[0]:10.0f}{ms[1]:8.0f}{ms[2]:8.0f}{ms[3]:13.0f}{base / median:18.2f}{c.peak:10.0f}",
+            flush=True,
+        )
         rows.append({"size": size, "dropout": dropout, "kind": c.kind, "ms": ms, "ratio": base / median, "mib": c.peak})
     return rows
 
@@ -206,8 +220,8 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turn", type=int, default=4, metavar="STEPS")
     parser.add_argument("--pause", type=float, default=0.05)
     parser.add_argument("--json", help="write the figures here too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

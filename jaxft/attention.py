@@ -5,13 +5,15 @@ Dims: B batch, S query length, T key length, N heads, H head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.layers import Compute, dropout, einsum
+from jaxft.layers import Compute, dot, keep_mask, recomputed_from
 
 Array = jax.Array
 _MASKED = np.float32(-1e30)  # finite: exp underflows to 0, and a fully masked row has no nan
@@ -42,6 +44,9 @@ class MaskSpec:
 def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate: float, key: Array | None) -> Array:
     """softmax(q k^T / sqrt(H)) v with float32 softmax (Vaswani et al. 2017).
 
+    The backward pass computes the probabilities again from ``q``, ``k`` and the log of their normaliser (as Dao et al.
+    2022 do), so that a layer keeps nothing of size S x T but the bits of its dropout.
+
     Args:
       q: [B, N, S, H]. k, v: [B, N, T, H].
       mask: who may see whom; rows that may see nothing give zeros.
@@ -49,13 +54,67 @@ def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate:
 
     Returns: [B, N, S, H].
     """
-    scale = np.float32(q.shape[-1] ** -0.5)
-    logits = einsum("bnsh,bnth->bnst", q * scale.astype(q.dtype), k, compute).astype(jnp.float32)
+    kept = None
+    if key is not None and rate > 0.0:
+        kept = keep_mask(key, rate, (*q.shape[:3], k.shape[2]))
+    return _attend(compute, None if kept is None else float(kept[1]), q, k, v, mask, None if kept is None else kept[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
+) -> Array:
+    return _attend_fwd(compute, keep_scale, q, k, v, mask, kept)[0]
+
+
+def _logits(q: Array, k: Array, allowed: Array | None, compute: Compute) -> Array:
+    """float32 [B, N, S, T], ``_MASKED`` where not allowed."""
+    logits = dot("bnsh,bnth->bnst", q * _scale(q), k, compute)
+    return logits if allowed is None else jnp.where(allowed, logits, _MASKED)
+
+
+def _scale(q: Array) -> Array:
+    return np.float32(q.shape[-1] ** -0.5).astype(q.dtype)
+
+
+def _dropped(weights: Array, keep_scale: float | None, kept: Array | None) -> Array:
+    return weights if kept is None else jnp.where(kept, weights * np.float32(keep_scale), 0.0)
+
+
+def _attend_fwd(
+    compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     allowed = mask.allowed()
+    logits = _logits(q, k, allowed, compute)
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
     if allowed is not None:
-        logits = jnp.where(allowed, logits, _MASKED)
-    weights = jax.nn.softmax(logits, axis=-1)
+        weights = jnp.where(allowed, weights, 0.0)
+    total = weights.sum(-1, keepdims=True)
+    total = jnp.where(total == 0.0, 1.0, total)  # a row that may see nothing
+    out = dot("bnst,bnth->bnsh", _dropped(weights / total, keep_scale, kept), v, compute).astype(
+        compute.activation_dtype
+    )
+    return out, (q, k, v, mask, kept, out, top + jnp.log(total))
+
+
+def _attend_bwd(
+    compute: Compute, keep_scale: float | None, saved: tuple[Any, ...], g: Array
+) -> tuple[Array | None, ...]:
+    q, k, v, mask, kept, out, normaliser = saved
+    (q, k), g = recomputed_from((q, k), g)
+    allowed = mask.allowed()
+    weights = jnp.exp(_logits(q, k, allowed, compute) - normaliser)
     if allowed is not None:
-        weights = weights * allowed.any(-1, keepdims=True)
-    weights = dropout(weights, rate, key)
-    return einsum("bnst,bnth->bnsh", weights, v, compute)
+        weights = jnp.where(allowed, weights, 0.0)
+    dv = dot("bnst,bnsh->bnth", _dropped(weights, keep_scale, kept), g, compute)
+    dweights = _dropped(dot("bnsh,bnth->bnst", g, v, compute), keep_scale, kept)
+    # sum_t weights * dweights, without an S x T array
+    mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1, keepdims=True)
+    dlogits = weights * (dweights - mean)
+    dq = dot("bnst,bnth->bnsh", dlogits, k, compute) * _scale(q)
+    dk = dot("bnst,bnsh->bnth", dlogits, q * _scale(q), compute)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -18,6 +18,7 @@ from jaxft import checkpoint
 from jaxft.config import RunConfig, to_tree
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
+from jaxft.memory import release_freed
 from jaxft.metrics import Clock, Sinks, open_sinks
 from jaxft.setup import Note, Setup, Times
 from jaxft.sharding import batch_sharding, replicated
@@ -67,7 +68,9 @@ class Result:
 def compile_programs(setup: Setup, note: Note, times: Times) -> Programs:
     """Compiles every step for every declared batch shape, before step 0."""
     with times.part("compile"), jax.set_mesh(setup.mesh):
-        return _compile_programs(setup, note)
+        programs = _compile_programs(setup, note)
+    release_freed()
+    return programs
 
 
 def _compile_programs(setup: Setup, note: Note) -> Programs:

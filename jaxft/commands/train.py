@@ -123,8 +123,7 @@ def set_up_jax(cache: str | None) -> None:
 
 def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -> None:
     """Report, plots, export."""
-    import resource
-
+    from jaxft.memory import peak_bytes
     from jaxft.metrics import read_log
     from jaxft.report import report_text, write_report
 
@@ -133,7 +132,7 @@ def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print(report_text(result.metrics, ready.task.labels, log, width))
     written = write_report(out, result.metrics, ready.task.labels, log)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:
         print(f"wrote {path}")

@@ -148,8 +148,9 @@ class Mlp(nn.Module):
         c, rules = self.config, self.compute.rules
         d, f = c.hidden_size, c.intermediate_size
         up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), self.compute, _normal(c), name="up")(x)
-        wide = ACTIVATIONS[c.hidden_act](rules.constrain(up, "batch", "length", "act_mlp"))
-        down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), name="down")(wide)
+        up = rules.constrain(up, "batch", "length", "act_mlp")
+        act = ACTIVATIONS[c.hidden_act]
+        down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), act=act, name="down")(up)
         down = dropout(down, c.hidden_dropout_prob, subkey(key, 0))
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
 

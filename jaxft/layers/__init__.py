@@ -1,0 +1,43 @@
+"""The few layers all models are built from: pure functions, and thin Linen modules that declare their parameters."""
+
+from jaxft.layers.compute import Compute
+from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, subkey
+from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
+from jaxft.layers.modules import (
+    Embed,
+    Initializer,
+    Labelled,
+    LayerNorm,
+    Linear,
+    Projection,
+    labelled,
+    project_together,
+    unlabel,
+)
+from jaxft.layers.stacks import apply_stack, stacked_params
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Compute",
+    "Embed",
+    "Initializer",
+    "Labelled",
+    "LayerNorm",
+    "Linear",
+    "Projection",
+    "affine",
+    "apply_stack",
+    "dot",
+    "dropout",
+    "einsum",
+    "gelu",
+    "keep_mask",
+    "labelled",
+    "layer_norm",
+    "project_together",
+    "recomputed_from",
+    "stacked_params",
+    "subkey",
+    "unlabel",
+]

@@ -1,0 +1,126 @@
+"""Activations, dropout and normalisation: pure functions."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxft.layers.matmul import Activation, recomputed_from
+
+Array = jax.Array
+
+
+def _normal_cdf(x: Array) -> Array:
+    return 0.5 * (1.0 + lax.erf(x * np.float32(np.sqrt(0.5)).astype(x.dtype)))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x * Phi(x) with the exact normal distribution function (Hendrycks & Gimpel 2016).
+
+    Keeps only ``x`` for its backward pass; autodiff would keep its derivative too.
+    """
+    return x * _normal_cdf(x)
+
+
+def _gelu_bwd(x: Array, g: Array) -> tuple[Array]:
+    x, g = recomputed_from(x, g)
+    density = jnp.exp(-0.5 * x * x) * np.float32(1 / np.sqrt(2 * np.pi)).astype(x.dtype)
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    # Names as in the reference's config files; several spell the same function.
+    "gelu": gelu,
+    "gelu_python": gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10.0, 10.0),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": jax.nn.leaky_relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "sigmoid": jax.nn.sigmoid,
+    "hardswish": jax.nn.hard_swish,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "laplace": lambda x: 0.5 * (1.0 + lax.erf((x - 0.707107) / np.float32(0.282095 * np.sqrt(2.0)))),
+    "tanh": jnp.tanh,
+    "linear": lambda x: x,
+}
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate). No key: returns ``x``.
+
+    Bits come from counters over the global shape (``jax_threefry_partitionable``), so they do not depend on the mesh. One
+    32-bit word serves two elements: the rate is exact to 2**-17 and the scale matches the rate actually used.
+    """
+    if key is None or rate == 0.0:
+        return x
+    mask, scale = keep_mask(key, rate, x.shape)
+    return jnp.where(mask, x * scale.astype(x.dtype), jnp.zeros_like(x))
+
+
+def keep_mask(key: Array, rate: float, shape: tuple[int, ...]) -> tuple[Array, np.float32]:
+    """What :func:`dropout` keeps, as a bool array of ``shape``, and the scale of what is kept."""
+    keep = round((1.0 - rate) * 65536)
+    *rest, last = shape
+    words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
+    halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, -1)[..., :last]
+    return halves < keep, np.float32(65536 / keep)
+
+
+def subkey(key: Array | None, index: int | Array) -> Array | None:
+    """The ``index``-th independent key below ``key``; None stays None (deterministic evaluation)."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """Layer normalisation of [..., D] with float32 statistics; the result has the type of ``x``.
+
+    Keeps ``x`` and its statistics for the backward pass, no third array of its size.
+    """
+    return _layer_norm_fwd(x, scale, bias, eps)[0]
+
+
+def _layer_norm_fwd(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    centred = wide - mean
+    inverse = lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    out = centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return out.astype(x.dtype), (x, scale, bias, mean, inverse)
+
+
+def _layer_norm_bwd(eps: float, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    x, scale, bias, mean, inverse = kept
+    x, g = recomputed_from(x, g)
+    normal, wide = (x.astype(jnp.float32) - mean) * inverse, g.astype(jnp.float32)
+    of_normal = wide * scale.astype(jnp.float32)
+    along = (of_normal * normal).mean(-1, keepdims=True)
+    dx = inverse * (of_normal - of_normal.mean(-1, keepdims=True) - normal * along)
+    rows = tuple(range(x.ndim - 1))
+    dscale, dbias = (wide * normal).sum(rows), wide.sum(rows)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)

@@ -1,0 +1,156 @@
+"""Matrix products with low-precision operands, float32 accumulation, and backward passes that keep little."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxft.layers.compute import Compute
+
+Array = jax.Array
+
+
+def _batched(spec: str) -> bool:
+    first, second, out = spec.replace("->", ",").split(",")
+    return bool(set(first) & set(second) & set(out))
+
+
+def _dot(spec: str, operand: str, x: Array, w: Array) -> Array:
+    def direct(x: Array, w: Array) -> Array:
+        # TPUs would round float32 operands without HIGHEST.
+        precision = lax.Precision.HIGHEST if operand == "float32" else None
+        return jnp.einsum(
+            spec, x.astype(operand), w.astype(operand), preferred_element_type=jnp.float32, precision=precision
+        )
+
+    def widened(x: Array, w: Array) -> Array:
+        wide = (y.astype(operand).astype(jnp.float32) for y in (x, w))
+        return jnp.einsum(spec, *wide, preferred_element_type=jnp.float32)
+
+    if operand == "float32" or not _batched(spec):
+        return direct(x, w)
+    # XLA's CPU backend (jaxlib 0.10.2) compiles some batched bf16 x bf16 -> f32 products and then fails to run them
+    # ("UNIMPLEMENTED: Unsupported element type for DotThunk"). Products of bf16 numbers are exact in float32.
+    return lax.platform_dependent(x, w, cpu=widened, default=direct)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
+    return _dot(spec, operand, x, w).astype(result)
+
+
+def _einsum_fwd(spec: str, operand: str, result: str, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
+    # The rounded operands are what the backward matmuls need: keeping them halves what is stored.
+    kept = (x.astype(operand), w.astype(operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
+    return _einsum(spec, operand, result, x, w), kept
+
+
+def _cpu_barrier(x: Array) -> Array:
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda y: y)
+
+
+def cpu_after(x: Any, *earlier: Array) -> Any:
+    """``x``, on a CPU not available before ``earlier`` are.
+
+    XLA's CPU backend drops barriers before it decides the order of operations; it only heeds real dependencies. So a term
+    is added that is 0 unless ``earlier`` is not finite, in a gradient that is then not used anyway. Over several devices
+    the term would have to be sent around, so there it is left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return x
+
+    def late(x: Any, *earlier: Array) -> Any:
+        zero = lax.optimization_barrier(sum(y.reshape(-1)[0].astype(jnp.float32) * 0.0 for y in earlier))
+        return jax.tree.map(lambda y: y + jnp.asarray(zero, y.dtype), x)
+
+    return lax.platform_dependent(x, *earlier, cpu=late, default=lambda x, *_: x)
+
+
+def recomputed_from(x: Any, g: Array) -> tuple[Any, Array]:
+    """``x`` and the cotangent ``g``, such that what a backward pass computes from them is computed then.
+
+    Without it, compilers find that the forward pass has computed the same already, and keep that.
+    """
+    x, g = lax.optimization_barrier((x, g))
+    return cpu_after(x, g), g
+
+
+def _einsum_bwd(spec: str, operand: str, result: str, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
+    x, w, x_like, w_like = kept
+    (first, second), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    dx = _einsum(f"{out},{second}->{first}", operand, str(x_like.dtype), g, w)
+    if x.size <= g.size or _batched(spec):
+        dw = _einsum(f"{first},{out}->{second}", operand, str(w_like.dtype), x, g)
+    else:
+        # XLA's CPU backend copies the left operand of this product transposed, recomputing whatever made it in the bad
+        # order: let the smaller one be left. The barrier keeps XLA from swapping them back to save the small transpose.
+        shared = set(out) & set(first)
+        natural = "".join(c for c in out + first if c not in shared)
+        product = _einsum(f"{out},{first}->{natural}", operand, str(w_like.dtype), g, x)
+        dw = jnp.einsum(f"{natural}->{second}", _cpu_barrier(product))
+    return dx, dw
+
+
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+def dot(spec: str, x: Array, w: Array, compute: Compute) -> Array:
+    """The einsum that :func:`einsum` is made of: float32 result, no gradient of its own. For use inside custom VJPs."""
+    return _dot(spec, compute.matmul_dtype, x, w)
+
+
+def einsum(spec: str, x: Array, w: Array, compute: Compute) -> Array:
+    """Two-operand einsum with operands in ``compute.matmul_dtype`` and float32 accumulation, forwards and backwards.
+
+    Every index must occur in two of the three terms (no sums or broadcasts inside one operand). Left to itself, autodiff
+    multiplies the float32 cotangent with a widened copy of the bf16 operand, at float32 speed; hence the custom VJP.
+    """
+    return _einsum(spec, compute.matmul_dtype, compute.activation_dtype, x, w)
+
+
+Activation = Callable[[Array], Array]
+
+
+def affine(spec: str, x: Array, w: Array, b: Array, compute: Compute, act: Activation | None = None) -> Array:
+    """``einsum(spec, act(x), w) + b``, with ``b`` along the last dimensions of the result.
+
+    An activation is computed again in the backward pass rather than kept: cheap, and as wide as an MLP.
+    """
+    return _affine(spec, act, compute, x, w, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _affine(spec: str, act: Activation | None, compute: Compute, x: Array, w: Array, b: Array) -> Array:
+    return _affine_fwd(spec, act, compute, x, w, b)[0]
+
+
+def _affine_fwd(
+    spec: str, act: Activation | None, compute: Compute, x: Array, w: Array, b: Array
+) -> tuple[Array, tuple[Any, ...]]:
+    operand = compute.matmul_dtype
+    y, (rounded, *rest) = _einsum_fwd(spec, operand, compute.activation_dtype, x if act is None else act(x), w)
+    return y + b.astype(y.dtype), (rounded if act is None else x, *rest, b)
+
+
+def _affine_bwd(
+    spec: str, act: Activation | None, compute: Compute, kept: tuple[Any, ...], g: Array
+) -> tuple[Array, Array, Array]:
+    x, *rest, b = kept
+    act_vjp: Callable[[Array], tuple[Array]] | None = None
+    if act is not None:
+        x, g = recomputed_from(x, g)
+        x, act_vjp = jax.vjp(act, x)
+        x = x.astype(compute.matmul_dtype)
+    dx, dw = _einsum_bwd(spec, compute.matmul_dtype, compute.activation_dtype, (x, *rest), g)
+    db = g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
+    return dx if act_vjp is None else act_vjp(dx)[0], dw, db
+
+
+_affine.defvjp(_affine_fwd, _affine_bwd)

@@ -1,0 +1,91 @@
+"""Layer-stacked parameters: declared once for all layers, computed unrolled or scanned."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxft.layers.compute import Compute
+from jaxft.layers.functions import subkey
+from jaxft.layers.matmul import cpu_after
+
+Array = jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unstack(length: int, x: Array) -> tuple[Array, ...]:
+    """The ``length`` slices of ``x`` along its first axis."""
+    return tuple(lax.index_in_dim(x, i, keepdims=False) for i in range(length))
+
+
+def _unstack_fwd(length: int, x: Array) -> tuple[tuple[Array, ...], None]:
+    return unstack(length, x), None
+
+
+def _unstack_bwd(length: int, kept: None, g: tuple[Array, ...]) -> tuple[Array]:
+    # One concatenation. Autodiff of slicing would add up L zero-padded copies of the whole stack.
+    return (jnp.stack(g),)
+
+
+unstack.defvjp(_unstack_fwd, _unstack_bwd)
+
+
+def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Any:
+    """Declares, on ``parent``, the parameters of ``length`` copies of ``layer``: each leaf gets a leading "layers" axis.
+
+    Inside a ``compact`` method only. ``example``: arguments with which the layer can be initialised.
+    """
+
+    def init(key: Array) -> Any:
+        trees = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
+        return nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
+
+    return parent.param(name, init)
+
+
+def apply_stack(layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any) -> Array:
+    """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
+
+    Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
+    """
+    compute: Compute = layer.compute
+
+    def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
+        return layer.apply({"params": layer_params}, x, layer_key, *args)
+
+    if compute.remat != "none":
+        keep = jax.checkpoint_policies.dots_saveable if compute.remat == "dots" else None
+        run = jax.checkpoint(run, policy=keep)
+    if compute.layers == "scanned":
+
+        def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, None]:
+            layer_params, index = item
+            return run(layer_params, x, subkey(key, index)), None
+
+        return lax.scan(body, x, (params, jnp.arange(length)))[0]
+    leaves, tree = jax.tree.flatten(params)
+    for i, layer_leaves in enumerate(zip(*(unstack(length, leaf) for leaf in leaves), strict=True)):
+        layer_leaves, x = _layer_by_layer(layer_leaves, x)
+        x = run(tree.unflatten(layer_leaves), x, subkey(key, i))
+    return x
+
+
+@jax.custom_vjp
+def _layer_by_layer(params: tuple[Array, ...], x: Array) -> tuple[tuple[Array, ...], Array]:
+    """Its arguments; in the backward pass, a layer's parameter gradients come before the gradient of its input.
+
+    Left alone, XLA's CPU backend puts the former off to the very end, and keeps all they are made of.
+    """
+    return params, x
+
+
+def _layer_by_layer_bwd(kept: None, g: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
+    return g[0], cpu_after(g[1], *g[0])
+
+
+_layer_by_layer.defvjp(lambda params, x: ((params, x), None), _layer_by_layer_bwd)

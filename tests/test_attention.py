@@ -1,0 +1,138 @@
+"""`attend` and the layers with gradients of their own, against plain autodiff of the textbook formula."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxft.attention import MaskSpec, attend
+from jaxft.layers import ACTIVATIONS, Compute, affine, einsum, keep_mask, layer_norm
+
+B, N, S, H = 3, 2, 11, 8
+
+
+def textbook(q, k, v, mask: MaskSpec, rate: float, key) -> jax.Array:
+    logits = jnp.einsum("bnsh,bnth->bnst", q, k, precision="highest") / np.sqrt(q.shape[-1])
+    allowed = mask.allowed()
+    allowed = jnp.ones((1, 1, 1, 1), bool) if allowed is None else allowed
+    weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
+    weights = jnp.where(allowed.any(-1, keepdims=True), weights, 0.0)
+    if key is not None:
+        kept, scale = keep_mask(key, rate, weights.shape)
+        weights = jnp.where(kept, weights * scale, 0.0)
+    return jnp.einsum("bnst,bnth->bnsh", weights, v, precision="highest")
+
+
+def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def masks() -> dict[str, MaskSpec]:
+    lengths = np.array([S, 4, 7])
+    padding = jnp.asarray(np.arange(S) < lengths[:, None])
+    segments = jnp.asarray(np.where(np.arange(S) < lengths[:, None], 1 + np.arange(S) // 3, 0))
+    return {
+        "none": MaskSpec(),
+        "padding": MaskSpec(padding),
+        "segments": MaskSpec(None, segments),
+        "both": MaskSpec(padding.at[0, 5].set(False), segments),
+    }
+
+
+@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_values_and_gradients_are_those_of_the_formula(kind: str, rate: float) -> None:
+    q, k, v, g = arrays(0, *[(B, N, S, H)] * 4)
+    mask, key = masks()[kind], jax.random.key(3) if rate else None
+    ours, ours_vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), rate, key), q, k, v)
+    wanted, wanted_vjp = jax.vjp(lambda q, k, v: textbook(q, k, v, mask, rate, key), q, k, v)
+    np.testing.assert_allclose(ours, wanted, atol=2e-6)
+    if kind in ("none", "padding"):  # where a row may see nothing, the gradient of the formula is nan
+        for got, expected in zip(ours_vjp(g), wanted_vjp(g), strict=True):
+            np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+def test_segments_have_the_gradients_of_separate_sequences() -> None:
+    q, k, v, g = arrays(1, *[(1, N, 9, H)] * 4)
+    segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    packed = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(None, segments), Compute(), 0.0, None), q, k, v)[1](g)
+    for part in (slice(0, 4), slice(4, 9)):
+        cut = [x[:, :, part] for x in (q, k, v, g)]
+        alone = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), *cut[:3])[1](cut[3])
+        for got, expected in zip(packed, alone, strict=True):
+            np.testing.assert_allclose(got[:, :, part], expected, atol=5e-6)
+
+
+def test_rows_that_see_nothing_give_zeros_and_no_gradient() -> None:
+    q, k, v, g = arrays(2, *[(1, N, S, H)] * 4)
+    mask = MaskSpec(jnp.zeros((1, S), bool))
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), 0.0, None), q, k, v)
+    for x in (out, *vjp(g)):
+        np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    q, k, v, g = arrays(3, *[(1, N, S, H)] * 4)
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), 1e4 * q, 1e4 * k, v)
+    assert all(np.isfinite(x).all() for x in (out, *vjp(g)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), cut=st.integers(1, S - 1))
+def test_what_is_in_one_document_never_moves_another(seed: int, cut: int) -> None:
+    q, k, v, other = arrays(seed, *[(1, N, S, H)] * 4)
+    mask = MaskSpec(None, jnp.asarray(np.where(np.arange(S) < cut, 1, 2))[None])
+    before = attend(q, k, v, mask, Compute(), 0.0, None)
+    q, k, v = (x.at[:, :, :cut].set(100 * other[:, :, :cut]) for x in (q, k, v))
+    after = attend(q, k, v, mask, Compute(), 0.0, None)
+    np.testing.assert_array_equal(before[:, :, cut:], after[:, :, cut:])
+
+
+def test_attention_keeps_nothing_of_size_s_times_t() -> None:
+    length = 64
+    q, k, v = arrays(4, *[(2, N, length, H)] * 3)
+    kept = jax.eval_shape(
+        lambda *x: jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), *x)[1], q, k, v
+    )
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= 2 * N * length * H
+
+
+def test_layer_norm_has_the_gradient_of_its_formula() -> None:
+    x, g = arrays(5, (4, 6, 16), (4, 6, 16))
+    scale, bias = arrays(6, (16,), (16,))
+
+    def formula(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+    ours, vjp = jax.vjp(lambda x, scale, bias: layer_norm(x, scale, bias, 1e-5), 3 * x + 5, scale, bias)
+    wanted, wanted_vjp = jax.vjp(formula, 3 * x + 5, scale, bias)
+    np.testing.assert_allclose(ours, wanted, atol=2e-6)
+    for got, expected in zip(vjp(g), wanted_vjp(g), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [None, "gelu", "relu", "gelu_new"])
+def test_affine_has_the_gradient_of_its_parts(name: str | None) -> None:
+    act = (lambda x: x) if name is None else ACTIVATIONS[name]
+    x, w, b, g = arrays(7, (2, 5, 16), (16, 12), (12,), (2, 5, 12))
+    compute = Compute()
+    ours, vjp = jax.vjp(lambda x, w, b: affine("bsf,fd->bsd", x, w, b, compute, None if name is None else act), x, w, b)
+    wanted, wanted_vjp = jax.vjp(lambda x, w, b: einsum("bsf,fd->bsd", act(x), w, compute) + b, x, w, b)
+    np.testing.assert_array_equal(ours, wanted)
+    for got, expected in zip(vjp(g), wanted_vjp(g), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_affine_keeps_its_input_not_the_activation() -> None:
+    x, w, b = arrays(8, (2, 5, 16), (16, 12), (12,))
+    act = ACTIVATIONS["gelu"]
+    kept = jax.eval_shape(
+        lambda *x: jax.vjp(lambda x, w, b: affine("bsf,fd->bsd", x, w, b, Compute(), act), *x)[1], x, w, b
+    )
+    assert sum(leaf.size == x.size for leaf in jax.tree.leaves(kept)) == 1
