@@ -1,12 +1,12 @@
 """Scaled dot-product attention: one entry, :func:`attend`, that takes mask *data*, never a mask array.
 
-Dims: B batch, S query length, T key length, N heads, H head size.
+Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,17 +28,21 @@ class MaskSpec:
     """[B, T] bool, False where a key is padding. Padding queries see the same keys as others; their result is unused."""
     segments: Array | None = None
     """[B, S] int32, for packed rows: a token sees only its own segment; 0 is padding and sees nothing."""
+    causal: bool = field(default=False, metadata={"static": True})
+    """A token sees only itself and those before it in the row."""
 
-    def allowed(self) -> Array | None:
-        """[B, 1, 1 or S, T] bool, or None if everything may be seen."""
-        allowed = None
+    def allowed(self, length: int) -> Array | None:
+        """[B or 1, 1, 1 or S, T] bool for rows of ``length`` S = T, or None if everything may be seen."""
+        parts = []
         if self.padding is not None:
-            allowed = self.padding[:, None, None, :]
+            parts.append(self.padding[:, None, None, :])
         if self.segments is not None:
             query, key = self.segments[:, None, :, None], self.segments[:, None, None, :]
-            same = (query == key) & (key != 0)
-            allowed = same if allowed is None else allowed & same
-        return allowed
+            parts.append((query == key) & (key != 0))
+        if self.causal:
+            place = jnp.arange(length)
+            parts.append((place[:, None] >= place)[None, None])
+        return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate: float, key: Array | None) -> Array:
@@ -48,16 +52,20 @@ def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate:
     2022 do), so that a layer keeps nothing of size S x T but the bits of its dropout.
 
     Args:
-      q: [B, N, S, H]. k, v: [B, N, T, H].
+      q: [B, N, S, H]. k, v: [B, K, S, H]; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
       mask: who may see whom; rows that may see nothing give zeros.
       rate, key: dropout of attention probabilities; no key, no dropout.
 
     Returns: [B, N, S, H].
     """
-    kept = None
+    b, n, s, h = q.shape
+    kept = scale = None
     if key is not None and rate > 0.0:
-        kept = keep_mask(key, rate, (*q.shape[:3], k.shape[2]))
-    return _attend(compute, None if kept is None else float(kept[1]), q, k, v, mask, None if kept is None else kept[0])
+        kept, keep_scale = keep_mask(key, rate, (b, n, s, s))
+        kept, scale = kept.reshape(b, k.shape[1], -1, s), float(keep_scale)
+    # Queries that share a key head are so many more queries of that head.
+    out = _attend(compute, scale, q.reshape(b, k.shape[1], -1, h), k, v, mask, kept)
+    return out.reshape(b, n, s, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -68,9 +76,17 @@ def _attend(
 
 
 def _logits(q: Array, k: Array, allowed: Array | None, compute: Compute) -> Array:
-    """float32 [B, N, S, T], ``_MASKED`` where not allowed."""
+    """float32 [B, K, N/K S, T], ``_MASKED`` where not allowed."""
     logits = dot("bnsh,bnth->bnst", q * _scale(q), k, compute)
     return logits if allowed is None else jnp.where(allowed, logits, _MASKED)
+
+
+def _allowed(mask: MaskSpec, q: Array, k: Array) -> Array | None:
+    """As :meth:`MaskSpec.allowed`, for queries of several heads one after the other."""
+    allowed = mask.allowed(k.shape[2])
+    if allowed is None or allowed.shape[2] == 1:
+        return allowed
+    return jnp.tile(allowed, (1, 1, q.shape[2] // k.shape[2], 1))
 
 
 def _scale(q: Array) -> Array:
@@ -84,7 +100,7 @@ def _dropped(weights: Array, keep_scale: float | None, kept: Array | None) -> Ar
 def _attend_fwd(
     compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    allowed = mask.allowed()
+    allowed = _allowed(mask, q, k)
     logits = _logits(q, k, allowed, compute)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
@@ -103,7 +119,7 @@ def _attend_bwd(
 ) -> tuple[Array | None, ...]:
     q, k, v, mask, kept, out, normaliser = saved
     (q, k), g = recomputed_from((q, k), g)
-    allowed = mask.allowed()
+    allowed = _allowed(mask, q, k)
     weights = jnp.exp(_logits(q, k, allowed, compute) - normaliser)
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0.0)

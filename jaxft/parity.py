@@ -67,8 +67,9 @@ def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Differ
     inputs = {
         "input_ids": torch.tensor(batch["tokens"].astype(np.int64)),
         "attention_mask": torch.tensor(batch["mask"].astype(np.int64)),
-        "token_type_ids": torch.tensor(batch["types"].astype(np.int64)),
     }
+    if "types" in batch:
+        inputs["token_type_ids"] = torch.tensor(batch["types"].astype(np.int64))
     with torch.no_grad():
         theirs = theirs_model(**inputs, output_hidden_states=True)
     pairs = [("hidden states", ours.hidden, theirs.hidden_states[-1].numpy())]
@@ -94,17 +95,17 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray
 
 
 def random_batch(config: Any, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens, types and ragged padding: the first row is full, the last has one token."""
+    """Random tokens, types if the family has them, and ragged padding: the first row is full, the last has one token."""
     rng = np.random.default_rng(seed)
     length = min(48, config.max_position_embeddings)
     lengths = np.linspace(length, 1, rows).astype(int)
     mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
     low = min(5, config.vocab_size - 1)
-    return {
-        "tokens": rng.integers(low, config.vocab_size, (rows, length)).astype(np.int32) * mask,
-        "mask": mask,
-        "types": (rng.integers(0, config.type_vocab_size, (rows, length)) * mask).astype(np.int32),
-    }
+    batch = {"tokens": rng.integers(low, config.vocab_size, (rows, length)).astype(np.int32) * mask, "mask": mask}
+    kinds = getattr(config, "type_vocab_size", None)
+    if kinds is not None:
+        batch["types"] = (rng.integers(0, kinds, (rows, length)) * mask).astype(np.int32)
+    return batch
 
 
 def report_text(differences: list[Difference]) -> str:

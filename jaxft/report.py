@@ -30,13 +30,19 @@ __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_
 _MOST_CONFUSION_CLASSES = 20
 _MOST_TABLE_CLASSES = 50
 _SHOWN_CONFUSIONS = 10
-_HEADLINE = (("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("micro_f1", "micro F1"), ("loss", "loss"))
+_HEADLINE = (
+    ("accuracy", "accuracy"),
+    ("macro_f1", "macro F1"),
+    ("micro_f1", "micro F1"),
+    ("loss", "loss"),
+    ("perplexity", "perplexity"),
+)
 
 
 def write_report(
     out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[dict[str, Any]]
 ) -> list[Path]:
-    """Writes ``metrics.json``, ``confusion.png`` and, unless the log is empty, ``curves.png``.
+    """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``.
 
     Args:
       metrics: what the task's ``metrics()`` returned.
@@ -49,7 +55,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     written = [
         _write_json(out / "metrics.json", metrics),
-        confusion_png(out / "confusion.png", metrics["confusion"], labels),
+        confusion_png(out / "confusion.png", metrics["confusion"], labels) if "confusion" in metrics else None,
         curves_png(out / "curves.png", log),
     ]
     return [path for path in written if path is not None]
@@ -68,7 +74,7 @@ def report_text(
     *,
     colour: bool | None = None,
 ) -> str:
-    """Scores, the table of classes, the confusion matrix and the learning curves.
+    """Scores, the table of classes and the confusion matrix if the task has classes, and the learning curves.
 
     Args:
       colour: colours in the curves. None: when standard output is a terminal and NO_COLOR is not set.
@@ -76,12 +82,11 @@ def report_text(
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     head = "   ".join(f"{shown} {metrics[name]:.4f}" for name, shown in _HEADLINE if name in metrics)
     names = [plain_label(label) for label in labels]
-    parts = [
-        f"{head}   rows {metrics['rows']:,}",
-        _class_table([metrics["classes"][label] for label in labels], names, width),
-        _confusion_text(metrics["confusion"], names, width),
-        *_curves(log, width, wanted),
-    ]
+    parts = [f"{head}   rows {metrics['rows']:,}"]
+    if "confusion" in metrics:
+        parts.append(_class_table([metrics["classes"][label] for label in labels], names, width))
+        parts.append(_confusion_text(metrics["confusion"], names, width))
+    parts += _curves(log, width, wanted)
     return "\n\n".join(part for part in parts if part)
 
 

@@ -17,6 +17,7 @@ from jaxft import models, tasks
 from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
 from jaxft.data.loader import Batches, make_buckets
+from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.layers import Compute
@@ -112,6 +113,11 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     mesh = make_mesh(config.mesh)
     _check_batch_sizes(config, mesh)
     task_module = tasks.task(config.task.name)
+    labelled = task_module.LABELLED
+    if labelled and config.data.long_texts == "split":
+        raise UserError(f"data.long_texts=split: rows of task {config.task.name} have one label each; use truncate")
+    if labelled and config.data.packing != "none":
+        raise UserError(f"data.packing: rows of task {config.task.name} have one label each; use none")
     source = None
     with times.part("weights"):
         if config.model.init is not None:
@@ -120,22 +126,28 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     with times.part("data"):
         if config.data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-        rows = read_rows(config.data.train, config.data)
+        rows = read_rows(config.data.train, config.data, labelled=labelled)
         if config.data.eval is not None:
-            held = read_rows(config.data.eval, config.data)
+            held = read_rows(config.data.eval, config.data, labelled=labelled)
         else:
             # The same rows for every train.seed: runs are compared on them.
-            rows, held = hold_out(rows, config.data.eval_fraction, seed=0)
-        labels, fresh_head = _decide_labels(config, source, sorted_labels(rows), note)
-        train = encode_rows("train", rows, labels, tokenizer)
-        held_out = encode_rows("eval", held, labels, tokenizer)
+            rows, held = hold_out(rows, config.data.eval_fraction, seed=0, labelled=labelled)
+        labels, fresh_head = (), config.model.head == "fresh"
+        if labelled:
+            labels, fresh_head = _decide_labels(config, source, sorted_labels(rows), note)
+        known, split = labels if labelled else None, config.data.long_texts == "split"
+        end_id = tokenizer.end_id if task_module.END_TOKEN else None
+        train = encode_rows("train", rows, known, tokenizer, split=split, end_id=end_id)
+        held_out = encode_rows("eval", held, known, tokenizer, split=split, end_id=end_id)
     _report_data(train, held_out, labels, config, note)
+    if config.data.packing != "none":
+        train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
     counts = np.bincount(train.labels, minlength=len(labels))
-    task = task_module.make_task(config.task, labels, tuple(int(count) for count in counts))
+    task = task_module.make_task(config.task, labels, tuple(int(count) for count in counts), tokenizer)
     if config.eval.metric not in task.metric_names():
         raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
-    family_name, model = _model(config, source, task.head, len(labels))
+    family_name, model = _model(config, source, task.head, labels)
     _check_lengths(config, model.config)
     check_vocabulary(tokenizer, model.config)
 
@@ -154,7 +166,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
-        buckets=make_buckets(config.data.buckets, config.data.max_length),
+        buckets=_buckets(config),
         shapes=shapes,
         axes=axes,
         shardings=shardings_of(mesh, model.compute.rules, shapes, axes),
@@ -173,20 +185,21 @@ def make_compute(config: ModelConfig) -> Compute:
     return Compute(config.activation_dtype, matmul, config.param_dtype, config.layers, config.remat, DEFAULT_RULES)
 
 
-def _model(config: RunConfig, source: Source | None, head: str, classes: int) -> tuple[str, Any]:
-    if config.model.arch.get("num_labels", classes) != classes:
+def _model(config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...]) -> tuple[str, Any]:
+    classes = {"num_labels": len(labels)} if labels else {}
+    if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
         raise UserError(
-            f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {classes} labels; leave it out"
+            f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {len(labels)} labels; leave it out"
         )
     if source is not None:
-        tree = {**source.config.__dict__, "num_labels": classes}
+        tree = {**source.config.__dict__, **classes}
         return source.family_name, source.family.Model(
             make_config(source.family, tree), head, make_compute(config.model)
         )
     if config.model.family is None:
         raise UserError("model.init is not set, so model.family and model.arch must say what to build")
     family = models.family(config.model.family)
-    made = make_config(family, {**config.model.arch, "num_labels": classes})
+    made = make_config(family, {**config.model.arch, **classes})
     return config.model.family, family.Model(made, head, make_compute(config.model))
 
 
@@ -231,10 +244,28 @@ def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config:
             f"{split.name}: {len(split)} rows, {lengths.sum()} tokens, length median {int(np.median(lengths))} max {lengths.max()}, "
             f"{split.truncated} truncated to {config.data.max_length} tokens"
         )
+    if not labels:
+        return
     note(f"labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
     absent = [label for i, label in enumerate(labels) if not (train.labels == i).any()]
     if absent:
         note(f"warning: no training row has label {', '.join(absent)}")
+
+
+def _packed(split: Split, config: RunConfig, note: Note) -> Split:
+    length = config.data.max_length
+    packed = pack(split, length)
+    note(
+        f"{split.name}: packed {len(split)} texts into {len(packed)} rows of {length} tokens, "
+        f"{packed.offsets[-1] / (len(packed) * length):.1%} full"
+    )
+    return packed
+
+
+def _buckets(config: RunConfig) -> tuple[int, ...]:
+    if config.data.packing != "none":
+        return (config.data.max_length,)
+    return make_buckets(config.data.buckets, config.data.max_length)
 
 
 def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
@@ -253,6 +284,6 @@ def _check_lengths(config: RunConfig, model_config: Any) -> None:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
         )
-    longest = max(make_buckets(config.data.buckets, config.data.max_length))
+    longest = max(_buckets(config))
     if limit is not None and longest > limit:
         raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit}")

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim import global_norm, update_ema
+from jaxft.optim import global_norm, update_count, update_ema
 from jaxft.state import TrainState
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
-MODEL_INPUTS = ("tokens", "mask", "types", "positions", "segments")
+_PREPARE = 0x7A5C  # the task's stream of random numbers, apart from that of dropout
 
 
 def apply_model(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> Any:
     """The model's output on a batch."""
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    inputs = {name: batch[name] for name in model.INPUTS if name in batch}
     return model.apply({"params": params}, **inputs, key=key)
 
 
@@ -56,28 +56,15 @@ def make_train_step(
             gradient = jax.lax.with_sharding_constraint(gradient, param_shardings)
         return gradient, sums
 
-    def accumulated(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[Any, Sums]:
-        # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
-        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
-        # In bfloat16, small micro-batches would be rounded away beside the total.
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
-
-        def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
-            part, index = item
-            parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
-            return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
-
-        return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
-
     def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
         weight = jnp.maximum(task.weight_of(batch), 1e-30)
-        gradient, sums = (gradient_of if accumulation == 1 else accumulated)(state.params, batch, key, weight)
+        gradient, sums = _accumulated(gradient_of, accumulation, state.params, batch, key, weight)
         norm = global_norm(gradient)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
 
-        count = state.step - state.skipped  # the optimizer counts the steps that it took, not those that were skipped
+        count = update_count(state.opt_state)  # of the steps that were taken, not those that were skipped
 
         def take(params: Any, opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
             updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -109,10 +96,36 @@ def make_train_step(
     return train_step
 
 
+def _accumulated(
+    gradient_of: Callable[..., tuple[Any, Sums]],
+    accumulation: int,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    weight: jax.Array,
+) -> tuple[Any, Sums]:
+    """Gradient and sums of a batch, over ``accumulation`` micro-batches in turn."""
+    if accumulation == 1:
+        return gradient_of(params, batch, key, weight)
+    # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
+    # In bfloat16, small micro-batches would be rounded away beside the total.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
+
+    def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
+        part, index = item
+        parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
+        return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
+
+    return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
+
+
 def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], Sums]:
-    """``(params, batch) -> sums`` over the batch; rows of weight 0 add nothing."""
+    """``(params, batch) -> sums`` over the batch; rows of weight 0 add nothing, and each call gives the same."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
+        batch = task.prepare(batch, jax.random.key(_PREPARE))
         return task.sums(apply_model(model, params, batch, None), batch)
 
     return eval_step

@@ -17,7 +17,7 @@ B, N, S, H = 3, 2, 11, 8
 
 def textbook(q, k, v, mask: MaskSpec, rate: float, key) -> jax.Array:
     logits = jnp.einsum("bnsh,bnth->bnst", q, k, precision="highest") / np.sqrt(q.shape[-1])
-    allowed = mask.allowed()
+    allowed = mask.allowed(q.shape[2])
     allowed = jnp.ones((1, 1, 1, 1), bool) if allowed is None else allowed
     weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
     weights = jnp.where(allowed.any(-1, keepdims=True), weights, 0.0)

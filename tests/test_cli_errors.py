@@ -200,7 +200,7 @@ def test_a_hub_id_without_network_is_answered_at_once(capsys: Capture) -> None:
         ("predict base --text a", "the model has no classification head"),
         ("predict nope --text a", "'nope' does not exist"),
         ("eval classifier", "data.eval is not set"),
-        ("eval base data.eval=eval.csv", "the model has no classification head"),
+        ("eval base data.eval=eval.csv", "the model has no head that a task scores (found: None)"),
         ("eval classifier data.eval=label.csv", "label.csv:3: unknown label 'anmal'"),
         ("eval classifier data.eval=eval.csv data.labels=[thing,animal]", "the model's labels are ['animal', 'thing']"),
         ("eval classifier data.eval=eval.csv --out eval.csv", "eval.csv: File exists"),

@@ -28,8 +28,13 @@ HEADS = [(family, head) for family in FAMILIES for head in models.family(family)
 def tiny(family: str) -> Any:
     """The family's test configuration without dropout."""
     config = models.family(family).TINY
-    off = {field.name: 0.0 for field in dataclasses.fields(config) if field.name.endswith("dropout_prob")}
+    off = {field.name: 0.0 for field in dataclasses.fields(config) if "dropout" in field.name}
     return dataclasses.replace(config, **off)
+
+
+def head_to_train(family: str) -> str:
+    """The first head that has logits."""
+    return next(head for head in models.family(family).HEADS if head is not None)
 
 
 def result(out: Any) -> Any:
@@ -121,7 +126,7 @@ def test_packed_rows_equal_separate_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_padding_alone_are_finite(family: str) -> None:
-    model = models.family(family).Model(tiny(family), "classification")
+    model = models.family(family).Model(tiny(family), head_to_train(family))
     params = init_params(model, 0)
     batch = random_batch(model.config, 2)
     batch = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
@@ -137,7 +142,7 @@ def test_rows_of_padding_alone_are_finite(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
-    model = models.family(family).Model(tiny(family), "classification", Compute())
+    model = models.family(family).Model(tiny(family), head_to_train(family), Compute())
     params = init_params(model, 0)
     batch = random_batch(model.config, 8)
 
@@ -170,3 +175,17 @@ def test_bf16_operands_stay_near_float32(family: str) -> None:
     assert a.dtype == b.dtype == jnp.float32
     difference = np.abs(np.asarray(a - b))[batch["mask"] == 1].max()
     assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_encoders_see_what_comes_later(family: str) -> None:
+    model = models.family(family).Model(tiny(family), None)
+    params = init_params(model, 0)
+    tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, 20)).astype(np.int32)
+    changed = tokens.copy()
+    changed[0, 12] += 1 if tokens[0, 12] < model.config.vocab_size - 1 else -1
+    before, after = (np.asarray(model.apply({"params": params}, x).hidden) for x in (tokens, changed))
+    moved = np.abs(before - after).max(axis=(0, 2)) > 0
+    assert moved[12:].any()
+    causal = "causal_lm" in models.family(family).HEADS
+    assert moved[:12].any() == (not causal)

@@ -47,6 +47,8 @@ class Output(NamedTuple):
 class Network:
     """Mean of embeddings through a residual tanh MLP: with every kind of parameter, and quick to compile."""
 
+    INPUTS = ("tokens", "mask", "types")
+
     def __init__(self, rate: float = 0.0) -> None:
         self.rate = rate
 
@@ -232,7 +234,7 @@ def test_loss_of_bfloat16_logits_is_float32() -> None:
 
 
 def test_balanced_class_weights() -> None:
-    task = make_task(TaskConfig(class_weights="balanced"), LABELS, (10, 20, 30))
+    task = make_task(TaskConfig(class_weights="balanced"), LABELS, (10, 20, 30), None)
     assert task.class_weights == pytest.approx((2.0, 1.0, 2 / 3))
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints accuracy, F1, per-class precision and recall, and the confusion matrix."""
+    """Prints the metrics of the task that the model's head is for."""
     from pathlib import Path
 
     from jaxft.commands.train import set_up_jax
@@ -35,28 +35,38 @@ def run(options: argparse.Namespace) -> int:
 
     served = open_model(options.model, options.overrides, lambda text: print(text, file=sys.stderr))
     config = served.config
-    if served.model.head != "classification":
-        raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
+    module = tasks.task_of_head(served.model.head)
+    if module is None:
+        raise UserError(f"the model has no head that a task scores (found: {served.model.head}): fine-tune it first (jaxft train)")
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
     declared = tuple(label_text(label) for label in config.data.labels or served.labels)
-    if declared != served.labels:
+    if module.LABELLED and declared != served.labels:
         raise UserError(f"data.labels={list(declared)}: the model's labels are {list(served.labels)}; leave it out")
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if config.task.class_weights == "balanced":
         print("the loss is unweighted: task.class_weights=balanced would need the training rows", file=sys.stderr)
-    rows = read_rows(config.data.eval, config.data)
-    split = encode_rows("eval", rows, served.labels, served.tokenizer)
-    task = tasks.task(config.task.name).make_task(config.task, served.labels, (1,) * len(served.labels))
+    rows = read_rows(config.data.eval, config.data, labelled=module.LABELLED)
+    labels = served.labels if module.LABELLED else ()
+    in_parts = config.data.long_texts == "split" and not module.LABELLED
+    split = encode_rows(
+        "eval",
+        rows,
+        labels if module.LABELLED else None,
+        served.tokenizer,
+        split=in_parts,
+        end_id=served.tokenizer.end_id if module.END_TOKEN else None,
+    )
+    task = module.make_task(config.task, labels, (1,) * len(labels), served.tokenizer)
     step = jax.jit(make_eval_step(served.model, task))
     buckets = make_buckets(None, served.tokenizer.max_length or config.data.max_length)
     batches = Batches(split, config.eval.batch_size, buckets, served.tokenizer.pad_id, None)
     sums = [step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)]
     metrics = task.metrics(loop.added(sums))
     print(f"eval: {len(split)} rows, {split.truncated} truncated to {served.tokenizer.max_length} tokens")
-    print(report_text(metrics, served.labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
+    print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.out:
-        for path in write_report(Path(options.out), metrics, served.labels, []):
+        for path in write_report(Path(options.out), metrics, labels, []):
             print(f"wrote {path}")
     return 0

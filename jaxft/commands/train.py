@@ -187,7 +187,9 @@ def _compare(ready: Any, programs: Any, result: Any, target: Path) -> None:
     from jaxft.loop import evaluate
 
     again = evaluate(ready, programs, params)
-    if not same or again != result.metrics or source.labels != ready.task.labels:
+    labels = ready.task.labels
+    named = source.labels or tuple(f"LABEL_{i}" for i in range(len(labels)))  # such names count as none
+    if not same or again != result.metrics or named != labels:
         raise UserError(
             f"{target}: the exported model differs from the trained one; this is a bug in jaxft, please report it"
         )

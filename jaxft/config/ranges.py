@@ -64,6 +64,12 @@ def check_ranges(config: RunConfig) -> None:
             f"must reach data.max_length={data.max_length}",
         ),
         (
+            data.buckets is None or data.packing == "none",
+            "data.buckets",
+            data.buckets,
+            "has no use with data.packing; leave it out",
+        ),
+        (
             data.labels is None or len(set(data.labels)) == len(data.labels),
             "data.labels",
             data.labels,
@@ -89,6 +95,7 @@ def check_ranges(config: RunConfig) -> None:
         ),
         (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "must lie in 0..1"),
         (optim.ema is None or 0 < optim.ema < 1, "optim.ema", optim.ema, "must lie between 0 and 1"),
+        (0 < config.task.mask_rate < 1, "task.mask_rate", config.task.mask_rate, "must lie between 0 and 1"),
         (0 <= config.task.label_smoothing < 1, "task.label_smoothing", config.task.label_smoothing, "must lie in 0..1"),
         (
             all(size == -1 or size > 0 for size in dataclasses.astuple(config.mesh)),

@@ -18,6 +18,8 @@ class TaskConfig:
     """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     """``balanced``: N / (C * count of the class in the training data). Or a weight per label name."""
+    mask_rate: float = 0.15
+    """Share of each text's tokens that masked_lm predicts."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ class DataConfig:
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
     max_length: int = 128
-    """Tokens kept per row, special tokens included. Longer rows are truncated, counted and reported."""
+    """Tokens kept per row, special tokens included. Longer rows are cut as ``long_texts`` says, counted and reported."""
+    long_texts: Literal["truncate", "split"] = "truncate"
+    """What becomes of a text beyond ``max_length``: its beginning, or several rows (tasks without labels only)."""
     buckets: tuple[int, ...] | None = None
     """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
     ``max_length``."""
+    packing: Literal["none", "best_fit"] = "none"
+    """``best_fit``: several texts share a row of ``max_length`` tokens, and do not see each other (tasks without labels
+    only). Every batch then has one shape."""
     read_ahead: int = 4
     """Batches prepared before they are needed."""
 

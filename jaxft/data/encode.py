@@ -32,6 +32,10 @@ class Split:
     """[rows] int32 class ids."""
     truncated: int
     """Rows that were longer than ``max_length``."""
+    segments: np.ndarray | None = None
+    """[total] int32, of packed rows: which text of the row, from 1."""
+    positions: np.ndarray | None = None
+    """[total] int32, of packed rows: from 0 in each text."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,19 +59,20 @@ class Split:
         return Split(name, self.tokens[index], self.types[index], offsets, self.labels[rows], cut)
 
 
-def read_rows(reference: str, config: DataConfig) -> list[Row]:
-    """All rows of a labelled source: values are (text, [pair,] label).
+def read_rows(reference: str, config: DataConfig, *, labelled: bool = True) -> list[Row]:
+    """All rows of a source: values are (text, [pair,] label), or without labels (text, [pair]).
 
     Raises:
-      UserError: no rows, or a text that is not text.
+      UserError: no rows, a text that is not text, or a missing label.
     """
-    columns = (config.text, *((config.text_pair,) if config.text_pair else ()), config.label)
-    rows = list(iter_rows(reference, columns))
+    texts = (config.text, *((config.text_pair,) if config.text_pair else ()))
+    rows = list(iter_rows(reference, (*texts, config.label) if labelled else texts))
     if not rows:
         raise UserError(f"{reference}: the data set is empty")
-    texts = columns[:-1]
     for row in rows:
         check_texts(row, texts)
+        if not labelled:
+            continue
         label = row.values[-1]
         if label is None or label_text(label) == "":
             raise UserError(f"{row.where}: column {config.label!r} is empty; every row needs a label")
@@ -106,12 +111,41 @@ def sorted_labels(rows: Iterable[Row]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: values[name]))
 
 
-def encode_rows(name: str, rows: list[Row], labels: tuple[str, ...], tokenizer: Tokenizer) -> Split:
-    """Tokenises labelled rows.
+def encode_rows(
+    name: str,
+    rows: list[Row],
+    labels: tuple[str, ...] | None,
+    tokenizer: Tokenizer,
+    *,
+    split: bool = False,
+    end_id: int | None = None,
+) -> Split:
+    """Tokenises rows.
+
+    Args:
+      labels: label names in the order of class ids; None: rows have no labels.
+      split: texts that are too long become several rows (see :meth:`Tokenizer.encode`).
+      end_id: appended to each text that does not end with it and has room.
 
     Raises:
       UserError: a label that is not among ``labels``; says where.
     """
+    classes = None if labels is None else _class_ids(rows, labels)
+    tokens: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    truncated = 0
+    for row_ids, row_types, cut in _tokenise(rows, tokenizer, len(rows[0].values) - (labels is not None) == 2, split):
+        if end_id is not None and row_ids[-1:] != [end_id] and len(row_ids) != tokenizer.max_length:
+            row_ids, row_types = [*row_ids, end_id], [*row_types, row_types[-1] if row_types else 0]
+        tokens.append(np.asarray(row_ids, np.int32))
+        types.append(np.asarray(row_types, np.int32))
+        truncated += cut
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
+    classes = np.zeros(len(tokens), np.int32) if classes is None else classes
+    return Split(name, np.concatenate(tokens), np.concatenate(types), offsets, classes, truncated)
+
+
+def _class_ids(rows: list[Row], labels: tuple[str, ...]) -> np.ndarray:
     ids = {label: i for i, label in enumerate(labels)}
     classes = np.empty(len(rows), np.int32)
     for i, row in enumerate(rows):
@@ -119,28 +153,19 @@ def encode_rows(name: str, rows: list[Row], labels: tuple[str, ...], tokenizer: 
         if label not in ids:
             raise UserError(f"{row.where}: unknown label {label!r}: {nearest(label, labels)}")
         classes[i] = ids[label]
-    lengths = np.empty(len(rows), np.int64)
-    tokens: list[np.ndarray] = []
-    types: list[np.ndarray] = []
-    truncated = 0
-    for i, (row_ids, row_types, cut) in enumerate(_tokenise(rows, tokenizer)):
-        tokens.append(np.asarray(row_ids, np.int32))
-        types.append(np.asarray(row_types, np.int32))
-        lengths[i] = len(row_ids)
-        truncated += cut
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Split(name, np.concatenate(tokens), np.concatenate(types), offsets, classes, truncated)
+    return classes
 
 
-def _tokenise(rows: list[Row], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int], bool]]:
-    paired = len(rows[0].values) == 3
+def _tokenise(
+    rows: list[Row], tokenizer: Tokenizer, paired: bool, split: bool
+) -> Iterator[tuple[list[int], list[int], bool]]:
     remaining = iter(rows)
     while chunk := list(islice(remaining, _CHUNK)):
         texts = [str(row.values[0]) for row in chunk]
-        yield from tokenizer.encode(texts, [str(row.values[1]) for row in chunk] if paired else None)
+        yield from tokenizer.encode(texts, [str(row.values[1]) for row in chunk] if paired else None, split=split)
 
 
-def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: list[Row], fraction: float, seed: int, *, labelled: bool = True) -> tuple[list[Row], list[Row]]:
     """Rows split into (kept, held out), with the share of each label kept (stratified); each label keeps one row at least.
 
     Raises:
@@ -148,7 +173,7 @@ def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], li
     """
     by_label: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        by_label.setdefault(label_text(row.values[-1]), []).append(i)
+        by_label.setdefault(label_text(row.values[-1]) if labelled else "", []).append(i)
     rng = np.random.default_rng([seed, 0x5EED])
     held: set[int] = set()
     for label in sorted(by_label):

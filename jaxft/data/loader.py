@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxft.data.encode import Split
-from jaxft.data.tokenizer import pad_rows
+from jaxft.data.tokenizer import pad_rows, pad_to
 from jaxft.errors import UserError
 
 _WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
@@ -31,8 +31,8 @@ HostBatch = dict[str, np.ndarray]
 class Batches:
     """Random access to the batches of a split: ``batches[step]``.
 
-    Batches are dicts of ``tokens``, ``mask``, ``types`` [B, S] int32, ``labels`` [B] int32 and ``weights`` [B] float32;
-    rows of weight 0 fill up the last batch of an epoch.
+    Batches are dicts of ``tokens``, ``mask``, ``types`` [B, S] int32, ``labels`` [B] int32 and ``weights`` [B] float32, of
+    packed splits also ``segments`` and ``positions`` [B, S] int32; rows of weight 0 fill up the last batch of an epoch.
     """
 
     split: Split
@@ -68,6 +68,11 @@ class Batches:
         rows = rows[index * share : (index + 1) * share]
         items = [self.split.row(i) for i in rows] + [(np.zeros(0, np.int32),) * 2 + (0,)] * (share - len(rows))
         batch = pad_rows([item[0] for item in items], [item[1] for item in items], length, self.pad_id)
+        offsets = self.split.offsets
+        for name, value in (("segments", self.split.segments), ("positions", self.split.positions)):
+            if value is not None:
+                batch[name] = pad_to([value[offsets[i] : offsets[i + 1]] for i in rows], length)
+                batch[name] = np.pad(batch[name], ((0, share - len(rows)), (0, 0)))
         weights = np.zeros(share, np.float32)
         weights[: len(rows)] = 1.0
         return batch | {"labels": np.array([item[2] for item in items], np.int32), "weights": weights}

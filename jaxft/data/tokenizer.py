@@ -59,11 +59,17 @@ class Tokenizer:
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, split: bool = False
     ) -> list[tuple[list[int], list[int], bool]]:
-        """Per row: token ids, token types, and whether anything was cut off."""
+        """Per row: token ids, token types, and whether anything was cut off.
+
+        Args:
+          split: what is cut off becomes rows of its own, right after; a row is then never said to be cut.
+        """
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self._fast.encode_batch_fast(inputs)
+        if split:
+            return [(part.ids, part.type_ids, False) for e in encodings for part in (e, *e.overflowing)]
         return [(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
 
     def __call__(self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -80,11 +86,33 @@ class Tokenizer:
         # The reference writes 1e30 for "unknown".
         return int(stated) if isinstance(stated, int | float) and 2 < stated < 1_000_000 else None
 
+    @property
+    def mask_id(self) -> int | None:
+        """The id of the mask token, if the tokenizer has one."""
+        return self._id_of("mask_token", "[MASK]")
+
+    @property
+    def end_id(self) -> int | None:
+        """The id of the token that ends a text, if the tokenizer has one."""
+        return self._id_of("eos_token", None)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of tokens that are not text: start, separator, end, padding and mask tokens."""
+        marked = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        named = {self._id_of(f"{name}_token", f"[{name.upper()}]") for name in ("cls", "sep", "pad", "mask")}
+        named |= {self._id_of(f"{name}_token", None) for name in ("bos", "eos")}
+        unknown = self._id_of("unk_token", "[UNK]")  # stands for a word
+        return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
+
     def _pad_id(self) -> int:
-        named = self._settings.get("pad_token", "[PAD]")
-        token = named.get("content") if isinstance(named, dict) else named
-        found = self._fast.token_to_id(token) if token else None
+        found = self._id_of("pad_token", "[PAD]")
         return 0 if found is None else found
+
+    def _id_of(self, setting: str, default: str | None) -> int | None:
+        named = self._settings.get(setting, default)
+        token = named.get("content") if isinstance(named, dict) else named
+        return self._fast.token_to_id(token) if token else None
 
 
 def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
@@ -96,6 +124,14 @@ def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pa
         out["tokens"][i, : len(ids)] = ids
         out["types"][i, : len(ids)] = kinds
         out["mask"][i, : len(ids)] = 1
+    return out
+
+
+def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Ragged int rows as [B, length] int32, padded with 0."""
+    out = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
     return out
 
 

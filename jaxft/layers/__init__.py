@@ -1,7 +1,7 @@
 """The few layers all models are built from: pure functions, and thin Linen modules that declare their parameters."""
 
 from jaxft.layers.compute import Compute
-from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, subkey
+from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
 from jaxft.layers.modules import (
     Embed,
@@ -10,10 +10,12 @@ from jaxft.layers.modules import (
     LayerNorm,
     Linear,
     Projection,
+    RMSNorm,
     labelled,
     project_together,
     unlabel,
 )
+from jaxft.layers.rotary import Rotary, rotate
 from jaxft.layers.stacks import apply_stack, stacked_params
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Projection",
+    "RMSNorm",
+    "Rotary",
     "affine",
     "apply_stack",
     "dot",
@@ -37,6 +41,8 @@ __all__ = [
     "layer_norm",
     "project_together",
     "recomputed_from",
+    "rms_norm",
+    "rotate",
     "stacked_params",
     "subkey",
     "unlabel",

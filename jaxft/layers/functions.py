@@ -124,3 +124,30 @@ def _layer_norm_bwd(eps: float, kept: tuple[Array, ...], g: Array) -> tuple[Arra
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square normalisation of [..., D] with float32 statistics; the result has the type of ``x``.
+
+    Keeps ``x`` and its statistics for the backward pass.
+    """
+    return _rms_norm_fwd(x, scale, eps)[0]
+
+
+def _rms_norm_fwd(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_bwd(eps: float, kept: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+    x, scale, inverse = kept
+    x, g = recomputed_from(x, g)
+    normal, wide = x.astype(jnp.float32) * inverse, g.astype(jnp.float32)
+    of_normal = wide * scale.astype(jnp.float32)
+    dx = inverse * (of_normal - normal * (of_normal * normal).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (wide * normal).sum(tuple(range(x.ndim - 1))).astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)

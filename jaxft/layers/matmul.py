@@ -118,38 +118,44 @@ def einsum(spec: str, x: Array, w: Array, compute: Compute) -> Array:
 Activation = Callable[[Array], Array]
 
 
-def affine(spec: str, x: Array, w: Array, b: Array, compute: Compute, act: Activation | None = None) -> Array:
-    """``einsum(spec, act(x), w) + b``, with ``b`` along the last dimensions of the result.
+def affine(
+    spec: str, x: Any, w: Array, b: Array | None, compute: Compute, act: Callable[[Any], Array] | None = None
+) -> Array:
+    """``einsum(spec, act(x), w) + b``, with ``b``, if any, along the last dimensions of the result.
 
-    An activation is computed again in the backward pass rather than kept: cheap, and as wide as an MLP.
+    An activation (of one array or, for gated ones, of a tuple of them) is computed again in the backward pass rather than
+    kept: cheap, and as wide as an MLP.
     """
     return _affine(spec, act, compute, x, w, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _affine(spec: str, act: Activation | None, compute: Compute, x: Array, w: Array, b: Array) -> Array:
+def _affine(
+    spec: str, act: Callable[[Any], Array] | None, compute: Compute, x: Any, w: Array, b: Array | None
+) -> Array:
     return _affine_fwd(spec, act, compute, x, w, b)[0]
 
 
 def _affine_fwd(
-    spec: str, act: Activation | None, compute: Compute, x: Array, w: Array, b: Array
+    spec: str, act: Callable[[Any], Array] | None, compute: Compute, x: Any, w: Array, b: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
     operand = compute.matmul_dtype
     y, (rounded, *rest) = _einsum_fwd(spec, operand, compute.activation_dtype, x if act is None else act(x), w)
-    return y + b.astype(y.dtype), (rounded if act is None else x, *rest, b)
+    y = y if b is None else y + b.astype(y.dtype)
+    return y, (rounded if act is None else x, *rest, b)
 
 
 def _affine_bwd(
-    spec: str, act: Activation | None, compute: Compute, kept: tuple[Any, ...], g: Array
-) -> tuple[Array, Array, Array]:
+    spec: str, act: Callable[[Any], Array] | None, compute: Compute, kept: tuple[Any, ...], g: Array
+) -> tuple[Any, Array, Array | None]:
     x, *rest, b = kept
-    act_vjp: Callable[[Array], tuple[Array]] | None = None
+    act_vjp: Callable[[Array], tuple[Any]] | None = None
     if act is not None:
         x, g = recomputed_from(x, g)
         x, act_vjp = jax.vjp(act, x)
         x = x.astype(compute.matmul_dtype)
     dx, dw = _einsum_bwd(spec, compute.matmul_dtype, compute.activation_dtype, (x, *rest), g)
-    db = g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
+    db = None if b is None else g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
     return dx if act_vjp is None else act_vjp(dx)[0], dw, db
 
 

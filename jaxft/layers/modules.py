@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxft.layers.compute import Compute
-from jaxft.layers.functions import layer_norm
-from jaxft.layers.matmul import Activation, affine
+from jaxft.layers.functions import layer_norm, rms_norm
+from jaxft.layers.matmul import affine
 from jaxft.layers.stacks import unstack
 from jaxft.sharding import AxisNames
 
@@ -77,15 +77,20 @@ class Linear(nn.Module):
     bias_dims: int = 1
     """Trailing kernel dimensions that the bias has."""
     bias_names: AxisNames | None = None
-    act: Activation | None = None
+    act: Callable[[Any], Array] | None = None
     """Applied to the input, see :func:`affine`."""
+    biased: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Any) -> Array:
         dtype = self.compute.param_dtype
         bias_names = self.names[-self.bias_dims :] if self.bias_names is None else self.bias_names
         kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
-        bias = self.param("bias", labelled(nn.initializers.zeros, *bias_names), self.shape[-self.bias_dims :], dtype)
+        bias = None
+        if self.biased:
+            bias = self.param(
+                "bias", labelled(nn.initializers.zeros, *bias_names), self.shape[-self.bias_dims :], dtype
+            )
         return affine(self.spec, x, kernel, bias, self.compute, self.act)
 
 
@@ -126,6 +131,19 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", labelled(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
         bias = self.param("bias", labelled(nn.initializers.zeros, "norm"), x.shape[-1:], dtype)
         return layer_norm(x, scale, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = self.compute.param_dtype
+        scale = self.param("scale", labelled(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
+        return rms_norm(x, scale, self.eps)
 
 
 class Embed(nn.Module):

@@ -105,7 +105,7 @@ class Output(NamedTuple):
     pooled: Array | None
     """[B, D], tanh of an affine map of the first token; None without a pooler."""
     logits: Array | None
-    """float32; classification [B, C], next_sentence [B, 2], masked_lm [B, S, V]; None without a head."""
+    """float32; classification [B, C], next_sentence [B, 2], masked_lm [B, S (or M), V]; None without a head."""
 
 
 def _normal(config: Config) -> Any:
@@ -247,6 +247,8 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
+    INPUTS = ("tokens", "mask", "types", "positions", "segments", "predict")
+
     @nn.compact
     def __call__(
         self,
@@ -255,6 +257,7 @@ class Model(nn.Module):
         types: Array | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
+        predict: Array | None = None,
         key: Array | None = None,
     ) -> Output:
         """Runs the model.
@@ -265,6 +268,7 @@ class Model(nn.Module):
           types: [B, S] int32 token types (0 first text, 1 second). None: all 0.
           positions: [B, S] int32. None: 0..S-1 in each row.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
           key: dropout key. None: deterministic.
 
         Raises:
@@ -289,7 +293,9 @@ class Model(nn.Module):
                 "bd,de->be", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="pooler"
             )
             pooled = jnp.tanh(dense(hidden[:, 0]))
-        return Output(hidden, pooled, self._logits(hidden, pooled, embeddings, subkey(key, 2)))
+        # Most tokens are not predicted: gathered first, they never meet the vocabulary.
+        seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
+        return Output(hidden, pooled, self._logits(seen, pooled, embeddings, subkey(key, 2)))
 
     def _logits(self, hidden: Array, pooled: Array | None, embeddings: Embeddings, key: Array | None) -> Array | None:
         c = self.config

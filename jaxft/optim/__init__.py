@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxft.optim.ema import init_ema, update_ema
-    from jaxft.optim.optimizers import applied_rate, global_norm, make_optimizer, map_state, update_count
+    from jaxft.optim.optimizers import global_norm, make_optimizer, map_state, update_count
     from jaxft.optim.paths import decay_mask, frozen_mask, map_paths, parameter_paths
     from jaxft.optim.schedules import make_schedule, warmup_steps_of
 
 _HOME = {
     "init_ema": "ema",
     "update_ema": "ema",
-    "applied_rate": "optimizers",
     "global_norm": "optimizers",
     "make_optimizer": "optimizers",
     "map_state": "optimizers",
@@ -31,7 +30,6 @@ _HOME = {
 }
 
 __all__ = [
-    "applied_rate",
     "decay_mask",
     "frozen_mask",
     "global_norm",

@@ -76,7 +76,7 @@ def make_optimizer(
 
 
 def update_count(opt_state: PyTree) -> jax.Array:
-    """Number of updates that a state of :func:`make_optimizer` has seen: the step of its schedule."""
+    """Number of updates that a state of :func:`make_optimizer` has seen: the step of its schedule, which says the next rate."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -85,11 +85,6 @@ def update_count(opt_state: PyTree) -> jax.Array:
     if len(found) != 1:
         raise ValueError(f"not a state of make_optimizer: {len(found)} schedules in it")
     return found[0]
-
-
-def applied_rate(schedule: Schedule, opt_state: PyTree) -> jax.Array:
-    """The rate that the next ``update`` with this state applies, before layer-wise factors."""
-    return schedule(update_count(opt_state))
 
 
 def map_state(

@@ -16,6 +16,9 @@ Array = jax.Array
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 
+LABELLED = True
+END_TOKEN = False
+
 
 @dataclass(frozen=True)
 class Task:
@@ -28,6 +31,11 @@ class Task:
     """One weight per class, or None for 1 each."""
 
     head = "classification"
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """The batch as it is."""
+        del key
+        return batch
 
     def weight_of(self, batch: Batch) -> Array:
         """The total weight of a batch: what the summed loss is divided by."""
@@ -104,17 +112,19 @@ def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array
     return batch["weights"] * jnp.asarray(class_weights, jnp.float32)[batch["labels"]]
 
 
-def make_task(config: TaskConfig, labels: tuple[str, ...], counts: tuple[int, ...]) -> Task:
+def make_task(config: TaskConfig, labels: tuple[str, ...], counts: tuple[int, ...], tokenizer: Any) -> Task:
     """The task of a run.
 
     Args:
       config: the ``task`` section.
       labels: label names in the order of class ids.
       counts: training rows per label, for balanced class weights.
+      tokenizer: not needed.
 
     Raises:
       UserError: fewer than two labels, or class weights that do not name exactly the labels.
     """
+    del tokenizer
     if len(labels) < 2:
         raise UserError(f"classification needs at least two labels, the training rows have {list(labels)}")
     weights: tuple[float, ...] | None = None

@@ -1,0 +1,60 @@
+"""Several texts in one row: what would be padding becomes training."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from jaxft.data.encode import Split
+
+
+def pack(split: Split, length: int) -> Split:
+    """The texts of ``split`` in rows of up to ``length`` tokens: each goes, longest first, to the row that it fits most closely
+    (best-fit decreasing; Krell et al. 2021 on packing for BERT).
+
+    Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text). Which texts share a row depends on
+    the texts alone, so that a packed split is read like any other: by (seed, step).
+    """
+    lengths = split.lengths
+    order = np.argsort(-lengths, kind="stable")
+    rows = _best_fit(lengths[order], length)
+    members = [order[row] for row in rows]
+    texts = np.concatenate(members)
+    spans = [np.arange(split.offsets[i], split.offsets[i + 1]) for i in texts]
+    index = np.concatenate(spans)
+    numbers = np.concatenate([np.arange(1, len(row) + 1) for row in members])
+    return Split(
+        split.name,
+        split.tokens[index],
+        split.types[index],
+        np.concatenate([[0], np.cumsum([lengths[row].sum() for row in members])]),
+        np.zeros(len(members), np.int32),
+        split.truncated,
+        segments=np.repeat(numbers, lengths[texts]).astype(np.int32),
+        positions=np.concatenate([np.arange(n) for n in lengths[texts]]).astype(np.int32),
+    )
+
+
+def _best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Rows as lists of indices into ``lengths``, which come in falling order."""
+    rows: list[list[int]] = []
+    # Rows by the room that they have left, and those amounts in order: few, however many rows.
+    by_room: dict[int, list[int]] = {}
+    amounts: list[int] = []
+    for i, size in enumerate(lengths.tolist()):
+        place = bisect_left(amounts, size)
+        if place == len(amounts):
+            row, left = len(rows), room
+            rows.append([])
+        else:
+            left = amounts[place]
+            row = by_room[left].pop()
+            if not by_room[left]:
+                amounts.pop(place)
+        rows[row].append(i)
+        left -= size
+        if not by_room.setdefault(left, []) and left:
+            insort(amounts, left)
+        by_room[left].append(row)
+    return rows

@@ -1,0 +1,360 @@
+"""Llama (Touvron et al. 2023), as `transformers` computes it (`LlamaModel`, `LlamaForCausalLM`).
+
+Dims: B batch, S length, D model width, N query heads, K key/value heads, H head size, F MLP width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.attention import MaskSpec, attend
+from jaxft.errors import UserError, nearest
+from jaxft.hf import Layout, Rule
+from jaxft.layers import (
+    ACTIVATIONS,
+    Compute,
+    Embed,
+    Linear,
+    RMSNorm,
+    Rotary,
+    apply_stack,
+    einsum,
+    labelled,
+    rotate,
+    stacked_params,
+    subkey,
+)
+
+Array = jax.Array
+
+HEADS = {None: "LlamaModel", "causal_lm": "LlamaForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that changes the maths. Field names follow the reference's config.json where it has the field."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    """None: as many as query heads."""
+    head_dim: int | None = None
+    """None: ``hidden_size / num_attention_heads``."""
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope: Rotary = field(default_factory=Rotary)
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    pad_token_id: int | None = None
+    """Its embedding is never trained through look-ups, as with torch's ``padding_idx``."""
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.key_heads:
+            raise UserError(
+                f"model.arch: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.key_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_size % 2:
+            raise UserError(f"model.arch: the head size {self.head_size} must be even for rotary positions")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+TINY = Config(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    attention_dropout=0.1,
+    initializer_range=0.1,
+)
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden: Array
+    """[B, S, D], after the final norm."""
+    pooled: None
+    """Decoders have none."""
+    logits: Array | None
+    """float32 [B, S, V]; None without a head."""
+
+
+def _normal(config: Config) -> Any:
+    return nn.initializers.normal(config.initializer_range)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, h = c.hidden_size, c.head_size
+
+        def heads(name: str, count: int, act_name: str, axis: str) -> Array:
+            y = Linear(
+                "bsd,dnh->bsnh", (d, count, h), ("embed", axis, None), self.compute, _normal(c), bias_dims=2,
+                biased=c.attention_bias, name=name,
+            )(x)  # fmt: skip
+            return rules.constrain(y.transpose(0, 2, 1, 3), "batch", act_name, "length", None)
+
+        q = rotate(heads("query", c.num_attention_heads, "act_heads", "heads"), positions, c.rope)
+        k = rotate(heads("key", c.key_heads, "act_kv_heads", "kv_heads"), positions, c.rope)
+        v = heads("value", c.key_heads, "act_kv_heads", "kv_heads")
+        mixed = attend(q, k, v, mask, self.compute, c.attention_dropout, key)
+        return Linear(
+            "bnsh,nhd->bsd", (c.num_attention_heads, h, d), ("heads", None, "embed"), self.compute, _normal(c),
+            biased=c.attention_bias, name="out",
+        )(mixed)  # fmt: skip
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, f = c.hidden_size, c.intermediate_size
+        act = ACTIVATIONS[c.hidden_act]
+
+        def wide(name: str) -> Array:
+            y = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), self.compute, _normal(c), biased=c.mlp_bias, name=name)(
+                x
+            )
+            return rules.constrain(y, "batch", "length", "act_mlp")
+
+        return Linear(
+            "bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), biased=c.mlp_bias,
+            act=lambda pair: act(pair[0]) * pair[1], name="down",
+        )((wide("gate"), wide("up")))  # fmt: skip
+
+
+class Layer(nn.Module):
+    """One decoder layer: pre-norm attention, then pre-norm MLP."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None, mask: MaskSpec, positions: Array) -> Array:
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(self.config.rms_norm_eps, self.compute, name=name)(x)
+
+        x = x + Attention(self.config, self.compute, name="attention")(norm("norm", x), mask, positions, key)
+        x = x + Mlp(self.config, self.compute, name="mlp")(norm("mlp_norm", x))
+        return self.compute.rules.constrain(x, "batch", "length", "act_embed")
+
+
+class CausalHead(nn.Module):
+    """The untied vocabulary matrix."""
+
+    config: Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, hidden: Array) -> Array:
+        c, init = self.config, labelled(_normal(self.config), "embed", "vocab")
+        kernel = self.param("kernel", init, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
+        return einsum("bsd,dv->bsv", hidden, kernel, self.compute)
+
+
+class Model(nn.Module):
+    """The decoder, with a head as asked."""
+
+    config: Config
+    head: str | None = None
+    compute: Compute = Compute()
+
+    INPUTS = ("tokens", "mask", "positions", "segments")
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        key: Array | None = None,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: [B, S] int32 ids.
+          mask: [B, S], 0 or False where a token is padding. None: nothing is.
+          positions: [B, S] int32. None: 0..S-1 in each row.
+          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          key: dropout key. None: deterministic.
+
+        Raises:
+          UserError: S is beyond ``max_position_embeddings``.
+        """
+        c, (b, s) = self.config, tokens.shape
+        if s > c.max_position_embeddings:
+            raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
+        positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
+        spec = MaskSpec(None if mask is None else mask.astype(bool), segments, causal=True)
+
+        embed = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, _normal(c), name="embed")
+        x = embed(tokens)
+        if c.pad_token_id is not None:
+            x = jnp.where((tokens == c.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
+        x = self.compute.rules.constrain(x, "batch", "length", "act_embed")
+        layer = Layer(c, self.compute, parent=None)
+        example = (x[:1], None, MaskSpec(causal=True), positions[:1])
+        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example)
+        x = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
+        hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
+        return Output(hidden, None, self._logits(hidden, embed))
+
+    def _logits(self, hidden: Array, embed: Embed) -> Array | None:
+        c = self.config
+        if self.head is None:
+            return None
+        if self.head != "causal_lm":
+            raise UserError(f"llama has no head {self.head!r}: {nearest(str(self.head), [h for h in HEADS if h])}")
+        if c.tie_word_embeddings:
+            logits = einsum("bsd,vd->bsv", hidden, embed.embedding, self.compute)
+        else:
+            logits = CausalHead(c, self.compute, name="head")(hidden)
+        return self.compute.rules.constrain(logits, "batch", "length", "act_vocab").astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face layout
+
+_SAME_NAME = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "pad_token_id",
+    "tie_word_embeddings",
+]
+_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
+    which are the reference's.
+
+    Raises:
+      UserError: the file asks for rotary positions of a kind that is not supported.
+    """
+    # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first.
+    rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"config.json: rope_type={kind!r} is not supported (only default, linear and llama3)")
+    found = {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS if key in rope}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor is not supported")
+    kept = {key: value for key, value in found.items() if value is not None}
+    return {name: hf[name] for name in _SAME_NAME if name in hf} | {"rope": kept}
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The reference's config.json of ``config``, without architecture."""
+    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    if config.rope.kind != "default":
+        rope["factor"] = config.rope.factor
+    if config.rope.kind == "llama3":
+        rope |= {key: getattr(config.rope, key) for key in _ROPE_KEYS}
+    same = {name: getattr(config, name) for name in _SAME_NAME}
+    sizes = {"num_key_value_heads": config.key_heads, "head_dim": config.head_size}
+    return {"model_type": "llama", **same, **sizes, "rope_parameters": rope}
+
+
+def hf_layout(config: Config, head: str | None) -> Layout:
+    """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
+    leftovers = ("*rotary_emb.inv_freq", "lm_head.*")
+    return Layout(_rules(config, head), "model.", (), leftovers, ("head/*",))
+
+
+def head_of(names: Collection[str]) -> str | None:
+    """The head that a checkpoint with these tensor names has; one with tied embeddings is told by its prefix."""
+    return "causal_lm" if any(name == "lm_head.weight" or name.startswith("model.") for name in names) else None
+
+
+def config_of_weights(shape_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What tensor names and shapes alone say about the Config; believed over config.json."""
+    del shape_of
+    return {}
+
+
+def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
+    """The weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is)."""
+    of_layer = "model.layers.{layer}"
+
+    def dense(ours: str, theirs: str, pattern: str, bias: str | None, biased: bool) -> tuple[Rule, ...]:
+        kernel = Rule(f"layers/{ours}/kernel", f"{of_layer}.{theirs}.weight", pattern)
+        return (kernel, Rule(f"layers/{ours}/bias", f"{of_layer}.{theirs}.bias", bias)) if biased else (kernel,)
+
+    attention = config.attention_bias
+    rules = (
+        Rule("embed/embedding", "model.embed_tokens.weight"),
+        *(
+            rule
+            for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+            for rule in dense(f"attention/{ours}", f"self_attn.{theirs}", "(n h) d -> d n h", "(n h) -> n h", attention)
+        ),
+        *dense("attention/out", "self_attn.o_proj", "d (n h) -> n h d", None, attention),
+        *(
+            rule
+            for ours in ("gate", "up", "down")
+            for rule in dense(f"mlp/{ours}", f"mlp.{ours}_proj", "o i -> i o", None, config.mlp_bias)
+        ),
+        Rule("layers/norm/scale", f"{of_layer}.input_layernorm.weight"),
+        Rule("layers/mlp_norm/scale", f"{of_layer}.post_attention_layernorm.weight"),
+        Rule("norm/scale", "model.norm.weight"),
+    )
+    if head == "causal_lm" and not config.tie_word_embeddings:
+        rules += (Rule("head/kernel", "lm_head.weight", "v d -> d v"),)
+    return rules

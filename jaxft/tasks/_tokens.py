@@ -1,0 +1,69 @@
+"""What language-modelling tasks share: a loss per predicted token, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.config import TaskConfig
+from jaxft.errors import UserError
+
+Array = jax.Array
+Batch = dict[str, Array]
+Sums = dict[str, Array]
+
+
+class TokenTask:
+    """Tasks whose prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V."""
+
+    labels: tuple[str, ...] = ()
+
+    def weight_of(self, batch: Batch) -> Array:
+        """The number of predicted tokens of a prepared batch: what the summed loss is divided by."""
+        return batch["target_weights"].sum()
+
+    def sums(self, output: Any, batch: Batch) -> Sums:
+        """``loss``, ``weight`` and ``correct`` summed over the predicted tokens of a prepared batch, and its ``rows``."""
+        logits, targets, weights = output.logits, batch["targets"], batch["target_weights"]
+        return {
+            "loss": (token_cross_entropy(logits, targets) * weights).sum(),
+            "weight": weights.sum(),
+            "correct": ((logits.argmax(-1) == targets) * weights).sum(),
+            "rows": batch["weights"].sum(),
+        }
+
+    def metrics(self, sums: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Mean loss in nats, its exponential, and the share of tokens guessed right."""
+        tokens = max(float(sums["weight"]), 1e-30)
+        loss = float(sums["loss"]) / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "accuracy": float(sums["correct"]) / tokens,
+            "rows": int(np.rint(sums["rows"])),
+            "predicted_tokens": int(np.rint(sums["weight"])),
+        }
+
+    def metric_names(self) -> tuple[str, ...]:
+        """The scalar metrics that ``eval.metric`` may name."""
+        return ("loss", "perplexity", "accuracy")
+
+
+def token_cross_entropy(logits: Array, targets: Array) -> Array:
+    """-log softmax(logits)[target] in float32: logits [..., V], targets [...] int32 -> [...]."""
+    logits = logits.astype(jnp.float32)
+    # Compare and add instead of a gather: it splits over a sharded vocabulary, and its backward pass is no scatter.
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(-1)
+
+
+def refuse_label_options(config: TaskConfig) -> None:
+    """Raises UserError if an option of labelled tasks is set."""
+    if config.label_smoothing or config.class_weights != "none":
+        raise UserError(
+            f"task.label_smoothing and task.class_weights are for labelled tasks; leave them out for {config.name}"
+        )

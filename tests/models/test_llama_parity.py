@@ -1,0 +1,156 @@
+"""Values and gradients of Llama against `transformers` on torch, in process, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.errors import UserError
+from jaxft.hf import export_tensors
+from jaxft.layers import Rotary
+from jaxft.models import llama
+from jaxft.parity import random_batch
+from jaxft.pretrained import export_folder, load_params, open_source
+from jaxft.step import apply_model
+from jaxft.tasks.causal_lm import Task
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 2e-5
+BASE = dataclasses.replace(llama.TINY, attention_dropout=0.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "multi_head": {"num_key_value_heads": None},
+    "multi_query": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 12},
+    "gelu": {"hidden_act": "gelu"},
+    "eps": {"rms_norm_eps": 1e-2},
+    "theta": {"rope": Rotary(theta=500_000.0)},
+    "linear": {"rope": Rotary(kind="linear", factor=4.0)},
+    "llama3": {
+        "rope": Rotary(
+            500.0, "llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        )
+    },
+    "padding_idx": {"pad_token_id": 0},
+}
+
+
+def close(ours: Any, theirs: Any, what: str) -> None:
+    """Within 2e-5 of the largest value compared, or absolutely where all values are below 1."""
+    ours, theirs = np.asarray(ours, np.float32), theirs.detach().numpy()
+    assert ours.shape == theirs.shape, what
+    limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    worst = float(np.abs(ours - theirs).max())
+    assert worst <= limit, f"{what}: {worst:.2e} > {limit:.2e}"
+
+
+def reference(config: llama.Config, head: str | None) -> Any:
+    torch.manual_seed(0)
+    tree = llama.config_to_hf(config)
+    tree.pop("model_type")
+    model = getattr(transformers, llama.HEADS[head])(
+        transformers.LlamaConfig(attn_implementation="eager", **tree)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Fresh biases are all 0 and fresh norm scales all 1: swapped or dropped ones would not be noticed.
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_loss_and_gradients(variant: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, **VARIANTS[variant])
+    theirs = reference(config, "causal_lm")
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"), lambda text: pytest.fail(text))
+    assert source.config == dataclasses.replace(config, num_key_value_heads=config.key_heads, head_dim=config.head_size)
+    model = llama.Model(config, "causal_lm")
+    params = load_params(source, model, lambda text: pytest.fail(text))
+
+    batch = random_batch(config, 4) | {"weights": np.ones(4, np.float32)}
+    mask = batch["mask"].astype(bool)
+    inputs = {"input_ids": batch["tokens"], "attention_mask": batch["mask"]}
+    tensors = {name: torch.tensor(value.astype(np.int64)) for name, value in inputs.items()}
+    labels = torch.tensor(np.where(mask, batch["tokens"], -100).astype(np.int64))
+    wanted = theirs(**tensors, labels=labels, output_hidden_states=True)
+    wanted.loss.backward()
+
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        prepared = Task().prepare(jax.tree.map(jnp.asarray, batch), jax.random.key(0))
+        out = apply_model(model, params, prepared, None)
+        sums = Task().sums(out, prepared)
+        return sums["loss"] / sums["weight"], out
+
+    (value, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    close(np.asarray(out.hidden)[mask], wanted.hidden_states[-1][mask], "hidden")
+    close(np.asarray(out.logits)[mask], wanted.logits[mask], "logits")
+    close(value, wanted.loss, "loss")
+    named = dict(theirs.named_parameters())
+    for tensor in export_tensors(gradient, llama.hf_layout(config, "causal_lm"), bare=False):
+        close(tensor.read(), named[tensor.name].grad, tensor.name)
+
+
+@pytest.mark.parametrize("head", llama.HEADS)
+@pytest.mark.parametrize("variant", ["grouped", "tied", "biases", "llama3"])
+def test_there_and_back(variant: str, head: str | None, tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, **VARIANTS[variant])
+    theirs = reference(config, head)
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"), lambda text: None)
+    assert source.head == head
+    model = llama.Model(source.config, head)
+    params = load_params(source, model, lambda text: pytest.fail(text))
+    export_folder(tmp_path / "back", source.hf_config, llama, model, params, tokenizer_folder=None)
+    again = getattr(transformers, llama.HEADS[head]).from_pretrained(tmp_path / "back")
+    assert again.config.rope_parameters == theirs.config.rope_parameters
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_packed_texts_are_those_of_the_reference_apart(tmp_path: Path) -> None:
+    theirs = reference(BASE, "causal_lm")
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"), lambda text: None)
+    model = llama.Model(source.config, "causal_lm")
+    params = load_params(source, model, lambda text: None)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, BASE.vocab_size, n) for n in (7, 12, 3)]
+    tokens = np.concatenate([*texts, np.zeros(2, np.int64)])[None].astype(np.int32)
+    segments = np.repeat([1, 2, 3, 0], [7, 12, 3, 2])[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (7, 12, 3, 2)])[None].astype(np.int32)
+    out: Any = model.apply({"params": params}, tokens, positions=positions, segments=segments)
+    for text, start in zip(texts, (0, 7, 19), strict=True):
+        with torch.no_grad():
+            close(out.logits[0, start : start + len(text)], theirs(torch.tensor(text)[None]).logits[0], "packed")
+
+
+def test_old_config_files(tmp_path: Path) -> None:
+    theirs = reference(BASE, "causal_lm")
+    theirs.save_pretrained(tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    tree.pop("rope_parameters")
+    old = tree | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert open_source(str(tmp_path), lambda text: None).config.rope == Rotary(5e5, "linear", 2.0)
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
+    with pytest.raises(UserError, match="yarn"):
+        open_source(str(tmp_path), lambda text: None)
+
+
+def test_texts_beyond_the_limit_are_refused() -> None:
+    model = llama.Model(BASE)
+    with pytest.raises(UserError, match="limit of 64"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 65), np.int32)))
