@@ -88,7 +88,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
         """Saves in the background. When this returns, buffers of ``state`` may be donated. Waits for an earlier save.
 
-        A program that ends waits for the save, but only :meth:`wait`, :meth:`close` or the next save raise its failure.
+        A program must not end before :meth:`wait` or :meth:`close`. On Python 3.11 its end waits for the save; since 3.12
+        Python starts no thread once a program is ending, Orbax needs some, and the save fails or never ends.
 
         Args:
           step: names the checkpoint; there must be none of this number.

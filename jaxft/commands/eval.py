@@ -37,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
     config = served.config
     module = tasks.task_of_head(served.model.head)
     if module is None:
-        raise UserError(f"the model has no head that a task scores (found: {served.model.head}): fine-tune it first (jaxft train)")
+        raise UserError(
+            f"the model has no head that a task scores (found: {served.model.head}): fine-tune it first (jaxft train)"
+        )
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
     declared = tuple(label_text(label) for label in config.data.labels or served.labels)

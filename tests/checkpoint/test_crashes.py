@@ -228,6 +228,7 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         save_params(tmp_path / "file" / "p", {"a": jnp.zeros(3)}, {})
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.12 starts no thread at its end; Orbax needs some")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_program_that_ends_without_waiting(tmp_path: Path, fails: bool) -> None:
     code = f"""

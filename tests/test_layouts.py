@@ -1,0 +1,143 @@
+"""One course on every layout: each family and task, after 5 steps with dropout, is where one device would be."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft import models, tasks
+from jaxft.config import MeshConfig, OptimConfig
+from jaxft.layers import Compute
+from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
+from jaxft.pretrained import shapes_and_axes
+from jaxft.sharding import DEFAULT_RULES, batch_sharding, make_mesh, replicated, shardings_of
+from jaxft.state import init_state, state_shardings
+from jaxft.step import make_train_step
+
+ROWS, LENGTH = 16, 12
+# Made as a run would, with what a tokenizer and labelled rows would say.
+MADE = {
+    "classification": lambda module: module.Task(("a", "b", "c")),
+    "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
+    "causal_lm": lambda module: module.Task(),
+}
+CASES = [
+    (family, name)
+    for family in models.families()
+    for name in tasks.tasks()
+    if tasks.task(name).Task.head in models.family(family).HEADS
+]
+# (mesh, micro-batches, how layers are computed). Two ways of tensor parallelism are the most that TINY's heads allow all.
+LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
+    "data8": (MeshConfig(8, 1, 1), 1, {}),
+    "fsdp8": (MeshConfig(1, 8, 1), 1, {}),
+    "fsdp4_tensor2": (MeshConfig(1, 4, 2), 1, {}),
+    "2x2x2": (MeshConfig(2, 2, 2), 1, {}),
+    "unrolled_remat": (MeshConfig(2, 2, 2), 1, {"layers": "unrolled", "remat": "full"}),
+}
+
+
+def batches(packed: bool) -> list[dict[str, np.ndarray]]:
+    rng, made = np.random.default_rng(0), []
+    for step in range(5):
+        lengths = rng.integers(3, LENGTH + 1, ROWS)
+        mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
+        weights = np.ones(ROWS, np.float32)
+        weights[ROWS - 3 * (step == 4) :] = 0
+        batch = {
+            "tokens": rng.integers(5, 96, mask.shape).astype(np.int32) * mask,
+            "mask": mask,
+            "types": np.zeros_like(mask),
+            "labels": rng.integers(0, 3, ROWS).astype(np.int32),
+            "weights": weights,
+        }
+        if packed:
+            second = np.arange(LENGTH) >= lengths[:, None] // 2
+            batch["segments"] = np.where(mask, 1 + second, 0).astype(np.int32)
+            batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
+        made.append(batch)
+    return made
+
+
+def random_params(shapes: Any) -> Any:
+    def make(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        rng = np.random.default_rng(len(path))
+        return np.asarray(rng.normal(size=leaf.shape) * 0.1 + path.endswith("scale"), np.float32)
+
+    return map_paths(make, shapes)
+
+
+def trained(family: str, task: str, layout: tuple[MeshConfig, int, dict[str, Any]], devices: int) -> tuple[Any, Any]:
+    """Parameters after 5 steps, and what each step logged."""
+    mesh_config, accumulation, how = layout
+    module = tasks.task(task)
+    config = dataclasses.replace(models.family(family).TINY, num_hidden_layers=2)
+    if task == "classification":
+        config = dataclasses.replace(config, num_labels=3)
+    computed: dict[str, Any] = {"layers": "scanned", **how}
+    model = models.family(family).Model(config, module.Task.head, Compute(**computed))
+    shapes, axes = shapes_and_axes(model)
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    # A large eps: Adam would scale the rounding errors of gradients near 0 up to whole steps.
+    settings = OptimConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", eps=1e-3)
+    schedule = make_schedule(settings, 5)
+    optimizer = make_optimizer(settings, schedule, shapes, axes)
+    places = shardings_of(mesh, DEFAULT_RULES, shapes, axes)
+
+    def start(params: Any) -> Any:
+        return init_state(params, optimizer, False)
+
+    with jax.set_mesh(mesh):
+        of_state = state_shardings(jax.eval_shape(start, shapes), optimizer, places, mesh)
+        state = jax.jit(start, out_shardings=of_state)(jax.device_put(random_params(shapes), places))
+        made = make_train_step(
+            model,
+            MADE[task](module),
+            optimizer,
+            schedule,
+            accumulation=accumulation,
+            param_shardings=places if mesh.size > 1 else None,
+        )
+        step = jax.jit(made, donate_argnums=0, out_shardings=(of_state, replicated(mesh)))
+        seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
+        for batch in batches(packed=task == "causal_lm"):
+            placed = {k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES)) for k, v in batch.items()}
+            state, metrics = step(state, placed, seed)
+            log.append(jax.device_get(metrics))
+    return jax.device_get(state.params), log
+
+
+@functools.cache
+def single(family: str, task: str) -> tuple[Any, Any]:
+    return trained(family, task, (MeshConfig(1, 1, 1), 1, {}), 1)
+
+
+def compare(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    for a, b in zip(one[1], other[1], strict=True):
+        for name in ("loss", "weight", "grad_norm", "learning_rate"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+    found = parameter_paths(other[0])
+    for path, leaf in parameter_paths(one[0]).items():
+        np.testing.assert_allclose(leaf, found[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_same_course_on_every_layout(family: str, task: str, layout: str) -> None:
+    compare(single(family, task), trained(family, task, LAYOUTS[layout], 8))
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_micro_batches_on_a_mesh_are_one_batch(family: str, task: str) -> None:
+    # Dropout draws anew in each micro-batch; without it, four are one.
+    off = {f.name: 0.0 for f in dataclasses.fields(models.family(family).Config) if "dropout" in f.name}
+    tiny = models.family(family).TINY
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.family(family), "TINY", dataclasses.replace(tiny, **off))
+        one = trained(family, task, (MeshConfig(1, 1, 1), 1, {}), 1)
+        compare(one, trained(family, task, (MeshConfig(2, 2, 1), 4, {}), 4))
