@@ -212,6 +212,11 @@ def _start(
         return programs.init(setup.start_params(seed, note)), Progress(), 0
     restored = store.restore(programs.shapes)
     _refuse_other_run(restored.meta["config"], to_tree(config), seed, restored.meta["seed"], out)
+    before = restored.meta.get("train_rows")  # checkpoints of the first versions do not say
+    if before is not None and before != setup.train.digest():
+        raise UserError(
+            f"{out} holds a run on other rows: {config.data.train} (or its tokenizer) has changed; choose another train.out"
+        )
     note(f"resuming from step {restored.step}")
     return restored.state, Progress(**restored.meta["progress"]), restored.step
 
@@ -269,6 +274,7 @@ def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
         "arch": to_tree(setup.model.config),
         "head": setup.model.head,
         "labels": list(setup.task.labels),
+        "train_rows": setup.train.digest(),
         "hf_config": {} if source is None else source.hf_config,
         "tokenizer": str(setup.tokenizer.folder),
         "max_length": setup.config.data.max_length,

@@ -174,6 +174,18 @@ def test_a_failed_run_leaves_another_run_as_it_was(home: Path, capsys: Capture) 
     assert {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()} == before
 
 
+def test_resuming_on_changed_rows_is_refused(home: Path, capsys: Capture) -> None:
+    again = [*USUAL, f"model.init={home}/base", f"data.train={home}/train.csv", f"data.eval={home}/eval.csv"]
+    more = ["data.labels=[thing,animal]", "train.steps=4", f"train.out={home}/run"]
+    rows_before = (home / "train.csv").read_text()
+    try:
+        (home / "train.csv").write_text(rows_before.replace("the", "a", 1))
+        message = refusal(capsys, "train", *again, *more)
+    finally:
+        (home / "train.csv").write_text(rows_before)
+    assert f"{home}/run holds a run on other rows: {home}/train.csv (or its tokenizer) has changed" in message
+
+
 def test_convert_a_run(home: Path, tmp_path: Path, capsys: Capture) -> None:
     for what in ("run", "run/checkpoints/4"):
         target = tmp_path / what.replace("/", "_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Split:
     def lengths(self) -> np.ndarray:
         """[rows] tokens per row."""
         return np.diff(self.offsets)
+
+    def digest(self) -> str:
+        """A hash of all rows, in order."""
+        found = hashlib.sha256()
+        for array in (self.offsets, self.tokens, self.types, self.labels):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Tokens, token types and class id of one row."""
