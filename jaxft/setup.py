@@ -182,7 +182,15 @@ def make_compute(config: ModelConfig) -> Compute:
     matmul = config.matmul_dtype
     if matmul == "auto":
         matmul = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Compute(config.activation_dtype, matmul, config.param_dtype, config.layers, config.remat, DEFAULT_RULES)
+    return Compute(
+        activation_dtype=config.activation_dtype,
+        matmul_dtype=matmul,
+        param_dtype=config.param_dtype,
+        layers=config.layers,
+        remat=config.remat,
+        vocab_tile=config.vocab_tile,
+        rules=DEFAULT_RULES,
+    )
 
 
 def _model(config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...]) -> tuple[str, Any]:

@@ -95,6 +95,12 @@ def check_ranges(config: RunConfig) -> None:
         ),
         (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "must lie in 0..1"),
         (optim.ema is None or 0 < optim.ema < 1, "optim.ema", optim.ema, "must lie between 0 and 1"),
+        (
+            config.model.vocab_tile is None or config.model.vocab_tile > 0,
+            "model.vocab_tile",
+            config.model.vocab_tile,
+            "must be at least 1 (null: all at once)",
+        ),
         (0 < config.task.mask_rate < 1, "task.mask_rate", config.task.mask_rate, "must lie between 0 and 1"),
         (0 <= config.task.label_smoothing < 1, "task.label_smoothing", config.task.label_smoothing, "must lie in 0..1"),
         (

@@ -45,6 +45,9 @@ class ModelConfig:
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
     layers: Literal["unrolled", "scanned"] = "unrolled"
     """How the stacked layers are computed. The parameter tree is the same for both."""
+    vocab_tile: int | None = None
+    """Vocabulary entries that a language-modelling loss scores at a time, so that logits of all entries are never held
+    together (4096 is a good size). None: all at once."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a layer keeps for its backward pass: everything, only its input, or only its matmul results."""
 

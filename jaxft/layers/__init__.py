@@ -17,6 +17,7 @@ from jaxft.layers.modules import (
 )
 from jaxft.layers.rotary import Rotary, rotate
 from jaxft.layers.stacks import apply_stack, stacked_params
+from jaxft.layers.vocabulary import TokenScore, score_tokens, vocabulary_logits
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "Projection",
     "RMSNorm",
     "Rotary",
+    "TokenScore",
     "affine",
     "apply_stack",
     "dot",
@@ -43,7 +45,9 @@ __all__ = [
     "recomputed_from",
     "rms_norm",
     "rotate",
+    "score_tokens",
     "stacked_params",
     "subkey",
     "unlabel",
+    "vocabulary_logits",
 ]

@@ -17,4 +17,6 @@ class Compute:
     param_dtype: str = "float32"
     layers: Literal["unrolled", "scanned"] = "unrolled"
     remat: Literal["none", "full", "dots"] = "none"
+    vocab_tile: int | None = None
+    """Vocabulary entries that a language-modelling loss scores at a time; None: all."""
     rules: AxisRules = DEFAULT_RULES

@@ -23,13 +23,15 @@ from jaxft.layers import (
     LayerNorm,
     Linear,
     Projection,
+    TokenScore,
     apply_stack,
     dropout,
-    einsum,
     labelled,
     project_together,
+    score_tokens,
     stacked_params,
     subkey,
+    vocabulary_logits,
 )
 
 Array = jax.Array
@@ -106,6 +108,8 @@ class Output(NamedTuple):
     """[B, D], tanh of an affine map of the first token; None without a pooler."""
     logits: Array | None
     """float32; classification [B, C], next_sentence [B, 2], masked_lm [B, S (or M), V]; None without a head."""
+    score: TokenScore | None = None
+    """Of the masked-LM head, instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
 
 
 def _normal(config: Config) -> Any:
@@ -194,10 +198,6 @@ class Embeddings(nn.Module):
         x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
         return dropout(x, self.config.hidden_dropout_prob, key)
 
-    def attend(self, x: Array) -> Array:
-        """[..., D] -> [..., V]: similarity to each token's vector (the tied decoder)."""
-        return einsum("bsd,vd->bsv", x, self.token.embedding, self.compute)
-
 
 class MaskedLmHead(nn.Module):
     """Affine, activation, norm, then the vocabulary."""
@@ -206,7 +206,7 @@ class MaskedLmHead(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, hidden: Array, embeddings: Embeddings) -> Array:
+    def __call__(self, hidden: Array, words: Array, targets: Array | None) -> Array | TokenScore:
         c = self.config
         x = Linear("bsd,de->bse", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="dense")(
             hidden
@@ -214,12 +214,13 @@ class MaskedLmHead(nn.Module):
         x = LayerNorm(c.layer_norm_eps, self.compute, name="norm")(ACTIVATIONS[c.hidden_act](x))
         bias = self.param("bias", labelled(nn.initializers.zeros, "vocab"), (c.vocab_size,), self.compute.param_dtype)
         if c.tie_word_embeddings:
-            logits = embeddings.attend(x)
+            table = words
         else:
             shape, init = (c.hidden_size, c.vocab_size), labelled(_normal(c), "embed", "vocab")
-            logits = einsum("bsd,dv->bsv", x, self.param("kernel", init, shape, self.compute.param_dtype), self.compute)
-        logits = self.compute.rules.constrain(logits, "batch", "length", "act_vocab")
-        return logits.astype(jnp.float32) + bias.astype(jnp.float32)
+            table = self.param("kernel", init, shape, self.compute.param_dtype).T
+        if targets is not None and self.compute.vocab_tile is not None:
+            return score_tokens(x, table, bias, targets, self.compute)
+        return vocabulary_logits(x, table, bias, self.compute)
 
 
 class ClassHead(nn.Module):
@@ -247,7 +248,7 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
-    INPUTS = ("tokens", "mask", "types", "positions", "segments", "predict")
+    INPUTS = ("tokens", "mask", "types", "positions", "segments", "predict", "targets")
 
     @nn.compact
     def __call__(
@@ -258,6 +259,7 @@ class Model(nn.Module):
         positions: Array | None = None,
         segments: Array | None = None,
         predict: Array | None = None,
+        targets: Array | None = None,
         key: Array | None = None,
     ) -> Output:
         """Runs the model.
@@ -269,6 +271,7 @@ class Model(nn.Module):
           positions: [B, S] int32. None: 0..S-1 in each row.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
           predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
+          targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key. None: deterministic.
 
         Raises:
@@ -295,15 +298,17 @@ class Model(nn.Module):
             pooled = jnp.tanh(dense(hidden[:, 0]))
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
-        return Output(hidden, pooled, self._logits(seen, pooled, embeddings, subkey(key, 2)))
+        if self.head == "masked_lm":
+            made = MaskedLmHead(c, self.compute, name="head")(seen, embeddings.token.embedding, targets)
+            scored = isinstance(made, TokenScore)
+            return Output(hidden, pooled, None if scored else made, made if scored else None)
+        return Output(hidden, pooled, self._logits(pooled, subkey(key, 2)))
 
-    def _logits(self, hidden: Array, pooled: Array | None, embeddings: Embeddings, key: Array | None) -> Array | None:
+    def _logits(self, pooled: Array | None, key: Array | None) -> Array | None:
         c = self.config
         match self.head:
             case None:
                 return None
-            case "masked_lm":
-                return MaskedLmHead(c, self.compute, name="head")(hidden, embeddings)
             case "classification":
                 rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
                 return ClassHead(c, self.compute, c.num_labels, rate, name="head")(pooled, key)

@@ -23,12 +23,14 @@ from jaxft.layers import (
     Linear,
     RMSNorm,
     Rotary,
+    TokenScore,
     apply_stack,
-    einsum,
     labelled,
     rotate,
+    score_tokens,
     stacked_params,
     subkey,
+    vocabulary_logits,
 )
 
 Array = jax.Array
@@ -110,6 +112,8 @@ class Output(NamedTuple):
     """Decoders have none."""
     logits: Array | None
     """float32 [B, S, V]; None without a head."""
+    score: TokenScore | None = None
+    """Instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
 
 
 def _normal(config: Config) -> Any:
@@ -191,10 +195,9 @@ class CausalHead(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
+    def __call__(self) -> Array:
         c, init = self.config, labelled(_normal(self.config), "embed", "vocab")
-        kernel = self.param("kernel", init, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
-        return einsum("bsd,dv->bsv", hidden, kernel, self.compute)
+        return self.param("kernel", init, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
 
 
 class Model(nn.Module):
@@ -204,7 +207,7 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
-    INPUTS = ("tokens", "mask", "positions", "segments")
+    INPUTS = ("tokens", "mask", "positions", "segments", "targets")
 
     @nn.compact
     def __call__(
@@ -213,6 +216,7 @@ class Model(nn.Module):
         mask: Array | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
+        targets: Array | None = None,
         key: Array | None = None,
     ) -> Output:
         """Runs the model.
@@ -222,6 +226,7 @@ class Model(nn.Module):
           mask: [B, S], 0 or False where a token is padding. None: nothing is.
           positions: [B, S] int32. None: 0..S-1 in each row.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key. None: deterministic.
 
         Raises:
@@ -243,19 +248,20 @@ class Model(nn.Module):
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example)
         x = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
-        return Output(hidden, None, self._logits(hidden, embed))
-
-    def _logits(self, hidden: Array, embed: Embed) -> Array | None:
-        c = self.config
         if self.head is None:
-            return None
+            return Output(hidden, None, None)
+        table = self._table(embed)
+        if targets is not None and self.compute.vocab_tile is not None:
+            return Output(hidden, None, None, score_tokens(hidden, table, None, targets, self.compute))
+        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute))
+
+    def _table(self, embed: Embed) -> Array:
+        """[V, D]."""
         if self.head != "causal_lm":
             raise UserError(f"llama has no head {self.head!r}: {nearest(str(self.head), [h for h in HEADS if h])}")
-        if c.tie_word_embeddings:
-            logits = einsum("bsd,vd->bsv", hidden, embed.embedding, self.compute)
-        else:
-            logits = CausalHead(c, self.compute, name="head")(hidden)
-        return self.compute.rules.constrain(logits, "batch", "length", "act_vocab").astype(jnp.float32)
+        if self.config.tie_word_embeddings:
+            return embed.embedding
+        return CausalHead(self.config, self.compute, name="head")().T
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout

@@ -18,7 +18,10 @@ Sums = dict[str, Array]
 
 
 class TokenTask:
-    """Tasks whose prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V."""
+    """Tasks that read an output's ``logits``, or its ``score`` where the model made that instead.
+
+    Their prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V.
+    """
 
     labels: tuple[str, ...] = ()
 
@@ -28,11 +31,15 @@ class TokenTask:
 
     def sums(self, output: Any, batch: Batch) -> Sums:
         """``loss``, ``weight`` and ``correct`` summed over the predicted tokens of a prepared batch, and its ``rows``."""
-        logits, targets, weights = output.logits, batch["targets"], batch["target_weights"]
+        targets, weights = batch["targets"], batch["target_weights"]
+        if output.score is None:
+            loss, best = token_cross_entropy(output.logits, targets), output.logits.argmax(-1)
+        else:
+            loss, best = output.score
         return {
-            "loss": (token_cross_entropy(logits, targets) * weights).sum(),
+            "loss": (loss * weights).sum(),
             "weight": weights.sum(),
-            "correct": ((logits.argmax(-1) == targets) * weights).sum(),
+            "correct": ((best == targets) * weights).sum(),
             "rows": batch["weights"].sum(),
         }
 

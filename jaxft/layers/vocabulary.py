@@ -1,0 +1,117 @@
+"""Cross-entropy over a large vocabulary, a tile at a time: logits of all entries are never held together.
+
+Dims: B batch, M predicted tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxft.errors import UserError
+from jaxft.layers.compute import Compute
+from jaxft.layers.matmul import dot, einsum
+
+Array = jax.Array
+_NEVER = np.float32(-1e30)
+
+
+class TokenScore(NamedTuple):
+    """What a loss needs of the logits of some tokens."""
+
+    loss: Array
+    """[B, M] float32: -log softmax(logits)[target]."""
+    best: Array
+    """[B, M] int32: the entry with the largest logit."""
+
+
+def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compute) -> Array:
+    """float32 ``x`` [B, M, D] times ``table`` [V, D] plus ``bias`` [V]: [B, M, V], split over devices by vocabulary."""
+    logits = einsum("bmd,vd->bmv", x, table, compute)
+    logits = compute.rules.constrain(logits, "batch", "length", "act_vocab").astype(jnp.float32)
+    return logits if bias is None else logits + bias.astype(jnp.float32)
+
+
+def score_tokens(x: Array, table: Array, bias: Array | None, targets: Array, compute: Compute) -> TokenScore:
+    """Loss and best guess of each token, ``compute.vocab_tile`` entries at a time, forwards and backwards.
+
+    The backward pass computes each tile's logits again. Costs one more product with the table than logits held at once,
+    and B M V fewer numbers.
+
+    Args:
+      x: [B, M, D]. table: [V, D]. bias: [V] or None. targets: [B, M] int32.
+
+    Raises:
+      UserError: the vocabulary is split over devices, whose parts a tile would have to gather.
+    """
+    assert compute.vocab_tile is not None
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    if ways > 1:
+        raise UserError(
+            f"model.vocab_tile={compute.vocab_tile}: mesh.tensor={ways} splits the vocabulary already; leave one of them out"
+        )
+    bias = jnp.zeros(table.shape[0], jnp.float32) if bias is None else bias
+    return TokenScore(*_scored(compute, x, table, bias, targets))
+
+
+def _tiles(compute: Compute, table: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """(first entry of each tile [n], table [n, tile, D], bias [n, tile]); what is beyond V never wins."""
+    v, d = table.shape
+    tile = min(compute.vocab_tile or v, v)
+    n = -(-v // tile)
+    rows = jnp.pad(table, ((0, n * tile - v), (0, 0))).reshape(n, tile, d)
+    offsets = jnp.pad(bias.astype(jnp.float32), (0, n * tile - v), constant_values=_NEVER).reshape(n, tile)
+    return jnp.arange(n, dtype=jnp.int32) * tile, rows, offsets
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(compute: Compute, x: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array]:
+    return _scored_fwd(compute, x, table, bias, targets)[0]
+
+
+def _scored_fwd(
+    compute: Compute, x: Array, table: Array, bias: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    def add(so_far: tuple[Array, ...], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
+        top, total, of_target, best = so_far
+        first, rows, offsets = tile
+        logits = dot("bmd,vd->bmv", x, rows, compute) + offsets
+        here = logits.max(-1)
+        best = jnp.where(here > top, first + logits.argmax(-1).astype(jnp.int32), best)
+        new_top = jnp.maximum(top, here)
+        total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
+        hit = jnp.arange(rows.shape[0]) == (targets - first)[..., None]
+        return (new_top, total, of_target + jnp.where(hit, logits, 0.0).sum(-1), best), None
+
+    shape = targets.shape
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+    (top, total, of_target, best), _ = lax.scan(add, start, _tiles(compute, table, bias))
+    normaliser = top + jnp.log(total)
+    return (normaliser - of_target, best), (x, table, bias, targets, normaliser)
+
+
+def _scored_bwd(compute: Compute, kept: tuple[Any, ...], g: tuple[Array, Any]) -> tuple[Array | None, ...]:
+    x, table, bias, targets, normaliser = kept
+    of_loss = g[0][..., None]
+
+    def add(dx: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        first, rows, offsets = tile
+        logits = dot("bmd,vd->bmv", x, rows, compute) + offsets
+        hit = jnp.arange(rows.shape[0]) == (targets - first)[..., None]
+        dlogits = (jnp.exp(logits - normaliser[..., None]) - hit) * of_loss
+        dx = dx + dot("bmv,vd->bmd", dlogits, rows, compute)
+        return dx, (dot("bmv,bmd->vd", dlogits, x, compute), dlogits.sum((0, 1)))
+
+    dx, (drows, doffsets) = lax.scan(add, jnp.zeros(x.shape, jnp.float32), _tiles(compute, table, bias))
+    v, d = table.shape
+    dtable = drows.reshape(-1, d)[:v].astype(table.dtype)
+    return dx.astype(x.dtype), dtable, doffsets.reshape(-1)[:v].astype(bias.dtype), None
+
+
+_scored.defvjp(_scored_fwd, _scored_bwd)

@@ -1,0 +1,94 @@
+"""The tiled vocabulary loss: the same numbers and gradients as from all logits at once, without holding them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.config import MeshConfig
+from jaxft.errors import UserError
+from jaxft.layers import Compute, score_tokens, vocabulary_logits
+from jaxft.models import bert, llama
+from jaxft.pretrained import init_params
+from jaxft.sharding import make_mesh
+from jaxft.step import apply_model
+from jaxft.tasks import causal_lm, masked_lm
+from jaxft.tasks._tokens import token_cross_entropy
+
+B, M, D, V = 2, 5, 8, 23
+
+
+def inputs(seed: int = 0) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(seed)
+    x, table, bias = (jnp.asarray(3 * rng.standard_normal(s), jnp.float32) for s in ((B, M, D), (V, D), (V,)))
+    return x, table, bias, jnp.asarray(rng.integers(0, V, (B, M)), jnp.int32)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 23, 100])
+@pytest.mark.parametrize("biased", [True, False])
+def test_same_numbers_and_gradients(tile: int, biased: bool) -> None:
+    x, table, bias, targets = inputs()
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((B, M)), jnp.float32)
+
+    def whole(x: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
+        logits = vocabulary_logits(x, table, bias if biased else None, Compute())
+        return token_cross_entropy(logits, targets)
+
+    def tiled(x: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
+        return score_tokens(x, table, bias if biased else None, targets, Compute(vocab_tile=tile)).loss
+
+    (wanted, wanted_vjp), (found, found_vjp) = (jax.vjp(f, x, table, bias) for f in (whole, tiled))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found_vjp(g), wanted_vjp(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+    best = score_tokens(x, table, bias if biased else None, targets, Compute(vocab_tile=tile)).best
+    np.testing.assert_array_equal(best, vocabulary_logits(x, table, bias if biased else None, Compute()).argmax(-1))
+
+
+def test_no_array_of_all_logits_is_made() -> None:
+    rows, vocabulary = 64, 4096
+    shapes = [(1, rows, D), (vocabulary, D), (vocabulary,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    targets = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+
+    def loss(x: Any, table: Any, bias: Any, targets: Any) -> Any:
+        return score_tokens(x, table, bias, targets, Compute(vocab_tile=256)).loss.sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays, targets).compile()
+    assert f"{rows},{vocabulary}]" not in (compiled.as_text() or "")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_and_tasks_give_the_same_either_way(tied: bool) -> None:
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(5, 96, (3, 12)), jnp.int32)
+    batch = {"tokens": tokens, "mask": jnp.ones_like(tokens), "weights": jnp.ones(3)}
+    pairs: list[tuple[Any, Any]] = [(bert, masked_lm.Task(4, (0, 2, 3, 4), 96)), (llama, causal_lm.Task())]
+    for module, task in pairs:
+        config = dataclasses.replace(module.TINY, tie_word_embeddings=tied)
+        prepared = task.prepare(batch, jax.random.key(0))
+        found = []
+        for compute in (Compute(), Compute(vocab_tile=40)):
+            model: Any = module.Model(config, task.head, compute)
+            params = init_params(model, 0)
+
+            def loss(params: Any, model: Any = model, task: Any = task, prepared: Any = prepared) -> Any:
+                sums = task.sums(apply_model(model, params, prepared, None), prepared)
+                return sums["loss"], sums["correct"]
+
+            found.append(jax.value_and_grad(loss, has_aux=True)(params))
+        ((value, hits), gradient), ((tiled_value, tiled_hits), tiled_gradient) = found
+        np.testing.assert_allclose(tiled_value, value, rtol=1e-5)
+        assert float(hits) == float(tiled_hits)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, tiled_gradient)
+
+
+def test_a_split_vocabulary_is_refused() -> None:
+    x, table, bias, targets = inputs()
+    with jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))), pytest.raises(UserError, match="splits the vocabulary already"):
+        jax.eval_shape(lambda x, t: score_tokens(x, t, bias, targets, Compute(vocab_tile=4)).loss, x, table)
