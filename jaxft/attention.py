@@ -59,6 +59,8 @@ def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate:
     Returns: [B, N, S, H].
     """
     b, n, s, h = q.shape
+    if k.shape[2] != s or n % k.shape[1]:
+        raise ValueError(f"queries [B, N, S, H] {q.shape} and keys [B, K, S, H] {k.shape}: S must be equal, K divide N")
     kept = scale = None
     if key is not None and rate > 0.0:
         kept, keep_scale = keep_mask(key, rate, (b, n, s, s))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,29 @@ def test_rows_that_see_nothing_give_zeros_and_no_gradient() -> None:
     out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), 0.0, None), q, k, v)
     for x in (out, *vjp(g)):
         np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+def test_grouped_heads_are_repeated_heads() -> None:
+    q, k, v, g = arrays(9, (B, 4, S, H), (B, 2, S, H), (B, 2, S, H), (B, 4, S, H))
+    mask = dataclasses.replace(masks()["padding"], causal=True)
+
+    def grouped(q, k, v):
+        return attend(q, k, v, mask, Compute(), 0.3, jax.random.key(0))
+
+    def repeated(q, k, v):
+        return textbook(q, jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1), mask, 0.3, jax.random.key(0))
+
+    (ours, ours_vjp), (wanted, wanted_vjp) = (jax.vjp(f, q, k, v) for f in (grouped, repeated))
+    np.testing.assert_allclose(ours, wanted, atol=2e-6)
+    for got, expected in zip(ours_vjp(g), wanted_vjp(g), strict=True):
+        np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("keys", [(B, N, S + 1, H), (B, 3, S, H)])
+def test_shapes_that_do_not_fit_are_refused(keys: tuple[int, ...]) -> None:
+    q, k = arrays(0, (B, N, S, H), keys)
+    with pytest.raises(ValueError, match="S must be equal"):
+        attend(q, k, k, MaskSpec(), Compute(), 0.0, None)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -174,6 +174,16 @@ def test_a_failed_run_leaves_another_run_as_it_was(home: Path, capsys: Capture) 
     assert {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()} == before
 
 
+def test_labels_that_look_like_none(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    # config.json writes LABEL_0, LABEL_1, ... where labels have no names; here they are the names.
+    named = [(text, f"LABEL_{LABELS.index(label)}") for text, label in rows(24)]
+    table = write_csv(tmp_path / "train.csv", named)
+    settings = [*USUAL, f"model.init={home}/base", f"data.train={table}", f"data.eval={table}"]
+    code, out, err = run(capsys, "train", *settings, "train.steps=4", f"train.out={tmp_path}/run")
+    assert code == 0, err
+    assert "loaded back: parameters bit-equal" in out
+
+
 def test_resuming_on_changed_rows_is_refused(home: Path, capsys: Capture) -> None:
     again = [*USUAL, f"model.init={home}/base", f"data.train={home}/train.csv", f"data.eval={home}/eval.csv"]
     more = ["data.labels=[thing,animal]", "train.steps=4", f"train.out={home}/run"]
