@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import checkpoint
-from jaxft.config import RunConfig, to_tree
+from jaxft.config import RunConfig, decode, to_tree
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.memory import release_freed
@@ -241,7 +241,8 @@ def check_folder(config: RunConfig, out: Path, seed: int) -> None:
 
 
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], seed: int, old_seed: int, out: Path) -> None:
-    old, new = _flat(before), _flat(now)
+    # Keys that a run of an earlier version did not have yet had the value that is now their default.
+    old, new = _flat(to_tree(decode(RunConfig, before))), _flat(now)
     # Not config.train.seed: with several seeds in one command it is not the one that this folder is of.
     old["train.seed"], new["train.seed"] = old_seed, seed
     differing = [

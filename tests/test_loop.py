@@ -23,7 +23,7 @@ from tiny_run import ARCH, config_of, overrides
 from jaxft import loop, pretrained, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
-from jaxft.config import RunConfig
+from jaxft.config import RunConfig, to_tree
 from jaxft.errors import UserError
 from jaxft.loop import Programs, Result
 from jaxft.metrics import read_log
@@ -293,6 +293,14 @@ def test_another_configuration_is_refused(
         f"{whole[1]} holds a run with another configuration: {message} choose another train.out"
     )
     assert (whole[1] / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
+    now = to_tree(config_of(tmp_path))
+    before = now | {"data": {key: value for key, value in now["data"].items() if key != "packing"}}
+    loop._refuse_other_run(before, now, 0, 0, Path("run"))
+    with pytest.raises(UserError, match=r"data\.packing was 'none', now 'best_fit'"):
+        loop._refuse_other_run(before, now | {"data": now["data"] | {"packing": "best_fit"}}, 0, 0, Path("run"))
 
 
 def test_another_seed_and_resume_never_are_refused(ready: Ready, whole: tuple[Run, Path]) -> None:
