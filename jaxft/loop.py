@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import checkpoint
+from jaxft import checkpoint, processes
 from jaxft.config import RunConfig, decode, to_tree
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.memory import release_freed
-from jaxft.metrics import Clock, Sinks, open_sinks
+from jaxft.metrics import Clock, Silent, Sinks, open_sinks
+from jaxft.processes.stopping import stop_on_signal
 from jaxft.setup import Note, Setup, Times
-from jaxft.sharding import batch_sharding, replicated
+from jaxft.sharding import batch_sharding, jitted, replicated
 from jaxft.state import TrainState, init_state, state_shardings
 from jaxft.step import make_eval_step, make_train_step
 
@@ -91,8 +90,8 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
         ema=config.optim.ema,
         param_shardings=setup.shardings if setup.mesh.size > 1 else None,
     )
-    train = jax.jit(step, donate_argnums=0, out_shardings=(places, whole))
-    evaluate = jax.jit(make_eval_step(setup.model, setup.task), out_shardings=whole)
+    train = jitted(step, setup.mesh, (places, whole), donate_argnums=0)
+    evaluate = jitted(make_eval_step(setup.model, setup.task), setup.mesh, whole)
     batches, held_out = setup.train_batches(0), setup.eval_batches()
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
     note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
@@ -112,7 +111,7 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
     return Programs(
         {shape: program for (kind, shape), program in programs.items() if kind == "train"},
         {shape: program for (kind, shape), program in programs.items() if kind == "eval"},
-        jax.jit(start, out_shardings=places, donate_argnums=0),
+        jitted(start, setup.mesh, places, donate_argnums=0),
         state,
     )
 
@@ -122,11 +121,12 @@ def _shown(batches: Batches) -> str:
 
 
 def _batch_shape(setup: Setup, batches: Batches, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
-    one = batches[0]
+    rules = setup.model.compute.rules
     return {
-        name: jax.ShapeDtypeStruct(shape if value.ndim == 2 else shape[:1], value.dtype, sharding=sharding)
-        for name, value in one.items()
+        name: jax.ShapeDtypeStruct(
+            shape[: value.ndim], value.dtype, sharding=batch_sharding(setup.mesh, rules, value.ndim)
+        )
+        for name, value in batches[0].items()
     }
 
 
@@ -154,20 +154,20 @@ def _fit(
         state, progress, start = _start(setup, programs, out, seed, note, store)
     note(f"time to first step: {times.text()}")
     meta = run_meta(setup, seed)
-    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
+    rules = setup.model.compute.rules
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
     batches, total = setup.train_batches(seed), setup.total_steps
     interrupted, step, lap = False, start, _Lap()
     best_metrics: dict[str, Any] | None = None
     pending: tuple[int, Any, int] | None = None
 
-    sinks = open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config))
-    with sinks, _stop_on_signal() as stop:
+    sinks = _sinks(setup, out, start)
+    with sinks, stop_on_signal() as stop:
         sinks.advance(start)
         # A run that has stopped early stays stopped when it is resumed.
         last = start if _out_of_patience(config, progress) else total
         for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
-            placed = to_global(batch, sharding)
+            placed = to_global(batch, setup.mesh, rules, config.train.batch_size)
             # The global shape: `batch` holds only this process's rows.
             state, metrics = programs.train[placed["tokens"].shape](state, placed, seed_array)
             # One step late: the device is already at work on the next step while the host reads this one's numbers.
@@ -176,7 +176,7 @@ def _fit(
             step += 1
             pending = (step, metrics, len(batches.rows_of(step - 1)))
 
-            interrupted = stop.requested
+            interrupted = stop.after(step)
             evaluated = step % setup.eval_every == 0 or step == total
             due = _checkpoint_due(config, step, evaluated)
             if evaluated or interrupted or due:
@@ -200,6 +200,13 @@ def _fit(
     if interrupted:
         note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
     return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
+
+
+def _sinks(setup: Setup, out: Path, start: int) -> Sinks:
+    config = setup.config
+    if not processes.is_first():
+        return Silent()
+    return open_sinks(out, config.log, start_step=start, total_steps=setup.total_steps, run_config=to_tree(config))
 
 
 def _start(
@@ -340,10 +347,9 @@ def _is_better(config: RunConfig, progress: Progress, metrics: dict[str, Any], s
 def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
     """Metrics of ``params`` on the held-out rows; the final partial batch counts exactly its rows."""
     batches = setup.eval_batches()
-    sharding = batch_sharding(setup.mesh, setup.model.compute.rules)
     sums = []
     for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
-        placed = to_global(batch, sharding)
+        placed = to_global(batch, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
         sums.append(programs.evaluate[placed["tokens"].shape](params, placed))
     return setup.task.metrics(added(sums))
 
@@ -391,30 +397,3 @@ class _Lap:
     clock: Clock = field(default_factory=Clock)
     rows: int = 0
     tokens: int = 0
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C stops at once."""
-    stop = _Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook's worker): signals are the caller's business
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

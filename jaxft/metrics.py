@@ -21,7 +21,7 @@ from jaxft.errors import UserError
 from jaxft.records import LineFile, read_log, to_json
 from jaxft.trackers import Tracker, open_trackers
 
-__all__ = ["Clock", "Kind", "Sinks", "open_sinks", "read_log"]
+__all__ = ["Clock", "Kind", "Silent", "Sinks", "open_sinks", "read_log"]
 
 Kind = Literal["train", "eval"]
 
@@ -104,6 +104,31 @@ class Sinks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Silent(Sinks):
+    """The sinks of a process that is not the first: nothing is written."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def log(self, step: int, kind: Kind, values: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def timing(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def open_sinks(out: Path, config: LogConfig, *, start_step: int, total_steps: int, run_config: dict[str, Any]) -> Sinks:

@@ -25,7 +25,7 @@ from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, package_folder, write_atomic
 from jaxft.hf import export_tensors, import_params, nested, paths_of
 from jaxft.layers import Compute, unlabel
-from jaxft.sharding import shardings_of
+from jaxft.sharding import no_mesh, shardings_of
 from jaxft.weights import Weights, open_weights, write_safetensors
 from jaxft.weights.flax_names import under_pytorch_names
 
@@ -201,7 +201,8 @@ def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
 
 
 def _init(model: Any, key: jax.Array) -> Any:
-    return unlabel(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
+    with no_mesh():  # the example is too small to be split
+        return unlabel(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
 
 
 def load_params(
@@ -231,12 +232,18 @@ def load_params(
     if got.fresh:
         # Only what is missing is computed: XLA drops the rest of the initialisation.
         initial = jax.jit(_init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
-        flat |= {p: v if not placed else jax.device_put(v, placed[p]) for p, v in initial.items()}
+        flat |= {p: v if not placed else _spread(v, placed[p]) for p, v in initial.items()}
         note(f"initialised afresh: {', '.join(got.fresh)}")
     left = [name for name in got.unused if not name.endswith(("position_ids", "token_type_ids"))]
     if left:
         note(f"in the checkpoint, not used: {', '.join(left)}")
     return nested({path: flat[path] for path in paths_of(shapes)})
+
+
+def _spread(value: jax.Array, sharding: Any) -> jax.Array:
+    """An array that every process has made, as one array over the devices of all."""
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _init_some(model: Any, wanted: tuple[str, ...], key: jax.Array) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _from_folder(
 ) -> Served:
     source = open_source(reference, note, family=config.model.family)
     head = source.head if head == "stored" else head
-    model = source.family.Model(source.config, head, make_compute(config.model))
+    model = source.family.Model(source.config, head, make_compute(config.model, jax.default_backend()))
     params = load_params(source, model, note)
     labels = source.labels or ()
     if head == "classification" and not labels:
@@ -90,7 +90,9 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     params, meta = checkpoint.restore_params(folder)
     config = _override(meta["config"], overrides)
     family = models.family(meta["family"])
-    model = family.Model(make_config(family, meta["arch"]), meta["head"], make_compute(config.model))
+    model = family.Model(
+        make_config(family, meta["arch"]), meta["head"], make_compute(config.model, jax.default_backend())
+    )
     tokenizer = Path(meta["tokenizer"])
     if config.data.tokenizer is not None:
         tokenizer = resolve_folder(config.data.tokenizer)

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import models, tasks
 from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
-from jaxft.data.loader import Batches, make_buckets
+from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
@@ -32,7 +31,7 @@ from jaxft.pretrained import (
     resolve_folder,
     shapes_and_axes,
 )
-from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
+from jaxft.sharding import DEFAULT_RULES, AxisRules, check_split, make_mesh, make_rules, shardings_of, ways
 
 Note = Callable[[str], None]
 
@@ -94,8 +93,8 @@ class Setup:
         return self._batches(self.held_out, self.config.eval.batch_size, None)
 
     def _batches(self, split: Split, size: int, seed: int | None) -> Batches:
-        processes = (jax.process_index(), jax.process_count())
-        return Batches(split, size, self.buckets, self.tokenizer.pad_id, seed, processes)
+        part = local_rows(self.mesh, self.model.compute.rules, size)
+        return Batches(split, size, self.buckets, self.tokenizer.pad_id, seed, part)
 
     def start_params(self, seed: int, note: Note) -> Any:
         """The parameters before step 0, placed on the mesh."""
@@ -110,8 +109,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     Raises:
       UserError: anything in the configuration, data or model folder that cannot work.
     """
-    mesh = make_mesh(config.mesh)
-    _check_batch_sizes(config, mesh)
+    mesh, rules = make_mesh(config.mesh), make_rules(config.mesh)
+    _check_batch_shapes(config, mesh, rules)
     task_module = tasks.task(config.task.name)
     labelled = task_module.LABELLED
     if labelled and config.data.long_texts == "split":
@@ -147,13 +146,15 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     task = task_module.make_task(config.task, labels, tuple(int(count) for count in counts), tokenizer)
     if config.eval.metric not in task.metric_names():
         raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
-    family_name, model = _model(config, source, task.head, labels)
+    compute = make_compute(config.model, mesh.devices.flat[0].platform, rules)
+    family_name, model = make_model(config, source, task.head, labels, compute)
     _check_lengths(config, model.config)
     check_vocabulary(tokenizer, model.config)
 
     steps_per_epoch = -(-len(train) // config.train.batch_size)
     total = config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch))
     shapes, axes = shapes_and_axes(model)
+    check_split(mesh, rules, shapes, axes, config.mesh.replicate)
     schedule = make_schedule(config.optim, total)
     return Setup(
         config=config,
@@ -177,23 +178,33 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     )
 
 
-def make_compute(config: ModelConfig) -> Compute:
-    """How the model is computed, from the ``model`` section."""
-    matmul = config.matmul_dtype
-    if matmul == "auto":
-        matmul = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def make_compute(config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_RULES) -> Compute:
+    """How the model is computed, from the ``model`` section.
+
+    Args:
+      platform: of the devices: ``cpu``, ``gpu`` or ``tpu``.
+      rules: logical axis names to mesh axes.
+    """
+    auto = "float32" if platform == "cpu" else "bfloat16"
     return Compute(
-        activation_dtype=config.activation_dtype,
-        matmul_dtype=matmul,
+        activation_dtype=auto if config.activation_dtype == "auto" else config.activation_dtype,
+        matmul_dtype=auto if config.matmul_dtype == "auto" else config.matmul_dtype,
         param_dtype=config.param_dtype,
         layers=config.layers,
         remat=config.remat,
         vocab_tile=config.vocab_tile,
-        rules=DEFAULT_RULES,
+        rules=rules,
     )
 
 
-def _model(config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...]) -> tuple[str, Any]:
+def make_model(
+    config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...], compute: Compute
+) -> tuple[str, Any]:
+    """(family name, model) of a run.
+
+    Raises:
+      UserError: the architecture cannot be built.
+    """
     classes = {"num_labels": len(labels)} if labels else {}
     if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
         raise UserError(
@@ -201,14 +212,12 @@ def _model(config: RunConfig, source: Source | None, head: str, labels: tuple[st
         )
     if source is not None:
         tree = {**source.config.__dict__, **classes}
-        return source.family_name, source.family.Model(
-            make_config(source.family, tree), head, make_compute(config.model)
-        )
+        return source.family_name, source.family.Model(make_config(source.family, tree), head, compute)
     if config.model.family is None:
         raise UserError("model.init is not set, so model.family and model.arch must say what to build")
     family = models.family(config.model.family)
     made = make_config(family, {**config.model.arch, **classes})
-    return config.model.family, family.Model(made, head, make_compute(config.model))
+    return config.model.family, family.Model(made, head, compute)
 
 
 def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
@@ -276,13 +285,20 @@ def _buckets(config: RunConfig) -> tuple[int, ...]:
     return make_buckets(config.data.buckets, config.data.max_length)
 
 
-def _check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def _check_batch_shapes(config: RunConfig, mesh: Mesh, rules: AxisRules) -> None:
+    parts = ways(mesh, rules, "batch")
     micro = config.train.batch_size // config.train.accumulation
     for key, size in (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)):
-        if size % ways:
+        if size % parts:
             raise UserError(
-                f"{key} = {size} cannot be split over {ways} devices (mesh data x fsdp); choose a multiple of {ways}"
+                f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
+            )
+    parts = ways(mesh, rules, "length")
+    for length in _buckets(config):
+        if length % parts:
+            key = "data.max_length" if length == config.data.max_length else "data.buckets"
+            raise UserError(
+                f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
             )
 
 

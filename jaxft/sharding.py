@@ -9,7 +9,10 @@ rules would silently reuse the first one's compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +23,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError, nearest
 
+MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
+"""From the slowest links to the fastest: slices are joined by the data-centre network, the rest by the chips' own."""
+
+CONTEXT = "context"
+
 AxisNames = tuple[str | None, ...]
 """One logical name per dimension; None is never split."""
 
 # Parameter width ("embed") and activation width ("act_embed") have different names: that is what makes FSDP expressible.
 DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("batch", ("data", "fsdp")),
-    ("length", ()),
+    ("batch", ("slice", "data", "fsdp")),
+    ("length", ("context",)),
+    ("predicted", ()),
     ("act_embed", ()),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),
     ("act_mlp", ("tensor",)),
     ("act_vocab", ("tensor",)),
     ("layers", ()),
-    ("embed", ("fsdp",)),
+    ("embed", ("fsdp", "context")),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
@@ -87,26 +96,85 @@ class AxisRules:
 DEFAULT_RULES = AxisRules()
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh of a run, in an order that respects the topology.
+def make_rules(config: MeshConfig) -> AxisRules:
+    """The default table with the rows that ``mesh.rules`` replaces.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: a name that no tensor has, or an axis that no mesh has.
+    """
+    table = dict(DEFAULT_TABLE)
+    for name, axes in config.rules.items():
+        if name not in table:
+            raise UserError(f"mesh.rules.{name}: unknown logical axis: {nearest(name, table)}")
+        for axis in axes:
+            if axis not in MESH_AXES:
+                raise UserError(f"mesh.rules.{name}: unknown mesh axis {axis!r}: {nearest(axis, MESH_AXES)}")
+        table[name] = tuple(axes)
+    return AxisRules(tuple(table.items()))
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The device mesh of a run, of axes ``MESH_AXES``, in an order that respects the topology.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or ``slices`` is not the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = dict(zip(MESH_AXES, (config.slices, config.data, config.fsdp, config.context, config.tensor), strict=True))
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UserError(f"mesh: only one size may be -1, found {' and '.join(free)}")
     if len(devices) % fixed or (not free and fixed != len(devices)):
-        shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise UserError(f"mesh {shown} does not fit {len(devices)} devices; set one size to -1 or change a factor")
+        shown = " x ".join(f"{_KEY_OF_AXIS.get(name, name)}={size}" for name, size in sizes.items() if size != 1)
+        raise UserError(
+            f"mesh {shown or 'data=1'} does not fit {len(devices)} devices; set one size to -1 or change a factor"
+        )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    shape = tuple(sizes.values())
+    kind = AxisType.Explicit if config.axes == "explicit" else AxisType.Auto
     # axis_types is explicit because jax's own default differs between make_mesh and Mesh.
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    types, inner = (kind,) * len(MESH_AXES), tuple(sizes[axis] for axis in MESH_AXES[1:])
+    slices = _slices(devices, sizes["slice"])
+    if len(slices) == 1:
+        return jax.make_mesh((1, *inner), MESH_AXES, axis_types=types, devices=devices)
+    parts = [jax.make_mesh((1, *inner), MESH_AXES, axis_types=types, devices=part).devices for part in slices]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
+
+
+_KEY_OF_AXIS = {"slice": "slices"}
+
+
+def _slices(devices: list[jax.Device], wanted: int) -> list[list[jax.Device]]:
+    """The devices of each slice; where the hardware knows of none, neighbours in order of processes are taken for one."""
+    numbers = [getattr(device, "slice_index", None) or 0 for device in devices]
+    there = sorted(set(numbers))
+    if len(there) == 1:
+        size = len(devices) // wanted
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id)) if wanted > 1 else devices
+        return [ordered[i * size : (i + 1) * size] for i in range(wanted)]
+    if len(there) != wanted:
+        raise UserError(
+            f"mesh.slices={wanted}, but the devices are of {len(there)} slices; set mesh.slices={len(there)}"
+        )
+    return [[device for device, number in zip(devices, numbers, strict=True) if number == one] for one in there]
+
+
+def ways(mesh: Mesh, rules: AxisRules, name: str) -> int:
+    """Into how many parts a dimension of this logical name is split."""
+    return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name]]))
+
+
+def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
+    """``jax.jit`` for either kind of axes: on an Explicit mesh, the inside of ``function`` is left to the compiler too."""
+    if AxisType.Explicit in mesh.axis_types:
+        function = jax.sharding.auto_axes(function, out_sharding=out_shardings)
+    return jax.jit(function, out_shardings=out_shardings, **options)
+
+
+def no_mesh() -> AbstractContextManager[Any]:
+    """Inside, nothing is constrained: the mesh that a caller has set is out of sight."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def sharding_of(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...], names: AxisNames, where: str) -> NamedSharding:
@@ -122,7 +190,7 @@ def sharding_of(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...], names: Axi
         if size % split:
             raise UserError(
                 f"{where}: dimension {name!r} of size {size} cannot be split {split} ways over mesh axes {axes}; "
-                f"choose a mesh size that divides {size}"
+                f"choose a mesh size that divides {size}, or leave it whole: mesh.rules.{name}=[]"
             )
     return NamedSharding(mesh, spec)
 
@@ -131,8 +199,7 @@ def shardings_of(mesh: Mesh, rules: AxisRules, shapes: Any, axes: Any) -> Any:
     """A tree of shardings for a tree of shaped leaves and its tree of logical names."""
 
     def of_leaf(path: tuple[Any, ...], leaf: Any, names: AxisNames) -> NamedSharding:
-        where = "/".join(str(getattr(key, "key", key)) for key in path)
-        return sharding_of(mesh, rules, leaf.shape, names, where)
+        return sharding_of(mesh, rules, leaf.shape, names, path_text(path))
 
     return jax.tree_util.tree_map_with_path(of_leaf, shapes, axes)
 
@@ -142,6 +209,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
-    """Leading dimension split over the batch axes, the rest whole."""
-    return NamedSharding(mesh, rules.spec(("batch",), "batch"))
+def batch_sharding(mesh: Mesh, rules: AxisRules, ndim: int) -> NamedSharding:
+    """Of a batch's arrays: [B] or [B, S]."""
+    return NamedSharding(mesh, rules.spec(("batch", "length")[:ndim], "batch"))
+
+
+LARGE = 16 * 2**20
+"""Bytes from which a parameter that no axis splits is refused."""
+
+
+def check_split(mesh: Mesh, rules: AxisRules, shapes: Any, axes: Any, allowed: tuple[str, ...] = ()) -> None:
+    """Refuses a mesh that is meant to split parameters and leaves a large one whole on every device.
+
+    Args:
+      allowed: glob patterns over parameter paths that may be (``mesh.replicate``).
+
+    Raises:
+      UserError: names the parameter, its size and what to do.
+    """
+    kinds = {axis for name in _PARAMETER_NAMES for axis in dict(rules.table)[name] if mesh.shape[axis] > 1}
+    if not kinds:
+        return  # plain data parallelism: whole parameters are what was asked for
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        where, nbytes = path_text(path), leaf.size * leaf.dtype.itemsize
+        names = functools.reduce(lambda tree, key: tree[key.key], path, axes)
+        if nbytes < LARGE or any(fnmatch.fnmatchcase(where, pattern) for pattern in allowed):
+            continue
+        if all(ways(mesh, rules, name) == 1 for name in names if name is not None):
+            raise UserError(
+                f"{where} {names}: {nbytes / 2**20:.0f} MiB would lie whole on each of {mesh.size} devices, though mesh axes "
+                f"{sorted(kinds)} split parameters; change mesh.rules, or allow it: mesh.replicate=[{where}]"
+            )
+
+
+# Logical names that only parameters have.
+_PARAMETER_NAMES = ("layers", "embed", "heads", "kv_heads", "mlp", "vocab", "pooled", "positions", "types", "classes")
+
+
+def path_text(path: tuple[Any, ...]) -> str:
+    """A key path of a tree as ``a/b/c``."""
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def shard_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes that one device holds of a tree."""
+    sizes = jax.tree.map(
+        lambda leaf, place: int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))

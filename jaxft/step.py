@@ -53,7 +53,8 @@ def make_train_step(
     def gradient_of(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[Any, Sums]:
         gradient, sums = jax.grad(loss_of, has_aux=True)(params, batch, key, weight)
         if param_shardings is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, param_shardings)
+            # By their specs alone: on an Explicit mesh, the one set in here is its Auto twin.
+            gradient = jax.lax.with_sharding_constraint(gradient, jax.tree.map(lambda s: s.spec, param_shardings))
         return gradient, sums
 
     def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Sums]:

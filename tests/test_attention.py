@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.attention import MaskSpec, attend
+from jaxft.config import MeshConfig
+from jaxft.errors import UserError
 from jaxft.layers import ACTIVATIONS, Compute, affine, einsum, keep_mask, layer_norm
+from jaxft.sharding import make_mesh, make_rules
 
 B, N, S, H = 3, 2, 11, 8
 
@@ -92,6 +95,42 @@ def test_grouped_heads_are_repeated_heads() -> None:
     np.testing.assert_allclose(ours, wanted, atol=2e-6)
     for got, expected in zip(ours_vjp(g), wanted_vjp(g), strict=True):
         np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize(("rate", "ways"), [(0.0, 4), (0.3, 2), (0.3, 8)])
+def test_around_a_ring_of_devices_it_is_the_same(kind: str, causal: bool, rate: float, ways: int) -> None:
+    b, s = 8 // ways, 16
+    q, k, v, g = arrays(10, (b, 4, s, H), (b, 2, s, H), (b, 2, s, H), (b, 4, s, H))
+    mask = masks()[kind]
+
+    def longer(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.resize(jnp.pad(x, ((0, 0), (0, s - S))), (b, s))
+
+    mask = MaskSpec(longer(mask.padding), longer(mask.segments), causal)
+    key = jax.random.key(3) if rate else None
+
+    def both(q, k, v, g, mask):
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), rate, key), q, k, v)
+        return out, *vjp(g)
+
+    wanted = both(q, k, v, g, mask)
+    with jax.set_mesh(make_mesh(MeshConfig(8 // ways, context=ways))):
+        found = jax.jit(both)(q, k, v, g, mask)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+def test_a_ring_needs_query_and_key_heads_split_alike() -> None:
+    q, k = arrays(0, (2, 4, 8, H), (2, 1, 8, H))
+    compute = Compute(rules=make_rules(MeshConfig(rules={"act_kv_heads": ()})))
+    mesh = make_mesh(MeshConfig(2, tensor=2, context=2))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(UserError, match=r"mesh.context: query heads are split over tensor, key heads"),
+    ):
+        jax.jit(lambda q, k: attend(q, k, k, MaskSpec(), compute, 0.0, None))(q, k)
 
 
 @pytest.mark.parametrize("keys", [(B, N, S + 1, H), (B, 3, S, H)])

@@ -19,7 +19,17 @@ from jaxft.models import bert
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
 from jaxft.optim.paths import leaves_of
 from jaxft.pretrained import init_params, shapes_and_axes
-from jaxft.sharding import DEFAULT_RULES, AxisRules, batch_sharding, make_mesh, replicated, sharding_of, shardings_of
+from jaxft.sharding import (
+    DEFAULT_RULES,
+    AxisRules,
+    batch_sharding,
+    check_split,
+    make_mesh,
+    make_rules,
+    replicated,
+    sharding_of,
+    shardings_of,
+)
 from jaxft.state import init_state, state_shardings
 from jaxft.step import make_train_step
 from jaxft.tasks.classification import Task
@@ -88,7 +98,7 @@ def trained(mesh: jax.sharding.Mesh) -> tuple[Any, list[dict[str, np.ndarray]]]:
         seed = jax.device_put(np.uint32(3), replicated(mesh))
         log = []
         for batch in batches():
-            placed = {k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES)) for k, v in batch.items()}
+            placed = {k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES, v.ndim)) for k, v in batch.items()}
             state, metrics = step(state, placed, seed)
             log.append(jax.device_get(metrics))
     return state, log
@@ -169,7 +179,7 @@ def test_indivisible_dimension_says_tensor_dimension_sizes_and_fix() -> None:
     message = refusal(mesh, DEFAULT_RULES, (3, 32, 4, 8), ("layers", "embed", "heads", None), "layers/query/kernel")
     assert message == (
         "layers/query/kernel: dimension 'heads' of size 4 cannot be split 8 ways over mesh axes ('tensor',); "
-        "choose a mesh size that divides 4"
+        "choose a mesh size that divides 4, or leave it whole: mesh.rules.heads=[]"
     )
     with pytest.raises(UserError, match=r"^layers/attention/key/bias: dimension 'heads' of size 4"):
         shardings_of(mesh, DEFAULT_RULES, SHAPES, AXES)
@@ -188,13 +198,66 @@ def test_one_mesh_axis_twice() -> None:
 
 
 def test_mesh_sizes() -> None:
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(MeshConfig()).devices.shape == (1, 8, 1, 1, 1)
+    assert make_mesh(MeshConfig(2, -1, 2)).devices.shape == (1, 2, 2, 1, 2)
+    assert make_mesh(MeshConfig(1, context=-1)).devices.shape == (1, 1, 1, 8, 1)
     with pytest.raises(UserError, match="only one size may be -1, found data and fsdp"):
         make_mesh(MeshConfig(-1, -1, 1))
     for config in (MeshConfig(3, 1, 1), MeshConfig(-1, 3, 1), MeshConfig(4, 1, 1), MeshConfig(16, 1, 1)):
-        with pytest.raises(UserError, match=r"mesh data=.* x fsdp=.* x tensor=.* does not fit 8 devices; set one"):
+        with pytest.raises(UserError, match=r"mesh \w+=.* does not fit 8 devices; set one size to -1"):
             make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a slice, as far as meshes look at it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "chip"
+
+
+def test_slices_are_the_outermost_axis() -> None:
+    mesh = make_mesh(MeshConfig(1, 2, 2, slices=2))
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    # Chips that come interleaved are put together by slice.
+    chips: list[Any] = [Chip(i, i % 2) for i in range(8)]
+    spread = make_mesh(MeshConfig(4, slices=2), chips).devices
+    assert [{chip.slice_index for chip in part.flat} for part in spread] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"mesh.slices=1, but the devices are of 2 slices; set mesh.slices=2"):
+        make_mesh(MeshConfig(8), chips)
+
+
+def test_rules_can_be_replaced_by_row() -> None:
+    rules = make_rules(MeshConfig(rules={"vocab": (), "embed": ("tensor",)}))
+    assert rules.spec(("vocab", "embed")) == PartitionSpec(None, "tensor")
+    assert rules.spec(("heads",)) == PartitionSpec("tensor")
+    with pytest.raises(UserError, match=r"^mesh.rules.vocabulary: unknown logical axis: did you mean 'vocab'"):
+        make_rules(MeshConfig(rules={"vocabulary": ()}))
+    with pytest.raises(UserError, match=r"^mesh.rules.vocab: unknown mesh axis 'fdsp': did you mean 'fsdp'"):
+        make_rules(MeshConfig(rules={"vocab": ("fdsp",)}))
+
+
+def test_a_large_parameter_left_whole_is_refused() -> None:
+    shapes = {
+        "embed": {"table": jax.ShapeDtypeStruct((2**16, 128), jnp.float32)},
+        "small": jax.ShapeDtypeStruct((8,), "f4"),
+    }
+    axes = {"embed": {"table": ("vocab", "embed")}, "small": ("norm",)}
+    whole = make_rules(MeshConfig(rules={"embed": (), "heads": ("fsdp",), "vocab": ()}))
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    check_split(mesh, DEFAULT_RULES, shapes, axes)
+    check_split(make_mesh(MeshConfig(8)), whole, shapes, axes)  # plain data parallelism: asked for
+    check_split(mesh, whole, shapes, axes, ("embed/*",))
+    with pytest.raises(UserError) as caught:
+        check_split(mesh, whole, shapes, axes)
+    assert str(caught.value) == (
+        "embed/table ('vocab', 'embed'): 32 MiB would lie whole on each of 8 devices, though mesh axes ['fsdp'] split "
+        "parameters; change mesh.rules, or allow it: mesh.replicate=[embed/table]"
+    )
 
 
 def test_rules_are_part_of_the_jit_key() -> None:

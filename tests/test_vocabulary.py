@@ -36,7 +36,7 @@ def test_same_numbers_and_gradients(tile: int, biased: bool) -> None:
     g = jnp.asarray(np.random.default_rng(1).standard_normal((B, M)), jnp.float32)
 
     def whole(x: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
-        logits = vocabulary_logits(x, table, bias if biased else None, Compute())
+        logits = vocabulary_logits(x, table, bias if biased else None, Compute(), "length")
         return token_cross_entropy(logits, targets)
 
     def tiled(x: jax.Array, table: jax.Array, bias: jax.Array) -> jax.Array:
@@ -47,7 +47,9 @@ def test_same_numbers_and_gradients(tile: int, biased: bool) -> None:
     for a, b in zip(found_vjp(g), wanted_vjp(g), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
     best = score_tokens(x, table, bias if biased else None, targets, Compute(vocab_tile=tile)).best
-    np.testing.assert_array_equal(best, vocabulary_logits(x, table, bias if biased else None, Compute()).argmax(-1))
+    np.testing.assert_array_equal(
+        best, vocabulary_logits(x, table, bias if biased else None, Compute(), "length").argmax(-1)
+    )
 
 
 def test_no_array_of_all_logits_is_made() -> None:

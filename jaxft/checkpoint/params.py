@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.checkpoint import layout, processes
+from jaxft import processes
+from jaxft.checkpoint import layout
 from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
 from jaxft.checkpoint.store import load_checked, step_folders, with_versions
 from jaxft.errors import UserError
@@ -44,7 +45,7 @@ def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:
         if processes.is_first():
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
-        processes.barrier("params begin")
+        processes.barrier("checkpoint params begin")
         layout.start_save(temporary, flat).result()
         if processes.is_first():
             seal(temporary, kind="params", step=None, best=False, tree=tree, meta=meta)
@@ -52,7 +53,7 @@ def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:
                 target.rmdir()
             os.replace(temporary, target)
             fsync_folder(target.parent)
-        processes.barrier("params end")
+        processes.barrier("checkpoint params end")
     except (OSError, ValueError) as error:
         _remove(temporary)
         raise UserError(f"{target}: could not be written: {' '.join(str(error).split())}; check space there") from error

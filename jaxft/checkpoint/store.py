@@ -17,7 +17,8 @@ import jax
 import orbax.checkpoint
 
 import jaxft
-from jaxft.checkpoint import layout, processes
+from jaxft import processes
+from jaxft.checkpoint import layout
 from jaxft.checkpoint.manifest import (
     NAME,
     DamagedCheckpoint,
@@ -252,7 +253,7 @@ class Checkpoints:
                 if ours and child.is_dir() and not (child / NAME).exists():
                     logger.info("removing %s, left by a save or deletion that did not finish", child)
                     shutil.rmtree(child)
-        processes.barrier("clean")
+        processes.barrier("checkpoint clean")
 
     def _retain(self, saved: int) -> None:
         """Deletes what is neither among the newest nor the best.

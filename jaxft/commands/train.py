@@ -29,13 +29,16 @@ def run(options: argparse.Namespace) -> int:
     """Trains one run per seed."""
     path, overrides = split_run_file(options.run_file, options.overrides)
     config = load_config(path, overrides)
-    print(to_yaml(config), end="", flush=True)
     start = time.perf_counter()
     set_up_jax(config.train.compilation_cache)
-    from jaxft import setup  # imports jax
+    from jaxft import processes, setup  # imports jax
 
     times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
-    ready = setup.prepare(config, _note, times)
+    with times.part("meeting"):
+        processes.start(_note)
+    _note(to_yaml(config).rstrip("\n"))
+    with processes.raise_together():
+        ready = setup.prepare(config, _note, times)
     out = Path(config.train.out)
     folders = [_folder_of(config, seed) for seed in config.train.seeds] or [out]
     with _nothing_left(folders + [out]):
@@ -43,15 +46,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
-    from jaxft import loop
+    from jaxft import loop, processes
 
     seeds = config.train.seeds or (config.train.seed,)
-    for seed in seeds:
-        loop.check_folder(config, _folder_of(config, seed), seed)
-    out.mkdir(parents=True, exist_ok=True)  # before the compiler works for a folder that cannot be
+    with processes.raise_together():
+        for seed in seeds:
+            loop.check_folder(config, _folder_of(config, seed), seed)
+        out.mkdir(parents=True, exist_ok=True)  # before the compiler works for a folder that cannot be
     programs = loop.compile_programs(ready, _note, times)
     if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
-        write_atomic(out / "config.yaml", to_yaml(config))
+        _state(config, out)
     results: dict[int, dict[str, Any]] = {}
     for seed in seeds:
         folder = _folder_of(config, seed)
@@ -61,16 +65,23 @@ def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
         if result.interrupted:
             return 130
         trained = time.perf_counter() - began
-        write_atomic(folder / "config.yaml", to_yaml(seeded))
+        _state(seeded, folder)
         results[seed] = result.metrics
         _finish(ready, programs, result, folder, trained)
-    write_atomic(out / "config.yaml", to_yaml(config))
-    if len(results) > 1:
+    _state(config, out)
+    if len(results) > 1 and processes.is_first():
         from jaxft.report import seeds_text, write_seeds
 
         write_seeds(out, results)
         print(seeds_text(results))
     return 0
+
+
+def _state(config: RunConfig, folder: Path) -> None:
+    from jaxft.processes import is_first
+
+    if is_first():
+        write_atomic(folder / "config.yaml", to_yaml(config))
 
 
 def _folder_of(config: RunConfig, seed: int) -> Path:
@@ -80,11 +91,15 @@ def _folder_of(config: RunConfig, seed: int) -> Path:
 @contextmanager
 def _nothing_left(folders: list[Path]) -> Iterator[None]:
     """If the block fails before a run's first step, the folders are as they were: what was there stays, what is new goes."""
+    from jaxft.processes import is_first
+
     parents = [folder for folder in (*folders, *folders[-1].parents) if not folder.exists()]
     stated = {folder for folder in folders if (folder / "config.yaml").exists()}
     try:
         yield
     except BaseException:
+        if not is_first():
+            raise
         for folder in folders:
             # A log means that training began: it, and what says how, are worth keeping.
             if folder not in stated and not any(folder.rglob("log.jsonl")):
@@ -107,7 +122,10 @@ def _since_start(now: float) -> float:
 
 
 def _note(text: str) -> None:
-    print(text, flush=True)
+    from jaxft.processes import is_first
+
+    if is_first():
+        print(text, flush=True)
 
 
 def set_up_jax(cache: str | None) -> None:
@@ -123,6 +141,15 @@ def set_up_jax(cache: str | None) -> None:
 
 def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -> None:
     """Report, plots, export."""
+    from jaxft.processes import is_first
+
+    if is_first():
+        _report(ready, result, out, seconds)
+    if ready.config.train.export:
+        _export(ready, programs, result, out / "export")
+
+
+def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
     from jaxft.memory import peak_bytes
     from jaxft.metrics import read_log
     from jaxft.report import report_text, write_report
@@ -136,12 +163,20 @@ def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:
         print(f"wrote {path}")
-    if ready.config.train.export:
-        _export(ready, programs, result, out / "export")
 
 
 def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
-    """Writes the Hugging Face folder, loads it back and compares its logits on held-out rows."""
+    """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics."""
+    from jaxft import processes
+
+    params = processes.fetch(result.params)
+    if processes.is_first():
+        _write_export(ready, params, target)
+    processes.barrier("export")
+    _compare(ready, programs, result, target)
+
+
+def _write_export(ready: Any, params: Any, target: Path) -> None:
     from jaxft.pretrained import export_folder
 
     source = ready.source
@@ -152,7 +187,7 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
         {} if source is None else source.hf_config,
         _family(ready),
         ready.model,
-        result.params,
+        params,
         tokenizer_folder=ready.tokenizer.folder,
         labels=ready.task.labels,
         max_length=ready.config.data.max_length,
@@ -164,7 +199,6 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(fresh, target)
-    _compare(ready, programs, result, target)
 
 
 def _family(ready: Any) -> Any:
@@ -175,17 +209,20 @@ def _family(ready: Any) -> Any:
 
 def _compare(ready: Any, programs: Any, result: Any, target: Path) -> None:
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
+    from jaxft.loop import evaluate
     from jaxft.pretrained import load_params, open_source
+    from jaxft.sharding import jitted, replicated
 
     source = open_source(str(target), _note)
     params = load_params(source, ready.model, _note, mesh=ready.mesh)
-    same = jax.tree.all(
-        jax.tree.map(lambda a, b: bool(np.array_equal(np.asarray(a), np.asarray(b))), result.params, params)
-    )
-    from jaxft.loop import evaluate
 
+    def equal(a: Any, b: Any) -> Any:
+        return jnp.array([jnp.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]).all()
+
+    with jax.set_mesh(ready.mesh):
+        same = bool(jitted(equal, ready.mesh, replicated(ready.mesh))(result.params, params))
     again = evaluate(ready, programs, params)
     labels = ready.task.labels
     named = source.labels or tuple(f"LABEL_{i}" for i in range(len(labels)))  # such names count as none
@@ -193,4 +230,4 @@ def _compare(ready: Any, programs: Any, result: Any, target: Path) -> None:
         raise UserError(
             f"{target}: the exported model differs from the trained one; this is a bug in jaxft, please report it"
         )
-    print(f"exported {target} (Hugging Face layout); loaded back: parameters bit-equal, held-out metrics identical")
+    _note(f"exported {target} (Hugging Face layout); loaded back: parameters bit-equal, held-out metrics identical")

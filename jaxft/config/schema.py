@@ -38,8 +38,9 @@ class ModelConfig:
     """``task``: use the head found in ``init`` if it fits the task, else a fresh one, and say so. ``fresh``: always new."""
     param_dtype: DType = "float32"
     """Storage type of parameters and of optimizer moments."""
-    activation_dtype: DType = "float32"
-    """Type of what flows between layers. Softmax, normalisation statistics and losses are float32 in any case."""
+    activation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of what flows between layers; ``auto`` as for ``matmul_dtype``. Softmax, normalisation statistics and losses are
+    float32 in any case."""
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
@@ -135,8 +136,21 @@ class MeshConfig:
     """Sizes of the device mesh; one may be -1 (all remaining devices)."""
 
     data: int = -1
+    """Copies of the parameters, each with its share of the batch."""
     fsdp: int = 1
+    """Splits parameters, optimizer state and the batch (Rajbhandari et al. 2020, ZeRO stage 3)."""
     tensor: int = 1
+    """Splits heads, MLP width and vocabulary (Shoeybi et al. 2019)."""
+    context: int = 1
+    """Splits the length of rows; attention passes keys and values around a ring (Liu et al. 2023)."""
+    slices: int = 1
+    """Outermost: slices of a pod, or groups of hosts, joined by a slower network; as ``data``."""
+    axes: Literal["auto", "explicit"] = "auto"
+    """jax's axis types of the mesh: whether shardings are part of array types outside the step."""
+    rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Rows of the table of logical axes (jaxft/sharding.py) to replace, for instance ``{vocab: []}``."""
+    replicate: tuple[str, ...] = ()
+    """Glob patterns over paths of large parameters that may lie whole on every device though the mesh splits others."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from jaxft.data.encode import Split
 from jaxft.data.tokenizer import pad_rows, pad_to
-from jaxft.errors import UserError
+from jaxft.sharding import AxisRules, batch_sharding
 
 _WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
 
@@ -41,13 +41,10 @@ class Batches:
     pad_id: int
     seed: int | None
     """Of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
-    processes: tuple[int, int] = (0, 1)
-    """(index, count): which rows of the global batch this process makes."""
+    part: tuple[int, int] | None = None
+    """(first, last + 1): which rows of each batch this process makes; None: all."""
 
     def __post_init__(self) -> None:
-        count = self.processes[1]
-        if self.batch_size % count:
-            raise UserError(f"batch size {self.batch_size} does not divide by {count} processes; choose a multiple")
         if int(self.split.lengths.max()) > self.buckets[-1]:
             raise ValueError(f"{self.split.name}: a row of {self.split.lengths.max()} tokens is beyond {self.buckets}")
 
@@ -63,9 +60,8 @@ class Batches:
     def __getitem__(self, step: int) -> HostBatch:
         rows = self.rows_of(int(step))
         length = bucket_of(int(self.split.lengths[rows].max()), self.buckets)
-        index, count = self.processes
-        share = self.batch_size // count
-        rows = rows[index * share : (index + 1) * share]
+        first, last = self.part or (0, self.batch_size)
+        rows, share = rows[first:last], last - first
         items = [self.split.row(i) for i in rows] + [(np.zeros(0, np.int32),) * 2 + (0,)] * (share - len(rows))
         batch = pad_rows([item[0] for item in items], [item[1] for item in items], length, self.pad_id)
         offsets = self.split.offsets
@@ -147,6 +143,27 @@ def stream(batches: Batches, start: int, stop: int, read_ahead: int) -> Iterator
     return iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
 
 
-def to_global(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows as part of global arrays, split over the batch axes of the mesh."""
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+def local_rows(mesh: Mesh, rules: AxisRules, batch_size: int) -> tuple[int, int]:
+    """(first, last + 1): the rows of a batch that this process's devices hold parts of."""
+    places = batch_sharding(mesh, rules, 1).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [index[0].indices(batch_size)[:2] for index in places if index is not None]
+    return min(first for first, _ in bounds), max(last for _, last in bounds)
+
+
+def to_global(batch: HostBatch, mesh: Mesh, rules: AxisRules, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows (:func:`local_rows`) as part of global arrays, split as the rules say."""
+    shardings = {name: batch_sharding(mesh, rules, value.ndim) for name, value in batch.items()}
+    if len(mesh.local_devices) == mesh.size:
+        return jax.device_put(batch, shardings)
+    first, _ = local_rows(mesh, rules, batch_size)
+
+    def part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return value[(slice(start - first, stop - first), *index[1:])]
+
+    return {
+        name: jax.make_array_from_callback(
+            (batch_size, *value.shape[1:]), shardings[name], functools.partial(part, value)
+        )
+        for name, value in batch.items()
+    }

@@ -13,6 +13,7 @@ from jax import lax
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
+from jaxft.sharding import no_mesh
 
 Array = jax.Array
 
@@ -42,7 +43,8 @@ def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, 
     """
 
     def init(key: Array) -> Any:
-        trees = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
+        with no_mesh():  # the example is too small to be split
+            trees = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
         return nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
 
     return parent.param(name, init)

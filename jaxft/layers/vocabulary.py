@@ -30,10 +30,14 @@ class TokenScore(NamedTuple):
     """[B, M] int32: the entry with the largest logit."""
 
 
-def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compute) -> Array:
-    """float32 ``x`` [B, M, D] times ``table`` [V, D] plus ``bias`` [V]: [B, M, V], split over devices by vocabulary."""
+def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compute, place: str) -> Array:
+    """float32 ``x`` [B, M, D] times ``table`` [V, D] plus ``bias`` [V]: [B, M, V], split over devices by vocabulary.
+
+    Args:
+      place: the logical name of M: ``length`` or ``predicted``.
+    """
     logits = einsum("bmd,vd->bmv", x, table, compute)
-    logits = compute.rules.constrain(logits, "batch", "length", "act_vocab").astype(jnp.float32)
+    logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 
 

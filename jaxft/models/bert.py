@@ -220,7 +220,7 @@ class MaskedLmHead(nn.Module):
             table = self.param("kernel", init, shape, self.compute.param_dtype).T
         if targets is not None and self.compute.vocab_tile is not None:
             return score_tokens(x, table, bias, targets, self.compute)
-        return vocabulary_logits(x, table, bias, self.compute)
+        return vocabulary_logits(x, table, bias, self.compute, "predicted")
 
 
 class ClassHead(nn.Module):

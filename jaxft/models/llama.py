@@ -253,7 +253,7 @@ class Model(nn.Module):
         table = self._table(embed)
         if targets is not None and self.compute.vocab_tile is not None:
             return Output(hidden, None, None, score_tokens(hidden, table, None, targets, self.compute))
-        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute))
+        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute, "length"))
 
     def _table(self, embed: Embed) -> Array:
         """[V, D]."""

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# One machine, several processes:   launch/local.sh PROCESSES RUN.yaml [key=value ...]
+# On a machine with GPUs, process i has GPU i; on a CPU each process is one device (README: two and more hang).
+# Process 0 writes to the terminal, the others only their errors, each line marked with its number.
+set -euo pipefail
+cd_from=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/env.sh
+source "$cd_from/env.sh"
+
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
+  echo "usage: launch/local.sh PROCESSES RUN.yaml [key=value ...]" >&2
+  exit 2
+fi
+export JAX_NUM_PROCESSES=$1
+shift
+if [[ -z "${JAX_COORDINATOR_ADDRESS:-}" ]]; then
+  port=$("$PYTHON" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
+fi
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+
+pids=()
+stop() { # Ctrl-C and SIGTERM: one process told is enough, all stop after the same step and save
+  kill -TERM "${pids[0]}" 2>/dev/null || true
+}
+trap stop INT TERM
+
+for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
+  export JAX_PROCESS_ID=$i
+  if ((gpus >= JAX_NUM_PROCESSES)); then export JAX_LOCAL_DEVICE_IDS=$i; fi
+  # A group of its own: the terminal's Ctrl-C reaches this script only.
+  if ((i == 0)); then
+    setsid "$PYTHON" -m jaxft train "$@" &
+  else
+    setsid "$PYTHON" -m jaxft train "$@" > /dev/null 2> >(sed -u "s/^/[$i] /" >&2) &
+  fi
+  pids+=($!)
+done
+
+code=0
+for pid in "${pids[@]}"; do
+  while :; do
+    status=0
+    wait "$pid" || status=$?
+    # 128 + n of a process that is still there: the wait was interrupted by our trap, not by its end.
+    kill -0 "$pid" 2>/dev/null || break
+  done
+  if ((status != 0 && code == 0)); then code=$status; fi
+done
+exit "$code"
