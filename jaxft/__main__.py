@@ -1,4 +1,4 @@
-"""The command line: ``jaxft train | eval | predict | convert | show-config``. Thin: each command lives in ``jaxft.commands``.
+"""The command line: ``jaxft train | eval | predict | plan | convert | show-config``. Thin: each command lives in ``jaxft.commands``.
 
 Problems that the user can fix are printed as one line and end with exit code 2; nothing half-written is left behind.
 """
@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "fine-tune a model on labelled text",
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
+    "plan": "memory, traffic and time of a run on hardware that need not be there",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
     "show-config": "print the resolved configuration of a run file",
 }

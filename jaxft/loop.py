@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxft import checkpoint, processes
@@ -20,9 +19,9 @@ from jaxft.memory import release_freed
 from jaxft.metrics import Clock, Silent, Sinks, open_sinks
 from jaxft.processes.stopping import stop_on_signal
 from jaxft.setup import Note, Setup, Times
-from jaxft.sharding import batch_sharding, jitted, replicated
-from jaxft.state import TrainState, init_state, state_shardings
-from jaxft.step import make_eval_step, make_train_step
+from jaxft.sharding import jitted, replicated
+from jaxft.state import TrainState
+from jaxft.step import make_eval_step
 
 # What may differ between a run and its resumption without changing its course.
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
@@ -73,32 +72,14 @@ def compile_programs(setup: Setup, note: Note, times: Times) -> Programs:
 
 
 def _compile_programs(setup: Setup, note: Note) -> Programs:
-    config, whole = setup.config, replicated(setup.mesh)
-
-    def start(params: Any) -> TrainState:
-        return init_state(params, setup.optimizer, config.optim.ema is not None)
-
-    shaped = jax.eval_shape(start, setup.shapes)
-    places = state_shardings(shaped, setup.optimizer, setup.shardings, setup.mesh)
-    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
-    step = make_train_step(
-        setup.model,
-        setup.task,
-        setup.optimizer,
-        setup.schedule,
-        accumulation=config.train.accumulation,
-        ema=config.optim.ema,
-        param_shardings=setup.shardings if setup.mesh.size > 1 else None,
-    )
-    train = jitted(step, setup.mesh, (places, whole), donate_argnums=0)
+    whole = replicated(setup.mesh)
+    state, train = setup.state, setup.train_program()
     evaluate = jitted(make_eval_step(setup.model, setup.task), setup.mesh, whole)
     batches, held_out = setup.train_batches(0), setup.eval_batches()
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
     note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
 
-    jobs = {("train", shape): (train, (state, _batch_shape(setup, batches, shape), seed)) for shape in batches.shapes()}
-    average = state.best_params
-    jobs |= {("eval", s): (evaluate, (average, _batch_shape(setup, held_out, s))) for s in held_out.shapes()}
+    jobs = {("train", s): (train, (state, setup.batch(*s), setup.seed())) for s in batches.shapes()}
+    jobs |= {("eval", s): (evaluate, (state.best_params, setup.batch(*s))) for s in held_out.shapes()}
 
     def compiled(job: tuple[Any, tuple[Any, ...]]) -> Any:
         function, arguments = job
@@ -111,23 +92,13 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
     return Programs(
         {shape: program for (kind, shape), program in programs.items() if kind == "train"},
         {shape: program for (kind, shape), program in programs.items() if kind == "eval"},
-        jitted(start, setup.mesh, places, donate_argnums=0),
+        jitted(setup.start, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, state), donate_argnums=0),
         state,
     )
 
 
 def _shown(batches: Batches) -> str:
     return " ".join(f"{rows}x{length}" for rows, length in batches.shapes())
-
-
-def _batch_shape(setup: Setup, batches: Batches, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    rules = setup.model.compute.rules
-    return {
-        name: jax.ShapeDtypeStruct(
-            shape[: value.ndim], value.dtype, sharding=batch_sharding(setup.mesh, rules, value.ndim)
-        )
-        for name, value in batches[0].items()
-    }
 
 
 def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times) -> Result:

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import checkpoint, models
+from jaxft import checkpoint, lora, models
 from jaxft.config import RunConfig, decode, load_config
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.tokenizer import Tokenizer, pad_rows
 from jaxft.errors import UserError
 from jaxft.pretrained import check_vocabulary, load_params, make_config, open_source, resolve_folder
-from jaxft.setup import Note, make_compute
+from jaxft.recipe import make_compute
+from jaxft.setup import Note
 from jaxft.step import apply_model
 
 T = TypeVar("T")
@@ -100,6 +101,8 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
         note(f"{tokenizer} is gone; the tokenizer of {config.model.init} is used")
         tokenizer = resolve_folder(config.model.init)
     params = jax.tree.map(jnp.asarray, params)
+    if config.model.lora.rank is not None:
+        params = lora.merged(params, config.model.lora.alpha)
     return _served(config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), meta["hf_config"])
 
 

@@ -5,33 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from jaxft import models, tasks
-from jaxft.config import ModelConfig, RunConfig
+from jaxft import lora, tasks
+from jaxft.config import RunConfig
 from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.layers import Compute
-from jaxft.optim import make_optimizer, make_schedule
-from jaxft.pretrained import (
-    Source,
-    check_vocabulary,
-    init_params,
-    load_params,
-    make_config,
-    open_source,
-    resolve_folder,
-    shapes_and_axes,
-)
-from jaxft.sharding import DEFAULT_RULES, AxisRules, check_split, make_mesh, make_rules, shardings_of, ways
+from jaxft.pretrained import Source, check_vocabulary, init_params, load_params, open_source, resolve_folder
+from jaxft.recipe import Recipe, make_recipe
+from jaxft.sharding import AxisRules, make_mesh, make_rules, ways
 
 Note = Callable[[str], None]
 
@@ -58,29 +48,16 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What all seeds of a run share. Holds no parameters."""
+class Setup(Recipe):
+    """What all seeds of a run share: recipe and data. Holds no parameters."""
 
-    config: RunConfig
-    mesh: Mesh
-    family_name: str
     source: Source | None
     """Where weights come from; None: random ones."""
-    model: Any
-    task: Any
     fresh_head: bool
     tokenizer: Tokenizer
     train: Split
     held_out: Split
     buckets: tuple[int, ...]
-    shapes: Any
-    """Shaped parameter tree."""
-    axes: Any
-    """Logical axis names of each parameter."""
-    shardings: Any
-    """Where each parameter lies."""
-    schedule: Any
-    optimizer: Any
     total_steps: int
     eval_every: int
 
@@ -100,7 +77,11 @@ class Setup:
         """The parameters before step 0, placed on the mesh."""
         if self.source is None:
             return init_params(self.model, seed, self.shardings)
-        return load_params(self.source, self.model, note, mesh=self.mesh, seed=seed, fresh_head=self.fresh_head)
+        base = lora.base_of(self.model)
+        loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=self.fresh_head)
+        if base is self.model:
+            return loaded
+        return lora.with_adapters(self.model, loaded, seed, self.shardings)
 
 
 def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
@@ -110,7 +91,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
       UserError: anything in the configuration, data or model folder that cannot work.
     """
     mesh, rules = make_mesh(config.mesh), make_rules(config.mesh)
-    _check_batch_shapes(config, mesh, rules)
+    check_batch_shapes(config, mesh, rules)
     task_module = tasks.task(config.task.name)
     labelled = task_module.LABELLED
     if labelled and config.data.long_texts == "split":
@@ -142,82 +123,23 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     if config.data.packing != "none":
         train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
-    counts = np.bincount(train.labels, minlength=len(labels))
-    task = task_module.make_task(config.task, labels, tuple(int(count) for count in counts), tokenizer)
-    if config.eval.metric not in task.metric_names():
-        raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
-    compute = make_compute(config.model, mesh.devices.flat[0].platform, rules)
-    family_name, model = make_model(config, source, task.head, labels, compute)
-    _check_lengths(config, model.config)
-    check_vocabulary(tokenizer, model.config)
-
     steps_per_epoch = -(-len(train) // config.train.batch_size)
     total = config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch))
-    shapes, axes = shapes_and_axes(model)
-    check_split(mesh, rules, shapes, axes, config.mesh.replicate)
-    schedule = make_schedule(config.optim, total)
+    counts = [int(count) for count in np.bincount(train.labels, minlength=len(labels))]
+    recipe = make_recipe(config, mesh, source, labels, counts, tokenizer, total, mesh.devices.flat[0].platform)
+    check_lengths(config, recipe.model.config)
+    check_vocabulary(tokenizer, recipe.model.config)
     return Setup(
-        config=config,
-        mesh=mesh,
-        family_name=family_name,
+        **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
         source=source,
-        model=model,
-        task=task,
         fresh_head=fresh_head,
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
-        buckets=_buckets(config),
-        shapes=shapes,
-        axes=axes,
-        shardings=shardings_of(mesh, model.compute.rules, shapes, axes),
-        schedule=schedule,
-        optimizer=make_optimizer(config.optim, schedule, shapes, axes),
+        buckets=buckets_of(config),
         total_steps=total,
         eval_every=config.eval.every or steps_per_epoch,
     )
-
-
-def make_compute(config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_RULES) -> Compute:
-    """How the model is computed, from the ``model`` section.
-
-    Args:
-      platform: of the devices: ``cpu``, ``gpu`` or ``tpu``.
-      rules: logical axis names to mesh axes.
-    """
-    auto = "float32" if platform == "cpu" else "bfloat16"
-    return Compute(
-        activation_dtype=auto if config.activation_dtype == "auto" else config.activation_dtype,
-        matmul_dtype=auto if config.matmul_dtype == "auto" else config.matmul_dtype,
-        param_dtype=config.param_dtype,
-        layers=config.layers,
-        remat=config.remat,
-        vocab_tile=config.vocab_tile,
-        rules=rules,
-    )
-
-
-def make_model(
-    config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...], compute: Compute
-) -> tuple[str, Any]:
-    """(family name, model) of a run.
-
-    Raises:
-      UserError: the architecture cannot be built.
-    """
-    classes = {"num_labels": len(labels)} if labels else {}
-    if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
-        raise UserError(
-            f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {len(labels)} labels; leave it out"
-        )
-    if source is not None:
-        tree = {**source.config.__dict__, **classes}
-        return source.family_name, source.family.Model(make_config(source.family, tree), head, compute)
-    if config.model.family is None:
-        raise UserError("model.init is not set, so model.family and model.arch must say what to build")
-    family = models.family(config.model.family)
-    made = make_config(family, {**config.model.arch, **classes})
-    return config.model.family, family.Model(made, head, compute)
 
 
 def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
@@ -279,13 +201,15 @@ def _packed(split: Split, config: RunConfig, note: Note) -> Split:
     return packed
 
 
-def _buckets(config: RunConfig) -> tuple[int, ...]:
+def buckets_of(config: RunConfig) -> tuple[int, ...]:
+    """The padded lengths that a run's batches can have."""
     if config.data.packing != "none":
         return (config.data.max_length,)
     return make_buckets(config.data.buckets, config.data.max_length)
 
 
-def _check_batch_shapes(config: RunConfig, mesh: Mesh, rules: AxisRules) -> None:
+def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules) -> None:
+    """Raises UserError if batches or rows cannot be split over the mesh."""
     parts = ways(mesh, rules, "batch")
     micro = config.train.batch_size // config.train.accumulation
     for key, size in (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)):
@@ -294,7 +218,7 @@ def _check_batch_shapes(config: RunConfig, mesh: Mesh, rules: AxisRules) -> None
                 f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
             )
     parts = ways(mesh, rules, "length")
-    for length in _buckets(config):
+    for length in buckets_of(config):
         if length % parts:
             key = "data.max_length" if length == config.data.max_length else "data.buckets"
             raise UserError(
@@ -302,12 +226,13 @@ def _check_batch_shapes(config: RunConfig, mesh: Mesh, rules: AxisRules) -> None
             )
 
 
-def _check_lengths(config: RunConfig, model_config: Any) -> None:
+def check_lengths(config: RunConfig, model_config: Any) -> None:
+    """Raises UserError if rows can be longer than the model's position table."""
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
         )
-    longest = max(_buckets(config))
+    longest = max(buckets_of(config))
     if limit is not None and longest > limit:
         raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit}")

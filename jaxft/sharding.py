@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError, nearest
@@ -92,6 +92,20 @@ class AxisRules:
             return x
         return jax.lax.with_sharding_constraint(x, self.spec(names, "activation"))
 
+    def place_gradient(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """``x``; its gradient is placed as its logical names say, where it is made.
+
+        Placed only at the end, the sum over devices of a weight's gradient was seen to be made whole on each of them first.
+        """
+        return _place_gradient(self, names, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _place_gradient(rules: AxisRules, names: AxisNames, x: jax.Array) -> jax.Array:
+    return x
+
+
+_place_gradient.defvjp(lambda rules, names, x: (x, None), lambda rules, names, kept, g: (rules.constrain(g, *names),))
 
 DEFAULT_RULES = AxisRules()
 
@@ -120,26 +134,38 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       UserError: the sizes do not multiply to the number of devices, or ``slices`` is not the number of slices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes, types = _sizes(config, len(devices)), _axis_types(config)
+    # axis_types is explicit because jax's own default differs between make_mesh and Mesh.
+    slices = _slices(devices, sizes[0])
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    shape = (1, *sizes[1:])
+    parts = [jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=part).devices for part in slices]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
+
+
+def make_abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of ``count`` devices that are not there."""
+    return AbstractMesh(_sizes(config, count), MESH_AXES, axis_types=_axis_types(config))
+
+
+def _axis_types(config: MeshConfig) -> tuple[AxisType, ...]:
+    return (AxisType.Explicit if config.axes == "explicit" else AxisType.Auto,) * len(MESH_AXES)
+
+
+def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """Of ``MESH_AXES``, for ``count`` devices."""
     sizes = dict(zip(MESH_AXES, (config.slices, config.data, config.fsdp, config.context, config.tensor), strict=True))
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UserError(f"mesh: only one size may be -1, found {' and '.join(free)}")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if count % fixed or (not free and fixed != count):
         shown = " x ".join(f"{_KEY_OF_AXIS.get(name, name)}={size}" for name, size in sizes.items() if size != 1)
-        raise UserError(
-            f"mesh {shown or 'data=1'} does not fit {len(devices)} devices; set one size to -1 or change a factor"
-        )
+        raise UserError(f"mesh {shown or 'data=1'} does not fit {count} devices; set one size to -1 or change a factor")
     if free:
-        sizes[free[0]] = len(devices) // fixed
-    kind = AxisType.Explicit if config.axes == "explicit" else AxisType.Auto
-    # axis_types is explicit because jax's own default differs between make_mesh and Mesh.
-    types, inner = (kind,) * len(MESH_AXES), tuple(sizes[axis] for axis in MESH_AXES[1:])
-    slices = _slices(devices, sizes["slice"])
-    if len(slices) == 1:
-        return jax.make_mesh((1, *inner), MESH_AXES, axis_types=types, devices=devices)
-    parts = [jax.make_mesh((1, *inner), MESH_AXES, axis_types=types, devices=part).devices for part in slices]
-    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
+        sizes[free[0]] = count // fixed
+    return tuple(sizes.values())
 
 
 _KEY_OF_AXIS = {"slice": "slices"}
@@ -160,7 +186,7 @@ def _slices(devices: list[jax.Device], wanted: int) -> list[list[jax.Device]]:
     return [[device for device, number in zip(devices, numbers, strict=True) if number == one] for one in there]
 
 
-def ways(mesh: Mesh, rules: AxisRules, name: str) -> int:
+def ways(mesh: Mesh | AbstractMesh, rules: AxisRules, name: str) -> int:
     """Into how many parts a dimension of this logical name is split."""
     return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name]]))
 
@@ -174,7 +200,7 @@ def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **optio
 
 def no_mesh() -> AbstractContextManager[Any]:
     """Inside, nothing is constrained: the mesh that a caller has set is out of sight."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 def sharding_of(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...], names: AxisNames, where: str) -> NamedSharding:
@@ -255,5 +281,15 @@ def shard_bytes(shapes: Any, shardings: Any) -> int:
     """Bytes that one device holds of a tree."""
     sizes = jax.tree.map(
         lambda leaf, place: int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def whole_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of the leaves that no axis splits."""
+    sizes = jax.tree.map(
+        lambda leaf, place: leaf.size * leaf.dtype.itemsize if place.shard_shape(leaf.shape) == leaf.shape else 0,
+        shapes,
+        shardings,
     )
     return sum(jax.tree.leaves(sizes))

@@ -72,7 +72,7 @@ def test_round_trip_through_hugging_face_layout_is_bit_equal(family: str, head: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", ["unrolled", "scanned"])
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "offload"])
 def test_execution_modes_give_the_same_values_and_gradients(family: str, layers: Any, remat: Any) -> None:
     module = models.family(family)
     config = module.TINY  # with dropout: its bits must not depend on the mode either

@@ -20,7 +20,7 @@ from jax import lax
 from jaxft.attention.dense import MASKED, dropped, for_groups, grouped, logits_of, scale_of
 from jaxft.attention.mask import MaskSpec, allowed_between
 from jaxft.errors import UserError
-from jaxft.layers import Compute, dot
+from jaxft.layers import Compute, dot, recomputed_from
 from jaxft.sharding import CONTEXT
 
 Array = jax.Array
@@ -48,6 +48,8 @@ def _ring_fwd(
 
 def _ring_bwd(compute: Compute, keep_scale: float | None, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, kept, out, normaliser = saved
+    # Otherwise compilers find that the forward pass has sent the same round, and keep what every device got.
+    (k, v), g = recomputed_from((k, v), g)
     local = functools.partial(_backward, compute, keep_scale)
     grads = _on_stretches(
         compute, local, ("q", "k", "v"), q=q, k=k, v=v, mask=mask, kept=kept, out=out, q_number=normaliser, g=g

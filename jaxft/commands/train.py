@@ -169,14 +169,27 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
     """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics."""
     from jaxft import processes
 
-    params = processes.fetch(result.params)
+    merged, metrics = _exported(ready, programs, result)
+    params = processes.fetch(merged)
     if processes.is_first():
         _write_export(ready, params, target)
     processes.barrier("export")
-    _compare(ready, programs, result, target)
+    _compare(ready, programs, merged, metrics, result, target)
+
+
+def _exported(ready: Any, programs: Any, result: Any) -> tuple[Any, Any]:
+    """What is exported, adapters merged in, and its held-out metrics."""
+    from jaxft import lora
+    from jaxft.loop import evaluate
+
+    if lora.base_of(ready.model) is ready.model:
+        return result.params, result.metrics
+    merged = lora.merge(ready.model, result.params, ready.shardings, ready.mesh)
+    return merged, evaluate(ready, programs, lora.unchanged(merged, result.params))
 
 
 def _write_export(ready: Any, params: Any, target: Path) -> None:
+    from jaxft import lora
     from jaxft.pretrained import export_folder
 
     source = ready.source
@@ -186,7 +199,7 @@ def _write_export(ready: Any, params: Any, target: Path) -> None:
         fresh,
         {} if source is None else source.hf_config,
         _family(ready),
-        ready.model,
+        lora.base_of(ready.model),
         params,
         tokenizer_folder=ready.tokenizer.folder,
         labels=ready.task.labels,
@@ -207,26 +220,28 @@ def _family(ready: Any) -> Any:
     return models.family(ready.family_name)
 
 
-def _compare(ready: Any, programs: Any, result: Any, target: Path) -> None:
+def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any, target: Path) -> None:
     import jax
     import jax.numpy as jnp
 
+    from jaxft import lora
     from jaxft.loop import evaluate
     from jaxft.pretrained import load_params, open_source
     from jaxft.sharding import jitted, replicated
 
     source = open_source(str(target), _note)
-    params = load_params(source, ready.model, _note, mesh=ready.mesh)
+    base = lora.base_of(ready.model)
+    params = load_params(source, base, _note, mesh=ready.mesh)
 
     def equal(a: Any, b: Any) -> Any:
         return jnp.array([jnp.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]).all()
 
     with jax.set_mesh(ready.mesh):
-        same = bool(jitted(equal, ready.mesh, replicated(ready.mesh))(result.params, params))
-    again = evaluate(ready, programs, params)
+        same = bool(jitted(equal, ready.mesh, replicated(ready.mesh))(exported, params))
+    again = evaluate(ready, programs, params if base is ready.model else lora.unchanged(params, result.params))
     labels = ready.task.labels
     named = source.labels or tuple(f"LABEL_{i}" for i in range(len(labels)))  # such names count as none
-    if not same or again != result.metrics or named != labels:
+    if not same or again != metrics or named != labels:
         raise UserError(
             f"{target}: the exported model differs from the trained one; this is a bug in jaxft, please report it"
         )

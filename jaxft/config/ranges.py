@@ -101,6 +101,18 @@ def check_ranges(config: RunConfig) -> None:
             config.model.vocab_tile,
             "must be at least 1 (null: all at once)",
         ),
+        (
+            config.model.lora.rank is None or config.model.lora.rank > 0,
+            "model.lora.rank",
+            config.model.lora.rank,
+            "must be at least 1 (null: no adapters)",
+        ),
+        (
+            config.model.lora.rank is None or (not optim.freeze and optim.layer_decay == 1),
+            "model.lora.rank",
+            config.model.lora.rank,
+            "adapters say what trains: leave out optim.freeze and optim.layer_decay",
+        ),
         (0 < config.task.mask_rate < 1, "task.mask_rate", config.task.mask_rate, "must lie between 0 and 1"),
         (0 <= config.task.label_smoothing < 1, "task.label_smoothing", config.task.label_smoothing, "must lie in 0..1"),
         (

@@ -23,6 +23,20 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): the weights stay, thin matrices beside them train; merged at export."""
+
+    rank: int | None = None
+    """Of the adapters. None: no adapters, everything trains."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by ``alpha / rank``."""
+    targets: tuple[str, ...] = ("layers/attention/query/kernel", "layers/attention/value/kernel")
+    """Glob patterns over paths of layer kernels that get adapters (``layers/*`` for all)."""
+    train: tuple[str, ...] | None = None
+    """Glob patterns over paths that train beside the adapters. None: the head of labelled tasks, nothing else."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which network, from which weights, computed how."""
 
@@ -46,11 +60,13 @@ class ModelConfig:
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
     layers: Literal["unrolled", "scanned"] = "unrolled"
     """How the stacked layers are computed. The parameter tree is the same for both."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     vocab_tile: int | None = None
     """Vocabulary entries that a language-modelling loss scores at a time, so that logits of all entries are never held
     together (4096 is a good size). None: all at once."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What a layer keeps for its backward pass: everything, only its input, or only its matmul results."""
+    remat: Literal["none", "full", "dots", "offload"] = "none"
+    """What a layer keeps for its backward pass: everything, only its input, only its matmul results, or only its input and
+    that in the memory of the host."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,9 @@ class OptimConfig:
     ``step_factor`` squared)."""
     decay_fraction: float = 0.1
     """Share of all steps spent in the final decay of warmup_stable_decay."""
+    momentum_dtype: DType | None = None
+    """Storage type of first moments; None: as the parameters. Updates are computed in float32. Second moments stay as they
+    are: in bfloat16 their small steps would be rounded away."""
     weight_decay: float = 0.01
     """Decoupled decay, on parameters with two or more logical axes besides ``layers``: no biases, no norm scales."""
     beta1: float = 0.9

@@ -143,6 +143,13 @@ def stream(batches: Batches, start: int, stop: int, read_ahead: int) -> Iterator
     return iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
 
 
+def array_shapes(rows: int, length: int, packed: bool) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of each array of a batch; see :class:`Batches`."""
+    of_tokens = ["tokens", "mask", "types", *(["segments", "positions"] if packed else [])]
+    shapes: dict[str, tuple[tuple[int, ...], type]] = dict.fromkeys(of_tokens, ((rows, length), np.int32))
+    return shapes | {"labels": ((rows,), np.int32), "weights": ((rows,), np.float32)}
+
+
 def local_rows(mesh: Mesh, rules: AxisRules, batch_size: int) -> tuple[int, int]:
     """(first, last + 1): the rows of a batch that this process's devices hold parts of."""
     places = batch_sharding(mesh, rules, 1).addressable_devices_indices_map((batch_size,)).values()

@@ -16,7 +16,7 @@ class Compute:
     matmul_dtype: str = "float32"
     param_dtype: str = "float32"
     layers: Literal["unrolled", "scanned"] = "unrolled"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "offload"] = "none"
     vocab_tile: int | None = None
     """Vocabulary entries that a language-modelling loss scores at a time; None: all."""
     rules: AxisRules = DEFAULT_RULES

@@ -21,28 +21,34 @@ def _batched(spec: str) -> bool:
     return bool(set(first) & set(second) & set(out))
 
 
-def _dot(spec: str, operand: str, x: Array, w: Array) -> Array:
-    def direct(x: Array, w: Array) -> Array:
+def _dot(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
+    def direct(x: Array, w: Array, made: str = "float32") -> Array:
         # TPUs would round float32 operands without HIGHEST.
         precision = lax.Precision.HIGHEST if operand == "float32" else None
-        return jnp.einsum(
-            spec, x.astype(operand), w.astype(operand), preferred_element_type=jnp.float32, precision=precision
-        )
+        y = jnp.einsum(spec, x.astype(operand), w.astype(operand), preferred_element_type=made, precision=precision)
+        return y.astype(result)
+
+    def narrow(x: Array, w: Array) -> Array:
+        # TPUs and GPUs sum up in float32 whatever the result is. Asked for the final type at once, devices that split the
+        # sum exchange numbers of that type: half the bytes.
+        return direct(x, w, result)
 
     def widened(x: Array, w: Array) -> Array:
         wide = (y.astype(operand).astype(jnp.float32) for y in (x, w))
-        return jnp.einsum(spec, *wide, preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, *wide, preferred_element_type=jnp.float32).astype(result)
 
-    if operand == "float32" or not _batched(spec):
+    if operand == "float32":
         return direct(x, w)
+    if not _batched(spec):
+        return direct(x, w) if result == "float32" else lax.platform_dependent(x, w, cpu=direct, default=narrow)
     # XLA's CPU backend (jaxlib 0.10.2) compiles some batched bf16 x bf16 -> f32 products and then fails to run them
     # ("UNIMPLEMENTED: Unsupported element type for DotThunk"). Products of bf16 numbers are exact in float32.
-    return lax.platform_dependent(x, w, cpu=widened, default=direct)
+    return lax.platform_dependent(x, w, cpu=widened, default=narrow)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _einsum(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
-    return _dot(spec, operand, x, w).astype(result)
+    return _dot(spec, operand, result, x, w)
 
 
 def _einsum_fwd(spec: str, operand: str, result: str, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
@@ -103,7 +109,7 @@ _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 def dot(spec: str, x: Array, w: Array, compute: Compute) -> Array:
     """The einsum that :func:`einsum` is made of: float32 result, no gradient of its own. For use inside custom VJPs."""
-    return _dot(spec, compute.matmul_dtype, x, w)
+    return _dot(spec, compute.matmul_dtype, "float32", x, w)
 
 
 def einsum(spec: str, x: Array, w: Array, compute: Compute) -> Array:

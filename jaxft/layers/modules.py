@@ -5,6 +5,7 @@ Dims: B batch, S query length, D model width, N heads, H head size, V vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,16 +68,18 @@ def unlabel(tree: Any) -> tuple[Any, Any]:
 
 
 class Linear(nn.Module):
-    """An affine map given as an einsum, for instance ``bsd,dnh->bsnh`` with kernel [D, N, H] and bias [N, H]."""
+    """An affine map of the last ``inputs`` dimensions of its input, for instance with kernel [D, N, H] and bias [N, H].
 
-    spec: str
+    The product is one of matrices: XLA scatters the gradient of a matrix over devices as it is summed up, one of more
+    dimensions was seen to be summed up whole on each first.
+    """
+
     shape: tuple[int, ...]
     names: AxisNames
     compute: Compute
     kernel_init: Initializer
-    bias_dims: int = 1
-    """Trailing kernel dimensions that the bias has."""
-    bias_names: AxisNames | None = None
+    inputs: int = 1
+    """Leading kernel dimensions that are summed over."""
     act: Callable[[Any], Array] | None = None
     """Applied to the input, see :func:`affine`."""
     biased: bool = True
@@ -84,14 +87,23 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Array:
         dtype = self.compute.param_dtype
-        bias_names = self.names[-self.bias_dims :] if self.bias_names is None else self.bias_names
+        outputs, names = self.shape[self.inputs :], self.names[self.inputs :]
         kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
+        kernel = as_matrix(kernel, self.inputs, self.names, self.compute)
         bias = None
         if self.biased:
-            bias = self.param(
-                "bias", labelled(nn.initializers.zeros, *bias_names), self.shape[-self.bias_dims :], dtype
-            )
-        return affine(self.spec, x, kernel, bias, self.compute, self.act)
+            bias = self.param("bias", labelled(nn.initializers.zeros, *names), outputs, dtype).reshape(-1)
+        if self.inputs > 1:
+            x = x.reshape(*x.shape[: -self.inputs], -1)
+        letters = "ab"[: (x[0] if isinstance(x, tuple) else x).ndim - 1]
+        y = affine(f"{letters}d,de->{letters}e", x, kernel, bias, self.compute, self.act)
+        return y.reshape(*y.shape[:-1], *outputs)
+
+
+def as_matrix(kernel: Array, inputs: int, names: AxisNames, compute: Compute) -> Array:
+    """A kernel with its first ``inputs`` dimensions as rows and the rest as columns; of each, the first may be split."""
+    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+    return compute.rules.place_gradient(matrix, names[0], names[inputs])
 
 
 class Projection(nn.Module):
@@ -109,14 +121,22 @@ class Projection(nn.Module):
         return kernel, self.param("bias", labelled(nn.initializers.zeros, *self.names[1:]), self.shape[1:], dtype)
 
 
-def project_together(x: Array, projections: Sequence[tuple[Array, Array]], compute: Compute) -> tuple[Array, ...]:
+def project_together(
+    x: Array, projections: Sequence[tuple[Array, Array]], names: AxisNames, compute: Compute
+) -> tuple[Array, ...]:
     """``x`` [B, S, D] through several projections of one shape as a single wide product; each result is [B, N, S, H].
 
-    The stored tree keeps them apart; three narrow products were measured slower than one wide one.
+    The stored tree keeps them apart; three narrow products were measured slower than one wide one. Of each head, all
+    projections lie side by side: heads may be split over devices.
+
+    Args:
+      names: logical axes of the kernels.
     """
     kernels, biases = zip(*projections, strict=True)
-    y = affine("bsd,dpnh->bspnh", x, jnp.stack(kernels, axis=1), jnp.stack(biases), compute)
-    return unstack(len(projections), y.transpose(2, 0, 3, 1, 4))
+    kernel, bias = jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1)
+    y = affine("bsd,de->bse", x, as_matrix(kernel, 1, names, compute), bias.reshape(-1), compute)
+    y = y.reshape(*y.shape[:-1], *bias.shape)
+    return unstack(len(projections), y.transpose(3, 0, 2, 1, 4))
 
 
 class LayerNorm(nn.Module):
@@ -161,4 +181,5 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.compute.activation_dtype)
+        table = self.compute.rules.place_gradient(self.embedding, *self.names)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.compute.activation_dtype)

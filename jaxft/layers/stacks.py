@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
@@ -16,6 +17,19 @@ from jaxft.layers.matmul import cpu_after
 from jaxft.sharding import no_mesh
 
 Array = jax.Array
+
+
+_INPUT = "layer_input"
+_POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,11 +72,10 @@ def apply_stack(layer: Any, params: Any, length: int, x: Array, key: Array | Non
     compute: Compute = layer.compute
 
     def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
-        return layer.apply({"params": layer_params}, x, layer_key, *args)
+        return layer.apply({"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args)
 
     if compute.remat != "none":
-        keep = jax.checkpoint_policies.dots_saveable if compute.remat == "dots" else None
-        run = jax.checkpoint(run, policy=keep)
+        run = jax.checkpoint(run, policy=_POLICIES[compute.remat])
     if compute.layers == "scanned":
 
         def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, None]:

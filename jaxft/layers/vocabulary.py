@@ -36,6 +36,7 @@ def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compu
     Args:
       place: the logical name of M: ``length`` or ``predicted``.
     """
+    table = compute.rules.place_gradient(table, "vocab", "embed")
     logits = einsum("bmd,vd->bmv", x, table, compute)
     logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)

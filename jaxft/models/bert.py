@@ -127,16 +127,18 @@ class Attention(nn.Module):
         c, rules = self.config, self.compute.rules
         d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
 
+        names = ("embed", "heads", None)
         projections = [
-            Projection((d, n, h), ("embed", "heads", None), self.compute, _normal(c), name=name)()
-            for name in ("query", "key", "value")
+            Projection((d, n, h), names, self.compute, _normal(c), name=name)() for name in ("query", "key", "value")
         ]
         q, k, v = (
             rules.constrain(y, "batch", "act_heads", "length", None)
-            for y in project_together(x, projections, self.compute)
+            for y in project_together(x, projections, names, self.compute)
         )
         mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, subkey(key, 0))
-        out = Linear("bnsh,nhd->bsd", (n, h, d), ("heads", None, "embed"), self.compute, _normal(c), name="out")(mixed)
+        out = Linear((n, h, d), ("heads", None, "embed"), self.compute, _normal(c), inputs=2, name="out")(
+            mixed.transpose(0, 2, 1, 3)
+        )
         out = dropout(out, c.hidden_dropout_prob, subkey(key, 1))
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
 
@@ -151,10 +153,10 @@ class Mlp(nn.Module):
     def __call__(self, x: Array, key: Array | None) -> Array:
         c, rules = self.config, self.compute.rules
         d, f = c.hidden_size, c.intermediate_size
-        up = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), self.compute, _normal(c), name="up")(x)
+        up = Linear((d, f), ("embed", "mlp"), self.compute, _normal(c), name="up")(x)
         up = rules.constrain(up, "batch", "length", "act_mlp")
         act = ACTIVATIONS[c.hidden_act]
-        down = Linear("bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), act=act, name="down")(up)
+        down = Linear((f, d), ("mlp", "embed"), self.compute, _normal(c), act=act, name="down")(up)
         down = dropout(down, c.hidden_dropout_prob, subkey(key, 0))
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
 
@@ -208,9 +210,7 @@ class MaskedLmHead(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, words: Array, targets: Array | None) -> Array | TokenScore:
         c = self.config
-        x = Linear("bsd,de->bse", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="dense")(
-            hidden
-        )
+        x = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="dense")(hidden)
         x = LayerNorm(c.layer_norm_eps, self.compute, name="norm")(ACTIVATIONS[c.hidden_act](x))
         bias = self.param("bias", labelled(nn.initializers.zeros, "vocab"), (c.vocab_size,), self.compute.param_dtype)
         if c.tie_word_embeddings:
@@ -238,7 +238,7 @@ class ClassHead(nn.Module):
         shape = (self.config.hidden_size, self.classes)
         # [B, C] is tiny: full precision costs nothing and keeps probabilities clean.
         exact = Compute(param_dtype=self.compute.param_dtype, rules=self.compute.rules)
-        return Linear("bd,dc->bc", shape, ("embed", "classes"), exact, _normal(self.config), name="linear")(x)
+        return Linear(shape, ("embed", "classes"), exact, _normal(self.config), name="linear")(x)
 
 
 class Model(nn.Module):
@@ -248,6 +248,7 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
+    CAUSAL = False
     INPUTS = ("tokens", "mask", "types", "positions", "segments", "predict", "targets")
 
     @nn.compact
@@ -292,9 +293,7 @@ class Model(nn.Module):
 
         pooled = None
         if self.head in ("classification", "next_sentence") or (self.head is None and c.pooler):
-            dense = Linear(
-                "bd,de->be", (c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="pooler"
-            )
+            dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="pooler")
             pooled = jnp.tanh(dense(hidden[:, 0]))
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)

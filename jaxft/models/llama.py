@@ -133,9 +133,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int, act_name: str, axis: str) -> Array:
             y = Linear(
-                "bsd,dnh->bsnh", (d, count, h), ("embed", axis, None), self.compute, _normal(c), bias_dims=2,
-                biased=c.attention_bias, name=name,
-            )(x)  # fmt: skip
+                (d, count, h), ("embed", axis, None), self.compute, _normal(c), biased=c.attention_bias, name=name
+            )(x)
             return rules.constrain(y.transpose(0, 2, 1, 3), "batch", act_name, "length", None)
 
         q = rotate(heads("query", c.num_attention_heads, "act_heads", "heads"), positions, c.rope)
@@ -143,9 +142,9 @@ class Attention(nn.Module):
         v = heads("value", c.key_heads, "act_kv_heads", "kv_heads")
         mixed = attend(q, k, v, mask, self.compute, c.attention_dropout, key)
         return Linear(
-            "bnsh,nhd->bsd", (c.num_attention_heads, h, d), ("heads", None, "embed"), self.compute, _normal(c),
+            (c.num_attention_heads, h, d), ("heads", None, "embed"), self.compute, _normal(c), inputs=2,
             biased=c.attention_bias, name="out",
-        )(mixed)  # fmt: skip
+        )(mixed.transpose(0, 2, 1, 3))  # fmt: skip
 
 
 class Mlp(nn.Module):
@@ -161,13 +160,11 @@ class Mlp(nn.Module):
         act = ACTIVATIONS[c.hidden_act]
 
         def wide(name: str) -> Array:
-            y = Linear("bsd,df->bsf", (d, f), ("embed", "mlp"), self.compute, _normal(c), biased=c.mlp_bias, name=name)(
-                x
-            )
+            y = Linear((d, f), ("embed", "mlp"), self.compute, _normal(c), biased=c.mlp_bias, name=name)(x)
             return rules.constrain(y, "batch", "length", "act_mlp")
 
         return Linear(
-            "bsf,fd->bsd", (f, d), ("mlp", "embed"), self.compute, _normal(c), biased=c.mlp_bias,
+            (f, d), ("mlp", "embed"), self.compute, _normal(c), biased=c.mlp_bias,
             act=lambda pair: act(pair[0]) * pair[1], name="down",
         )((wide("gate"), wide("up")))  # fmt: skip
 
@@ -207,6 +204,7 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
+    CAUSAL = True
     INPUTS = ("tokens", "mask", "positions", "segments", "targets")
 
     @nn.compact

@@ -135,14 +135,17 @@ def _check_ranges(config: OptimConfig) -> None:
 
 def _rule(config: OptimConfig, trained: dict[str, Leaf]) -> optax.GradientTransformation:
     """From gradient to direction, sign and rate left out."""
+    moment = config.momentum_dtype
+    if moment is not None and config.name in ("sgd", "adafactor"):
+        raise UserError(f"optim.momentum_dtype={moment}: {config.name} has no first moments; leave it out")
     if config.name in ("adamw", "adam"):
-        return optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+        return optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=moment)
     if config.name == "sgd":
         return optax.identity()
     if config.name in ("momentum", "nesterov"):
-        return optax.trace(config.momentum, nesterov=config.name == "nesterov")
+        return optax.trace(config.momentum, nesterov=config.name == "nesterov", accumulator_dtype=moment)
     if config.name == "lion":
-        return optax.scale_by_lion(config.beta1, config.beta2)
+        return optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=moment)
     if config.name == "adafactor":
         return scale_by_adafactor(trained)
     if config.name == "muon":
@@ -167,10 +170,12 @@ def _muon(config: OptimConfig, trained: dict[str, Leaf]) -> optax.GradientTransf
 
     rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
-            contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
+            contrib.scale_by_muon(
+                beta=config.momentum, weight_dimension_numbers=dimensions, mu_dtype=config.momentum_dtype
+            ),
             _scale_rows({path: _muon_scale(trained[path].shape, *sides) for path, sides in matrices.items()}),
         ),
-        "adam": optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        "adam": optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.momentum_dtype),
     }
     return optax.partition(rules, lambda tree: map_paths(lambda path, _: "muon" if path in matrices else "adam", tree))
 

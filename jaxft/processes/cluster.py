@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,10 +79,25 @@ def _from_slurm(environ: Mapping[str, str]) -> Cluster | None:
     hosts = tuple(node for node, tasks in zip(nodes, per_node, strict=True) for _ in range(tasks))
     # A port of its own for each job on a node, as jax chooses it.
     port = _number(environ, "SLURM_JOB_ID") % 2**12 + (65535 - 2**12 + 1)
-    devices = None
-    if max(per_node) > 1 and "SLURM_LOCALID" in environ and int(environ.get("SLURM_GPUS_ON_NODE", "0")) > 1:
-        devices = (_number(environ, "SLURM_LOCALID"),)
+    devices = _share_of_gpus(environ, max(per_node))
     return Cluster("slurm", f"{nodes[0]}:{port}", count, index, hosts if len(hosts) == count else (), devices)
+
+
+def _share_of_gpus(environ: Mapping[str, str], tasks: int) -> tuple[int, ...] | None:
+    """Which of the GPUs that it sees are this task's, when all tasks of a node see all of them."""
+    if tasks == 1 or not environ.get("SLURM_GPUS_ON_NODE") or not environ.get("SLURM_LOCALID"):
+        return None
+    gpus, local = _number(environ, "SLURM_GPUS_ON_NODE"), _number(environ, "SLURM_LOCALID")
+    seen = environ.get("CUDA_VISIBLE_DEVICES") or environ.get("ROCR_VISIBLE_DEVICES")
+    # With --gpus-per-task or --gpu-bind each task sees fewer than the node has: its own, counted from 0.
+    if gpus < tasks or (seen and len(seen.split(",")) < gpus):
+        return None
+    if gpus % tasks:
+        raise UserError(
+            f"{tasks} tasks cannot share the {gpus} GPUs of a node evenly: set --ntasks-per-node to divide {gpus}"
+        )
+    share = gpus // tasks
+    return tuple(range(local * share, (local + 1) * share))
 
 
 def _from_tpu_pod(environ: Mapping[str, str]) -> Cluster | None:
@@ -89,7 +105,7 @@ def _from_tpu_pod(environ: Mapping[str, str]) -> Cluster | None:
     if not workers or "TPU_WORKER_ID" not in environ:
         return None
     worker = _number(environ, "TPU_WORKER_ID")
-    slices = int(environ.get("MEGASCALE_NUM_SLICES", "1"))
+    slices = _number(environ, "MEGASCALE_NUM_SLICES") if environ.get("MEGASCALE_NUM_SLICES") else 1
     if slices == 1:
         return Cluster("tpu", f"{workers[0]}:{_TPU_PORT}", len(workers), worker, workers)
     first = environ.get("MEGASCALE_COORDINATOR_ADDRESS", "").rsplit(":", 1)[0]
@@ -101,7 +117,7 @@ def _from_tpu_pod(environ: Mapping[str, str]) -> Cluster | None:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name, "")
-    if not re.fullmatch(r"\d+", text):
+    if not re.fullmatch(r"[0-9]+", text):
         raise UserError(f"{name}={text!r}: expected a number")
     return int(text)
 
@@ -112,21 +128,26 @@ def expand_nodes(text: str) -> list[str]:
     Raises:
       UserError: it is not a node list.
     """
+    part = r"(?:[^,\[\]]|\[[^\[\]]*\])+"
+    if re.fullmatch(f"{part}(?:,{part})*", text) is None:
+        raise UserError(f"SLURM node list {text!r}: cannot be read; expected such as n[01-03,7],login")
     found: list[str] = []
-    for part in re.findall(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)?", text):
-        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
-        if match is None:
-            found.append(part)
-            continue
-        prefix, ranges, suffix = match.groups()
-        for piece in ranges.split(","):
-            first, _, last = piece.partition("-")
-            if not first.isdigit() or not (last or first).isdigit():
-                raise UserError(f"SLURM node list {text!r}: cannot be read at {piece!r}")
-            numbers = range(int(first), int(last or first) + 1)
-            found += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers]
-    if not found:
-        raise UserError(f"SLURM node list {text!r} names no host")
+    for one in re.findall(part, text):
+        # Text and numbers in turn; of several brackets the last one runs fastest, as in Slurm.
+        pieces = [_numbers(piece, text) if i % 2 else [piece] for i, piece in enumerate(re.split(r"[\[\]]", one))]
+        found += map("".join, itertools.product(*pieces))
+    return found
+
+
+def _numbers(ranges: str, text: str) -> list[str]:
+    """``01-03,7`` is 01, 02, 03, 7."""
+    found: list[str] = []
+    for piece in ranges.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece)
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if match is None or not numbers:
+            raise UserError(f"SLURM node list {text!r}: cannot be read at {piece!r}")
+        found += [f"{number:0{len(match[1])}d}" for number in numbers]
     return found
 
 

@@ -47,26 +47,35 @@ def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[in
 
 
 def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, timeout: float) -> dict[int, str]:
-    came, lines = {0: mine}, list[socket.socket]()
+    came, lines = {0: mine}, dict[int, socket.socket]()
     problem = None
     with _listening(port) as listener:
-        while len(came) < cluster.count and problem is None:
+        while problem is None:
+            # Whoever has ended meanwhile is missing again, and may be started anew.
+            for index in [index for index, line in lines.items() if _closed(line)]:
+                lines.pop(index).close()
+                del came[index]
+            if len(came) == cluster.count:
+                break
             left = deadline - time.monotonic()
             if left <= 0:
                 problem = _missing(cluster, came, timeout)
                 break
-            listener.settimeout(left)
-            with suppress(TimeoutError):
+            listener.settimeout(min(left, 1.0))
+            try:
                 line, _ = listener.accept()
-                one = _received(line)
-                if one is None:  # not one of ours
-                    line.close()
-                    continue
-                lines.append(line)
-                problem = _problem_of(one, mine, came, cluster)
-                came.setdefault(one["index"], one)
+            except TimeoutError:
+                continue
+            one = _received(line)
+            if one is None:  # not one of ours
+                line.close()
+                continue
+            problem = _problem_of(one, mine, came, cluster)
+            came.setdefault(one["index"], one)
+            lines[one["index"] if one["index"] not in lines else -1] = line  # of two with one number both are told
         hosts = {index: one["host"] for index, one in sorted(came.items())}
-        for line in lines:
+        for line in lines.values():
+            line.settimeout(5.0)
             with suppress(OSError):  # one that has gone will be missed by jax
                 line.sendall(json.dumps({"problem": problem, "hosts": hosts}).encode() + b"\n")
                 line.shutdown(socket.SHUT_WR)
@@ -99,11 +108,12 @@ def _answer(
         try:
             with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())) as line:
                 line.sendall(json.dumps(mine).encode() + b"\n")
-                # Process 0 gives up at the same time; a moment later its verdict is here.
-                line.settimeout(max(1.0, deadline - time.monotonic()) + 10.0)
-                answer = _read(line)
-            if answer is None:
-                raise UserError(f"{where} ended before all had come; its log says why")
+                # Process 0 may have come later than we have: it waits as long, counted from then.
+                answer = _read(line, timeout + 10.0)
+            if not isinstance(answer, dict) or not {"problem", "hosts"} <= answer.keys():
+                raise UserError(
+                    f"{where} ended before all had come, and its log says why; or something else listens there"
+                )
             if answer["problem"] is not None:
                 raise UserError(answer["problem"])
             return {int(index): name for index, name in answer["hosts"].items()}
@@ -114,24 +124,35 @@ def _answer(
 
 
 def _received(line: socket.socket) -> dict[str, Any] | None:
-    line.settimeout(5.0)
-    one = _read(line)
+    one = _read(line, 5.0)
     keys = {"index": int, "count": int, "host": str, "pid": int, "says": dict}
     fits = isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items())
     return one if fits else None
 
 
-def _read(line: socket.socket) -> Any:
+def _read(line: socket.socket, seconds: float) -> Any:
     """One line of JSON, or None."""
-    data = b""
+    data, deadline = b"", time.monotonic() + seconds
     with suppress(OSError, ValueError):
         while not data.endswith(b"\n") and len(data) < _LONGEST:
+            line.settimeout(max(0.001, deadline - time.monotonic()))
             more = line.recv(4096)
             if not more:
                 break
             data += more
         return json.loads(data)
     return None
+
+
+def _closed(line: socket.socket) -> bool:
+    """Whether the other side has gone; it says nothing more while it waits."""
+    line.setblocking(False)
+    try:
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _problem_of(

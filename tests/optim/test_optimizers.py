@@ -207,3 +207,29 @@ def test_ema_follows_in_float32() -> None:
     expected = 1 - np.prod([min(0.9, (1 + c) / (10 + c)) for c in range(50)])
     assert average["a"].dtype == jnp.float32
     np.testing.assert_allclose(average["a"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "lion", "muon"])
+def test_first_moments_can_be_stored_in_half_the_bytes(name: str) -> None:
+    wide, narrow = (
+        make(name=name).init(random_tree(0)),
+        make(name=name, momentum_dtype="bfloat16").init(random_tree(0)),
+    )
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for state in (wide, narrow)]
+    momentum = sum(leaf.nbytes for leaf in jax.tree.leaves(random_tree(0)))
+    assert sizes[0] - sizes[1] == momentum // 2
+    ours, _ = train(make(name=name, momentum_dtype="bfloat16"), 6)
+    exact, _ = train(make(name=name), 6)
+    start = parameter_paths(random_tree(0))
+    for path, leaf in ours.items():
+        moved, error = (
+            np.abs(np.asarray(x, np.float64) - np.asarray(y)).mean()
+            for x, y in ((exact[path], start[path]), (exact[path], leaf))
+        )
+        assert 0 <= error < 0.05 * moved, path
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_an_optimizer_without_first_moments_refuses_a_type_for_them(name: str) -> None:
+    with pytest.raises(UserError, match=rf"optim.momentum_dtype=bfloat16: {name} has no first moments"):
+        make(name=name, momentum_dtype="bfloat16")

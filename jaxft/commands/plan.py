@@ -1,0 +1,141 @@
+"""``jaxft plan``: memory, traffic and time of a run's train step on hardware that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jaxft.commands.show_config import split_run_file
+from jaxft.config import RunConfig, load_config
+from jaxft.files import write_atomic
+from jaxft.hlo.llo import COMPILE_ENV, llo_flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", nargs="?", help="YAML run file, as for jaxft train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for instance mesh.fsdp=16 train.batch_size=512"
+    )
+    parser.add_argument("--topology", required=True, help="v5e-16, v5p-64, v4-32, v6e-8, v5e:4x4, cpu:8")
+    parser.add_argument("--fit", action="store_true", help="look for the largest train.batch_size that fits")
+    parser.add_argument("--llo", action="store_true", help="price machine code too (slower; prices kernels)")
+    parser.add_argument("--analytic", action="store_true", help="formulas only, nothing compiled; needs no libtpu")
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; 0 also if the run would not fit: that is an answer."""
+    from jaxft.plan.chips import parse_topology
+
+    path, overrides = split_run_file(options.run_file, options.overrides)
+    config = load_config(path, overrides)
+    topology = parse_topology(options.topology)
+    folder = Path(tempfile.mkdtemp(prefix="jaxft-plan-")) if options.llo and not options.analytic else None
+    try:
+        _set_up(topology.chips, folder)
+        return _run(options, config, topology, folder)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_up(devices: int, llo_folder: Path | None) -> None:
+    """Before jax does anything: no device is touched, CPU devices are simulated, libtpu is told what to write."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name, value in COMPILE_ENV.items():
+        os.environ.setdefault(name, value)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    if llo_folder is not None:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {llo_flags(llo_folder)}"
+
+
+def _run(options: argparse.Namespace, config: RunConfig, topology: Any, llo_folder: Path | None) -> int:
+    import dataclasses
+
+    from jaxft.plan.advice import advice_for
+    from jaxft.plan.measure import DoesNotFit, Plan, devices_of, largest_batch, make_plan
+    from jaxft.plan.table import plan_json, plan_text
+    from jaxft.setup import buckets_of, check_batch_shapes
+    from jaxft.sharding import make_abstract_mesh, make_mesh, make_rules, ways
+
+    length = max(buckets_of(config))
+    platform = "cpu" if topology.chip is None else "tpu"
+    mesh = (
+        make_abstract_mesh(config.mesh, topology.chips)
+        if options.analytic
+        else make_mesh(config.mesh, devices_of(topology))
+    )
+    rules = make_rules(config.mesh)
+    check_batch_shapes(config, mesh, rules)
+    recipe = _recipe(config, mesh, platform)
+
+    def plan_of(rows: int, analytic: bool = options.analytic) -> Plan:
+        if llo_folder is not None:
+            for old in llo_folder.iterdir():  # of one program only
+                old.unlink()
+        return make_plan(recipe, topology, rows, length, compiled=not analytic, llo_folder=llo_folder)
+
+    rows = config.train.batch_size
+    try:
+        unit = ways(mesh, rules, "batch") * config.train.accumulation
+        plan = largest_batch(plan_of, rows, unit, _note) if options.fit else plan_of(rows)
+    except DoesNotFit as error:
+        plan = plan_of(rows, analytic=True)
+        memory = dataclasses.replace(plan.memory, total=error.used, limit=error.limit)
+        plan = dataclasses.replace(plan, memory=memory)
+        _note("the compiler refuses the program: it needs more memory than a chip has; below, its total and formulas")
+    advice = advice_for(plan, config)
+    print(plan_text(plan, advice))
+    if options.json:
+        write_atomic(Path(options.json), json.dumps(plan_json(plan, advice, _versions()), indent=2) + "\n")
+        print(f"\nwrote {options.json}")
+    return 0
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)
+
+
+def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
+    """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
+    from jaxft import tasks
+    from jaxft.pretrained import open_source
+    from jaxft.recipe import make_recipe
+    from jaxft.setup import check_lengths
+
+    source = None
+    if config.model.init is not None:
+        source = open_source(config.model.init, _note, family=config.model.family, arch=config.model.arch)
+    labels: tuple[str, ...] = ()
+    if tasks.task(config.task.name).LABELLED:
+        count = config.model.arch.get("num_labels", 2)
+        stored = source.labels if source is not None else None
+        labels = tuple(map(str, config.data.labels or stored or range(count)))
+    vocabulary = source.config.vocab_size if source is not None else config.model.arch.get("vocab_size", 30522)
+    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=vocabulary, end_id=2)
+    recipe = make_recipe(
+        config, mesh, source, labels, (1,) * len(labels), tokenizer, config.train.steps or 1000, platform
+    )
+    check_lengths(config, recipe.model.config)
+    return recipe
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("jaxft", "jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

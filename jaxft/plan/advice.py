@@ -1,0 +1,60 @@
+"""What to change, from the numbers of a plan."""
+
+from __future__ import annotations
+
+from jaxft import tasks
+from jaxft.config import RunConfig
+from jaxft.plan.measure import Plan
+
+_LANES = 128  # of a TPU's vector registers: a shard narrower than this wastes them, and turns gathers into all-reduces
+_GIB = 2**30
+
+
+def advice_for(plan: Plan, config: RunConfig) -> list[str]:
+    """Sentences, the most useful first."""
+    memory = plan.memory
+    found = []
+    if not memory.fits:
+        found += _to_fit(plan, config)
+    found += _of_weights(plan)
+    waits = [one for one in plan.collectives if not one.asynchronous and one.bytes * one.count > 2**20]
+    if waits and plan.topology.chip is not None:
+        seconds = sum(map(plan.seconds_of, waits))
+        kinds = ", ".join(sorted({one.kind for one in waits}))
+        found.append(f"{kinds} not overlapped with computation: {1e3 * seconds:.2f} ms a step (flags: launch/env.sh)")
+    if plan.unpriced:
+        found.append(f"est leaves out {len(plan.unpriced)} operations without an estimate (kernels); --llo prices them")
+    return found
+
+
+def _to_fit(plan: Plan, config: RunConfig) -> list[str]:
+    memory, found = plan.memory, []
+    over = memory.total - (memory.limit or 0)
+    found.append(f"does not fit: {over / _GIB:.2f} GiB too much per chip; each of these saves about as much as it says")
+    options: list[tuple[float, str]] = []
+    if config.model.remat == "none":
+        options.append((0.8 * memory.activations, "model.remat=full"))
+    options.append((memory.activations / 2, f"train.accumulation={2 * config.train.accumulation}"))
+    resident = memory.parameters + memory.optimizer + memory.gradients
+    if plan.mesh.get("fsdp", 1) < plan.topology.chips and plan.split_percent < 50:
+        options.append((resident * (1 - 1 / plan.topology.chips), "mesh.data=1 mesh.fsdp=-1"))
+    if (config.optim.momentum_dtype or config.model.param_dtype) == "float32" and memory.optimizer > 0:
+        options.append((memory.optimizer / 4, "optim.momentum_dtype=bfloat16"))
+    if not tasks.task(config.task.name).LABELLED and config.model.vocab_tile is None:
+        options.append((0.2 * memory.activations, "model.vocab_tile=4096"))
+    found += [f"{text}: {saved / _GIB:.2f} GiB" for saved, text in sorted(options, reverse=True) if saved > 0.01 * over]
+    return found
+
+
+def _of_weights(plan: Plan) -> list[str]:
+    """Gradients summed up whole on every chip, though each keeps a part only."""
+    if plan.source == "analytic" or plan.traffic.gradients_scattered == 0:
+        return []
+    expected = plan.traffic.gradients_reduced + plan.traffic.tensor_parallel
+    found = sum(one.count * one.wire_bytes for one in plan.collectives if one.kind == "all-reduce")
+    if found <= 1.5 * expected + 2**20:
+        return []
+    return [
+        f"all-reduces send {found / 2**20:.0f} MiB where {expected / 2**20:.0f} would do: gradients of some weights are summed up "
+        f"whole on every chip; leave each shard a multiple of {_LANES} lanes: fewer ways of mesh.fsdp, the rest to mesh.data"
+    ]

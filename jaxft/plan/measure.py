@@ -1,0 +1,280 @@
+"""A plan: the real train step, compiled ahead of time for chips that need not be there, and what its program says."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft.errors import UserError
+from jaxft.flops import ModelFlops, model_flops
+from jaxft.hlo import Collective, costs_of
+from jaxft.hlo.llo import ChipSpeed, LloPrice, llo_cycles
+from jaxft.plan.chips import Topology
+from jaxft.plan.textbook import Traffic, activation_bytes, traffic_of
+from jaxft.recipe import Recipe
+from jaxft.sharding import shard_bytes, whole_bytes
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per chip."""
+
+    parameters: int
+    optimizer: int
+    average: int
+    batch: int
+    gradients: int
+    """Estimate: those of all parameters at once. Part of ``temporaries``."""
+    activations: float
+    """Estimate: what the backward pass keeps. Part of ``temporaries``."""
+    temporaries: float
+    """Of the compiled program; where nothing was compiled, gradients and activations."""
+    program: int
+    total: float
+    """At the peak."""
+    limit: float | None
+    """What the chip has for programs; None: unknown."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip holds it."""
+        return self.limit is None or self.total <= self.limit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known of a run before it has hardware. Per chip and step, unless it says otherwise."""
+
+    source: str
+    """``compiled``, or ``analytic``."""
+    topology: Topology
+    mesh: dict[str, int]
+    rows: int
+    """Of all chips."""
+    length: int
+    parameters: int
+    """How many, in all."""
+    split_percent: float
+    """Of the bytes of parameters, how much some mesh axis splits."""
+    memory: Memory
+    collectives: tuple[Collective, ...]
+    traffic: Traffic
+    """By the textbook."""
+    useful: ModelFlops
+    matmul_flops: float | None
+    """As compiled, what is computed again included."""
+    est_seconds: float | None
+    llo: LloPrice | None
+    compile_seconds: float | None
+    unpriced: tuple[str, ...] = ()
+
+    @property
+    def link_seconds(self) -> float | None:
+        """All exchanges one after the other, at the full bandwidth of the links that their groups can use."""
+        if self.topology.chip is None:
+            return None
+        if self.source == "analytic":
+            return self.traffic.total / self.topology.bandwidth(self.topology.chips)
+        return sum(map(self.seconds_of, self.collectives))
+
+    def seconds_of(self, one: Collective) -> float:
+        """All executions of an exchange, with nothing else on the links. Permutes go to a neighbour, over one axis."""
+        group = 2 if one.kind == "collective-permute" else one.group
+        return one.count * one.wire_bytes / self.topology.bandwidth(group)
+
+    def step_seconds(self, compute: float) -> float:
+        """With the exchanges that nothing hides."""
+        if self.topology.chip is None:
+            return compute
+        return compute + sum(self.seconds_of(one) for one in self.collectives if not one.asynchronous)
+
+    def mfu(self, compute: float) -> float | None:
+        """Useful FLOPs over time and peak, if every token is real."""
+        if self.topology.chip is None:
+            return None
+        return self.useful.total / self.topology.chips / self.step_seconds(compute) / self.topology.chip.flops
+
+
+class DoesNotFit(Exception):
+    """The compiler found that the program needs more memory than the chip has."""
+
+    def __init__(self, used: float, limit: float) -> None:
+        self.used, self.limit = used, limit
+        super().__init__(f"{used} of {limit} bytes")
+
+
+def make_plan(
+    recipe: Recipe, topology: Topology, rows: int, length: int, *, compiled: bool, llo_folder: Path | None = None
+) -> Plan:
+    """The plan of one train step.
+
+    Args:
+      recipe: on a mesh of the topology's devices.
+      rows, length: of the global batch.
+      compiled: compile it; otherwise, formulas alone.
+      llo_folder: where libtpu has been told to write machine code (:func:`jaxft.hlo.llo.llo_flags`).
+    """
+    state = recipe.state
+    bytes_of = {
+        name: shard_bytes(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+        for name, tree in (
+            ("parameters", state.params),
+            ("optimizer", state.opt_state),
+            ("average", () if state.ema is None else state.ema),
+            ("batch", recipe.batch(rows, length)),
+        )
+    }
+    kept, gradients = activation_bytes(recipe, rows, length), bytes_of["parameters"]
+    whole = whole_bytes(recipe.shapes, recipe.shardings)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(recipe.shapes))
+    resident = sum(bytes_of.values())
+    memory = Memory(
+        **bytes_of,
+        gradients=gradients,
+        activations=kept,
+        temporaries=gradients + kept,
+        program=0,
+        total=resident + gradients + kept,
+        limit=None if topology.chip is None else topology.chip.hbm_bytes * _USABLE,
+    )
+    plan = Plan(
+        source="analytic",
+        topology=topology,
+        mesh={axis: size for axis, size in recipe.mesh.shape.items() if size > 1},
+        rows=rows,
+        length=length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(recipe.shapes)),
+        split_percent=100.0 * (1 - whole / total),
+        memory=memory,
+        collectives=(),
+        traffic=traffic_of(recipe, rows, length),
+        useful=model_flops(recipe, rows, length),
+        matmul_flops=None,
+        est_seconds=None,
+        llo=None,
+        compile_seconds=None,
+    )
+    return _compiled(plan, recipe, llo_folder) if compiled else plan
+
+
+_USABLE = 15.75 / 16  # of a v5e's memory, by the compiler's own message
+
+
+def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
+    start = time.perf_counter()
+    with jax.set_mesh(recipe.mesh):
+        lowered = recipe.train_program().lower(recipe.state, recipe.batch(plan.rows, plan.length), recipe.seed())
+        program = _compile(lowered)
+    seconds = time.perf_counter() - start
+    text = program.as_text()
+    costs, stats = costs_of(text), program.memory_analysis()
+    extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory = replace(
+        plan.memory,
+        temporaries=stats.temp_size_in_bytes,
+        program=stats.generated_code_size_in_bytes,
+        total=stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,
+    )
+    chip = plan.topology.chip
+    price = None
+    if llo_folder is not None and chip is not None:
+        price = llo_cycles(llo_folder, text, ChipSpeed(chip.clock_hz, chip.hbm_bandwidth, chip.flops))
+    return replace(
+        plan,
+        source="compiled",
+        memory=memory,
+        collectives=costs.collectives,
+        matmul_flops=costs.matmul_flops,
+        est_seconds=costs.estimated_cycles / chip.clock_hz if chip is not None and costs.estimated_cycles else None,
+        llo=price,
+        compile_seconds=seconds,
+        unpriced=costs.unpriced,
+    )
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        if found is None:
+            raise
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        raise DoesNotFit(float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]) from error
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """The devices of a topology, which need not be there.
+
+    Raises:
+      UserError: libtpu is missing, or does not know the topology.
+    """
+    if topology.chip is None:
+        devices = jax.devices("cpu")
+        if len(devices) < topology.chips:
+            raise UserError(f"--topology {topology.text}: this process simulates {len(devices)} CPU devices")
+        return devices[: topology.chips]
+    from jax.experimental import topologies
+
+    # Names of v4 count cores: one device per chip only with this.
+    more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    try:
+        return list(topologies.get_topology_desc(topology.libtpu_name, "tpu", **more).devices)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--topology {topology.text}: libtpu does not give {topology.libtpu_name}: {reason}; pip install libtpu, or "
+            "plan by formulas: --analytic"
+        ) from error
+
+
+def largest_batch(plan_of: Callable[[int], Plan], start: int, unit: int, note: Note) -> Plan:
+    """The plan of the largest batch, a multiple of ``unit`` rows, whose program fits.
+
+    Memory grows in a straight line with the rows: two programs say where it ends, the next ones whether that is so.
+
+    Raises:
+      UserError: not even one row per device fits.
+    """
+    known: dict[int, float] = {}
+    best: Plan | None = None
+    rows = start
+    for _ in range(8):
+        try:
+            plan = plan_of(rows)
+            known[rows], limit = plan.memory.total, plan.memory.limit or float("inf")
+        except DoesNotFit as error:
+            plan, known[rows], limit = None, error.used, error.limit
+        fits = plan is not None and plan.memory.fits
+        note(f"{rows} rows: {known[rows] / 2**30:.2f} of {limit / 2**30:.2f} GiB {'fit' if fits else 'do not fit'}")
+        if fits and plan is not None and (best is None or plan.rows > best.rows):
+            best = plan
+        rows = _next(known, limit, unit)
+        if rows in known:
+            break
+    if best is None:
+        raise UserError(f"not even {unit} rows fit; see the advice of the plan without --fit")
+    return best
+
+
+def _next(known: dict[int, float], limit: float, unit: int) -> int:
+    """The number of rows to try next: by a straight line through the two nearest to the limit."""
+    fitting = [rows for rows, used in known.items() if used <= limit]
+    failing = [rows for rows, used in known.items() if used > limit]
+    if len(known) == 1:
+        (rows,) = known
+        return rows * 2 if fitting else max(unit, rows // 2 // unit * unit)
+    (a, used_a), (b, used_b) = sorted(sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2])
+    slope = max((used_b - used_a) / (b - a), 1.0)
+    guess = int((limit - used_a) / slope + a) // unit * unit
+    low = max(fitting, default=0)
+    high = min(failing, default=guess + unit)
+    return max(unit, min(max(guess, low), high - unit))

@@ -1,0 +1,177 @@
+"""Low-rank adapters: what trains, that gradients are right, the same course on a mesh, and merged weights that leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import refusal, run
+from tiny_run import overrides
+
+from jaxft import lora, models
+from jaxft.config import LoraConfig, load_config
+from jaxft.errors import UserError
+from jaxft.layers import Compute
+from jaxft.loop import compile_programs, fit
+from jaxft.optim import map_paths, parameter_paths
+from jaxft.pretrained import init_params, shapes_and_axes
+from jaxft.setup import Times, prepare
+
+ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
+
+
+def model_of(family: str) -> Any:
+    config = dataclasses.replace(models.family(family).TINY, num_hidden_layers=2)
+    return models.family(family).Model(config, None, Compute(layers="scanned"))
+
+
+def filled(tree: Any) -> Any:
+    """Random numbers everywhere, zeros of B included."""
+    return map_paths(
+        lambda path, leaf: np.random.default_rng(len(path)).normal(size=leaf.shape).astype(np.float32) * 0.1, tree
+    )
+
+
+@pytest.mark.parametrize("family", models.families())
+def test_fresh_adapters_change_nothing(family: str) -> None:
+    model = lora.adapted(model_of(family), ALL)
+    params = init_params(model, 0)
+    tokens = jnp.arange(12).reshape(2, 6)
+    ours = model.apply({"params": params}, tokens).hidden
+    np.testing.assert_array_equal(ours, model.base.apply({"params": params["base"]}, tokens).hidden)
+    adapters = parameter_paths(params["lora"])
+    assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in adapters.items())
+
+
+@pytest.mark.parametrize("family", models.families())
+def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
+    model = lora.adapted(model_of(family), ALL)
+    params = filled(shapes_and_axes(model)[0])
+    tokens = jnp.arange(12).reshape(2, 6)
+
+    def loss(params: Any) -> jax.Array:
+        return (model.apply({"params": params}, tokens).hidden ** 2).sum()
+
+    def loss_of_merged(base: Any) -> jax.Array:
+        return (model.base.apply({"params": base}, tokens).hidden ** 2).sum()
+
+    merged = lora.merged(params, model.alpha)
+    gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)
+    base, made, slopes = (parameter_paths(tree) for tree in (params["base"], merged, of_merged))
+    adapters, found = parameter_paths(params["lora"]), parameter_paths(gradient["lora"])
+    scale = 6.0 / 3
+    for path in base:
+        if path not in model.targets:
+            np.testing.assert_array_equal(base[path], made[path])
+            continue
+        a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
+        for layer in range(2):
+            left, right = a[layer].reshape(-1, 3), b[layer].reshape(3, -1)
+            wanted = base[path][layer] + scale * (left @ right).reshape(base[path].shape[1:])
+            np.testing.assert_allclose(made[path][layer], wanted, rtol=1e-5, atol=1e-6, err_msg=path)
+            slope = np.asarray(slopes[path][layer]).reshape(left.shape[0], right.shape[1])
+            of_a, of_b = found[f"{path}/a"][layer], found[f"{path}/b"][layer]
+            np.testing.assert_allclose(of_a.reshape(left.shape), scale * slope @ right.T, rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(of_b.reshape(right.shape), scale * left.T @ slope, rtol=1e-4, atol=1e-3)
+
+
+def trained(folder: Path, out: str, *more: str) -> tuple[Any, Any]:
+    settings = ("train.steps=6", "eval.every=6", "optim.eps=1e-3", "optim.ema=null", "train.accumulation=2")
+    mesh = ("mesh.data=1",) if out == "one" else ()
+    config = load_config(
+        None, overrides(folder, f"train.out={folder / out}", "model.lora.rank=2", *settings, *mesh, *more)
+    )
+    if out == "one":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
+            ready = prepare(config, lambda _: None, Times())
+    else:
+        ready = prepare(config, lambda _: None, Times())
+    programs = compile_programs(ready, lambda _: None, Times())
+    start = jax.device_get(ready.start_params(0, lambda _: None))
+    result = fit(ready, programs, folder / out, 0, lambda _: None, Times())
+    return start, jax.device_get(result.params)
+
+
+def test_only_adapters_and_head_train_and_the_mesh_does_not_matter(tmp_path: Path) -> None:
+    start, one = trained(tmp_path, "one")
+    before, after = parameter_paths(start), parameter_paths(one)
+    for path in before:
+        moved = not np.array_equal(before[path], after[path])
+        assert moved == path.startswith(("lora/", "base/head/")), path
+    # Two ways of accumulation, four of fsdp, two of tensor parallelism: dropout bits of micro-batches are their own.
+    _, many = trained(tmp_path, "many", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+    found = parameter_paths(many)
+    for path, leaf in after.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_frozen_weights_have_no_moments(tmp_path: Path) -> None:
+    config = load_config(None, overrides(tmp_path, "model.lora.rank=2", "optim.ema=null"))
+    ready = prepare(config, lambda _: None, Times())
+    moments = sum(leaf.size for leaf in jax.tree.leaves(ready.state.opt_state))
+    trains = sum(
+        leaf.size
+        for leaf, stays in zip(jax.tree.leaves(ready.shapes), jax.tree.leaves(ready.frozen), strict=True)
+        if not stays
+    )
+    assert trains < 0.4 * sum(leaf.size for leaf in jax.tree.leaves(ready.shapes))
+    assert 2 * trains <= moments <= 2 * trains + 4
+
+
+def test_the_merged_model_leaves_and_the_checkpoint_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    code, text, err = run(
+        capsys,
+        "train",
+        *overrides(
+            tmp_path, f"train.out={out}", "model.lora.rank=2", "model.lora.targets=['layers/*']", "train.steps=10"
+        ),
+    )
+    assert code == 0, err
+    assert "loaded back: parameters bit-equal, held-out metrics identical" in text
+    metrics = json.loads((out / "metrics.json").read_text())
+    for source in (out / "export", out):
+        if source == out:
+            (out / "export").rename(tmp_path / "away")  # so that the checkpoint is what is read
+        code, text, err = run(
+            capsys, "eval", source, f"data.eval={tmp_path / 'eval.csv'}", "--out", tmp_path / "scores"
+        )
+        assert code == 0, err
+        scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+        assert scores["accuracy"] == metrics["accuracy"]
+        np.testing.assert_allclose(scores["loss"], metrics["loss"], rtol=1e-5)
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "away")
+    names = {name for name, _ in theirs.named_parameters()}
+    assert not any("lora" in name for name in names)
+    assert torch.isfinite(theirs(torch.tensor([[2, 5, 6, 3]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.lora.targets=['layers/atention/*']"], "model.lora.targets: 'layers/atention/*' matches no kernel"),
+        (["model.lora.targets=['embed/*']"], "model.lora.targets: 'embed/*' matches no kernel; there are: layers/"),
+        (["model.lora.train=['had/*']"], "model.lora.train: 'had/*' matches no parameter"),
+        (["optim.freeze=['embed/*']"], "adapters say what trains: leave out optim.freeze"),
+        (["model.lora.rank=0"], "model.lora.rank=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str) -> None:
+    assert message in refusal(capsys, "train", *overrides(tmp_path, "model.lora.rank=2", *changes))
+
+
+def test_patterns_are_checked_without_a_run() -> None:
+    with pytest.raises(UserError, match="matches no kernel"):
+        lora.adapted(model_of("bert"), dataclasses.replace(ALL, targets=("layers/attention/query/bias",)))
+    assert lora.adapted(model_of("bert"), LoraConfig()) == model_of("bert")
