@@ -1,4 +1,4 @@
-"""The command line: ``jaxft train | eval | predict | plan | convert | show-config``. Thin: each command lives in ``jaxft.commands``.
+"""The command line, ``jaxft COMMAND``. Thin: each command lives in ``jaxft.commands``.
 
 Problems that the user can fix are printed as one line and end with exit code 2; nothing half-written is left behind.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
     "plan": "memory, traffic and time of a run on hardware that need not be there",
+    "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
     "show-config": "print the resolved configuration of a run file",
 }

@@ -49,6 +49,26 @@ def model_flops(recipe: Recipe, rows: int, length: int) -> ModelFlops:
     return ModelFlops(3 * dense, 3 * attention * (0.5 if recipe.model.CAUSAL else 1.0))
 
 
+class UsefulFlops:
+    """Useful FLOPs of steps as they come, padding left out."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._known: dict[tuple[int, int], ModelFlops] = {}
+
+    def of(self, shape: tuple[int, ...], tokens: int) -> float:
+        """Of a step on a batch of ``shape`` (rows, length) with so many real tokens.
+
+        Attention is taken to shrink with the square of the share of real tokens: exact for rows of one length, too little
+        for others and for packed rows, whose padding is none.
+        """
+        rows, length = shape
+        if (rows, length) not in self._known:
+            self._known[rows, length] = model_flops(self._recipe, rows, length)
+        whole, share = self._known[rows, length], tokens / (rows * length)
+        return share * whole.dense + share**2 * whole.attention
+
+
 def _counted(jaxpr: jex.core.Jaxpr) -> tuple[float, float]:
     """(products with one operand shared by all rows, products with batch dimensions)."""
     dense = attention = 0.0

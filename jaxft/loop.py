@@ -15,6 +15,7 @@ from jaxft import checkpoint, processes
 from jaxft.config import RunConfig, decode, to_tree
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
+from jaxft.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.memory import release_freed
 from jaxft.metrics import Clock, Silent, Sinks, open_sinks
 from jaxft.processes.stopping import stop_on_signal
@@ -25,7 +26,7 @@ from jaxft.step import make_eval_step
 
 # What may differ between a run and its resumption without changing its course.
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
-_FREE_KEYS = ("train.out", "train.compilation_cache", "train.export", "train.seeds", "data.read_ahead")
+_FREE_KEYS = ("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "data.read_ahead")
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ def _fit(
     rules = setup.model.compute.rules
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
     batches, total = setup.train_batches(seed), setup.total_steps
-    interrupted, step, lap = False, start, _Lap()
+    interrupted, step, lap = False, start, lap_of(setup)
+    goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
     best_metrics: dict[str, Any] | None = None
-    pending: tuple[int, Any, int] | None = None
+    pending: tuple[int, Any, int, tuple[int, ...]] | None = None
 
     sinks = _sinks(setup, out, start)
     with sinks, stop_on_signal() as stop:
@@ -139,13 +141,17 @@ def _fit(
         last = start if _out_of_patience(config, progress) else total
         for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
             placed = to_global(batch, setup.mesh, rules, config.train.batch_size)
+            profile.before(step + 1)
             # The global shape: `batch` holds only this process's rows.
-            state, metrics = programs.train[placed["tokens"].shape](state, placed, seed_array)
+            shape = placed["tokens"].shape
+            state, metrics = programs.train[shape](state, placed, seed_array)
+            if profile.after(step + 1, metrics):
+                sinks.note(f"wrote a trace of steps {config.train.profile} to {out / 'profile'}")
             # One step late: the device is already at work on the next step while the host reads this one's numbers.
             if pending is not None:
                 _report_step(setup, sinks, lap, *pending)
             step += 1
-            pending = (step, metrics, len(batches.rows_of(step - 1)))
+            pending = (step, metrics, len(batches.rows_of(step - 1)), shape)
 
             interrupted = stop.after(step)
             evaluated = step % setup.eval_every == 0 or step == total
@@ -154,20 +160,26 @@ def _fit(
                 _report_step(setup, sinks, lap, *pending)
                 pending = None
                 with lap.clock.paused():
-                    scores = _evaluate(setup, programs, sinks, state, step) if evaluated else None
+                    with goodput.part("evaluation"):
+                        scores = _evaluate(setup, programs, sinks, state, step) if evaluated else None
                     better = scores is not None and _is_better(config, progress, scores, step)
                     best_metrics = scores if better else best_metrics
                     ended = interrupted or step == total or _out_of_patience(config, progress)
                     if due or better or ended:
                         sinks.sync()
-                        store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
+                        with goodput.part("checkpoint"):
+                            store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
             if interrupted or _out_of_patience(config, progress):
                 break
         if not interrupted and step < total:
             sinks.note(
                 f"stopped early at step {step}: no better {config.eval.metric} in {progress.bad_evals} evaluations"
             )
-        store.wait()
+        profile.close()
+        with goodput.part("checkpoint"):
+            store.wait()
+        if processes.is_first():
+            sinks.note(goodput.finish(out, lap.clock.waited))
     if interrupted:
         note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
     return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
@@ -268,11 +280,12 @@ def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
     return config.eval.patience is not None and progress.bad_evals >= config.eval.patience
 
 
-def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any, rows: int) -> None:
+def _report_step(
+    setup: Setup, sinks: Sinks, lap: Lap, step: int, metrics: Any, rows: int, shape: tuple[int, ...]
+) -> None:
     """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
     values = jax.device_get(metrics)
-    lap.rows += rows
-    lap.tokens += int(values["tokens"])
+    lap.add(rows, int(values["tokens"]), shape)
     sinks.advance(step)
     config = setup.config.train
     if int(values["streak"]) > config.max_nonfinite:
@@ -281,8 +294,7 @@ def _report_step(setup: Setup, sinks: Sinks, lap: _Lap, step: int, metrics: Any,
             "lower optim.learning_rate or look at the data"
         )
     if step % config.log_every == 0 or step == setup.total_steps:
-        sinks.timing(step, lap.clock.lap(lap.rows, lap.tokens))
-        lap.rows = lap.tokens = 0
+        sinks.timing(step, lap.speeds())
         sinks.log(
             step,
             "train",
@@ -359,12 +371,3 @@ def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
         if batch is None:
             return
         yield batch
-
-
-@dataclass
-class _Lap:
-    """What happened since the last log line."""
-
-    clock: Clock = field(default_factory=Clock)
-    rows: int = 0
-    tokens: int = 0

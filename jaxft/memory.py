@@ -13,6 +13,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_bytes() -> int | None:
+    """The most that this process's first device has held so far; None where the backend does not count (CPUs)."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats()
+    return None if not stats else stats.get("peak_bytes_in_use")
+
+
 def release_freed() -> None:
     """Gives freed heap memory back to the system, where the C library is glibc.
 

@@ -215,6 +215,8 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._start, self._waited, self._paused = now(), 0.0, 0.0
+        self.waited = 0.0
+        """Seconds spent waiting for data in all laps."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -224,6 +226,7 @@ class Clock:
             yield
         finally:
             self._waited += self._now() - begin
+            self.waited += self._now() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -234,12 +237,16 @@ class Clock:
         finally:
             self._paused += self._now() - begin
 
-    def lap(self, rows: int, tokens: int) -> dict[str, float]:
+    def lap(
+        self, steps: int, rows: int, tokens: int, flops: float | None = None, peak: float | None = None
+    ) -> dict[str, float]:
         """Speeds since the last lap, and a new lap begins.
 
         Args:
+          steps: of the lap.
           rows: rows trained on in this lap; those that only fill up a batch do not count.
           tokens: their tokens, without padding.
+          flops: useful ones, of ``peak`` per second: their share is the MFU.
         """
         now = self._now()
         # A clock may stand still over a lap of no work; no lap lasts less than its resolution.
@@ -247,8 +254,11 @@ class Clock:
         speeds = {
             "rows_per_s": rows / seconds,
             "tokens_per_s": tokens / seconds,
+            "step_ms": 1e3 * seconds / max(steps, 1),
             "wait_percent": 100.0 * self._waited / seconds,
             "seconds": seconds,
         }
+        if flops is not None and peak is not None:
+            speeds["mfu_percent"] = 100.0 * flops / seconds / peak
         self._start, self._waited, self._paused = now, 0.0, 0.0
         return speeds

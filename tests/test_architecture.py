@@ -30,6 +30,7 @@ LEVELS = (
     "flops setup",
     "plan",
     "metrics plots",
+    "goodput",
     "report loop",
     "serving",
     "commands",

@@ -236,16 +236,20 @@ def test_clock_counts_waiting_and_leaves_pauses_out() -> None:
     time += 3.0
     with clock.paused():
         time += 100.0
-    speeds = clock.lap(rows=8, tokens=200)
-    assert speeds == {"rows_per_s": 2.0, "tokens_per_s": 50.0, "wait_percent": 25.0, "seconds": 4.0}
+    speeds = clock.lap(steps=2, rows=8, tokens=200)
+    wanted = {"rows_per_s": 2.0, "tokens_per_s": 50.0, "step_ms": 2000.0, "wait_percent": 25.0, "seconds": 4.0}
+    assert speeds == wanted
     time += 2.0
-    assert clock.lap(rows=8, tokens=20) == {
+    assert clock.lap(steps=4, rows=8, tokens=20, flops=3e12, peak=10e12) == {
         "rows_per_s": 4.0,
         "tokens_per_s": 10.0,
+        "step_ms": 500.0,
         "wait_percent": 0.0,
         "seconds": 2.0,
+        "mfu_percent": 15.0,
     }
-    assert math.isfinite(clock.lap(0, 0)["rows_per_s"])
+    assert clock.waited == 1.0
+    assert math.isfinite(clock.lap(0, 0, 0)["rows_per_s"])
 
 
 def test_imports_are_cheap() -> None:

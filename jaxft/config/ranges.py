@@ -31,6 +31,12 @@ def check_ranges(config: RunConfig) -> None:
             "must be above 0",
         ),
         (train.log_every > 0, "train.log_every", train.log_every, "must be at least 1"),
+        (
+            train.profile is None or _is_span(train.profile),
+            "train.profile",
+            train.profile,
+            "give START:STOP, the first and the last step of the trace, for instance 10:13",
+        ),
         (len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
         (train.out != "", "train.out", repr(train.out), "name a folder"),
         (
@@ -126,6 +132,11 @@ def check_ranges(config: RunConfig) -> None:
         if not holds:
             raise UserError(f"{key}={value}: {problem}")
     _check_finite(dataclasses.asdict(config), "")
+
+
+def _is_span(text: str) -> bool:
+    first, _, last = text.partition(":")
+    return first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)
 
 
 def _check_finite(tree: Any, path: str) -> None:

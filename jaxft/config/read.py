@@ -17,7 +17,8 @@ from jaxft.files import find_file
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``), ``on``, ``off``, ``yes`` and ``no`` as text (YAML
-    1.1 has them for booleans: ``log.progress=off``, labels ``[yes, no]``), and refuses a key given twice.
+    1.1 has them for booleans: ``log.progress=off``, labels ``[yes, no]``), ``10:13`` too (YAML 1.1: 613, counted in
+    sixties), and refuses a key given twice.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -34,11 +35,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _INT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -191,6 +191,8 @@ class TrainConfig:
     """Several runs in one command, one sub-folder each, reported as mean +- sd. Replaces ``seed``."""
     log_every: int = 10
     """Steps between log lines."""
+    profile: str | None = None
+    """``START:STOP``: steps of which a trace is written to ``OUT/profile``, for xprof or TensorBoard. None: none."""
     max_nonfinite: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops. Such steps change nothing."""
     compilation_cache: str | None = "~/.cache/jaxft/xla"

@@ -51,6 +51,22 @@ KINDS = {
     "TPU v6 lite": "v6e",
 }
 
+# bf16 FLOP/s of GPUs, dense, by the beginning of their device_kind (makers' data sheets).
+GPUS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_of(device_kind: str) -> float | None:
+    """bf16 FLOP/s of a device as jax names it; None where they are not known (CPUs)."""
+    if device_kind in KINDS:
+        return CHIPS[KINDS[device_kind]].flops
+    return next((flops for name, flops in GPUS.items() if device_kind.startswith(name)), None)
+
 
 @dataclass(frozen=True)
 class Topology:

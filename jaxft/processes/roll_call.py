@@ -51,10 +51,7 @@ def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, ti
     problem = None
     with _listening(port) as listener:
         while problem is None:
-            # Whoever has ended meanwhile is missing again, and may be started anew.
-            for index in [index for index, line in lines.items() if _closed(line)]:
-                lines.pop(index).close()
-                del came[index]
+            _drop_ended(came, lines)
             if len(came) == cluster.count:
                 break
             left = deadline - time.monotonic()
@@ -70,6 +67,7 @@ def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, ti
             if one is None:  # not one of ours
                 line.close()
                 continue
+            _drop_ended(came, lines)
             problem = _problem_of(one, mine, came, cluster)
             came.setdefault(one["index"], one)
             lines[one["index"] if one["index"] not in lines else -1] = line  # of two with one number both are told
@@ -78,8 +76,7 @@ def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, ti
             line.settimeout(5.0)
             with suppress(OSError):  # one that has gone will be missed by jax
                 line.sendall(json.dumps({"problem": problem, "hosts": hosts}).encode() + b"\n")
-                line.shutdown(socket.SHUT_WR)
-                line.recv(1)  # it closes first: the port is free for jax at once
+                line.recv(1)  # it closes first, so nothing lingers here: the port is free for jax at once
             line.close()
     if problem is not None:
         raise UserError(problem)
@@ -92,7 +89,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
         listener = socket.create_server(("", port), backlog=1024)
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen on port {port}: {error.strerror}; another run may use it: choose another "
+            f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; another run may use it: choose another "
             "JAX_COORDINATOR_ADDRESS"
         ) from error
     with listener:
@@ -142,6 +139,13 @@ def _read(line: socket.socket, seconds: float) -> Any:
             data += more
         return json.loads(data)
     return None
+
+
+def _drop_ended(came: dict[int, dict[str, Any]], lines: dict[int, socket.socket]) -> None:
+    """Whoever has ended while waiting is missing again, and may be started anew."""
+    for index in [index for index, line in lines.items() if _closed(line)]:
+        lines.pop(index).close()
+        del came[index]
 
 
 def _closed(line: socket.socket) -> bool:

@@ -1,0 +1,181 @@
+"""`jaxft plan`: exact memory, FLOPs by closed forms, exchanges by the textbook, and answers instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from jaxft.config import load_config
+from jaxft.flops import model_flops
+from jaxft.plan.chips import parse_topology
+from jaxft.plan.measure import make_plan
+from jaxft.recipe import Recipe, make_recipe
+from jaxft.sharding import make_mesh
+
+LLAMA = {
+    "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "max_position_embeddings": 512, "attention_dropout": 0.0,
+}  # fmt: skip
+BERT = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+BASE = {"task.name": "causal_lm", "eval.metric": "loss", "model.family": "llama", "model.arch": json.dumps(LLAMA)}
+SMALL = {"task.name": "masked_lm", "eval.metric": "loss", "model.family": "bert", "model.arch": json.dumps(BERT)}
+
+
+def options(*changes: str, base: dict[str, str] = SMALL) -> list[str]:
+    return [f"{key}={value}" for key, value in base.items()] + list(changes)
+
+
+def plan(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of the command, in a process of its own: it decides what jax sees."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "jaxft", "plan", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def recipe_of(base: dict[str, str], *changes: str) -> Recipe:
+    config = load_config(None, options("train.steps=10", *changes, base=base))
+    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=512, end_id=2)
+    return make_recipe(config, make_mesh(config.mesh), None, (), (), tokenizer, 10, "cpu")
+
+
+@pytest.mark.parametrize("layers", ["model.layers=unrolled", "model.layers=scanned", "model.remat=full"])
+def test_useful_flops_of_an_encoder(layers: str) -> None:
+    rows, length, d, f, v, n = 16, 40, 128, 256, 512, 3
+    found = model_flops(recipe_of(SMALL, layers), rows, length)
+    tokens, predicted = rows * length, rows * round(0.15 * length)
+    assert found.dense == 3 * 2 * (n * tokens * (4 * d * d + 2 * d * f) + predicted * (d * d + d * v))
+    assert found.attention == 3 * n * 4 * rows * length**2 * d
+
+
+def test_useful_flops_of_a_decoder_are_of_half_the_attention() -> None:
+    rows, length, d, f, v, n = 16, 64, 1024, 2816, 4096, 2
+    found = model_flops(recipe_of(BASE), rows, length)
+    assert found.dense == 3 * 2 * rows * length * (n * (4 * d * d + 3 * d * f) + d * v)
+    assert found.attention == 3 * n * 4 * rows * length**2 * d / 2
+
+
+@pytest.mark.parametrize("ema", ["optim.ema=null", "optim.ema=0.9"])
+def test_fsdp_divides_parameters_and_optimizer_by_the_chips(ema: str) -> None:
+    base = "{hidden_size: 768, num_hidden_layers: 12, num_attention_heads: 12, intermediate_size: 3072}"
+    recipe = recipe_of(SMALL | {"model.arch": base}, "mesh.data=1", "mesh.fsdp=8", "model.layers=scanned", ema)
+    found = make_plan(recipe, parse_topology("cpu:8"), 32, 64, compiled=False)
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(recipe.shapes))
+    copies = 4 if ema == "optim.ema=0.9" else 3
+    mine = found.memory.parameters + found.memory.optimizer + found.memory.average
+    assert mine == pytest.approx(copies * total / 8, rel=0.05)
+    assert found.split_percent > 99
+
+
+def test_the_plan_of_cpu_devices_is_of_the_compiled_step(tmp_path: Path) -> None:
+    out, _ = plan(
+        *options("mesh.fsdp=4", "data.max_length=64"), "--topology", "cpu:8", "--json", str(tmp_path / "p.json")
+    )
+    assert "plan for cpu:8: 8 chips (8), mesh data 2 x fsdp 4" in out
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert told["source"] == "compiled"
+    memory = told["memory_bytes"]
+    assert memory["total"] >= memory["parameters"] + memory["optimizer"] + memory["batch"]
+    # The compiled program does the useful work and little besides.
+    assert told["useful_flops"] <= told["matmul_flops"] <= 1.05 * told["useful_flops"]
+    assert told["mfu"] == {}
+    assert {one["kind"] for one in told["exchanges"]} >= {"all-gather", "all-reduce"}
+    assert told["versions"]["jax"] == jax.__version__
+
+
+def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:
+    changes = ("train.batch_size=512", "data.max_length=64", "data.train=not-there.csv")
+    out, _ = plan(*options(*changes), "--topology", "v5p-64", "--analytic", "--json", str(tmp_path / "p.json"))
+    assert "source: formulas only: nothing was compiled" in out
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert told["topology"]["chips"] == 32
+    whole = told["memory_bytes"]["parameters"]
+    assert told["textbook_bytes_sent"]["gradients_reduced"] == pytest.approx(2 * 31 / 32 * whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--topology", "v7-16"], "--topology 'v7-16': unknown chip 'v7'"),
+        (["--topology", "cpu:8", "mesh.tensor=3"], "mesh data=-1 x tensor=3 does not fit 8 devices"),
+        (["--topology", "cpu:8", "mesh.tensor=8"], "cannot be split 8 ways over mesh axes ('tensor',)"),
+        (["--topology", "cpu:8", "train.batch_size=12"], "= 12 cannot be split 8 ways"),
+        (["--topology", "cpu:8", "data.max_length=100"], "beyond the model's position table of 64"),
+    ],
+)
+def test_one_line_says_what_is_wrong(arguments: list[str], problem: str) -> None:
+    _, err = plan(*options(), *arguments, code=2)
+    assert len(err.splitlines()) == 1, err
+    assert problem in err
+
+
+# The textbook's traffic against programs compiled for a real TPU topology. Those marked slow take half a minute each.
+LAYOUTS = [
+    pytest.param(["mesh.data=8"], id="data8", marks=pytest.mark.slow),
+    pytest.param(["mesh.data=1", "mesh.fsdp=8"], id="fsdp8"),
+    pytest.param(["mesh.data=1", "mesh.tensor=8"], id="tensor8", marks=pytest.mark.slow),
+    pytest.param(["mesh.data=2", "mesh.context=4"], id="data2_context4", marks=pytest.mark.slow),
+    pytest.param(["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"], id="2x2x2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", LAYOUTS)
+def test_exchanges_of_a_tpu_program_are_those_of_the_textbook(mesh: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    out, err = plan(
+        *options("data.max_length=512", "train.batch_size=32", *mesh, base=BASE),
+        "--topology", "v5e-8", "--json", str(tmp_path / "p.json"),
+    )  # fmt: skip
+    assert err == ""
+    told = json.loads((tmp_path / "p.json").read_text())
+    sent = sum(one["bytes_sent"] for one in told["exchanges"])
+    textbook = sum(told["textbook_bytes_sent"].values())
+    print(f"{mesh}: sent {sent / 2**20:.1f} MiB, textbook {textbook / 2**20:.1f} MiB")
+    assert sent == pytest.approx(textbook, rel=0.10)
+    if mesh == ["mesh.data=1", "mesh.fsdp=8"]:
+        _no_whole_weights(told)
+    price = re.search(r"step, est +([\d.]+) ms +MFU ([\d.]+) %", out)
+    assert price is not None
+    assert math.isclose(float(price[2]), 100 * told["mfu"]["est"], abs_tol=0.06)
+
+
+def _no_whole_weights(told: dict[str, Any]) -> None:
+    """Under fsdp: gradients are scattered, never summed up whole; gathered are weights, twice at most, no optimizer state."""
+    by_kind: dict[str, float] = {}
+    for one in told["exchanges"]:
+        by_kind[one["kind"]] = by_kind.get(one["kind"], 0.0) + one["bytes"]
+    assert by_kind.get("all-reduce", 0.0) < 2**20
+    weights_in_bf16 = 2 * told["parameters"]
+    assert by_kind["all-gather"] <= 2 * weights_in_bf16 * 1.02
+    assert "all-reduces send" not in " ".join(told["advice"])
+
+
+@pytest.mark.slow
+def test_the_largest_batch_that_fits_is_found_and_fits(tmp_path: Path) -> None:
+    pytest.importorskip("libtpu")
+    wide = dict(BASE) | {"model.layers": "scanned", "model.remat": "full"}
+    out, _ = plan(
+        *options("data.max_length=512", "train.batch_size=256", base=wide),
+        "--topology", "v5e-8", "--fit", "--json", str(tmp_path / "p.json"),
+    )  # fmt: skip
+    told = json.loads((tmp_path / "p.json").read_text())
+    tried = {int(rows): fits == "fit" for rows, fits in re.findall(r"^(\d+) rows: .* GiB (fit|do not fit)$", out, re.M)}
+    assert told["rows"] == max(rows for rows, fits in tried.items() if fits)
+    assert told["rows"] % 8 == 0
+    assert any(not fits and rows <= 1.1 * told["rows"] + 8 for rows, fits in tried.items()) or (
+        told["memory_bytes"]["total"] > 0.9 * told["memory_bytes"]["limit"]
+    )

@@ -1,0 +1,64 @@
+"""What a run's time went to adds up, traces open, and useful FLOPs leave padding out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import refusal, run
+from tiny_run import config_of, overrides
+
+from jaxft.flops import UsefulFlops, model_flops
+from jaxft.goodput import Lap, lap_of
+from jaxft.plan.chips import peak_of
+from jaxft.setup import Times, prepare
+
+
+def test_a_profiled_run_leaves_a_trace_and_its_time_by_cause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    changes = (f"train.out={out}", "train.profile=3:4", "train.steps=8", "train.export=false")
+    code, text, err = run(capsys, "train", *overrides(tmp_path, *changes))
+    assert code == 0, err
+    assert f"wrote a trace of steps 3:4 to {out / 'profile'}" in text
+    (trace,) = out.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = {plane.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes}
+    assert any("CPU" in name or "host" in name.lower() for name in planes)
+    told = json.loads((out / "goodput.json").read_text())
+    seconds = told["seconds"]
+    assert {"import", "data", "compile", "steps", "waiting for data", "evaluation", "checkpoint"} <= seconds.keys()
+    assert min(seconds.values()) >= 0
+    assert told["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()))
+    assert f"goodput {100 * told['goodput']:.0f} % of" in text
+    timing = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
+    assert all(line["step_ms"] > 0 for line in timing)
+    # Of a CPU, no peak is known: nothing is claimed.
+    assert not any("mfu_percent" in line for line in timing)
+
+
+@pytest.mark.parametrize("span", ["3", "0:4", "5:3", "a:b", "3:"])
+def test_spans_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], span: str) -> None:
+    assert "give START:STOP" in refusal(capsys, "train", *overrides(tmp_path, f"train.profile='{span}'"))
+
+
+def test_useful_flops_leave_padding_out_and_make_the_mfu(tmp_path: Path) -> None:
+    ready = prepare(config_of(tmp_path), lambda _: None, Times())
+    whole, useful = model_flops(ready, 8, 12), UsefulFlops(ready)
+    assert useful.of((8, 12), 96) == pytest.approx(whole.total)
+    assert useful.of((8, 12), 48) == pytest.approx(whole.dense / 2 + whole.attention / 4)
+    lap = Lap(useful, 1e12)
+    lap.add(8, 96, (8, 12))
+    lap.add(8, 48, (8, 12))
+    speeds = lap.speeds()
+    done = useful.of((8, 12), 96) + useful.of((8, 12), 48)
+    assert speeds["mfu_percent"] == pytest.approx(100 * done / speeds["seconds"] / 1e12)
+    assert lap_of(ready).peak is None
+
+
+def test_peaks_by_device_kind() -> None:
+    assert peak_of("TPU v5 lite") == 197e12
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("cpu") is None
