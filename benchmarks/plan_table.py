@@ -48,7 +48,7 @@ CASES: dict[str, list[str]] = {
     "BERT-base 128, no dropout, fsdp 2": _bert(BASE | NO_DROPOUT, "v5e-16", 1024, 128, "mesh.data=8", "mesh.fsdp=2"),
     "BERT-base 512, no dropout": _bert(BASE | NO_DROPOUT, "v5e-16", 256, 512),
     "BERT-large 512, no dropout": _bert(LARGE | NO_DROPOUT, "v5p-64", 512, 512, "mesh.data=4", "mesh.fsdp=8"),
-    "BERT-base 128, no dropout, 256 chips": _bert(BASE | NO_DROPOUT, "v5e-256", 16384, 128),
+    "BERT-base 128, no dropout, 256 chips": _bert(BASE | NO_DROPOUT, "v5e-256", 16384, 128, "eval.batch_size=256"),
     "decoder 1.1 B 2048, full remat": _decoder("v5e-16", 64, "model.vocab_tile=4000"),
 }
 
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--json", help="write everything")
     options = parser.parse_args()
     found = {}
-    print(f"{'run':38} {'slice':8} {'GiB':>6} {'est ms':>8} {'MFU':>6} {'llo ms':>8} {'MFU':>6} {'plan s':>7}", flush=True)
+    print(
+        f"{'run':38} {'slice':8} {'GiB':>6} {'est ms':>8} {'MFU':>6} {'llo ms':>8} {'MFU':>6} {'plan s':>7}", flush=True
+    )
     for name, arguments in CASES.items():
         if options.only and name not in options.only:
             continue

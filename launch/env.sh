@@ -29,7 +29,7 @@ command -v "$PYTHON" >/dev/null || { echo "launch: $PYTHON not found; set PYTHON
 #   v5e, fsdp       --xla_tpu_enable_latency_hiding_scheduler, --xla_tpu_enable_async_collective_fusion (with its
 #                   _fuse_all_gather and _multiple_steps), --xla_tpu_overlap_compute_collective_tc, --xla_enable_async_all_gather
 #                   and --xla_enable_async_collective_permute change nothing: all are on. Without any of the first six no weight
-#                   gather is asynchronous (21 with them)
+#                   gather is asynchronous; with them all 7 of the step compiled are
 #   v5e, data       no flag tried makes the gradients' all-reduce asynchronous
 #   v4, v5p, v6e    libtpu refuses to compile with the fusion ("incorrect results, hang"); of v5p and v6e the scheduler is on
 # So recipes that put them in LIBTPU_INIT_ARGS, for earlier versions, do nothing on v5e and end the run elsewhere.

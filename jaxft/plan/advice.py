@@ -21,7 +21,7 @@ def advice_for(plan: Plan, config: RunConfig) -> list[str]:
     if waits and plan.topology.chip is not None:
         seconds = sum(map(plan.seconds_of, waits))
         kinds = ", ".join(sorted({one.kind for one in waits}))
-        found.append(f"{kinds} not overlapped with computation: {1e3 * seconds:.2f} ms a step (flags: launch/env.sh)")
+        found.append(f"{kinds} not overlapped with computation: {1e3 * seconds:.2f} ms a step")
     if plan.unpriced:
         found.append(f"est leaves out {len(plan.unpriced)} operations without an estimate (kernels); --llo prices them")
     return found

@@ -172,7 +172,7 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     start = time.perf_counter()
     with jax.set_mesh(recipe.mesh):
         lowered = recipe.train_program().lower(recipe.state, recipe.batch(plan.rows, plan.length), recipe.seed())
-        program = _compile(lowered)
+        program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start
     text = program.as_text()
     costs, stats = costs_of(text), program.memory_analysis()
@@ -200,15 +200,21 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     )
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(lowered: Any, resident: float) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        # libtpu 0.0.52 tells the temporaries, earlier ones everything.
         found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if found is None:
+        of_temporaries = re.search(
+            r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error)
+        )
+        used = found or of_temporaries
+        if used is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        raise DoesNotFit(float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]) from error
+        needed, limit = float(used[1]) * unit[used[2]], float(used[3]) * unit[used[4]]
+        raise DoesNotFit(needed + (resident if found is None else 0.0), limit) from error
 
 
 def devices_of(topology: Topology) -> list[Any]:
@@ -236,8 +242,11 @@ def devices_of(topology: Topology) -> list[Any]:
         ) from error
 
 
+_NEAR = 0.03  # of a larger batch that is not looked for any more: programs near the limit take long to compile
+
+
 def largest_batch(plan_of: Callable[[int], Plan], start: int, unit: int, note: Note) -> Plan:
-    """The plan of the largest batch, a multiple of ``unit`` rows, whose program fits.
+    """The plan of the largest batch, a multiple of ``unit`` rows, whose program fits; within 3 %.
 
     Memory grows in a straight line with the rows: two programs say where it ends, the next ones whether that is so.
 
@@ -258,7 +267,7 @@ def largest_batch(plan_of: Callable[[int], Plan], start: int, unit: int, note: N
         if fits and plan is not None and (best is None or plan.rows > best.rows):
             best = plan
         rows = _next(known, limit, unit)
-        if rows in known:
+        if rows in known or (best is not None and rows < (1 + _NEAR) * best.rows and len(known) > 2):
             break
     if best is None:
         raise UserError(f"not even {unit} rows fit; see the advice of the plan without --fit")

@@ -47,13 +47,16 @@ def traffic_of(recipe: Recipe, rows: int, length: int, *, gathers: int = 2, weig
     micro = recipe.config.train.accumulation
     batch_axes = {axis for axis in (*dict(rules.table)["batch"], *dict(rules.table)["length"]) if mesh.shape[axis] > 1}
     gathered = scattered = reduced = 0.0
-    for leaf, place in zip(jax.tree.leaves(recipe.shapes), jax.tree.leaves(recipe.shardings), strict=True):
+    trees = (recipe.shapes, recipe.shardings, recipe.frozen)
+    for leaf, place, stays in zip(*map(jax.tree.leaves, trees), strict=True):
         used = {axis for entry in place.spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
         by_batch = int(np.prod([mesh.shape[axis] for axis in used & batch_axes]))
         rest = int(np.prod([mesh.shape[axis] for axis in batch_axes - used]))
         whole = leaf.size / int(np.prod([mesh.shape[axis] for axis in used - batch_axes]))
         share = (by_batch - 1) / by_batch
         gathered += gathers * micro * share * whole * operand
+        if stays:
+            continue
         scattered += micro * share * whole * leaf.dtype.itemsize
         reduced += 2 * (rest - 1) / rest * whole / by_batch * leaf.dtype.itemsize
     return Traffic(gathered, scattered, reduced, _of_tensor(recipe, rows, length), _of_context(recipe, rows, length))
