@@ -63,6 +63,7 @@ def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
         began = time.perf_counter()
         result = loop.fit(ready, programs, folder, seed, _note, times)
+        times = type(times)()  # what came before the first step was the first seed's
         if result.interrupted:
             return 130
         trained = time.perf_counter() - began
