@@ -20,6 +20,7 @@ from jaxft.processes.cluster import Cluster
 
 _LONGEST = 64 * 1024  # bytes of a message
 _PAUSE = 0.2
+_GRACE = 3.0  # seconds in which those that come after a problem are told of it, rather than find nobody
 
 
 def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[int, str]:
@@ -50,13 +51,13 @@ def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, ti
     came, lines = {0: mine}, dict[int, socket.socket]()
     problem = None
     with _listening(port) as listener:
-        while problem is None:
+        while True:
             _drop_ended(came, lines)
             if len(came) == cluster.count:
                 break
             left = deadline - time.monotonic()
             if left <= 0:
-                problem = _missing(cluster, came, timeout)
+                problem = problem or _missing(cluster, came, timeout)
                 break
             listener.settimeout(min(left, 1.0))
             try:
@@ -68,9 +69,12 @@ def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, ti
                 line.close()
                 continue
             _drop_ended(came, lines)
-            problem = _problem_of(one, mine, came, cluster)
+            found = _problem_of(one, mine, came, cluster)
+            if found is not None and problem is None:
+                problem, deadline = found, min(deadline, time.monotonic() + _GRACE)
             came.setdefault(one["index"], one)
-            lines[one["index"] if one["index"] not in lines else -1] = line  # of two with one number both are told
+            # Of two with one number both are told.
+            lines[one["index"] if one["index"] not in lines else -1 - len(lines)] = line
         hosts = {index: one["host"] for index, one in sorted(came.items())}
         for line in lines.values():
             line.settimeout(5.0)
@@ -145,7 +149,7 @@ def _drop_ended(came: dict[int, dict[str, Any]], lines: dict[int, socket.socket]
     """Whoever has ended while waiting is missing again, and may be started anew."""
     for index in [index for index, line in lines.items() if _closed(line)]:
         lines.pop(index).close()
-        del came[index]
+        came.pop(index, None)
 
 
 def _closed(line: socket.socket) -> bool:
