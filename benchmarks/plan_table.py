@@ -62,7 +62,7 @@ def plan_of(arguments: list[str]) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
-        return json.loads(target.read_text()) | {"wall_seconds": time.perf_counter() - start, "text": done.stdout}
+        return json.loads(target.read_text()) | {"wall_seconds": time.perf_counter() - start}
 
 
 def main() -> None:
