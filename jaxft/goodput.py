@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,7 @@ class Profile:
         """Ends a trace that a stop has cut short."""
         if self._running:
             self._running = False
-            with suppress(RuntimeError):  # the profiler has ended by itself
-                jax.profiler.stop_trace()
+            jax.profiler.stop_trace()
 
 
 @dataclass

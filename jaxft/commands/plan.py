@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxft.commands.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
+from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.hlo.llo import COMPILE_ENV, llo_flags
 
@@ -38,6 +39,10 @@ def run(options: argparse.Namespace) -> int:
     path, overrides = split_run_file(options.run_file, options.overrides)
     config = load_config(path, overrides)
     topology = parse_topology(options.topology)
+    if options.fit and topology.chip is None:
+        raise UserError(
+            f"--fit: nothing says how much memory {options.topology} has; name TPU chips, for instance v5e-8"
+        )
     folder = Path(tempfile.mkdtemp(prefix="jaxft-plan-")) if options.llo and not options.analytic else None
     try:
         _set_up(topology.chips, folder)

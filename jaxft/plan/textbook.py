@@ -35,15 +35,10 @@ class Traffic:
         return sum(self.__dict__.values())
 
 
-def traffic_of(recipe: Recipe, rows: int, length: int, *, gathers: int = 2, weight_bytes: int | None = None) -> Traffic:
-    """The textbook's traffic of a step on ``rows`` x ``length`` tokens.
-
-    Args:
-      gathers: how often a weight is gathered: 2, or 1 where it is kept from the forward to the backward pass.
-      weight_bytes: of a gathered element; None: of the type of matmul operands.
-    """
+def traffic_of(recipe: Recipe, rows: int, length: int) -> Traffic:
+    """The textbook's traffic of a step on ``rows`` x ``length`` tokens; weights are gathered in the type of matmul operands."""
     mesh, rules, compute = recipe.mesh, recipe.model.compute.rules, recipe.model.compute
-    operand = weight_bytes or np.dtype(compute.matmul_dtype).itemsize
+    operand = np.dtype(compute.matmul_dtype).itemsize
     micro = recipe.config.train.accumulation
     batch_axes = {axis for axis in (*dict(rules.table)["batch"], *dict(rules.table)["length"]) if mesh.shape[axis] > 1}
     gathered = scattered = reduced = 0.0
@@ -54,7 +49,7 @@ def traffic_of(recipe: Recipe, rows: int, length: int, *, gathers: int = 2, weig
         rest = int(np.prod([mesh.shape[axis] for axis in batch_axes - used]))
         whole = leaf.size / int(np.prod([mesh.shape[axis] for axis in used - batch_axes]))
         share = (by_batch - 1) / by_batch
-        gathered += gathers * micro * share * whole * operand
+        gathered += 2 * micro * share * whole * operand
         if stays:
             continue
         scattered += micro * share * whole * leaf.dtype.itemsize

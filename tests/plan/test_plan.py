@@ -111,6 +111,7 @@ def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:
     ("arguments", "problem"),
     [
         (["--topology", "v7-16"], "--topology 'v7-16': unknown chip 'v7'"),
+        (["--topology", "cpu:8", "--fit"], "--fit: nothing says how much memory cpu:8 has"),
         (["--topology", "cpu:8", "mesh.tensor=3"], "mesh data=-1 x tensor=3 does not fit 8 devices"),
         (["--topology", "cpu:8", "mesh.tensor=8"], "cannot be split 8 ways over mesh axes ('tensor',)"),
         (["--topology", "cpu:8", "train.batch_size=12"], "= 12 cannot be split 8 ways"),
