@@ -256,7 +256,7 @@ def largest_batch(plan_of: Callable[[int], Plan], start: int, unit: int, note: N
     known: dict[int, float] = {}
     best: Plan | None = None
     rows = start
-    for _ in range(8):
+    for _ in range(12):
         try:
             plan = plan_of(rows)
             known[rows], limit = plan.memory.total, plan.memory.limit or float("inf")
@@ -275,15 +275,18 @@ def largest_batch(plan_of: Callable[[int], Plan], start: int, unit: int, note: N
 
 
 def _next(known: dict[int, float], limit: float, unit: int) -> int:
-    """The number of rows to try next: by a straight line through the two nearest to the limit."""
-    fitting = [rows for rows, used in known.items() if used <= limit]
-    failing = [rows for rows, used in known.items() if used > limit]
-    if len(known) == 1:
-        (rows,) = known
-        return rows * 2 if fitting else max(unit, rows // 2 // unit * unit)
-    (a, used_a), (b, used_b) = sorted(sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2])
-    slope = max((used_b - used_a) / (b - a), 1.0)
-    guess = int((limit - used_a) / slope + a) // unit * unit
-    low = max(fitting, default=0)
-    high = min(failing, default=guess + unit)
-    return max(unit, min(max(guess, low), high - unit))
+    """The number of rows to try next: where a straight line through the fewest and the most rows meets the limit, but never
+    more than twice the most that fit, and once a number has failed, at most half-way to it. (Near the limit compilers save
+    memory: the line through two neighbours may point anywhere.)"""
+    low = max((rows for rows, used in known.items() if used <= limit), default=0)
+    high = min((rows for rows, used in known.items() if used > limit), default=None)
+    if low == 0:
+        return max(unit, min(known) // 2 // unit * unit)
+    first, last = min(known), max(known)
+    guess = 2 * low
+    if first != last and known[last] > known[first]:
+        slope = (known[last] - known[first]) / (last - first)
+        guess = min(guess, int(low + (limit - known[low]) / slope))
+    if high is not None:
+        guess = min(guess, (low + high) // 2)
+    return max(low, guess // unit * unit)

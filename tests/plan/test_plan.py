@@ -18,7 +18,7 @@ import pytest
 from jaxft.config import load_config
 from jaxft.flops import model_flops
 from jaxft.plan.chips import parse_topology
-from jaxft.plan.measure import make_plan
+from jaxft.plan.measure import DoesNotFit, largest_batch, make_plan
 from jaxft.recipe import Recipe, make_recipe
 from jaxft.sharding import make_mesh
 
@@ -165,6 +165,28 @@ def _no_whole_weights(told: dict[str, Any]) -> None:
     weights_in_bf16 = 2 * told["parameters"]
     assert by_kind["all-gather"] <= 2 * weights_in_bf16 * 1.02
     assert "all-reduces send" not in " ".join(told["advice"])
+
+
+@pytest.mark.parametrize("wobble", [0.0, 0.08])
+@pytest.mark.parametrize("start", [8, 1000, 40_000])
+def test_the_search_for_a_batch_ends_near_the_limit(start: int, wobble: float) -> None:
+    """Whatever the start, and though compilers save memory near the limit: tried are few, and never far too many rows."""
+    tried: list[int] = []
+
+    def plan_of(rows: int) -> Any:
+        tried.append(rows)
+        used = 1.0 + rows * 0.01 * (1 - wobble * (rows % 3 == 0))
+        if used > 20.0:
+            raise DoesNotFit(used, 20.0)
+        memory = SimpleNamespace(total=used, limit=20.0, fits=True)
+        return SimpleNamespace(rows=rows, memory=memory)
+
+    found = largest_batch(plan_of, start, 8, lambda _: None)
+    assert found.rows == max(rows for rows in tried if 1.0 + rows * 0.01 * (1 - wobble * (rows % 3 == 0)) <= 20.0)
+    assert len(tried) <= 12
+    assert max(tried) <= max(start, 4000)
+    if start < 40_000:
+        assert found.rows >= 0.9 * 1900
 
 
 @pytest.mark.slow
