@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "label text from a file, standard input or the command line",
     "plan": "memory, traffic and time of a run on hardware that need not be there",
     "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",
+    "bench": "time attention backends on this machine",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
     "show-config": "print the resolved configuration of a run file",
 }

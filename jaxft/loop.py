@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxft import checkpoint, processes
+from jaxft.attention import choices, described
 from jaxft.config import RunConfig, decode, to_tree
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
@@ -84,12 +85,14 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
 
     def compiled(job: tuple[Any, tuple[Any, ...]]) -> Any:
         function, arguments = job
-        with jax.set_mesh(setup.mesh):  # the mesh context is per thread
-            return function.lower(*arguments).compile()
+        with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
+            return function.lower(*arguments).compile(), list(seen.values())
 
     # XLA compiles mostly on one thread per program.
     with ThreadPoolExecutor(2) as pool:
-        programs = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
+        results = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
+    note(f"attention: {described(choice for _, seen in results.values() for choice in seen)}")
+    programs = {job: program for job, (program, _) in results.items()}
     return Programs(
         {shape: program for (kind, shape), program in programs.items() if kind == "train"},
         {shape: program for (kind, shape), program in programs.items() if kind == "eval"},

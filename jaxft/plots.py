@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,3 +286,24 @@ def _rule(figure: Any, axis: str, values: Sequence[float], form: str) -> None:
 def _finite(series: Series) -> Series:
     pairs = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if math.isfinite(value)]
     return Series(series.name, [step for step, _ in pairs], [value for _, value in pairs])
+
+
+def curves_by_name_png(
+    path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_name: str, title: str
+) -> Path:
+    """Panels side by side with logarithmic axes: each of curves by name, of points (x, y)."""
+    figure = _new_figure(4.6 * len(panels), 4.4)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    colours = dict(zip(names, (_BLUE, _ORANGE, _GREEN, _RED, _GRAY, "#6b46c1", "#97266d", "#2c7a7b") * 9, strict=False))
+    for i, (name, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        _style(axes, name)
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), "o-", ms=3.5, lw=1.4, color=colours[label], label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(x_name)
+        if i == 0:
+            axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)

@@ -161,6 +161,9 @@ def make_compute(config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_
         layers=config.layers,
         remat=config.remat,
         vocab_tile=config.vocab_tile,
+        attention=config.attention,
+        dropout_bits=config.dropout_bits,
+        platform=platform,
         rules=rules,
     )
 

@@ -30,7 +30,7 @@ LEVELS = (
     "flops setup",
     "plan",
     "metrics plots",
-    "goodput",
+    "goodput bench",
     "report loop",
     "serving",
     "commands",

@@ -44,6 +44,10 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
     "fsdp4_tensor2": (MeshConfig(1, 4, 2), 1, {}),
     "tensor8": (MeshConfig(1, 1, 8), 1, {}),
     "2x2x2": (MeshConfig(2, 2, 2), 1, {}),
+    "xla": (MeshConfig(2, 2, 2), 1, {"attention": "xla"}),
+    "xla_hash": (MeshConfig(2, 2, 2), 1, {"attention": "xla", "dropout_bits": "hash"}),
+    "context2_hash": (MeshConfig(2, 2, 1, context=2), 1, {"dropout_bits": "hash"}),
+    "blockwise_hash": (MeshConfig(1, 4, 2), 1, {"attention": "blockwise", "dropout_bits": "hash"}),
     "unrolled_remat": (MeshConfig(2, 2, 2), 1, {"layers": "unrolled", "remat": "full"}),
 }
 
@@ -124,8 +128,8 @@ def trained(
 
 
 @functools.cache
-def single(family: str, task: str, heads: int | None = None) -> tuple[Any, Any]:
-    return trained(family, task, (MeshConfig(1, 1, 1), 1, {}), 1, heads)
+def single(family: str, task: str, heads: int | None = None, bits: str = "threefry") -> tuple[Any, Any]:
+    return trained(family, task, (MeshConfig(1, 1, 1), 1, {"dropout_bits": bits}), 1, heads)
 
 
 def compare(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
@@ -141,7 +145,8 @@ def compare(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_same_course_on_every_layout(family: str, task: str, layout: str) -> None:
     heads = 8 if layout == "tensor8" else None
-    compare(single(family, task, heads), trained(family, task, LAYOUTS[layout], 8, heads))
+    bits = LAYOUTS[layout][2].get("dropout_bits", "threefry")
+    compare(single(family, task, heads, bits), trained(family, task, LAYOUTS[layout], 8, heads))
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)

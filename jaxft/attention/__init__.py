@@ -7,38 +7,86 @@ from __future__ import annotations
 
 import jax
 
-from jaxft.attention.dense import dense
+from jaxft.attention.choice import NAMES, Choice, choices, choose, described, note
+from jaxft.attention.dropout import make_dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.ring import ring
-from jaxft.layers import Compute, keep_mask
+from jaxft.attention.placed import split_alike, split_evenly
+from jaxft.attention.request import Request
+from jaxft.attention.scores import Call
+from jaxft.layers import Compute
 from jaxft.sharding import CONTEXT
 
-__all__ = ["MaskSpec", "attend"]
+__all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described"]
 
 Array = jax.Array
 
 
-def attend(q: Array, k: Array, v: Array, mask: MaskSpec, compute: Compute, rate: float, key: Array | None) -> Array:
-    """softmax(q k^T / sqrt(H)) v with float32 softmax (Vaswani et al. 2017).
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: MaskSpec,
+    compute: Compute,
+    rate: float = 0.0,
+    key: Array | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    bias: Array | None = None,
+) -> Array:
+    """softmax(cap(scale q k^T) + bias) v with float32 softmax (Vaswani et al. 2017).
 
-    The backward pass computes the probabilities again from ``q``, ``k`` and the log of their normaliser (as Dao et al.
-    2022 do), so that a layer keeps nothing of size S x T but the bits of its dropout. Where the mesh splits the length of
-    rows, keys and values go around a ring of devices (:mod:`jaxft.attention.ring`).
+    ``compute.attention`` names the backend, or is ``auto``. None of them keeps more for the backward pass than its inputs,
+    its output and one number per query (and, in ``xla`` with threefry bits, those of dropout).
 
     Args:
       q: [B, N, S, H]. k, v: [B, K, S, H]; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
       mask: who may see whom; rows that may see nothing give zeros.
-      rate, key: dropout of attention probabilities; no key, no dropout.
+      rate, key: dropout of attention probabilities; no key, no dropout. The bits depend on the key and on row, head, query
+        and key alone: not on the backend, its blocks, or the mesh.
+      scale: of q k^T; None: 1 / sqrt(H).
+      soft_cap: logits l become soft_cap tanh(l / soft_cap).
+      bias: [B or 1, N or 1, S, T], added to the logits.
 
     Returns: [B, N, S, H].
+
+    Raises:
+      ValueError: shapes that do not fit.
+      UserError: the backend asked for cannot honour the call; the message names those that can.
     """
-    b, n, s, _ = q.shape
+    b, n, s, h = q.shape
     if k.shape[2] != s or n % k.shape[1]:
         raise ValueError(f"queries [B, N, S, H] {q.shape} and keys [B, K, S, H] {k.shape}: S must be equal, K divide N")
-    kept = scale = None
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale={scale}: must be above 0")
+    if bias is not None and not (bias.shape[0] in (1, b) and bias.shape[1] in (1, n) and bias.shape[2:] == (s, s)):
+        raise ValueError(f"bias {bias.shape}: must be [{b} or 1, {n} or 1, {s}, {s}]")
+    drop = None
     if key is not None and rate > 0.0:
-        kept, keep_scale = keep_mask(key, rate, (b, n, s, s))
-        kept, scale = compute.rules.constrain(kept, "batch", "act_heads", "length", None), float(keep_scale)
+        drop = make_dropout(key, rate, b, n, s, compute.dropout_bits)
+    mask = mask.merged()
     mesh = jax.sharding.get_abstract_mesh()
-    how = ring if not mesh.empty and mesh.shape.get(CONTEXT, 1) > 1 else dense
-    return how(compute, scale, q, k, v, mask, kept)
+    split = not mesh.empty and mesh.size > 1
+    request = Request(
+        platform=compute.platform or jax.default_backend(),
+        length=s,
+        heads=n,
+        key_heads=k.shape[1],
+        size=h,
+        operands=compute.matmul_dtype,
+        padding=mask.padding is not None,
+        segments=mask.segments is not None,
+        causal=mask.causal,
+        window=mask.window,
+        soft_cap=soft_cap is not None,
+        bias=bias is not None,
+        dropout=None if drop is None else drop.bits,
+        devices=mesh.size if split else 1,
+        context=mesh.shape.get(CONTEXT, 1) if split else 1,
+        split_alike=not split or split_alike(compute.rules),
+        split_evenly=not split or split_evenly(compute.rules, q, k),
+    )
+    choice = choose(request, compute.attention)
+    note(choice)
+    call = Call(compute, h**-0.5 if scale is None else scale, soft_cap)
+    return choice.backend.run(call, q, k, v, mask, bias, drop)

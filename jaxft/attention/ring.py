@@ -17,42 +17,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxft.attention.dense import MASKED, dropped, for_groups, grouped, logits_of, scale_of
+from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec, allowed_between
-from jaxft.errors import UserError
-from jaxft.layers import Compute, dot, recomputed_from
+from jaxft.attention.placed import specs_of
+from jaxft.attention.scores import MASKED, Call, dropped, exp_where, for_groups, grouped, masked
+from jaxft.layers import dot, recomputed_from
 from jaxft.sharding import CONTEXT
 
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def ring(
-    compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
-) -> Array:
-    """See :func:`jaxft.attention.attend`; ``kept`` [B, N, S, T] bool says which probabilities dropout leaves.
-
-    Raises:
-      UserError: query and key heads are not split alike.
-    """
-    return _ring_fwd(compute, keep_scale, q, k, v, mask, kept)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ring(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
+    """See :func:`jaxft.attention.attend`; no bias."""
+    return _ring_fwd(call, q, k, v, mask, drop)[0]
 
 
 def _ring_fwd(
-    compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
+    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    local = functools.partial(_forward, compute, keep_scale)
-    out, normaliser = _on_stretches(compute, local, ("q", "q_number"), q=q, k=k, v=v, mask=mask, kept=kept)
-    return out, (q, k, v, mask, kept, out, normaliser)
+    local = functools.partial(_forward, call)
+    out, normaliser = _on_stretches(call, local, ("q", "q_number"), q=q, k=k, v=v, mask=mask, drop=drop)
+    return out, (q, k, v, mask, drop, out, normaliser)
 
 
-def _ring_bwd(compute: Compute, keep_scale: float | None, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    q, k, v, mask, kept, out, normaliser = saved
+def _ring_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    q, k, v, mask, drop, out, normaliser = saved
     # Otherwise compilers find that the forward pass has sent the same round, and keep what every device got.
     (k, v), g = recomputed_from((k, v), g)
-    local = functools.partial(_backward, compute, keep_scale)
+    local = functools.partial(_backward, call)
     grads = _on_stretches(
-        compute, local, ("q", "k", "v"), q=q, k=k, v=v, mask=mask, kept=kept, out=out, q_number=normaliser, g=g
+        call, local, ("q", "k", "v"), q=q, k=k, v=v, mask=mask, drop=drop, out=out, q_number=normaliser, g=g
     )
     return *grads, None, None
 
@@ -60,30 +55,18 @@ def _ring_bwd(compute: Compute, keep_scale: float | None, saved: tuple[Any, ...]
 ring.defvjp(_ring_fwd, _ring_bwd)
 
 
-def _on_stretches(compute: Compute, local: Callable[..., Any], results: tuple[str, ...], **arrays: Any) -> Any:
+def _on_stretches(call: Call, local: Callable[..., Any], results: tuple[str, ...], **arrays: Any) -> Any:
     """``local(**arrays)`` on each device's part of the arrays."""
-    rules = compute.rules
-    row = rules.spec(("batch", "length"))
-    query = rules.spec(("batch", "act_heads", "length", None))
-    key = rules.spec(("batch", "act_kv_heads", "length", None))
-    if query[1] != key[1]:
-        raise UserError(
-            f"mesh.context: query heads are split over {query[1]}, key heads over {key[1]}; the ring needs both split alike"
-        )
-    mask: MaskSpec = arrays["mask"]
-    specs = {
-        "q": query, "k": key, "v": key, "kept": query, "out": query, "g": query,
-        "q_number": rules.spec(("batch", "act_heads", "length")),
-        "mask": jax.tree.map(lambda _: row, mask),
-    }  # fmt: skip
-    given = {name: value for name, value in arrays.items() if value is not None}
+    rules = call.compute.rules
+    specs = specs_of(rules, arrays["mask"], arrays["drop"])
+    specs |= {"out": specs["q"], "g": specs["q"], "q_number": rules.spec(("batch", "act_heads", "length"))}
     mapped = jax.shard_map(
-        lambda given: local(**{"kept": None, **given}),
-        in_specs=({name: specs[name] for name in given},),
+        lambda arrays: local(**arrays),
+        in_specs=({name: specs[name] for name in arrays},),
         out_specs=tuple(specs[name] for name in results),
         check_vma=False,
     )
-    return mapped(given)
+    return mapped(arrays)
 
 
 class _Rounds:
@@ -104,12 +87,13 @@ class _Rounds:
         places = (self._me * s + self._place, self.owner(round_) * s + self._place)
         return for_groups(allowed_between(self._mask, keys, *places), self.groups)
 
-    def kept(self, round_: int, kept: Array | None) -> Array | None:
-        """The columns of ``kept`` [B, N, s, T] that belong to the keys met in a round, grouped."""
-        if kept is None:
+    def kept(self, round_: int, drop: Dropout | None) -> Array | None:
+        """What dropout leaves of this device's queries and the keys met in a round, grouped."""
+        if drop is None:
             return None
         s = self._place.size
-        return grouped(lax.dynamic_slice_in_dim(kept, self.owner(round_) * s, s, 3), self.key_heads)
+        kept = drop.kept(self._me * s + self._place, self.owner(round_) * s, s)
+        return grouped(kept, self.key_heads)
 
     def passed_on(self, tree: Any) -> Any:
         """Each array at its next device."""
@@ -117,10 +101,14 @@ class _Rounds:
         return jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, pairs), tree)
 
 
-def _forward(
-    compute: Compute, keep_scale: float | None, q: Array, k: Array, v: Array, mask: MaskSpec, kept: Array | None
-) -> tuple[Array, Array]:
+def _capped(call: Call, q: Array, k: Array) -> Array:
+    """float32 [B, K, N/K s, s]."""
+    return call.capped(dot("bnsh,bnth->bnst", call.scaled(q), k, call.compute))
+
+
+def _forward(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, Array]:
     """(out [B, N, s, H], log of the normaliser [B, N, s]) of one device's queries."""
+    compute = call.compute
     rounds, queries = _Rounds(q, k, mask), grouped(q, k.shape[1])
     shape = queries.shape[:3]
     top = jnp.full((*shape, 1), MASKED)
@@ -131,14 +119,12 @@ def _forward(
         if i + 1 < rounds.count:
             met = rounds.passed_on(met)  # on its way while this round's products are computed
         allowed = rounds.allowed(i, key_mask)
-        logits = logits_of(queries, keys, allowed, compute)
+        logits = masked(_capped(call, queries, keys), allowed)
         new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
-        weights = jnp.exp(logits - new_top)
-        if allowed is not None:
-            weights = jnp.where(allowed, weights, 0.0)
+        weights = exp_where(allowed, logits - new_top)
         fade = jnp.exp(top - new_top)
         total = total * fade + weights.sum(-1, keepdims=True)
-        seen = dropped(weights, keep_scale, rounds.kept(i, kept))
+        seen = dropped(weights, drop, rounds.kept(i, drop))
         out = out * fade + dot("bnst,bnth->bnsh", seen, values, compute)
         top = new_top
     total = jnp.where(total == 0.0, 1.0, total)  # a row that may see nothing
@@ -147,18 +133,18 @@ def _forward(
 
 
 def _backward(
-    compute: Compute,
-    keep_scale: float | None,
+    call: Call,
     q: Array,
     k: Array,
     v: Array,
     mask: MaskSpec,
-    kept: Array | None,
+    drop: Dropout | None,
     out: Array,
     q_number: Array,
     g: Array,
 ) -> tuple[Array, Array, Array]:
     """Gradients of one device's queries, and of the keys and values that it lent."""
+    compute = call.compute
     rounds = _Rounds(q, k, mask)
     queries, g = grouped(q, k.shape[1]), grouped(g, k.shape[1])
     normaliser = grouped(q_number[..., None], k.shape[1])
@@ -171,14 +157,13 @@ def _backward(
         if i + 1 < rounds.count:
             met = rounds.passed_on(met)
         allowed = rounds.allowed(i, key_mask)
-        weights = jnp.exp(logits_of(queries, keys, allowed, compute) - normaliser)
-        if allowed is not None:
-            weights = jnp.where(allowed, weights, 0.0)
-        kept_here = rounds.kept(i, kept)
-        dvalues = dot("bnst,bnsh->bnth", dropped(weights, keep_scale, kept_here), g, compute)
-        dweights = dropped(dot("bnsh,bnth->bnst", g, values, compute), keep_scale, kept_here)
-        dlogits = weights * (dweights - mean)
-        dq = dq + dot("bnst,bnth->bnsh", dlogits, keys, compute) * scale_of(q)
-        dkeys = dot("bnst,bnsh->bnth", dlogits, queries * scale_of(q), compute)
+        capped = _capped(call, queries, keys)
+        weights = exp_where(allowed, masked(capped, allowed) - normaliser)
+        kept = rounds.kept(i, drop)
+        dvalues = dot("bnst,bnsh->bnth", dropped(weights, drop, kept), g, compute)
+        dweights = dropped(dot("bnsh,bnth->bnst", g, values, compute), drop, kept)
+        dlogits = call.before_cap(weights * (dweights - mean), capped)
+        dq = dq + call.scaled(dot("bnst,bnth->bnsh", dlogits, keys, compute))
+        dkeys = dot("bnst,bnsh->bnth", dlogits, call.scaled(queries), compute)
         owed = rounds.passed_on((owed[0] + dkeys, owed[1] + dvalues))
     return dq.reshape(q.shape).astype(q.dtype), owed[0].astype(k.dtype), owed[1].astype(v.dtype)

@@ -58,6 +58,13 @@ class ModelConfig:
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
+    attention: Literal[
+        "auto", "xla", "blockwise", "splash", "flash", "cudnn", "jax", "tokamax", "ring", "reference"
+    ] = "auto"
+    """Backend of attention. ``auto``: the fastest measured one that honours mask, dropout and mesh (docs/attention.md)."""
+    dropout_bits: Literal["threefry", "hash"] = "threefry"
+    """Where the random bits of dropout come from: jax's generator, or a hash of counters that costs less (docs/attention.md).
+    """
     layers: Literal["unrolled", "scanned"] = "unrolled"
     """How the stacked layers are computed. The parameter tree is the same for both."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -19,4 +19,11 @@ class Compute:
     remat: Literal["none", "full", "dots", "offload"] = "none"
     vocab_tile: int | None = None
     """Vocabulary entries that a language-modelling loss scores at a time; None: all."""
+    attention: str = "auto"
+    """Backend of :func:`jaxft.attention.attend`, or ``auto``."""
+    dropout_bits: Literal["threefry", "hash"] = "threefry"
+    """Where the random bits of dropout come from (:mod:`jaxft.layers.bits`)."""
+    platform: str | None = None
+    """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
+    there are traced on a CPU: only who makes them knows."""
     rules: AxisRules = DEFAULT_RULES

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.matmul import Activation, recomputed_from
 
 Array = jax.Array
@@ -67,16 +69,40 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
+def dropout(x: Array, rate: float, key: Array | None, bits: Literal["threefry", "hash"] = "threefry") -> Array:
     """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate). No key: returns ``x``.
 
-    Bits come from counters over the global shape (``jax_threefry_partitionable``), so they do not depend on the mesh. One
-    32-bit word serves two elements: the rate is exact to 2**-17 and the scale matches the rate actually used.
+    Bits come from counters over the global shape, so they do not depend on the mesh: of threefry
+    (``jax_threefry_partitionable``), one 32-bit word for two elements, kept for the backward pass as a bool array; or of a hash
+    (:mod:`jaxft.layers.bits`), made where they are used and made again in the backward pass. The rate is exact to 2**-17 and
+    the scale matches the rate actually used.
     """
     if key is None or rate == 0.0:
         return x
+    if bits == "hash":
+        return _hash_dropout(rate, x, hash_words(key))
     mask, scale = keep_mask(key, rate, x.shape)
     return jnp.where(mask, x * scale.astype(x.dtype), jnp.zeros_like(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hash_dropout(rate: float, x: Array, words: tuple[Array, Array]) -> Array:
+    """The last two dimensions are counted as the place, those before as the row."""
+    *rest, s, d = (1, 1, *x.shape)
+    if s * d > 2**32:
+        raise ValueError(f"dropout of {x.shape}: the last two dimensions must not exceed 2**32 elements")
+    row = jnp.arange(int(np.prod(rest)), dtype=jnp.uint32).reshape(*rest, 1, 1)
+    place = jnp.arange(s, dtype=jnp.uint32)[:, None] * np.uint32(d) + jnp.arange(d, dtype=jnp.uint32)
+    mask, scale = keep_at(words, rate, row, place)
+    return jnp.where(mask.reshape(x.shape), x * scale.astype(x.dtype), jnp.zeros_like(x))
+
+
+def _hash_dropout_bwd(rate: float, words: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    words, g = recomputed_from(words, g)
+    return _hash_dropout(rate, g, words), None
+
+
+_hash_dropout.defvjp(lambda rate, x, words: (_hash_dropout(rate, x, words), words), _hash_dropout_bwd)
 
 
 def keep_mask(key: Array, rate: float, shape: tuple[int, ...]) -> tuple[Array, np.float32]:

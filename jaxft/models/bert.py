@@ -139,7 +139,7 @@ class Attention(nn.Module):
         out = Linear((n, h, d), ("heads", None, "embed"), self.compute, _normal(c), inputs=2, name="out")(
             mixed.transpose(0, 2, 1, 3)
         )
-        out = dropout(out, c.hidden_dropout_prob, subkey(key, 1))
+        out = dropout(out, c.hidden_dropout_prob, subkey(key, 1), self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
 
 
@@ -157,7 +157,7 @@ class Mlp(nn.Module):
         up = rules.constrain(up, "batch", "length", "act_mlp")
         act = ACTIVATIONS[c.hidden_act]
         down = Linear((f, d), ("mlp", "embed"), self.compute, _normal(c), act=act, name="down")(up)
-        down = dropout(down, c.hidden_dropout_prob, subkey(key, 0))
+        down = dropout(down, c.hidden_dropout_prob, subkey(key, 0), self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
 
 
@@ -198,7 +198,7 @@ class Embeddings(nn.Module):
             words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
         x = words + self.type(types) + self.position(positions)
         x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
-        return dropout(x, self.config.hidden_dropout_prob, key)
+        return dropout(x, self.config.hidden_dropout_prob, key, self.compute.dropout_bits)
 
 
 class MaskedLmHead(nn.Module):
@@ -234,7 +234,7 @@ class ClassHead(nn.Module):
     @nn.compact
     def __call__(self, pooled: Array | None, key: Array | None) -> Array:
         assert pooled is not None  # models with this head have a pooler
-        x = dropout(pooled, self.rate, key)
+        x = dropout(pooled, self.rate, key, self.compute.dropout_bits)
         shape = (self.config.hidden_size, self.classes)
         # [B, C] is tiny: full precision costs nothing and keeps probabilities clean.
         exact = Compute(param_dtype=self.compute.param_dtype, rules=self.compute.rules)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxft.attention import choices, described
 from jaxft.errors import UserError
 from jaxft.flops import ModelFlops, model_flops
 from jaxft.hlo import Collective, costs_of
@@ -75,6 +76,8 @@ class Plan:
     llo: LloPrice | None
     compile_seconds: float | None
     unpriced: tuple[str, ...] = ()
+    attention: str | None = None
+    """Which backends compute it, and why; None: nothing was traced."""
 
     @property
     def link_seconds(self) -> float | None:
@@ -170,7 +173,7 @@ _USABLE = 15.75 / 16  # of a v5e's memory, by the compiler's own message
 
 def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     start = time.perf_counter()
-    with jax.set_mesh(recipe.mesh):
+    with jax.set_mesh(recipe.mesh), choices() as seen:
         lowered = recipe.train_program().lower(recipe.state, recipe.batch(plan.rows, plan.length), recipe.seed())
         program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start
@@ -190,6 +193,7 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     return replace(
         plan,
         source="compiled",
+        attention=described(seen.values()),
         memory=memory,
         collectives=costs.collectives,
         matmul_flops=costs.matmul_flops,

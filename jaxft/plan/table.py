@@ -31,12 +31,14 @@ def _head(plan: Plan) -> str:
         "analytic": "formulas only: nothing was compiled",
     }[plan.source]
     took = "" if plan.compile_seconds is None else f" in {plan.compile_seconds:.0f} s"
+    attention = [] if plan.attention is None else [f"attention: {plan.attention}"]
     return "\n".join(
         [
             f"plan for {plan.topology.text}: {plan.topology.chips} chips ({torus}), mesh {mesh}",
             f"{plan.rows} rows x {plan.length} tokens a step, {plan.rows / plan.topology.chips:g} rows per chip; "
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.split_percent:.1f} % of their bytes split",
             f"source: {how}{took}",
+            *attention,
         ]
     )
 
@@ -154,6 +156,7 @@ def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> dict[s
         "length": plan.length,
         "parameters": plan.parameters,
         "split_percent": plan.split_percent,
+        "attention": plan.attention,
         "memory_bytes": dataclasses.asdict(plan.memory) | {"fits": plan.memory.fits},
         "exchanges": [
             {"kind": kind, "chips": group, "overlapped": hidden, "count": count, "bytes": size, "bytes_sent": wire}

@@ -1,0 +1,73 @@
+"""Attention on each device's own rows and heads, for backends that XLA cannot split by itself.
+
+Dims: B batch, S query length, N query heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxft.attention.dropout import Dropout
+from jaxft.attention.mask import MaskSpec
+from jaxft.sharding import AxisRules
+
+Array = jax.Array
+QUERY_NAMES = ("batch", "act_heads", "length", None)
+KEY_NAMES = ("batch", "act_kv_heads", "length", None)
+
+
+def split_alike(rules: AxisRules) -> bool:
+    """Whether query and key heads are split over the same axes: then each device has the keys of its own queries."""
+    return rules.spec(QUERY_NAMES)[1] == rules.spec(KEY_NAMES)[1]
+
+
+def split_evenly(rules: AxisRules, q: Array, k: Array) -> bool:
+    """Whether each device gets as many rows and heads as any other."""
+    mesh = jax.sharding.get_abstract_mesh()
+    pairs = [(q.shape, rules.spec(QUERY_NAMES)), (k.shape, rules.spec(KEY_NAMES))]
+    return all(
+        size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0
+        for shape, spec in pairs
+        for size, entry in zip(shape, spec, strict=True)
+    )
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Of one dimension of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def specs_of(rules: AxisRules, mask: MaskSpec, drop: Dropout | None) -> dict[str, Any]:
+    """Where the arguments of a backend lie."""
+    query, key = rules.spec(QUERY_NAMES), rules.spec(KEY_NAMES)
+    row = rules.spec(("batch", "length"))
+    specs = {"q": query, "k": key, "v": key, "mask": jax.tree.map(lambda _: row, mask), "drop": None}
+    if drop is not None:
+        leaves, tree = jax.tree.flatten(drop)
+        heads = PartitionSpec(*query[:2])
+        specs["drop"] = jax.tree.unflatten(tree, [heads if leaf.ndim == 2 else PartitionSpec() for leaf in leaves])
+    return specs
+
+
+def on_each_device(
+    rules: AxisRules,
+    local: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: MaskSpec,
+    drop: Dropout | None,
+) -> Array:
+    """``local(q, k, v, mask, drop)`` [B, N, S, H] of each device's part; whole rows, heads split alike."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, mask, drop)
+    specs = specs_of(rules, mask, drop)
+    names = ("q", "k", "v", "mask", "drop")
+    mapped = jax.shard_map(local, in_specs=tuple(specs[name] for name in names), out_specs=specs["q"], check_vma=False)
+    return mapped(q, k, v, mask, drop)

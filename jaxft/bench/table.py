@@ -1,0 +1,41 @@
+"""Writing the measured table behind ``model.attention=auto`` (jaxft/attention/measured.json), in a checkout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jaxft
+from jaxft.bench.attention import Result
+from jaxft.bench.attention_case import TORCH
+
+TABLE = Path(jaxft.__file__).parent / "attention/measured.json"
+
+
+def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Rows of the table: one per shape, ms forwards and backwards of each backend that was asked for by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        case = result.case
+        if case.backend in (*TORCH, "auto", "reference"):
+            continue
+        row = {
+            "platform": result.platform,
+            "operands": case.operands,
+            "size": case.size,
+            "length": case.length,
+            "dropout": case.dropout > 0,
+        }
+        found.setdefault(json.dumps(row), {**row, "ms": {}})["ms"][case.backend] = round(result.both.median, 3)
+    return list(found.values())
+
+
+def write_table(rows: list[dict[str, Any]], platform: str, source: str) -> None:
+    """Replaces the rows of one platform."""
+    table = json.loads(TABLE.read_text())
+    table["sources"] = {**table.get("sources", {}), platform: source}
+    table["rows"] = [row for row in table["rows"] if row["platform"] != platform] + rows
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in table["rows"])
+    TABLE.write_text(f'{{"sources": {json.dumps(table["sources"], indent=1)},\n "rows": [\n{lines}\n]}}\n')

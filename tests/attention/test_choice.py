@@ -1,0 +1,124 @@
+"""Who computes what: refusals name the reason and the backends that can; `auto` follows the measured table and says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.attention import NAMES, MaskSpec, Request, attend, choices, choose, described
+from jaxft.attention import choice as module
+from jaxft.config import MeshConfig, ModelConfig
+from jaxft.errors import UserError
+from jaxft.layers import Compute
+from jaxft.sharding import make_mesh
+
+CPU = Request("cpu", length=128, heads=4, key_heads=4, size=64, operands="float32")
+TPU = dataclasses.replace(CPU, platform="tpu", operands="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "change", "reason"),
+    [
+        ("jax", {"dropout": "hash"}, "jax has no dropout; use blockwise or xla or reference, or auto"),
+        ("jax", {"soft_cap": True}, "jax has no soft cap"),
+        ("blockwise", {"bias": True}, "blockwise adds no bias; use xla or jax or reference"),
+        ("splash", {}, "splash runs on TPUs only"),
+        ("splash", {"platform": "tpu", "dropout": "threefry"}, "splash has no dropout"),
+        ("flash", {"platform": "tpu", "window": 5}, "flash has no sliding window; use splash"),
+        ("cudnn", {"platform": "gpu"}, r"cudnn takes 16-bit operands only \(model.matmul_dtype\)"),
+        ("cudnn", {"platform": "gpu", "operands": "bfloat16", "size": 129}, "multiples of 8"),
+        ("cudnn", {"platform": "gpu", "operands": "bfloat16", "length": 127}, "even lengths only"),
+        ("ring", {}, "ring needs a mesh that splits rows over context"),
+        ("xla", {"context": 2, "devices": 2}, "xla needs whole rows on a device, .*; use ring, or auto"),
+        ("ring", {"context": 2, "bias": True}, "ring adds no bias; no backend can: ring adds no bias$"),
+        ("blockwise", {"devices": 2, "split_alike": False}, "split over the same mesh axes"),
+        ("blockwize", {}, "unknown backend: .*blockwise"),
+    ],
+)
+def test_more_than_a_backend_can_is_refused(wanted: str, change: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=f"model.attention='?{wanted}'?: .*{reason}"):
+        choose(dataclasses.replace(CPU, **change), wanted)
+
+
+def test_auto_refuses_what_none_can() -> None:
+    with pytest.raises(UserError, match=r"attention: no backend can do this: ring adds no bias$"):
+        choose(dataclasses.replace(CPU, context=2, bias=True))
+
+
+def test_auto_takes_the_fastest_that_honours_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"platform": "cpu", "operands": "float32", "size": 64, "dropout": False}
+    rows = [
+        row | {"length": 128, "ms": {"xla": 1.0, "blockwise": 2.0, "jax": 0.5}},
+        row | {"length": 2048, "ms": {"xla": 9.0, "blockwise": 3.0}},
+        row | {"length": 128, "platform": "tpu", "ms": {"splash": 0.1}},
+    ]
+    monkeypatch.setattr(module, "measured", lambda: rows)
+    assert choose(CPU).backend.name == "jax"
+    assert choose(CPU).why == "fastest of blockwise, xla, jax at 128 tokens"
+    assert choose(dataclasses.replace(CPU, dropout="hash")).backend.name == "xla"  # jax has none
+    assert choose(dataclasses.replace(CPU, length=4096)).backend.name == "blockwise"
+    assert choose(dataclasses.replace(CPU, context=4, devices=4)).backend.name == "ring"
+    unmeasured = choose(dataclasses.replace(CPU, platform="gpu"))
+    assert unmeasured.why == "nothing was measured on this platform"
+
+
+def test_what_was_chosen_is_told() -> None:
+    q = jnp.ones((1, 2, 16, 8))
+    with choices() as seen:
+        for length in (16, 8):
+            jax.eval_shape(
+                lambda q: attend(q, q, q, MaskSpec(), Compute(attention="xla", platform="cpu")), q[:, :, :length]
+            )
+    assert described(seen.values()) == "xla at 8, 16 tokens (asked for)"
+    with choices() as seen:
+        pass
+    assert not seen
+
+
+def test_every_platform_has_a_backend_for_every_mask() -> None:
+    for platform in ("cpu", "gpu", "tpu"):
+        changes: list[dict[str, Any]] = [{}, {"dropout": "hash"}, {"soft_cap": True}, {"bias": True}, {"window": 3}]
+        for change in changes:
+            found = choose(dataclasses.replace(CPU, platform=platform, **change))
+            assert found.backend.refuses(found.request) is None
+
+
+def test_the_configuration_knows_every_backend() -> None:
+    assert set(get_args(get_type_hints(ModelConfig)["attention"])) == {"auto", *NAMES}
+
+
+def test_the_measured_table_names_backends_that_exist() -> None:
+    for row in module.measured():
+        assert set(row["ms"]) <= set(NAMES)
+        assert {"platform", "operands", "size", "length", "dropout"} <= set(row)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scale": 0.0}, "scale=0.0: must be above 0"),
+        ({"bias": jnp.ones((1, 3, 8, 8))}, "bias .*: must be"),
+        ({"bias": jnp.ones((1, 2, 8, 1))}, "bias .*: must be"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict, reason: str) -> None:
+    q = jnp.ones((1, 2, 8, 4))
+    with pytest.raises(ValueError, match=reason):
+        attend(q, q, q, MaskSpec(), Compute(), **options)
+
+
+def test_a_window_holds_at_least_the_token_itself() -> None:
+    with pytest.raises(ValueError, match="window=0"):
+        MaskSpec(window=0)
+
+
+def test_rows_that_no_mesh_divides_go_to_xla() -> None:
+    q = jnp.ones((3, 2, 8, 4))
+    with jax.set_mesh(make_mesh(MeshConfig(8))), choices() as seen:
+        out = jax.jit(lambda q: attend(q, q, q, MaskSpec(), Compute()))(q)
+    assert described(seen.values()).startswith("xla at 8 tokens")
+    assert out.shape == q.shape
