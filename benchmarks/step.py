@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from jaxft.bench.machine import machine
+from jaxft.bench.workers import Worker, answer
 
 SIZES = {"base": (768, 12, 12, 3072), "minilm": (384, 6, 12, 1536)}
 CONTENDERS = ("torch-float32", "torch-bf16-autocast", "jaxft-float32", "jaxft-bf16-operands", "jaxft-bf16-activations")
@@ -121,13 +121,13 @@ def worker(options: argparse.Namespace) -> None:
     make = torch_step if options.worker.startswith("torch") else jaxft_step
     step = make(options.worker, options)
     step()
-    print(json.dumps({"ready": True}), flush=True)
+    answer({"ready": True})
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "peak_mib": peak}), flush=True)
+        answer({"seconds": seconds, "peak_mib": peak})
 
 
 class Contender:
@@ -136,26 +136,9 @@ class Contender:
     def __init__(self, kind: str, size: str, dropout: float, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", kind, "--size", size, "--dropout", str(dropout)]
         command += ["--rows", str(options.rows), "--length", str(options.length)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        # As `make train` does, for all contenders alike: see docs/performance.md.
-        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.kind, self.seconds, self.first, self.peak = kind, list[float](), list[float](), 0.0
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self._read()
-
-    def _read(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.kind} died; run its worker by hand to see why")
-        return json.loads(line)
+        self.worker = Worker(kind, command, {"JAX_PLATFORMS": "cpu"})
+        self.worker.read()
 
     def turn(self, steps: int) -> None:
         """Takes a step after the pause and then ``steps`` more."""
@@ -163,16 +146,13 @@ class Contender:
         self.seconds += [self._step() for _ in range(steps)]
 
     def _step(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        answer = self._read()
+        answer = self.worker.ask()
         self.peak = max(self.peak, answer["peak_mib"])
         return answer["seconds"]
 
     def close(self) -> None:
         """Ends the worker."""
-        self.process.communicate("")
+        self.worker.close()
 
 
 def compare(size: str, dropout: float, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -202,17 +182,6 @@ def compare(size: str, dropout: float, options: argparse.Namespace) -> list[dict
     return rows
 
 
-def machine() -> dict[str, Any]:
-    import importlib.metadata as metadata
-
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "torch", "transformers")}
-    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "minilm"])
@@ -230,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options)
-    about = machine()
+    about = machine(("jax", "jaxlib", "flax", "torch", "transformers"))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = [row for size in options.sizes for dropout in options.dropouts for row in compare(size, dropout, options)]
     if options.json:
