@@ -24,7 +24,7 @@ from jaxft.errors import UserError
 from jaxft.hf import nested
 from jaxft.layers import Compute, labelled, unlabel
 from jaxft.optim import Leaf, leaves_of, map_paths, parameter_paths
-from jaxft.pretrained import shapes_and_axes
+from jaxft.pretrained import initialisable, shapes_and_axes
 from jaxft.sharding import jitted
 
 Array = jax.Array
@@ -158,7 +158,7 @@ def with_adapters(model: Adapted, base_params: Any, seed: int, shardings: Any) -
 
 def _init_adapters(model: Adapted, key: Array) -> Any:
     # The model's own parameters are not computed: nothing asks for them.
-    return unlabel(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]["lora"]
+    return unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]["lora"]
 
 
 def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def shapes_and_axes(model: Any) -> tuple[Any, Any]:
     """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
     example = jnp.zeros((1, 2), jnp.int32)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
-    quick = model.clone(compute=dataclasses.replace(model.compute, layers="scanned"))
+    quick = initialisable(model, layers="scanned")
     with no_mesh():  # the example is too small to be split
         return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
 
@@ -201,9 +201,14 @@ def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
     return jax.jit(_init, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
 
 
+def initialisable(model: Any, **how: Any) -> Any:
+    """The model as it can be initialised: the attention backend asked for may refuse the tiny example."""
+    return model.clone(compute=dataclasses.replace(model.compute, attention="xla", **how))
+
+
 def _init(model: Any, key: jax.Array) -> Any:
     with no_mesh():  # the example is too small to be split
-        return unlabel(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
+        return unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
 
 
 def load_params(

@@ -47,6 +47,7 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
     "xla": (MeshConfig(2, 2, 2), 1, {"attention": "xla"}),
     "xla_hash": (MeshConfig(2, 2, 2), 1, {"attention": "xla", "dropout_bits": "hash"}),
     "context2_hash": (MeshConfig(2, 2, 1, context=2), 1, {"dropout_bits": "hash"}),
+    "context2_all_to_all": (MeshConfig(2, 2, 1, context=2), 1, {"attention": "all_to_all"}),
     "blockwise_hash": (MeshConfig(1, 4, 2), 1, {"attention": "blockwise", "dropout_bits": "hash"}),
     "unrolled_remat": (MeshConfig(2, 2, 2), 1, {"layers": "unrolled", "remat": "full"}),
 }

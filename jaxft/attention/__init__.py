@@ -10,11 +10,9 @@ import jax
 from jaxft.attention.choice import NAMES, Choice, choices, choose, described, note
 from jaxft.attention.dropout import make_dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.placed import split_alike, split_evenly
-from jaxft.attention.request import Request
+from jaxft.attention.request import Request, request_of
 from jaxft.attention.scores import Call
 from jaxft.layers import Compute
-from jaxft.sharding import CONTEXT
 
 __all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described"]
 
@@ -65,28 +63,8 @@ def attend(
     if key is not None and rate > 0.0:
         drop = make_dropout(key, rate, b, n, s, compute.dropout_bits)
     mask = mask.merged()
-    mesh = jax.sharding.get_abstract_mesh()
-    split = not mesh.empty and mesh.size > 1
-    request = Request(
-        platform=compute.platform or jax.default_backend(),
-        length=s,
-        heads=n,
-        key_heads=k.shape[1],
-        size=h,
-        operands=compute.matmul_dtype,
-        padding=mask.padding is not None,
-        segments=mask.segments is not None,
-        causal=mask.causal,
-        window=mask.window,
-        soft_cap=soft_cap is not None,
-        bias=bias is not None,
-        dropout=None if drop is None else drop.bits,
-        devices=mesh.size if split else 1,
-        context=mesh.shape.get(CONTEXT, 1) if split else 1,
-        split_alike=not split or split_alike(compute.rules),
-        split_evenly=not split or split_evenly(compute.rules, q, k),
-    )
+    call = Call(compute, h**-0.5 if scale is None else scale, soft_cap)
+    request = request_of(call, q, k, mask, bias, drop)
     choice = choose(request, compute.attention)
     note(choice)
-    call = Call(compute, h**-0.5 if scale is None else scale, soft_cap)
     return choice.backend.run(call, q, k, v, mask, bias, drop)

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 
 from jaxft.attention import blockwise, dense, library, reference, ring, tpu
+from jaxft.attention.all_to_all import all_to_all_refuses, with_whole_rows
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.placed import on_each_device
-from jaxft.attention.request import Backend, Request, Run, each_device, first_of, whole_rows
+from jaxft.attention.request import Backend, Request, Run, each_device, first_of, request_of, whole_rows
 from jaxft.attention.scores import Call
 from jaxft.errors import UserError, nearest
 
@@ -30,6 +31,25 @@ def _placed(run: Run) -> Callable[..., Array]:
         return on_each_device(call.compute.rules, functools.partial(run, call), q, k, v, mask, drop)
 
     return placed
+
+
+def _local(name: str, run: Run, refuses: Callable[[Request], str | None]) -> Backend:
+    return Backend(name, _placed(run), refuses, run)
+
+
+def _all_to_all(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: None, drop: Dropout | None) -> Array:
+    return on_each_device(
+        call.compute.rules, functools.partial(with_whole_rows, _best_local, call), q, k, v, mask, drop
+    )
+
+
+def _best_local(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
+    """Whole rows, by the fastest backend for one device."""
+    request = request_of(call, q, k, mask, None, drop, local=True)
+    able = [b for b in BACKENDS if b.local is not None and b.name not in _ONLY_ASKED and b.refuses(request) is None]
+    backend = _fastest(request, able).backend
+    assert backend.local is not None
+    return backend.local(call, q, k, v, mask, drop)
 
 
 def _ring(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: None, drop: Dropout | None) -> Array:
@@ -48,13 +68,14 @@ def _ring_refuses(request: Request) -> str | None:
 # In the order of preference where nothing was measured.
 BACKENDS = (
     Backend("ring", _ring, _ring_refuses),
-    Backend("splash", _placed(tpu.splash), tpu.splash_refuses),
-    Backend("flash", _placed(tpu.flash), tpu.flash_refuses),
-    Backend("cudnn", _placed(library.cudnn), library.cudnn_refuses),
-    Backend("blockwise", _placed(blockwise.blockwise), each_device),
+    Backend("all_to_all", _all_to_all, all_to_all_refuses),
+    _local("splash", tpu.splash, tpu.splash_refuses),
+    _local("flash", tpu.flash, tpu.flash_refuses),
+    _local("cudnn", library.cudnn, library.cudnn_refuses),
+    _local("blockwise", blockwise.blockwise, each_device),
     Backend("xla", dense.dense, whole_rows),
     Backend("jax", library.jax_attention, library.jax_refuses),
-    Backend("tokamax", _placed(library.tokamax), library.tokamax_refuses),
+    _local("tokamax", library.tokamax, library.tokamax_refuses),
     Backend("reference", reference.reference, whole_rows),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
@@ -81,13 +102,17 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
     able = [b for b in BACKENDS if b.name not in _ONLY_ASKED and b.refuses(request) is None]
     if not able:
         raise UserError(f"attention: no backend can do this: {_reasons(request)}")
+    return _fastest(request, able)
+
+
+def _fastest(request: Request, able: list[Backend]) -> Choice:
     if len(able) == 1:
         return Choice(able[0], request, "the only one that can")
     row = _nearest_row(request)
     timed = {} if row is None else row["ms"]
     measured = [b for b in able if b.name in timed]
     if row is None or not measured:
-        return Choice(able[0], request, "nothing was measured on this platform")
+        return Choice(able[0], request, "first of those that can: nothing was measured for it")
     best = min(measured, key=lambda b: timed[b.name])
     return Choice(best, request, f"fastest of {', '.join(b.name for b in measured)} at {row['length']} tokens")
 
@@ -105,8 +130,8 @@ def _asked(request: Request, wanted: str) -> Backend:
 
 
 def _reasons(request: Request) -> str:
-    # Where rows are split, only the ring comes into question.
-    asked = [b for b in BACKENDS if request.context == 1 or b.name == "ring"]
+    # Where rows are split, few come into question.
+    asked = [b for b in BACKENDS if request.context == 1 or b.name in ("ring", "all_to_all")]
     return "; ".join(f"{b.name} {reason}" for b in asked if (reason := b.refuses(request)) is not None)
 
 

@@ -37,6 +37,12 @@ def split_evenly(rules: AxisRules, q: Array, k: Array) -> bool:
     )
 
 
+def heads_split(rules: AxisRules) -> int:
+    """Ways in which query heads are split over the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _axes(rules.spec(QUERY_NAMES)[1]))
+
+
 def _axes(entry: Any) -> tuple[str, ...]:
     """Of one dimension of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -63,7 +69,7 @@ def on_each_device(
     mask: MaskSpec,
     drop: Dropout | None,
 ) -> Array:
-    """``local(q, k, v, mask, drop)`` [B, N, S, H] of each device's part; whole rows, heads split alike."""
+    """``local(q, k, v, mask, drop)`` [B, N, S, H] of each device's part; heads split alike."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, mask, drop)

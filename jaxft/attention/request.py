@@ -9,7 +9,11 @@ import jax
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
+from jaxft.attention.placed import heads_split, split_alike, split_evenly
 from jaxft.attention.scores import Call
+from jaxft.sharding import CONTEXT
+
+Run = Callable[[Call, jax.Array, jax.Array, jax.Array, MaskSpec, Dropout | None], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Request:
     """Whether query and key heads are split over the same devices."""
     split_evenly: bool = True
     """Whether rows and heads divide by the devices they are split over."""
+    heads_split: int = 1
+    """Ways in which heads are split."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,46 @@ class Backend:
 
     name: str
     run: Callable[..., jax.Array]
-    """``run(call, q, k, v, mask, bias, drop)``, as the backends of this package."""
+    """``run(call, q, k, v, mask, bias, drop)``, of arrays as a mesh has them."""
     refuses: Callable[[Request], str | None]
     """What of a request it cannot honour, as the end of a sentence that begins with its name; None: it honours all."""
+    local: Run | None = None
+    """``local(call, q, k, v, mask, drop)`` of one device's rows and heads, in backends that are made of it."""
+
+
+def request_of(
+    call: Call,
+    q: jax.Array,
+    k: jax.Array,
+    mask: MaskSpec,
+    bias: jax.Array | None,
+    drop: Dropout | None,
+    *,
+    local: bool = False,
+) -> Request:
+    """The request of a call under the current mesh; ``local``: of one device's arrays, whatever the mesh."""
+    rules, mesh = call.compute.rules, jax.sharding.get_abstract_mesh()
+    split = not (local or mesh.empty or mesh.size == 1)
+    return Request(
+        platform=call.compute.platform or jax.default_backend(),
+        length=q.shape[2],
+        heads=q.shape[1],
+        key_heads=k.shape[1],
+        size=q.shape[3],
+        operands=call.compute.matmul_dtype,
+        padding=mask.padding is not None,
+        segments=mask.segments is not None,
+        causal=mask.causal,
+        window=mask.window,
+        soft_cap=call.soft_cap is not None,
+        bias=bias is not None,
+        dropout=None if drop is None else drop.bits,
+        devices=mesh.size if split else 1,
+        context=mesh.shape.get(CONTEXT, 1) if split else 1,
+        split_alike=not split or split_alike(rules),
+        split_evenly=not split or split_evenly(rules, q, k),
+        heads_split=heads_split(rules) if split else 1,
+    )
 
 
 def first_of(*reasons: tuple[bool, str]) -> str | None:
@@ -70,6 +113,3 @@ def each_device(request: Request) -> str | None:
         (not request.split_evenly, "needs rows and heads that divide by the devices they are split over"),
         (request.bias, "adds no bias"),
     )
-
-
-Run = Callable[[Call, jax.Array, jax.Array, jax.Array, MaskSpec, Dropout | None], jax.Array]

@@ -59,7 +59,7 @@ class ModelConfig:
     """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
     attention: Literal[
-        "auto", "xla", "blockwise", "splash", "flash", "cudnn", "jax", "tokamax", "ring", "reference"
+        "auto", "xla", "blockwise", "splash", "flash", "cudnn", "jax", "tokamax", "ring", "all_to_all", "reference"
     ] = "auto"
     """Backend of attention. ``auto``: the fastest measured one that honours mask, dropout and mesh (docs/attention.md)."""
     dropout_bits: Literal["threefry", "hash"] = "threefry"
@@ -168,7 +168,8 @@ class MeshConfig:
     tensor: int = 1
     """Splits heads, MLP width and vocabulary (Shoeybi et al. 2019)."""
     context: int = 1
-    """Splits the length of rows; attention passes keys and values around a ring (Liu et al. 2023)."""
+    """Splits the length of rows; attention passes keys and values around a ring (Liu et al. 2023), or exchanges
+    stretches of all heads for whole rows of some (``model.attention=all_to_all``)."""
     slices: int = 1
     """Outermost: slices of a pod, or groups of hosts, joined by a slower network; as ``data``."""
     axes: Literal["auto", "explicit"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -50,15 +51,17 @@ def _unstack_bwd(length: int, kept: None, g: tuple[Array, ...]) -> tuple[Array]:
 unstack.defvjp(_unstack_fwd, _unstack_bwd)
 
 
-def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: Any) -> Any:
+def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *example: Any) -> Any:
     """Declares, on ``parent``, the parameters of ``length`` copies of ``layer``: each leaf gets a leading "layers" axis.
 
-    Inside a ``compact`` method only. ``example``: arguments with which the layer can be initialised.
+    Inside a ``compact`` method only. ``layer``: has a field ``compute``. ``example``: arguments with which it can be initialised.
     """
 
     def init(key: Array) -> Any:
+        # The attention backend asked for may refuse the example.
+        quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
         with no_mesh():  # the example is too small to be split
-            trees = jax.vmap(lambda k: layer.init(k, *example)["params"])(jax.random.split(key, length))
+            trees = jax.vmap(lambda k: quick.init(k, *example)["params"])(jax.random.split(key, length))
         return nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
 
     return parent.param(name, init)

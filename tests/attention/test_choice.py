@@ -33,8 +33,17 @@ TPU = dataclasses.replace(CPU, platform="tpu", operands="bfloat16")
         ("cudnn", {"platform": "gpu", "operands": "bfloat16", "size": 129}, "multiples of 8"),
         ("cudnn", {"platform": "gpu", "operands": "bfloat16", "length": 127}, "even lengths only"),
         ("ring", {}, "ring needs a mesh that splits rows over context"),
-        ("xla", {"context": 2, "devices": 2}, "xla needs whole rows on a device, .*; use ring, or auto"),
-        ("ring", {"context": 2, "bias": True}, "ring adds no bias; no backend can: ring adds no bias$"),
+        ("xla", {"context": 2, "devices": 2}, "xla needs whole rows on a device, .*; use ring or all_to_all, or auto"),
+        (
+            "ring",
+            {"context": 2, "bias": True},
+            "ring adds no bias; no backend can: ring adds no bias; all_to_all adds no bias$",
+        ),
+        (
+            "all_to_all",
+            {"context": 4, "heads_split": 2},
+            r"needs query and key heads \(4 and 4\) .* \(8\); use ring, or auto",
+        ),
         ("blockwise", {"devices": 2, "split_alike": False}, "split over the same mesh axes"),
         ("blockwize", {}, "unknown backend: .*blockwise"),
     ],
@@ -45,7 +54,9 @@ def test_more_than_a_backend_can_is_refused(wanted: str, change: dict, reason: s
 
 
 def test_auto_refuses_what_none_can() -> None:
-    with pytest.raises(UserError, match=r"attention: no backend can do this: ring adds no bias$"):
+    with pytest.raises(
+        UserError, match=r"attention: no backend can do this: ring adds no bias; all_to_all adds no bias$"
+    ):
         choose(dataclasses.replace(CPU, context=2, bias=True))
 
 
@@ -63,7 +74,7 @@ def test_auto_takes_the_fastest_that_honours_the_request(monkeypatch: pytest.Mon
     assert choose(dataclasses.replace(CPU, length=4096)).backend.name == "blockwise"
     assert choose(dataclasses.replace(CPU, context=4, devices=4)).backend.name == "ring"
     unmeasured = choose(dataclasses.replace(CPU, platform="gpu"))
-    assert unmeasured.why == "nothing was measured on this platform"
+    assert unmeasured.why == "first of those that can: nothing was measured for it"
 
 
 def test_what_was_chosen_is_told() -> None:
