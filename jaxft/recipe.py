@@ -26,6 +26,7 @@ from jaxft.sharding import (
     AxisRules,
     batch_sharding,
     check_split,
+    device_kind,
     jitted,
     make_rules,
     replicated,
@@ -115,7 +116,7 @@ def make_recipe(
     task = tasks.task(config.task.name).make_task(config.task, labels, tuple(counts), tokenizer)
     if config.eval.metric not in task.metric_names():
         raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
-    compute = make_compute(config.model, platform, rules)
+    compute = make_compute(config.model, platform, rules, device_kind(mesh))
     family_name, base = _make_model(config, source, task.head, labels, compute)
     model = lora.adapted(base, config.model.lora)
     shapes, axes = shapes_and_axes(model)
@@ -146,12 +147,15 @@ def _state(config: RunConfig, mesh: Mesh, optimizer: Any, shapes: Any, shardings
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
 
 
-def make_compute(config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_RULES) -> Compute:
+def make_compute(
+    config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_RULES, device: str | None = None
+) -> Compute:
     """How the model is computed, from the ``model`` section.
 
     Args:
       platform: of the devices: ``cpu``, ``gpu`` or ``tpu``.
       rules: logical axis names to mesh axes.
+      device: kind of the devices, if it is known.
     """
     auto = "float32" if platform == "cpu" else "bfloat16"
     return Compute(
@@ -164,6 +168,7 @@ def make_compute(config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_
         attention=config.attention,
         dropout_bits=config.dropout_bits,
         platform=platform,
+        device=device,
         rules=rules,
     )
 

@@ -198,6 +198,11 @@ def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **optio
     return jax.jit(function, out_shardings=out_shardings, **options)
 
 
+def device_kind(mesh: Mesh | AbstractMesh) -> str | None:
+    """Of the mesh's devices, as jax names it; None for a mesh without devices."""
+    return mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else None
+
+
 def no_mesh() -> AbstractContextManager[Any]:
     """Inside, nothing is constrained: the mesh that a caller has set is out of sight."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))

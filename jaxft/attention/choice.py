@@ -69,6 +69,7 @@ def _ring_refuses(request: Request) -> str | None:
 BACKENDS = (
     Backend("ring", _ring, _ring_refuses),
     Backend("all_to_all", _all_to_all, all_to_all_refuses),
+    _local("fused", tpu.fused, tpu.fused_refuses),
     _local("splash", tpu.splash, tpu.splash_refuses),
     _local("flash", tpu.flash, tpu.flash_refuses),
     _local("cudnn", library.cudnn, library.cudnn_refuses),

@@ -29,6 +29,8 @@ class Request:
     """Of a head."""
     operands: str
     """Type of matmul operands."""
+    device: str | None = None
+    """Its kind, as jax names it; None: unknown."""
     padding: bool = False
     segments: bool = False
     causal: bool = False
@@ -81,6 +83,7 @@ def request_of(
         key_heads=k.shape[1],
         size=q.shape[3],
         operands=call.compute.matmul_dtype,
+        device=call.compute.device,
         padding=mask.padding is not None,
         segments=mask.segments is not None,
         causal=mask.causal,

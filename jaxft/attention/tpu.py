@@ -1,6 +1,6 @@
-"""Backends ``splash`` and ``flash``: the Pallas TPU kernels that ship with jax, fed with mask data.
+"""Backends ``fused``, ``splash`` and ``flash``: our Pallas TPU kernels and those that ship with jax, fed with mask data.
 
-Both know segments, not padding: padding keys become a segment that no query is of. Lengths are filled up to whole blocks in
+All know segments, not padding: padding keys become a segment that no query is of. Lengths are filled up to whole blocks in
 the same way. Rows that may see nothing are zeroed here.
 
 Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.attention.dropout import Dropout
+from jaxft.attention.fused import Spec, fused_attention
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, each_device, first_of
 from jaxft.attention.scores import Call, nothing_where_blind
+from jaxft.layers.bits import row_words
 
 Array = jax.Array
 _LANES = 128  # of a TPU's vector registers: lengths are multiples of it
@@ -65,6 +67,47 @@ def _kernel_refuses(request: Request) -> str | None:
     ) or each_device(request)
 
 
+_FUSED_LENGTH = 2048
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core
+
+
+def fused_refuses(request: Request) -> str | None:
+    """See :class:`jaxft.attention.request.Backend`."""
+    return first_of(
+        (request.platform != "tpu", "runs on TPUs only"),
+        (
+            request.device is not None and request.device.startswith(_SMALL),
+            f"needs more vector memory than a {request.device} has",
+        ),
+        (request.dropout == "threefry", "makes bits of dropout by hash only (model.dropout_bits)"),
+        (request.length > _FUSED_LENGTH, f"holds whole rows of at most {_FUSED_LENGTH} tokens"),
+        (request.size % 16 != 0 or request.size > 256, "takes head sizes that are multiples of 16, up to 256"),
+        (
+            request.heads // request.key_heads * min(request.length, 1024) > 8 * 1024,
+            "unrolls over the query heads of a key head: these are too many for such rows",
+        ),
+    ) or each_device(request)
+
+
+def fused(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
+    """Our kernels (:mod:`jaxft.attention.fused`): made for head sizes of 64, masks and dropout inside."""
+    length = q.shape[2]
+    q, k, v, segments = _ready(call, q, k, v, mask)
+    spec = Spec(
+        scale=call.scale,
+        causal=mask.causal,
+        window=mask.window,
+        soft_cap=call.soft_cap,
+        rate=0.0 if drop is None else drop.rate,
+        row_length=length if drop is None else drop.length,
+        interpret=_INTERPRET,
+    )
+    ids = None if segments is None else jnp.stack(segments, axis=1)
+    words = None if drop is None else jnp.stack(row_words(drop.words, drop.rows))
+    out = fused_attention(spec, q, k, v, ids, words)[:, :, :length]  # zeros where nothing is seen, gradients too
+    return out.astype(call.compute.activation_dtype)
+
+
 def splash_refuses(request: Request) -> str | None:
     """See :class:`jaxft.attention.request.Backend`."""
     return _kernel_refuses(request)
@@ -87,13 +130,15 @@ def _splash_kernel(
         one: Any = masks.LocalMask(shape, window_size=(window - 1, 0 if causal else window - 1), offset=0)
     else:
         one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    # By price: blocks of 1024 queries and 2048 keys are the largest that fit vector memory (benchmarks/attention_tpu.py).
     block = _splash_block(length)
+    keys = 2048 if length % 2048 == 0 else block
     sizes = kernels.BlockSizes(
         block_q=block,
-        block_kv=block,
+        block_kv=keys,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=block,
+        block_kv_dkv=keys,
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )

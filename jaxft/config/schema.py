@@ -59,7 +59,18 @@ class ModelConfig:
     """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
     attention: Literal[
-        "auto", "xla", "blockwise", "splash", "flash", "cudnn", "jax", "tokamax", "ring", "all_to_all", "reference"
+        "auto",
+        "xla",
+        "blockwise",
+        "fused",
+        "splash",
+        "flash",
+        "cudnn",
+        "jax",
+        "tokamax",
+        "ring",
+        "all_to_all",
+        "reference",
     ] = "auto"
     """Backend of attention. ``auto``: the fastest measured one that honours mask, dropout and mesh (docs/attention.md)."""
     dropout_bits: Literal["threefry", "hash"] = "threefry"

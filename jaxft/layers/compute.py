@@ -26,4 +26,6 @@ class Compute:
     platform: str | None = None
     """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
     there are traced on a CPU: only who makes them knows."""
+    device: str | None = None
+    """Kind of those devices, as jax names it (``TPU v4``); None: unknown."""
     rules: AxisRules = DEFAULT_RULES

@@ -74,9 +74,11 @@ def few_cases() -> list[Case]:
     ]
 
 
-def both_passes(case: Case, backend: str, platform: str = "cpu", **options: Any) -> list[np.ndarray]:
+def both_passes(
+    case: Case, backend: str, platform: str = "cpu", bits: Any = "threefry", **options: Any
+) -> list[np.ndarray]:
     """Output and gradients of q, k, v."""
-    compute = Compute(attention=backend, matmul_dtype=case.operands, platform=platform)
+    compute = Compute(attention=backend, matmul_dtype=case.operands, platform=platform, dropout_bits=bits)
     mask = case.mask
 
     def run(q, k, v, g):

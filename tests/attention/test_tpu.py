@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.attention import tpu
+from jaxft.attention import MaskSpec, attend, tpu
+from jaxft.layers import Compute
 
 from .cases import DIRECTIONS, HIDDEN, Case, both_passes
 
-KERNELS = ("splash", "flash")
+KERNELS = ("fused", "splash", "flash")
 TOLERANCE = {"float32": 3e-5, "bfloat16": 4e-2}
 FEW = [
     Case("bidirectional", "padding", "mha", 64, 100, "float32"),
@@ -41,6 +44,26 @@ def test_a_kernel_follows_the_reference(case: Case, backend: str) -> None:
     assert_follows(case, backend)
 
 
+@pytest.mark.parametrize(
+    ("direction", "hidden", "heads"), [("causal_window", "padding", "gqa"), ("bidirectional", "segments", "mha")]
+)
+def test_dropout_inside_the_kernel_is_that_of_the_reference(direction: str, hidden: str, heads: str) -> None:
+    case = Case(direction, hidden, heads, 64, 200, "float32")
+    results = [
+        both_passes(case, name, platform="tpu", rate=0.3, key=jax.random.key(5), bits="hash")
+        for name in ("reference", "fused")
+    ]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5)
+
+
+def test_soft_cap_and_scale_inside_the_kernel() -> None:
+    case = Case("causal", "segments", "mqa", 32, 256, "float32")
+    results = [both_passes(case, name, platform="tpu", soft_cap=2.0, scale=0.3) for name in ("reference", "fused")]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("heads", ["mha", "gqa", "mqa"])
@@ -53,3 +76,16 @@ def test_a_kernel_follows_the_reference_everywhere(direction: str, hidden: str, 
     case = Case(direction, hidden, heads, size, 130, "float32")
     assert_follows(case, backend)
     assert_follows(dataclasses.replace(case, length=128, operands="bfloat16"), backend)
+
+
+@pytest.mark.parametrize("hidden", ["padding", "segments"])
+def test_rows_that_see_nothing_give_zeros_inside_the_kernel(hidden: str) -> None:
+    q, k, v, g = Case("bidirectional", "none", "gqa", 32, 128, "float32").arrays
+    nothing = jnp.asarray([[1] * 128, [0] * 128], bool if hidden == "padding" else jnp.int32)
+    mask = MaskSpec(padding=nothing) if hidden == "padding" else MaskSpec(segments=nothing)
+    compute = Compute(attention="fused", platform="tpu")
+    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, compute), q, k, v)
+    for x in (out, *vjp(g)):
+        np.testing.assert_array_equal(x[1], np.zeros_like(x[1]))
+        assert np.isfinite(x).all()
+        assert np.abs(x[0]).max() > 0

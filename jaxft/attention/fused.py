@@ -1,0 +1,398 @@
+"""Backend ``fused``: Pallas TPU kernels for rows whose keys and values fit vector memory: whole rows, no running softmax.
+
+What makes them fast:
+
+* Everything is transposed. Operands are [.., H, S] with the row on the 128 lanes of a register, so a head size of 64 fills
+  registers and memory (as [.., S, H] it takes twice the bytes); logits are [T, S], keys on sublanes: maxima, sums and
+  normalisers are one number per lane. In products with probabilities those are what the matrix unit holds, and only the H
+  rows of the other operand stream through it: half the time of the usual order when H = 64. XLA gives the results of
+  projections this layout at no cost.
+* What may be seen is one addend per logit, made once for all heads of a row. So are the places that dropout hashes.
+* The logits of the next heads are asked for before the softmax of the last: matrix and vector units work at the same time.
+
+Bits of dropout are those of :mod:`jaxft.layers.bits`, made where they are used, in both directions. Prices of all sizes and
+alternatives come from ``benchmarks/attention_tpu.py``: compiler estimates, for no TPU was at hand.
+
+Dims: B batch, S query length, T key length (equal), N query heads, K key/value heads, G = N/K, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxft.layers.bits import GOLDEN, mix
+
+Array = jax.Array
+
+LANES = 128
+_MASKED = np.float32(-1e30)
+_BLIND = np.float32(-5e29)  # a query whose largest logit is below this sees nothing
+_LOG2E, _LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2.0))
+_TOP_BIT = np.uint32(1 << 31)
+
+# Sizes found by pricing; all of them are flat around these values.
+_TOKENS = 512  # of all rows of a step
+_BLOCK = 256  # queries at a time; without dropout, half of longer rows
+_UNROLLED = 2**20  # logits written out as straight code, for the compiler to interleave
+_AHEAD = 2**19  # logits that are asked for before they are needed
+_STEP_BYTES = 24 * 2**20  # of operands and results of a step, double-buffered
+_VMEM_BYTES = 120 * 2**20  # what the compiler may use; it takes what it needs
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The static part of a call."""
+
+    scale: float
+    """What q k^T is multiplied by."""
+    causal: bool = False
+    window: int | None = None
+    """Keys are seen that are fewer than so many places away."""
+    soft_cap: float | None = None
+    rate: float = 0.0
+    """Of dropout."""
+    row_length: int = 0
+    """Of the rows that dropout counts places in; lengths of operands may have been filled up."""
+    interpret: bool = False
+    """Run as ordinary jax operations, on any platform."""
+
+    @property
+    def keep(self) -> int:
+        """Of 65536 values of 16 random bits, how many keep a probability."""
+        return round((1.0 - self.rate) * 65536)
+
+    @property
+    def drop_scale(self) -> np.float32:
+        """What kept probabilities are multiplied by."""
+        return np.float32(65536 / self.keep if self.rate > 0.0 else 1.0)
+
+    def keys_of(self, first: int, count: int, length: int) -> slice:
+        """Whole registers of keys that some of ``count`` queries may see, by distance and direction."""
+        reach = length if self.window is None else self.window - 1
+        low = max(first - reach, 0)
+        high = min(first + count + (0 if self.causal else reach), length)
+        return slice(low // LANES * LANES, -(-high // LANES) * LANES)
+
+
+def _keeps(place: Array, a: Array, b: Array, keep: int) -> Array:
+    """:func:`jaxft.layers.keep_at` with the place times ``GOLDEN`` given, and the words a and b of the head, scalars."""
+    # TPUs compare signed integers only: flip the top bit. A bit that is flipped before an odd factor is flipped behind it.
+    bits = lax.bitcast_convert_type(mix(place + a, b ^ _TOP_BIT), jnp.int32)
+    return bits < np.int32((keep << 16) - (1 << 31))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How the work is cut. One step of the grid takes ``rows`` rows and ``heads`` key heads of each."""
+
+    rows: int
+    heads: int
+    block: int
+    """Queries at a time."""
+    unroll: int
+    """Key heads at a time."""
+
+    @classmethod
+    def of(cls, spec: Spec, q: Array, k: Array) -> _Sizes:
+        """For operands [B, N, H, S] and [B, K, H, S]."""
+        b, n, h, s = q.shape
+        kv, group = k.shape[1], n // k.shape[1]
+        of_head = 2 * (4 * group + 4) * h * s * q.dtype.itemsize
+        heads = _divisor(kv, _STEP_BYTES // of_head)
+        rows = _divisor(b, min(_TOKENS // s, _STEP_BYTES // (of_head * kv))) if heads == kv else 1
+        most = _BLOCK if spec.rate > 0.0 else max(_BLOCK, s // 2)
+        if spec.causal or spec.window is not None:  # to skip what none of a block may see
+            most = s // 4
+        block = LANES * _divisor(s // LANES, most // LANES)
+        unroll = min(12, _UNROLLED // (group * s * s))
+        return cls(rows, heads, block, _divisor(rows * heads, unroll))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to ``most``, at least 1."""
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(most, 1))
+
+
+class _Task(NamedTuple):
+    """Some queries of one head in a step, and the keys they may see."""
+
+    q: tuple[Any, Any, slice, slice]
+    """Index of [rows, heads, H, S] arrays. k: the same of keys."""
+    k: tuple[Any, Any, slice, slice]
+    first: bool
+    last: bool
+    """Whether it is the first, or last, of its key head."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What both kernels have in common: one step of the grid."""
+
+    spec: Spec
+    sizes: _Sizes
+    heads: int
+    """N. group: G. length: S."""
+    group: int
+    length: int
+    words: Any
+    """[2, B N] uint32, or None without dropout. first: where those of the step begin."""
+    first: Any
+    ids: Any
+    """[rows, 2, S], or None without segments."""
+    bias: Any
+    """[rows or 1, T, S]: 0 or -1e30; None if all may be seen."""
+    places: Any
+    """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
+
+    def run(self, first_half: Callable[[_Task], Any], second_half: Callable[[_Task, Any], None]) -> None:
+        """All tasks. First halves, which need the matrix unit, are started some tasks before second halves."""
+        # Later steps of the same rows find the scratch filled.
+        pl.when(pl.program_id(1) == 0)(self.fill)
+        heads, unroll = self.sizes.heads, self.sizes.unroll
+
+        def some_heads(step: Array, _: None) -> None:
+            at = [step * unroll + i for i in range(unroll)]
+            tasks = [task for i in at for task in self.tasks(lax.div(i, heads), lax.rem(i, heads))]
+            early = min(max(_AHEAD // (self.sizes.block * self.length), 1), len(tasks))
+            ready = [first_half(task) for task in tasks[:early]]
+            for i, task in enumerate(tasks):
+                ready += [first_half(later) for later in tasks[i + early : i + early + 1]]
+                second_half(task, ready.pop(0))
+
+        lax.fori_loop(0, self.sizes.rows * heads // unroll, some_heads, None)
+
+    def tasks(self, row: Array, key_head: Array) -> list[_Task]:
+        """Of one key head."""
+        block, every = self.sizes.block, slice(None)
+        cuts = [(g, start) for g in range(self.group) for start in range(0, self.length, block)]
+        return [
+            _Task(
+                (row, key_head * self.group + g, every, slice(start, start + block)),
+                (row, key_head, every, self.spec.keys_of(start, block, self.length)),
+                (g, start) == cuts[0],
+                (g, start) == cuts[-1],
+            )
+            for g, start in cuts
+        ]
+
+    def fill(self) -> None:
+        """Makes what all heads of a row share, for 128 queries at a time."""
+        shape = (self.length, LANES)
+        t, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        starts = range(0, self.length, LANES)
+        if self.places is not None:
+            for start in starts:
+                place = (lane + start) * self.spec.row_length + t
+                self.places[:, start : start + LANES] = lax.bitcast_convert_type(place, jnp.uint32) * GOLDEN
+        if self.bias is not None:
+            self.fill_bias(t - lane, starts)
+
+    def fill_bias(self, ahead: Array, starts: range) -> None:
+        """What may be seen; ``ahead`` [T, 128]: how many places a key is ahead of one of the first 128 queries."""
+        for row in range(self.bias.shape[0]):
+            ids = None if self.ids is None else self.ids[row]  # [2, S]
+            keys = None if ids is None else jnp.broadcast_to(ids[1:2], ahead.shape[::-1]).T
+            for start in starts:
+                allowed = self.near(ahead - start)
+                if ids is not None:
+                    allowed += [keys == ids[0:1, start : start + LANES], keys != 0]
+                seen = functools.reduce(jnp.logical_and, allowed)
+                self.bias[row, :, start : start + LANES] = jnp.where(seen, np.float32(0.0), _MASKED)
+
+    def near(self, ahead: Array) -> list[Array]:
+        """Conditions on how many places a key is ahead of a query."""
+        window = self.spec.window
+        causal = [ahead <= 0] if self.spec.causal else []
+        return causal if window is None else [*causal, jnp.abs(ahead) < window]
+
+    def exponents(self, task: _Task, products: Array) -> tuple[Array, Array | None]:
+        """(logits for exp2, tanh of the soft cap) from k q^T [T, S]."""
+        cap, cut = self.spec.soft_cap, None
+        if cap is None:
+            logits = products * np.float32(self.spec.scale * _LOG2E)
+        else:
+            cut = jnp.tanh(products * np.float32(self.spec.scale / cap))
+            logits = cut * np.float32(cap * _LOG2E)
+        if self.bias is not None:
+            logits += self.bias[0 if self.ids is None else task.q[0], task.k[3], task.q[3]]
+        return logits, cut
+
+    def dropped(self, task: _Task, *arrays: Array) -> tuple[Array, ...]:
+        """[T, S] arrays, 0 where dropout drops."""
+        if self.places is None:
+            return arrays
+        at = self.first + task.q[0] * self.heads + task.q[1]
+        keep = _keeps(self.places[task.k[3], task.q[3]], self.words[0, at], self.words[1, at], self.spec.keep)
+        return tuple(jnp.where(keep, x, np.float32(0.0)) for x in arrays)
+
+
+def _dot(x: Array, y: Array, *, over_last: bool = False) -> Array:
+    """float32 x y, or x y^T."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((1,), (1 if over_last else 0,)), ((), ()))
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(step: _Step, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+    def products(task: _Task) -> Array:
+        return _dot(k[task.k].T, q[task.q])
+
+    def softmax(task: _Task, ready: Array) -> None:
+        logits, _ = step.exponents(task, ready)
+        top = logits.max(0, keepdims=True)
+        weights = jnp.exp2(logits - top)
+        total = weights.sum(0, keepdims=True)
+        (weights,) = step.dropped(task, weights)
+        mixed = _dot(v[task.k], weights.astype(v.dtype))
+        sees = top > _BLIND
+        out[task.q] = (mixed * jnp.where(sees, step.spec.drop_scale / total, 0.0)).astype(out.dtype)
+        lse[task.q] = jnp.where(sees, (top + jnp.log2(total)) * _LN2, -_MASKED)
+
+    step.run(products, softmax)
+
+
+def _backward_kernel(
+    step: _Step, q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, dq: Any, dk: Any, dv: Any, sums: Any
+) -> None:
+    drop_scale = step.spec.drop_scale  # of dweights: left out, and made up for in the results
+    scale = np.float32(step.spec.scale) * drop_scale
+
+    def products(task: _Task) -> tuple[Array, Array]:
+        return _dot(k[task.k].T, q[task.q]), _dot(v[task.k].T, g[task.q])
+
+    def gradients(task: _Task, ready: tuple[Array, Array]) -> None:
+        logits, cut = step.exponents(task, ready[0])
+        queries, grad = q[task.q], g[task.q]
+        # sum_t weights * dweights
+        mean = (out[task.q].astype(jnp.float32) * grad.astype(jnp.float32)).sum(0, keepdims=True) / drop_scale
+        weights = jnp.exp2(logits - lse[task.q] * _LOG2E)
+        kept, dweights = step.dropped(task, weights, ready[1])
+        dlogits = weights * (dweights - mean)
+        if cut is not None:
+            dlogits *= 1.0 - cut * cut
+        dlogits = dlogits.astype(q.dtype)
+        dq[task.q] = (_dot(k[task.k], dlogits) * scale).astype(dq.dtype)
+        of_keys = _dot(queries, dlogits, over_last=True), _dot(grad, kept.astype(q.dtype), over_last=True)
+        if not (task.first and task.last):
+            _collect(task, sums, of_keys)
+            of_keys = sums[0], sums[1]
+        if task.last:
+            dk[task.k[:2]] = (of_keys[0] * scale).astype(dk.dtype)
+            dv[task.k[:2]] = (of_keys[1] * drop_scale).astype(dv.dtype)
+
+    step.run(products, gradients)
+
+
+def _collect(task: _Task, sums: Any, parts: tuple[Array, Array]) -> None:
+    """Adds gradients of a task's keys to ``sums`` [2, H, T]."""
+    keys = task.k[3]
+    whole = keys == slice(0, sums.shape[2])
+    if task.first and not whole:
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+    for i, part in enumerate(parts):
+        sums[i, :, keys] = part if task.first and whole else sums[i, :, keys] + part
+
+
+def _call(
+    kernel: Any, spec: Spec, arrays: tuple[Array, ...], ids: Array | None, words: Array | None, outs: Any
+) -> list[Array]:
+    """Runs a kernel on [B, N or K, ...] arrays, q and k the first of them."""
+    (b, n, h, s), kv = arrays[0].shape, arrays[1].shape[1]
+    sizes, drop = _Sizes.of(spec, arrays[0], arrays[1]), spec.rate > 0.0
+    grid = (b // sizes.rows, kv // sizes.heads)
+    scratch: dict[str, Any] = {}
+    if ids is not None or spec.causal or spec.window is not None:
+        scratch["bias"] = pltpu.VMEM((1 if ids is None else sizes.rows, s, s), jnp.float32)
+    if drop:
+        scratch["places"] = pltpu.VMEM((s, s), jnp.uint32)
+    if kernel is _backward_kernel:
+        scratch["sums"] = pltpu.VMEM((2, h, s), jnp.float32)
+
+    def body(*refs: Any) -> None:
+        given = iter(refs)
+        words_ref, ids_ref = next(given) if drop else None, None if ids is None else next(given)
+        operands = [next(given) for _ in (*arrays, *outs)]
+        held = {name: next(given) for name in scratch}
+        bias, places = held.pop("bias", None), held.pop("places", None)
+        # Not inside the loop over heads: there, an interpreted kernel has no program_id.
+        first = (pl.program_id(0) * sizes.rows * n) + pl.program_id(1) * (n // grid[1])
+        kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bias, places), *operands, *held.values())
+
+    def heads_of(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((sizes.rows, x.shape[1] // grid[1], *x.shape[2:]), lambda i, j, *_: (i, j, 0, 0))
+
+    rows = pl.BlockSpec((sizes.rows, 2, s), lambda i, j, *_: (i, 0, 0))
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=int(drop),
+        grid=grid,
+        in_specs=[*([] if ids is None else [rows]), *map(heads_of, arrays)],
+        out_specs=[heads_of(x) for x in outs],
+        scratch_shapes=list(scratch.values()),
+    )
+    order = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES)
+    name = f"fused_attention{kernel.__name__}"
+    run = pl.pallas_call(body, outs, grid_spec=grid_spec, compiler_params=order, interpret=spec.interpret, name=name)
+    scalars = [words.reshape(2, b * n)] if drop and words is not None else []
+    return run(*scalars, *([] if ids is None else [ids]), *arrays)
+
+
+def _flipped(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(x.swapaxes(2, 3) for x in arrays)
+
+
+def _fwd(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None) -> tuple[Array, Array]:
+    """Attention and its normaliser.
+
+    Args:
+      q: [B, N, S, H]; S a multiple of 128. k, v: [B, K, S, H].
+      ids: int32 [B, 2, S], of queries and of keys: equal ones may see each other; no one sees keys of 0. None: all.
+      words: of dropout, uint32 [2, B, N], from :func:`jaxft.layers.bits.row_words`; not used at rate 0.
+
+    Returns: (out [B, N, S, H], log sum exp of the logits [B, N, 1, S] float32). Of queries that see nothing: 0 and 1e30.
+    """
+    q, k, v = _flipped(q, k, v)
+    b, n, _, s = q.shape
+    if s % LANES or n % k.shape[1]:
+        raise ValueError(f"S={s}, N={n}, K={k.shape[1]}: S must be a multiple of {LANES}, N one of K")
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, 1, s), jnp.float32)]
+    out, lse = _call(_forward_kernel, spec, (q, k, v), ids, words, outs)
+    return out.swapaxes(2, 3), lse
+
+
+def _bwd(
+    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None, out: Array, lse: Array, g: Array
+) -> tuple[Array, ...]:
+    """Gradients of q, k and v, from what :func:`_fwd` took and gave and the gradient of ``out``."""
+    q, k, v, out, g = _flipped(q, k, v, out, g)
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    return _flipped(*_call(_backward_kernel, spec, (q, k, v, out, lse, g), ids, words, outs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_attention(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None) -> Array:
+    """The first result of :func:`_fwd`, with gradients."""
+    return _fwd(spec, q, k, v, ids, words)[0]
+
+
+def _attention_fwd(spec: Spec, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    out, lse = _fwd(spec, *operands)
+    return out, (*operands, out, lse)
+
+
+def _attention_bwd(spec: Spec, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    q, k, v, ids, words, out, lse = saved
+    return (*_bwd(spec, q, k, v, ids, words, out, lse, g), None, None)
+
+
+fused_attention.defvjp(_attention_fwd, _attention_bwd)
