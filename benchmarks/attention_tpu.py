@@ -93,7 +93,7 @@ def price(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048, 8192])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--bits", choices=["hash", "threefry"], default="hash")
     parser.add_argument("--heads", default=str(HEADS), help="N or N/K")

@@ -183,8 +183,9 @@ def flash(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropou
     from jax.experimental.pallas.ops.tpu import flash_attention as kernels
 
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    q, k, v, segments = _ready(call, q, k, v, mask)
+    # Repeated before they are rounded, so that gradients of the copies are added up unrounded.
     k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
+    q, k, v, segments = _ready(call, q, k, v, mask)
     ids = None if segments is None else kernels.SegmentIds(*segments)
     block = min(512, _splash_block(q.shape[2]))
     sizes = kernels.BlockSizes(

@@ -73,9 +73,9 @@ class ModelConfig:
         "reference",
     ] = "auto"
     """Backend of attention. ``auto``: the fastest measured one that honours mask, dropout and mesh (docs/attention.md)."""
-    dropout_bits: Literal["threefry", "hash"] = "threefry"
-    """Where the random bits of dropout come from: jax's generator, or a hash of counters that costs less (docs/attention.md).
-    """
+    dropout_bits: Literal["threefry", "hash"] = "hash"
+    """Where the random bits of dropout come from: a hash of counters, made where they are used, or jax's generator, which costs
+    more memory and time (docs/attention.md)."""
     layers: Literal["unrolled", "scanned"] = "unrolled"
     """How the stacked layers are computed. The parameter tree is the same for both."""
     lora: LoraConfig = field(default_factory=LoraConfig)

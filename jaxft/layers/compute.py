@@ -21,7 +21,7 @@ class Compute:
     """Vocabulary entries that a language-modelling loss scores at a time; None: all."""
     attention: str = "auto"
     """Backend of :func:`jaxft.attention.attend`, or ``auto``."""
-    dropout_bits: Literal["threefry", "hash"] = "threefry"
+    dropout_bits: Literal["threefry", "hash"] = "hash"
     """Where the random bits of dropout come from (:mod:`jaxft.layers.bits`)."""
     platform: str | None = None
     """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not

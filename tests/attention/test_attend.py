@@ -30,7 +30,7 @@ def textbook(q, k, v, mask: MaskSpec, rate: float, key) -> jax.Array:
     weights = jnp.where(allowed.any(-1, keepdims=True), weights, 0.0)
     if key is not None:
         b, n, s, _ = weights.shape
-        drop = make_dropout(key, rate, b, n, s, "threefry")
+        drop = make_dropout(key, rate, b, n, s, Compute().dropout_bits)
         kept, scale = drop.kept(jnp.arange(weights.shape[2]), 0, weights.shape[3]), drop.scale
         weights = jnp.where(kept, weights * scale, 0.0)
     return jnp.einsum("bnst,bnth->bnsh", weights, v, precision="highest")
