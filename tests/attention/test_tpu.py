@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +81,36 @@ def test_a_kernel_follows_the_reference_everywhere(direction: str, hidden: str, 
     case = Case(direction, hidden, heads, size, 130, "float32")
     assert_follows(case, backend)
     assert_follows(dataclasses.replace(case, length=128, operands="bfloat16"), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("backend", "length", "dropout", "most_mib"),
+    [
+        ("fused", 128, 0.1, 1),
+        ("fused", 512, 0.1, 1),
+        ("fused", 1024, 0.0, 1),
+        ("splash", 512, 0.0, 400),
+        ("flash", 512, 0.0, 900),
+    ],
+)
+def test_kernels_compile_for_real_chips(
+    backend: str, length: int, dropout: float, most_mib: int, topology: str
+) -> None:
+    """BERT's shapes, 16384 tokens, both passes, ahead of time. One array of q's size is 24 MiB, all logits at 512 are 192 MiB."""
+    case = {
+        "backend": backend, "length": length, "dropout": dropout, "topology": topology,
+        "bits": "hash", "heads": "12", "causal": False,
+    }  # fmt: skip
+    script = Path(__file__).parents[2] / "benchmarks/attention_tpu.py"
+    answer = subprocess.run([sys.executable, script, "--one", json.dumps(case)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    found = json.loads(answer.stdout.splitlines()[-1])
+    print(case, found)
+    assert found["temp_mib"] < most_mib
+    assert found["llo_ms"] > 0
 
 
 @pytest.mark.parametrize("hidden", ["padding", "segments"])
