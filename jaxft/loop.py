@@ -91,7 +91,8 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
     # XLA compiles mostly on one thread per program.
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
-    note(f"attention: {described(choice for _, seen in results.values() for choice in seen)}")
+    chosen = (choice for _, seen in results.values() for choice in seen)
+    note(f"attention: {described(chosen, setup.config.model.attention)}")
     programs = {job: program for job, (program, _) in results.items()}
     return Programs(
         {shape: program for (kind, shape), program in programs.items() if kind == "train"},

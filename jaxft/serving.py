@@ -20,6 +20,7 @@ from jaxft.config import RunConfig, decode, load_config
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.tokenizer import Tokenizer, pad_rows
 from jaxft.errors import UserError
+from jaxft.layers import Compute
 from jaxft.pretrained import check_vocabulary, load_params, make_config, open_source, resolve_folder
 from jaxft.recipe import make_compute
 from jaxft.setup import Note
@@ -76,7 +77,7 @@ def _from_folder(
 ) -> Served:
     source = open_source(reference, note, family=config.model.family)
     head = source.head if head == "stored" else head
-    model = source.family.Model(source.config, head, make_compute(config.model, jax.default_backend()))
+    model = source.family.Model(source.config, head, _compute(config))
     params = load_params(source, model, note)
     labels = source.labels or ()
     if head == "classification" and not labels:
@@ -87,13 +88,15 @@ def _from_folder(
     return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
 
 
+def _compute(config: RunConfig) -> Compute:
+    return make_compute(config.model, jax.default_backend(), device=jax.devices()[0].device_kind)
+
+
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     params, meta = checkpoint.restore_params(folder)
     config = _override(meta["config"], overrides)
     family = models.family(meta["family"])
-    model = family.Model(
-        make_config(family, meta["arch"]), meta["head"], make_compute(config.model, jax.default_backend())
-    )
+    model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
     tokenizer = Path(meta["tokenizer"])
     if config.data.tokenizer is not None:
         tokenizer = resolve_folder(config.data.tokenizer)

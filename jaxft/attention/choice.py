@@ -90,6 +90,8 @@ class Choice:
     backend: Backend
     request: Request
     why: str
+    wanted: str = "auto"
+    """What was asked for: a name, or ``auto``."""
 
 
 def choose(request: Request, wanted: str = "auto") -> Choice:
@@ -99,7 +101,7 @@ def choose(request: Request, wanted: str = "auto") -> Choice:
       UserError: an unknown name, or a backend that cannot honour the request; says which can.
     """
     if wanted != "auto":
-        return Choice(_asked(request, wanted), request, "asked for")
+        return Choice(_asked(request, wanted), request, "asked for", wanted)
     able = [b for b in BACKENDS if b.name not in _ONLY_ASKED and b.refuses(request) is None]
     if not able:
         raise UserError(f"attention: no backend can do this: {_reasons(request)}")
@@ -182,11 +184,17 @@ def note(choice: Choice) -> None:
         seen[choice.request] = choice
 
 
-def described(seen: Iterable[Choice]) -> str:
-    """One line: ``blockwise at 16, 32 tokens (fastest of ...); ...``."""
+def described(seen: Iterable[Choice], wanted: str) -> str:
+    """One line: ``blockwise at 16, 32 tokens (fastest of ...); ...``.
+
+    Args:
+      wanted: what the run asks for; choices of calls that asked for something else (those that only declare parameters) are
+        left out.
+    """
     groups: dict[tuple[str, str], set[int]] = {}
     for choice in seen:
-        groups.setdefault((choice.backend.name, choice.why), set()).add(choice.request.length)
+        if choice.wanted == wanted:
+            groups.setdefault((choice.backend.name, choice.why), set()).add(choice.request.length)
     return "; ".join(
         f"{name} at {', '.join(map(str, sorted(lengths)))} tokens ({why})" for (name, why), lengths in groups.items()
     )

@@ -39,7 +39,6 @@ class Request:
     bias: bool = False
     dropout: str | None = None
     """Where the bits come from: ``threefry`` or ``hash``."""
-    devices: int = 1
     context: int = 1
     """Ways in which rows are split."""
     split_alike: bool = True
@@ -91,7 +90,6 @@ def request_of(
         soft_cap=call.soft_cap is not None,
         bias=bias is not None,
         dropout=None if drop is None else drop.bits,
-        devices=mesh.size if split else 1,
         context=mesh.shape.get(CONTEXT, 1) if split else 1,
         split_alike=not split or split_alike(rules),
         split_evenly=not split or split_evenly(rules, q, k),

@@ -1,6 +1,6 @@
 """The few layers all models are built from: pure functions, and thin Linen modules that declare their parameters."""
 
-from jaxft.layers.bits import hash_bits, hash_words, keep_at
+from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
@@ -39,7 +39,6 @@ __all__ = [
     "dropout",
     "einsum",
     "gelu",
-    "hash_bits",
     "hash_words",
     "keep_at",
     "keep_mask",

@@ -193,7 +193,7 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     return replace(
         plan,
         source="compiled",
-        attention=described(seen.values()),
+        attention=described(seen.values(), recipe.config.model.attention),
         memory=memory,
         collectives=costs.collectives,
         matmul_flops=costs.matmul_flops,
