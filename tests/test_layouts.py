@@ -44,11 +44,9 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
     "fsdp4_tensor2": (MeshConfig(1, 4, 2), 1, {}),
     "tensor8": (MeshConfig(1, 1, 8), 1, {}),
     "2x2x2": (MeshConfig(2, 2, 2), 1, {}),
-    "xla": (MeshConfig(2, 2, 2), 1, {"attention": "xla"}),
-    "xla_hash": (MeshConfig(2, 2, 2), 1, {"attention": "xla", "dropout_bits": "hash"}),
-    "context2_hash": (MeshConfig(2, 2, 1, context=2), 1, {"dropout_bits": "hash"}),
+    "xla_threefry": (MeshConfig(2, 2, 2), 1, {"attention": "xla", "dropout_bits": "threefry"}),
     "context2_all_to_all": (MeshConfig(2, 2, 1, context=2), 1, {"attention": "all_to_all"}),
-    "blockwise_hash": (MeshConfig(1, 4, 2), 1, {"attention": "blockwise", "dropout_bits": "hash"}),
+    "blockwise_threefry": (MeshConfig(1, 4, 2), 1, {"attention": "blockwise", "dropout_bits": "threefry"}),
     "unrolled_remat": (MeshConfig(2, 2, 2), 1, {"layers": "unrolled", "remat": "full"}),
 }
 
@@ -129,7 +127,7 @@ def trained(
 
 
 @functools.cache
-def single(family: str, task: str, heads: int | None = None, bits: str = "threefry") -> tuple[Any, Any]:
+def single(family: str, task: str, heads: int | None = None, bits: str = "hash") -> tuple[Any, Any]:
     return trained(family, task, (MeshConfig(1, 1, 1), 1, {"dropout_bits": bits}), 1, heads)
 
 
@@ -146,7 +144,7 @@ def compare(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_same_course_on_every_layout(family: str, task: str, layout: str) -> None:
     heads = 8 if layout == "tensor8" else None
-    bits = LAYOUTS[layout][2].get("dropout_bits", "threefry")
+    bits = LAYOUTS[layout][2].get("dropout_bits", "hash")
     compare(single(family, task, heads, bits), trained(family, task, LAYOUTS[layout], 8, heads))
 
 

@@ -40,8 +40,12 @@ def assert_equal(case: Case, backend: str, **options: Any) -> None:
         np.testing.assert_allclose(one, other, atol=TOLERANCE[case.operands], err_msg=name)
 
 
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("case", few_cases(), ids=str)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    # xla and jax are the same few lines for all cases; blockwise cuts rows and heads in many ways.
+    [(c, "blockwise") for c in few_cases()] + [(c, n) for n in ("xla", "jax") for c in few_cases()[::3]],
+    ids=str,
+)
 def test_a_backend_follows_the_reference(case: Case, backend: str) -> None:
     assert_equal(case, backend)
 
