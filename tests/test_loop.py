@@ -158,7 +158,8 @@ def test_a_run_learns_and_logs(whole: tuple[Run, Path]) -> None:
     train = [record for record in log if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(3, TOTAL + 1, 3))
     assert [record["step"] for record in log if record["kind"] == "eval"] == list(range(5, TOTAL + 1, 5))
-    assert train[-1]["loss"] < train[0]["loss"]
+    losses = [record["loss"] for record in train]
+    assert sum(losses[5:]) < sum(losses[:5])  # single ones are of a few small batches, with dropout
     # 13 steps show all 98 rows once.
     assert [record["epoch"] for record in train] == [record["step"] / 13 for record in train]
     assert len(run.batches) == TOTAL == len(set(run.batches))
@@ -248,20 +249,21 @@ def _apply(model: Any) -> Any:
 
 def test_early_stopping_and_best_checkpoint(ready: Ready, tmp_path: Path) -> None:
     # A loss that must fall by itself: mode=max of the loss is at its best early, and gets worse while training goes well.
-    stopping = ready.but(eval={"metric": "loss", "mode": "max", "patience": 2})
+    every = 2
+    stopping = ready.but(eval={"metric": "loss", "mode": "max", "patience": 2, "every": every})
     one = fit(stopping, tmp_path / "one")
     log = [record for record in read_log(tmp_path / "one/log.jsonl") if record["kind"] == "eval"]
     values = {record["step"]: record["loss"] for record in log}
     best = max(values, key=lambda step: values[step])
     assert one.result.best_step == best
-    assert one.result.step == best + 2 * 5 < TOTAL
+    assert one.result.step == best + 2 * every < TOTAL
     # The parameters are those of the best step, not the last.
     assert one.result.metrics["loss"] == values[best]
     state, _ = stored(ready, tmp_path / "one", best)
     for a, b in zip(jax.tree.leaves(one.result.params), jax.tree.leaves(state.ema), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     # Patience is counted across a stop between the two bad evaluations.
-    fit(stopping, tmp_path / "two", stop_at=best + 7)
+    fit(stopping, tmp_path / "two", stop_at=best + every + 1)
     two = fit(stopping, tmp_path / "two")
     assert_same_end(ready, tmp_path / "one", tmp_path / "two", one.result.step)
     assert_same_result(one.result, two.result)
