@@ -34,8 +34,8 @@ def attend(
 ) -> Array:
     """softmax(cap(scale q k^T) + bias) v with float32 softmax (Vaswani et al. 2017).
 
-    ``compute.attention`` names the backend, or is ``auto``. None of them keeps more for the backward pass than its inputs,
-    its output and one number per query (and, in ``xla`` with threefry bits, those of dropout).
+    ``compute.attention`` names the backend, or is ``auto``. Our own ones but ``reference`` keep no more for the backward
+    pass than inputs, output and one number per query (``xla`` with threefry bits: those of dropout too).
 
     Args:
       q: [B, N, S, H]. k, v: [B, K, S, H]; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).

@@ -38,6 +38,8 @@ def shape_of(result: Result) -> str:
 
 def _table(name: str, group: Sequence[Result], before: dict[str, Result] | None) -> str:
     anchor = next((r for r in group if r.case.backend == ANCHOR), None)
+    if anchor is not None and any(r.platform != anchor.platform for r in group):
+        anchor = None  # torch runs on the CPU here: no measure for an accelerator
     head = [*_HEAD, *(["/ torch"] if anchor else []), *(["/ before"] if before else [])]
     rows = []
     for passes in PASSES:

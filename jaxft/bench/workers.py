@@ -22,7 +22,7 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
-        ours = {"TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {}), **os.environ}
+        ours = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **(environment or {})}
         # As `make train` does, for all contenders alike: see docs/performance.md.
         ours.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self._errors = os.memfd_create(name) if hasattr(os, "memfd_create") else subprocess.DEVNULL
