@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=["128", "512", "2048", "8192"])
     options = parser.parse_args()
     folder = ROOT / "benchmarks/results"
-    common = ["bench", "attention", "--shape", "2x12x64", "--turns", "4", "--backends", "blockwise", "xla"]
+    common = ["bench", "attention", "--shape", "2x12x64", "--turns", "4", "--backends", "native", "blockwise", "xla"]
     runs = {
         "attention": ["jax", "--operands", "float32", "bfloat16", "--lengths", *options.lengths],
         "attention_dropout": ["--dropout", "0.1", "--lengths", "128", "512"],

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxft.attention import blockwise, dense, library, reference, ring, tpu
+from jaxft.attention import blockwise, dense, library, native, reference, ring, tpu
 from jaxft.attention.all_to_all import all_to_all_refuses, with_whole_rows
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
@@ -73,6 +73,7 @@ BACKENDS = (
     _local("splash", tpu.splash, tpu.splash_refuses),
     _local("flash", tpu.flash, tpu.flash_refuses),
     _local("cudnn", library.cudnn, library.cudnn_refuses),
+    _local("native", native.native, native.native_refuses),
     _local("blockwise", blockwise.blockwise, each_device),
     Backend("xla", dense.dense, whole_rows),
     Backend("jax", library.jax_attention, library.jax_refuses),

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends",
         nargs="+",
-        default=["auto", "blockwise", "xla", "jax"],
+        default=["auto", "native", "blockwise", "xla", "jax"],
         help="of model.attention; and torch-eager (default: %(default)s, and torch-sdpa where torch is installed)",
     )
     parser.add_argument(

@@ -66,6 +66,10 @@ def run(options: argparse.Namespace) -> int:
         say(f"cluster: {cluster.count} processes ({cluster.kind}), met at {cluster.address} in {met:.1f} s")
     for line in _devices():
         say(line)
+    if jax.default_backend() == "cpu":
+        from jaxft.attention.compiled import unavailable
+
+        say(f"attention kernels for CPUs: native {unavailable() or 'is compiled'}")
     for name in VARIABLES:
         if name in os.environ:
             say(f"  {name}={os.environ[name]}")

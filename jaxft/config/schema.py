@@ -61,6 +61,7 @@ class ModelConfig:
     attention: Literal[
         "auto",
         "xla",
+        "native",
         "blockwise",
         "fused",
         "splash",

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxft.attention import MaskSpec, attend
+from jaxft.attention.compiled import unavailable
 from jaxft.layers import Compute
 
 DIRECTIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +26,7 @@ HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 SIZES = (32, 64, 80, 128)
 LENGTHS = (48, 67)
 TYPES = ("float32", "bfloat16")
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(unavailable() is not None, reason=f"native {unavailable()}"))
 
 
 @dataclass(frozen=True)

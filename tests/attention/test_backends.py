@@ -16,10 +16,10 @@ from jaxft.config import MeshConfig
 from jaxft.layers import Compute
 from jaxft.sharding import make_mesh
 
-from .cases import Case, all_cases, both_passes, few_cases
+from .cases import NATIVE, Case, all_cases, both_passes, few_cases
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-OURS = ("xla", "blockwise", "jax")
+OURS = ("xla", "blockwise", NATIVE, "jax")
 
 # Operands are exact in bfloat16; what is rounded are probabilities (relative 2**-9 each) and, in the backward pass, cotangents
 # and the gradients of logits: errors of some 2**-9 of values and gradients, which reach 10.
@@ -40,13 +40,15 @@ def assert_equal(case: Case, backend: str, **options: Any) -> None:
         np.testing.assert_allclose(one, other, atol=TOLERANCE[case.operands], err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("case", "backend"),
-    # xla and jax are the same few lines for all cases; blockwise cuts rows and heads in many ways.
-    [(c, "blockwise") for c in few_cases()] + [(c, n) for n in ("xla", "jax") for c in few_cases()[::3]],
-    ids=str,
-)
-def test_a_backend_follows_the_reference(case: Case, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["blockwise", NATIVE])
+@pytest.mark.parametrize("case", few_cases(), ids=str)
+def test_a_backend_that_cuts_rows_and_heads_follows_the_reference(case: Case, backend: str) -> None:
+    assert_equal(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["xla", "jax"])
+@pytest.mark.parametrize("case", few_cases()[::3], ids=str)
+def test_a_backend_of_the_same_few_lines_for_all_follows_the_reference(case: Case, backend: str) -> None:
     assert_equal(case, backend)
 
 
@@ -156,7 +158,7 @@ def test_what_is_in_one_document_never_moves_another(backend: str) -> None:
     np.testing.assert_array_equal(np.where(first, 0, before), np.where(first, 0, after))
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "xla", "jax"])
+@pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("heads", ["mha", "gqa"])
 def test_heads_and_rows_on_many_devices(backend: str, heads: str) -> None:
     case = Case("causal", "segments", heads, 32, 48, "float32")

@@ -23,7 +23,7 @@ TPU = dataclasses.replace(CPU, platform="tpu", operands="bfloat16")
 @pytest.mark.parametrize(
     ("wanted", "change", "reason"),
     [
-        ("jax", {"dropout": "hash"}, "jax has no dropout; use blockwise or xla or reference, or auto"),
+        ("jax", {"dropout": "hash"}, "jax has no dropout; use (native or )?blockwise or xla or reference, or auto"),
         ("jax", {"soft_cap": True}, "jax has no soft cap"),
         ("blockwise", {"bias": True}, "blockwise adds no bias; use xla or jax or reference"),
         ("splash", {}, "splash runs on TPUs only"),

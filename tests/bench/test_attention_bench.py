@@ -38,7 +38,7 @@ def test_every_contender_is_timed_in_both_passes(folder: Path) -> None:
         assert 0 < result.forward.least <= result.forward.median <= result.forward.most
         assert result.both.median > 0
         assert result.matmul_peak > 1e8
-        assert result.backend in ("blockwise", "xla", "jax", "torch-sdpa")
+        assert result.backend in ("native", "blockwise", "xla", "jax", "torch-sdpa")
 
 
 def test_files_for_spreadsheets_and_eyes(folder: Path) -> None:

@@ -1,0 +1,96 @@
+"""Backend ``native``: our C++ kernels for CPUs (``native.cc``), called by XLA, on the threads that it computes with.
+
+A block of logits stays in a core's caches; nothing of the square of the length is ever in memory, in either pass (Dao et al. 2022).
+Padding, segments, causality and windows are honoured by place, and blocks of which nothing may be seen are skipped. Products are
+float32 also where operands are bfloat16: these are rounded, and what is computed from them is not.
+
+Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.attention.compiled import TARGETS, unavailable
+from jaxft.attention.dropout import Dropout
+from jaxft.attention.mask import MaskSpec
+from jaxft.attention.request import Request, each_device, first_of
+from jaxft.attention.scores import Call
+
+Array = jax.Array
+_WIDEST = 16  # floats of a vector register, at most
+
+
+def native_refuses(request: Request) -> str | None:
+    """See :class:`jaxft.attention.request.Backend`."""
+    reason = first_of(
+        (request.platform != "cpu", "runs on CPUs only"),
+        (request.size % _WIDEST != 0, f"takes head sizes that are multiples of {_WIDEST}"),
+        (request.dropout == "threefry", "draws no threefry bits (model.dropout_bits=hash)"),
+        (request.soft_cap, "has no soft cap"),
+    )
+    return reason or each_device(request) or unavailable()
+
+
+def native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
+    """See :func:`jaxft.attention.attend`; no soft cap, no bias, hash dropout."""
+    return _native(call, q, k, v, mask, drop)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
+    return _forward(call, q, k, v, mask, drop)[0]
+
+
+def _forward(
+    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
+) -> tuple[Array, tuple[Any, ...]]:
+    results = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    inputs = _inputs(call, q, k, v, mask, drop)
+    out, normaliser = jax.ffi.ffi_call(TARGETS[0], results)(*inputs, **_facts(call, mask, drop))
+    return out.astype(call.compute.activation_dtype), (q, k, v, mask, drop, out, normaliser)
+
+
+def _backward(call: Call, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    q, k, v, mask, drop, out, normaliser = kept
+    results = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v))
+    inputs = (*_inputs(call, q, k, v, mask, drop), out, normaliser, g.astype(jnp.float32))
+    grads = jax.ffi.ffi_call(TARGETS[1], results)(*inputs, **_facts(call, mask, drop))
+    return *(dx.astype(x.dtype) for dx, x in zip(grads, (q, k, v), strict=True)), None, None
+
+
+_native.defvjp(_forward, _backward)
+
+
+def _inputs(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, ...]:
+    """q, k, v in float32, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is nothing."""
+    operands = (x.astype(call.compute.matmul_dtype).astype(jnp.float32) for x in (q, k, v))
+    none = jnp.zeros((0,), jnp.uint32)
+    words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
+    return *operands, *_ids(mask), words, rows
+
+
+def _ids(mask: MaskSpec) -> tuple[Array, Array]:
+    """Of queries and of keys: a query sees the keys of its own number; those of number 0 none does."""
+    if mask.segments is not None:
+        return mask.segments, mask.segments
+    if mask.padding is not None:
+        keys = mask.padding.astype(jnp.int32)
+        return jnp.ones_like(keys), keys
+    none = jnp.zeros((0,), jnp.int32)
+    return none, none
+
+
+def _facts(call: Call, mask: MaskSpec, drop: Dropout | None) -> dict[str, Any]:
+    keep = 0 if drop is None else drop.keep
+    return {
+        "causal": np.int64(mask.causal),
+        "window": np.int64(mask.window or 0),
+        "scale": np.float32(call.scale),
+        "keep": np.int64(keep),
+    }
