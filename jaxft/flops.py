@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.extend as jex
 
+from jaxft.pretrained import initialisable
 from jaxft.recipe import Recipe
 from jaxft.sharding import no_mesh
 from jaxft.step import apply_model
@@ -37,10 +38,11 @@ class ModelFlops:
 def model_flops(recipe: Recipe, rows: int, length: int) -> ModelFlops:
     """What a step on a batch of ``rows`` x ``length`` tokens is worth."""
     key = jax.eval_shape(lambda: jax.random.key(0))
+    model = initialisable(recipe.model)  # whose attention is products that can be seen; those of a kernel cannot
 
     def forward(params: Any, batch: Any, key: Any) -> Any:
         batch = recipe.task.prepare(batch, key)
-        return apply_model(recipe.model, params, batch, None)
+        return apply_model(model, params, batch, None)
 
     with no_mesh():
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(rows, length))

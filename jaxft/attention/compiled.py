@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jaxlib
 
+SOURCES = ("native.cc", "vectors.h")
 TARGETS = ("jaxft_attention_forward", "jaxft_attention_backward")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 _SECONDS = 180
@@ -53,15 +54,23 @@ def _compiler() -> list[str] | None:
 
 def _library(compiler: list[str]) -> Path:
     """The compiled library, made if it is not there."""
-    source = importlib.resources.files("jaxft.attention").joinpath("native.cc").read_bytes()
+    package = importlib.resources.files("jaxft.attention")
+    sources = {name: package.joinpath(name).read_bytes() for name in SOURCES}
     version = _output([*compiler, "--version"])
-    parts = (source, version, shlex.join((*compiler, *_FLAGS)).encode(), jaxlib.__version__.encode(), _processor())
+    parts = (
+        *sources.values(),
+        version,
+        shlex.join((*compiler, *_FLAGS)).encode(),
+        jaxlib.__version__.encode(),
+        _processor(),
+    )
     name = f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
     target = _folder() / name
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            code, made = Path(folder) / "native.cc", Path(folder) / name
-            code.write_bytes(source)
+            for source, text in sources.items():
+                (Path(folder) / source).write_bytes(text)
+            code, made = Path(folder) / SOURCES[0], Path(folder) / name
             _output([*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), str(code), "-o", str(made)])
             os.replace(made, target)  # other processes see all of it or nothing
     return target

@@ -47,16 +47,17 @@ def plan(*arguments: str, code: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def recipe_of(base: dict[str, str], *changes: str) -> Recipe:
+def recipe_of(base: dict[str, str], *changes: str, platform: str = "cpu") -> Recipe:
     config = load_config(None, options("train.steps=10", *changes, base=base))
     tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=512, end_id=2)
-    return make_recipe(config, make_mesh(config.mesh), None, (), (), tokenizer, 10, "cpu")
+    return make_recipe(config, make_mesh(config.mesh), None, (), (), tokenizer, 10, platform)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # whose attention is a kernel
 @pytest.mark.parametrize("layers", ["model.layers=unrolled", "model.layers=scanned", "model.remat=full"])
-def test_useful_flops_of_an_encoder(layers: str) -> None:
+def test_useful_flops_of_an_encoder(layers: str, platform: str) -> None:
     rows, length, d, f, v, n = 16, 40, 128, 256, 512, 3
-    found = model_flops(recipe_of(SMALL, layers), rows, length)
+    found = model_flops(recipe_of(SMALL, layers, platform=platform), rows, length)
     tokens, predicted = rows * length, rows * round(0.15 * length)
     assert found.dense == 3 * 2 * (n * tokens * (4 * d * d + 2 * d * f) + predicted * (d * d + d * v))
     assert found.attention == 3 * n * 4 * rows * length**2 * d
