@@ -47,6 +47,7 @@ CASES: dict[str, list[str]] = {
     "BERT-base 128, no dropout": _bert(BASE | NO_DROPOUT, "v5e-16", 1024, 128),
     "BERT-base 128, no dropout, fsdp 2": _bert(BASE | NO_DROPOUT, "v5e-16", 1024, 128, "mesh.data=8", "mesh.fsdp=2"),
     "BERT-base 512, no dropout": _bert(BASE | NO_DROPOUT, "v5e-16", 256, 512),
+    "BERT-base 512, no dropout, fsdp 2": _bert(BASE | NO_DROPOUT, "v5e-16", 256, 512, "mesh.data=8", "mesh.fsdp=2"),
     "BERT-large 512, no dropout": _bert(LARGE | NO_DROPOUT, "v5p-64", 512, 512, "mesh.data=4", "mesh.fsdp=8"),
     "BERT-base 128, no dropout, 256 chips": _bert(BASE | NO_DROPOUT, "v5e-256", 16384, 128, "eval.batch_size=256"),
     "decoder 1.1 B 2048, full remat": _decoder("v5e-16", 64, "model.vocab_tile=4000"),

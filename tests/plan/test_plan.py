@@ -84,14 +84,18 @@ def test_fsdp_divides_parameters_and_optimizer_by_the_chips(ema: str) -> None:
 
 def test_the_plan_of_cpu_devices_is_of_the_compiled_step(tmp_path: Path) -> None:
     out, _ = plan(
-        *options("mesh.fsdp=4", "data.max_length=64"), "--topology", "cpu:8", "--json", str(tmp_path / "p.json")
+        *options("mesh.fsdp=4", "data.max_length=64", "model.attention=xla"),
+        "--topology",
+        "cpu:8",
+        "--json",
+        str(tmp_path / "p.json"),
     )
     assert "plan for cpu:8: 8 chips (8), mesh data 2 x fsdp 4" in out
     told = json.loads((tmp_path / "p.json").read_text())
     assert told["source"] == "compiled"
     memory = told["memory_bytes"]
     assert memory["total"] >= memory["parameters"] + memory["optimizer"] + memory["batch"]
-    # The compiled program does the useful work and little besides.
+    # The compiled program does the useful work and little besides (products inside a kernel would not be seen).
     assert told["useful_flops"] <= told["matmul_flops"] <= 1.05 * told["useful_flops"]
     assert told["mfu"] == {}
     assert {one["kind"] for one in told["exchanges"]} >= {"all-gather", "all-reduce"}
