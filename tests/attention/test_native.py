@@ -183,7 +183,7 @@ def test_without_a_compiler_auto_goes_on_and_says_why(variables: dict[str, str],
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | variables,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAXFT_NATIVE": ""} | variables,
         capture_output=True,
         text=True,
     )
