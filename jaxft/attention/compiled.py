@@ -33,7 +33,10 @@ def unavailable() -> str | None:
     """
     if os.environ.get("JAXFT_NATIVE") == "0":
         return "is switched off (JAXFT_NATIVE=0)"
-    compiler = _compiler()
+    try:
+        compiler = _compiler()
+    except ValueError as error:
+        return f"cannot read CXX={os.environ['CXX']}: {error}"
     if compiler is None:
         return "needs a C++ compiler, and there is no c++, g++ or clang++ (install one, or set CXX)"
     try:
@@ -77,7 +80,7 @@ def _library(compiler: list[str]) -> Path:
 
 
 def _folder() -> Path:
-    """Where libraries are kept: only a place that nobody else can write to, for what lies there is run."""
+    """Where libraries are kept: the user's own cache, never a shared temporary folder, for what lies there is run."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

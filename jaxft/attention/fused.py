@@ -44,9 +44,8 @@ _TOP_BIT = np.uint32(1 << 31)
 # Sizes found by pricing; all of them are flat around these values.
 _TOKENS = 512  # of all rows of a step
 _BLOCK = 256  # queries at a time; without dropout, half of longer rows
-_UNROLLED = (
-    2**18
-)  # logits written out as straight code, for the compiler to interleave; 2**20: 5 % less time, 4x the compiling
+# Logits written out as straight code, for the compiler to interleave; 2**20: 5 % less time, 4x the compiling.
+_UNROLLED = 2**18
 _AHEAD = 2**19  # logits that are asked for before they are needed
 _STEP_BYTES = 24 * 2**20  # of operands and results of a step, double-buffered
 _VMEM_BYTES = 120 * 2**20  # what the compiler may use; it takes what it needs

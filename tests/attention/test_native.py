@@ -171,6 +171,7 @@ def test_what_it_refuses(change: dict[str, Any], reason: str) -> None:
             "needs a C++ compiler, and there is no c++, g++ or clang++ (install one, or set CXX)",
         ),
         ({"CXX": "no-such-compiler -v"}, "could not be compiled by no-such-compiler -v: [Errno 2]"),
+        ({"CXX": "'g++"}, "cannot read CXX='g++: No closing quotation"),
         ({"CXX": "false"}, "could not be compiled by false: exit code 1"),
     ],
 )
