@@ -10,7 +10,8 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -18,6 +19,9 @@ from typing import IO, NoReturn
 from jaxft.errors import UserError, nearest
 
 Value = str | int | float | bool | None
+
+# Of decoded text. Closing one closes its file.
+_Lines = Generator[str, None, None]
 
 # Characters. The standard limit (131,072) refuses long documents; no limit at all would let one forgotten quote pull
 # the whole rest of a file into memory.
@@ -70,17 +74,18 @@ def iter_tsv(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
 def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a file with one JSON object per line."""
     blank = 0
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            blank = blank or number
-            continue
-        _refuse_blank(path, blank)
-        record = _json_object(line, where)
-        for name in columns:
-            if name not in record:
-                raise missing_column(name, list(record), where)
-        yield Row(tuple(_json_value(record[name], name, where) for name in columns), where)
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                blank = blank or number
+                continue
+            _refuse_blank(path, blank)
+            record = _json_object(line, where)
+            for name in columns:
+                if name not in record:
+                    raise missing_column(name, list(record), where)
+            yield Row(tuple(_json_value(record[name], name, where) for name in columns), where)
 
 
 def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -93,16 +98,25 @@ def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
     if len(columns) != 1:
         wanted = ", ".join(map(repr, columns))
         raise UserError(f"{where}: plain lines hold one text each, but columns {wanted} are wanted; use .csv or .jsonl")
-    lines = _lines(path) if path else _decoded(sys.stdin.buffer, where)
-    return (Row((_without_newline(line),), f"{where}:{number}") for number, line in enumerate(lines, start=1))
+    return _iter_lines(_lines(path) if path else _decoded(sys.stdin.buffer, where), where)
+
+
+def _iter_lines(lines: _Lines, where: str) -> Iterator[Row]:
+    with closing(lines):
+        for number, line in enumerate(lines, start=1):
+            yield Row((_without_newline(line),), f"{where}:{number}")
 
 
 # Pairs of the line where a row starts and its cells; a blank line has none.
-_Cells = Iterator[tuple[int, list[str]]]
+_Cells = Generator[tuple[int, list[str]], None, None]
 
 
 def _iter_table(path: Path, columns: tuple[str, ...], parse: Callable[[Path], _Cells]) -> Iterator[Row]:
-    cells_of_rows = parse(path)
+    with closing(parse(path)) as cells_of_rows:
+        yield from _rows_of_cells(path, columns, cells_of_rows)
+
+
+def _rows_of_cells(path: Path, columns: tuple[str, ...], cells_of_rows: _Cells) -> Iterator[Row]:
     number, header = next(cells_of_rows, (1, []))
     where = f"{path}:{number}"
     if not any(name.strip() for name in header):
@@ -126,16 +140,17 @@ def _iter_table(path: Path, columns: tuple[str, ...], parse: Callable[[Path], _C
 
 
 def _csv_cells(path: Path) -> _Cells:
-    reader = csv.reader(_lines(path), strict=True)
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{path}:{start}: not valid CSV: {_explained(error)}") from error
-        yield start, cells
+    with closing(_lines(path)) as lines:
+        reader = csv.reader(lines, strict=True)
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise UserError(f"{path}:{start}: not valid CSV: {_explained(error)}") from error
+            yield start, cells
 
 
 def _explained(error: csv.Error) -> str:
@@ -148,9 +163,10 @@ def _explained(error: csv.Error) -> str:
 
 
 def _tsv_cells(path: Path) -> _Cells:
-    for number, line in enumerate(_lines(path), start=1):
-        text = _without_newline(line)
-        yield number, text.split("\t") if text else []
+    with closing(_lines(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            text = _without_newline(line)
+            yield number, text.split("\t") if text else []
 
 
 def _refuse_blank(path: Path, number: int) -> None:
@@ -205,8 +221,9 @@ def plain_value(value: object, name: str, where: str) -> Value:
     raise UserError(f"{where}: column {name!r} holds a {type(value).__name__}; expected a string, number or boolean")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The decoded lines of a file, line ends included, without a byte order mark."""
+def _lines(path: Path) -> _Lines:
+    """The decoded lines of a file, line ends included, without a byte order mark. Whoever takes them closes them: else an error
+    elsewhere would leave the file open for as long as its traceback lives."""
     gzipped = path.suffix.lower() == ".gz"
     try:
         with gzip.open(path, "rb") if gzipped else open(path, "rb") as file:
@@ -217,7 +234,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _decoded(file: IO[bytes] | gzip.GzipFile, where: str) -> Iterator[str]:
+def _decoded(file: IO[bytes] | gzip.GzipFile, where: str) -> _Lines:
     for number, raw in enumerate(file, start=1):
         try:
             line = raw.decode("utf-8")

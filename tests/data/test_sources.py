@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -205,6 +206,29 @@ _NEAREST = (
 )
 def test_message(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
     assert f"{tmp_path}/{expected}" in _fails(_file(tmp_path, name, content))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are listed by Linux only")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\n"x"y,z\nmore,\n'),
+        ("a.csv", "text,label\na\nmore,\n"),
+        ("a.tsv", "text\tlabel\na\nb\tc\n"),
+        ("a.jsonl", "{\n{}\n"),
+    ],
+)
+def test_an_error_closes_the_file(tmp_path: Path, name: str, content: str) -> None:
+    path = _file(tmp_path, name, content)
+    with pytest.raises(UserError) as caught:
+        list(iter_rows(str(path), TEXT_LABEL))
+    opened = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
+    assert str(path) not in opened  # while the traceback is still alive
+    assert caught.value
 
 
 def test_a_forgotten_quote_does_not_pull_a_large_file_into_memory(tmp_path: Path) -> None:
