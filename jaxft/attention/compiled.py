@@ -17,8 +17,10 @@ from pathlib import Path
 import jax
 import jaxlib
 
-SOURCES = ("native.cc", "vectors.h")
-TARGETS = ("jaxft_attention_forward", "jaxft_attention_backward")
+SOURCES = ("native.cc", "blocks.h", "operands.h", "vectors.h")
+FORWARD, BACKWARD = "jaxft_attention_forward", "jaxft_attention_backward"
+BFLOAT16 = "_bfloat16"
+"""What the names of kernels that multiply bfloat16 numbers end in; there are some where the processor does."""
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 _SECONDS = 180
 
@@ -43,9 +45,19 @@ def unavailable() -> str | None:
         library = ctypes.CDLL(str(_library(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         return f"could not be compiled by {shlex.join(compiler)}: {_reason(error)}"
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for name in (FORWARD, BACKWARD, FORWARD + BFLOAT16, BACKWARD + BFLOAT16):
+        if hasattr(library, name):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            _there.add(name)
     return None
+
+
+_there: set[str] = set()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor does, and the kernels with it."""
+    return unavailable() is None and BACKWARD + BFLOAT16 in _there
 
 
 def _compiler() -> list[str] | None:

@@ -1,8 +1,9 @@
 """Backend ``native``: our C++ kernels for CPUs (``native.cc``), called by XLA, on the threads that it computes with.
 
 A block of logits stays in a core's caches; nothing of the square of the length is ever in memory, in either pass (Dao et al. 2022).
-Padding, segments, causality and windows are honoured by place, and blocks of which nothing may be seen are skipped. Products are
-float32 also where operands are bfloat16: these are rounded, and what is computed from them is not.
+Padding, segments, causality and windows are honoured by place, and blocks of which nothing may be seen are skipped. bfloat16 numbers
+are multiplied as such, twice as many at a time, by processors that can (AVX512-BF16); by others, they are widened: operands are
+rounded then, and what is computed from them is not. Sums are float32.
 
 Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
 """
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.attention.compiled import TARGETS, unavailable
+from jaxft.attention.compiled import BACKWARD, BFLOAT16, FORWARD, multiplies_bfloat16, unavailable
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, each_device, first_of
@@ -50,26 +51,37 @@ def _native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Drop
 def _forward(
     call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    results = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    dtype, ending = _products(call, q)
+    results = (jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
     inputs = _inputs(call, q, k, v, mask, drop)
-    out, normaliser = jax.ffi.ffi_call(TARGETS[0], results)(*inputs, **_facts(call, mask, drop))
+    out, normaliser = jax.ffi.ffi_call(FORWARD + ending, results)(*inputs, **_facts(call, mask, drop))
     return out.astype(call.compute.activation_dtype), (q, k, v, mask, drop, out, normaliser)
 
 
 def _backward(call: Call, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, normaliser = kept
-    results = tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v))
-    inputs = (*_inputs(call, q, k, v, mask, drop), out, normaliser, g.astype(jnp.float32))
-    grads = jax.ffi.ffi_call(TARGETS[1], results)(*inputs, **_facts(call, mask, drop))
+    dtype, ending = _products(call, q)
+    results = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v))
+    inputs = (*_inputs(call, q, k, v, mask, drop), out, normaliser, g.astype(dtype))
+    grads = jax.ffi.ffi_call(BACKWARD + ending, results)(*inputs, **_facts(call, mask, drop))
     return *(dx.astype(x.dtype) for dx, x in zip(grads, (q, k, v), strict=True)), None, None
 
 
 _native.defvjp(_forward, _backward)
 
 
+def _products(call: Call, q: Array) -> tuple[str, str]:
+    """What kernels take, multiply and give, and what their names end in."""
+    compute = call.compute
+    narrow = compute.matmul_dtype == compute.activation_dtype == "bfloat16" and q.shape[-1] % (2 * _WIDEST) == 0
+    return ("bfloat16", BFLOAT16) if narrow and multiplies_bfloat16() else ("float32", "")
+
+
 def _inputs(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, ...]:
-    """q, k, v in float32, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is nothing."""
-    operands = (x.astype(call.compute.matmul_dtype).astype(jnp.float32) for x in (q, k, v))
+    """q, k, v as kernels take them, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is
+    nothing."""
+    dtype, _ = _products(call, q)
+    operands = (x.astype(call.compute.matmul_dtype).astype(dtype) for x in (q, k, v))
     none = jnp.zeros((0,), jnp.uint32)
     words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
     return *operands, *_ids(mask), words, rows

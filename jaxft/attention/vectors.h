@@ -1,4 +1,4 @@
-// Vectors as wide as the machine's (the extension of GCC and Clang), products of small matrices, transposes; for native.cc.
+// Vectors as wide as the machine's (the extension of GCC and Clang), transposes, memory; for native.cc.
 
 #pragma once
 
@@ -17,10 +17,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 6;  // with four vectors of columns 24 of the 32 registers
-constexpr int kWide = 4;
+constexpr int kWide = 4;  // vectors of a block of queries: with six rows of a product 24 of 32 registers
 #else
-constexpr int kTileRows = 6;
 constexpr int kWide = 2;
 #endif
 constexpr int kQueries = kWide * kLanes;  // of a block
@@ -51,52 +49,6 @@ inline Vec exp2_of(Vec y) {
   p = p * f + all(6.9314718e-1f);
   p = p * f + all(1.0f);
   return (Vec)((Int)p + ((Int)shifted << 23));
-}
-
-// c[i][:] (+)= sum over k of a[i * row + k * step] * b[k * ldb + :], for Rows rows and Cols vectors of columns.
-template <int Rows, int Cols>
-inline void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t count,
-                 bool add) {
-  Vec sum[Rows][Cols];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Cols; ++j) sum[i][j] = add ? load(c + i * ldc + j * kLanes) : Vec{};
-  for (int64_t k = 0; k < count; ++k) {
-    Vec right[Cols];
-#pragma GCC unroll 8
-    for (int j = 0; j < Cols; ++j) right[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Vec left = all(a[i * row + k * step]);
-#pragma GCC unroll 8
-      for (int j = 0; j < Cols; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Cols; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
-}
-
-// The same for any number of rows.
-template <int Cols>
-void product(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-             int64_t count, bool add) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    tile<kTileRows, Cols>(a + i * row, row, step, b, ldb, c + i * ldc, ldc, count, add);
-  for (; i + 2 <= rows; i += 2) tile<2, Cols>(a + i * row, row, step, b, ldb, c + i * ldc, ldc, count, add);
-  if (i < rows) tile<1, Cols>(a + i * row, row, step, b, ldb, c + i * ldc, ldc, count, add);
-}
-
-// The same for any number of columns that vectors divide.
-void wide_product(const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                  int64_t cols, int64_t count, bool add) {
-  int64_t j = 0;
-  for (; j + kQueries <= cols; j += kQueries)
-    product<kWide>(a, row, step, b + j, ldb, c + j, ldc, rows, count, add);
-  for (; j < cols; j += kLanes) product<1>(a, row, step, b + j, ldb, c + j, ldc, rows, count, add);
 }
 
 // Element j of a pair of vectors after halves of D elements have changed places.
@@ -134,19 +86,6 @@ void transpose_in(const float* x, int64_t tokens, int64_t size, float* out) {
       transpose(part);
       for (int i = 0; i < kLanes; ++i) store(out + (h + i) * kQueries + s, part[i]);
     }
-}
-
-// out[s][h] = factor[s] * x[h][s] for ``tokens`` rows.
-void transpose_out(const float* x, const float* factor, int64_t tokens, int64_t size, float* out) {
-  for (int s = 0; s < tokens; s += kLanes) {
-    const Vec scale = load(factor + s);
-    for (int64_t h = 0; h < size; h += kLanes) {
-      Vec part[kLanes];
-      for (int i = 0; i < kLanes; ++i) part[i] = load(x + (h + i) * kQueries + s) * scale;
-      transpose(part);
-      for (int i = 0; i < kLanes && s + i < tokens; ++i) store(out + (s + i) * size + h, part[i]);
-    }
-  }
 }
 
 struct Memory {  // floats on a cache line's boundary

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.attention import MaskSpec, attend, choose
-from jaxft.attention.compiled import unavailable
+from jaxft.attention.compiled import multiplies_bfloat16, unavailable
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute
@@ -105,16 +105,44 @@ def test_any_shape_and_mask(
     assert_same(arrays_of(2, *heads, length, size), MaskSpec(padding, segments, causal, window), 5e-5, **options)
 
 
+NARROW = {"matmul_dtype": "bfloat16", "activation_dtype": "bfloat16"}
+
+
 @needs_compiler
-def test_bfloat16_operands_and_activations() -> None:
-    arrays = [x.astype(jnp.bfloat16) for x in arrays_of(1, 2, 2, 150, 64)]
-    compute = {"matmul_dtype": "bfloat16", "activation_dtype": "bfloat16"}
-    out = jax.eval_shape(
-        lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(attention="native", **compute)), *arrays[:3]
-    )
+@pytest.mark.parametrize("size", [32, 48, 64])  # 48 no vector of pairs divides: float32 products of rounded numbers
+@pytest.mark.parametrize("length", [1, 63, 333])
+@pytest.mark.parametrize("hidden", ["none", "padding", "documents"])
+@pytest.mark.parametrize("direction", list(DIRECTIONS))
+def test_bfloat16_operands_and_activations(direction: str, hidden: str, length: int, size: int) -> None:
+    arrays = [x.astype(jnp.bfloat16) for x in arrays_of(2, 4, 2, length, size)]
+    place = np.arange(length)
+    padding = jnp.asarray(np.stack([place < 50, place >= 20])) if hidden == "padding" else None
+    segments = jnp.asarray(np.stack([1 + place // 7, 1 + place // 150]), jnp.int32) if hidden == "documents" else None
+    mask = MaskSpec(padding, segments, **DIRECTIONS[direction])
+    out = jax.eval_shape(lambda q, k, v: attend(q, k, v, mask, Compute(attention="native", **NARROW)), *arrays[:3])
     assert out.dtype == jnp.bfloat16
-    # Results of up to 4 are rounded to 8 bits.
-    assert_same(arrays, MaskSpec(causal=True), 2e-2, compute=compute)
+    found, wanted = (
+        passes(name, arrays, mask, compute=compute, key=jax.random.key(3))
+        for name, compute in (("native", NARROW), ("reference", {}))
+    )
+    for name, one, other in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        # Every factor has 8 bits, and so has the output that the backward pass begins with.
+        assert np.abs(one - other).max() <= 2**-6 * max(1.0, np.abs(other).max()), name
+
+
+@needs_compiler
+@pytest.mark.skipif(unavailable() is not None or not multiplies_bfloat16(), reason="the processor does not")
+def test_bfloat16_is_multiplied_as_such_and_nothing_is_widened() -> None:
+    arrays = [x.astype(jnp.bfloat16) for x in arrays_of(1, 2, 2, 150, 64)]
+    compute = Compute(attention="native", **NARROW)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
+        return jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), compute), q, k, v)[1](g)
+
+    text = str(jax.make_jaxpr(both)(*arrays))
+    assert "jaxft_attention_forward_bfloat16" in text
+    assert "jaxft_attention_backward_bfloat16" in text
+    assert "f32[1,2,150,64]" not in text
 
 
 @needs_compiler
@@ -130,18 +158,20 @@ def test_rows_heads_and_dropout_on_many_devices() -> None:
 @needs_compiler
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("hidden", ["none", "padding"])
-def test_a_nan_is_not_hidden(which: int, hidden: str) -> None:
-    arrays = arrays_of(1, 1, 1, 70, 16)
+@pytest.mark.parametrize("compute", [{}, NARROW], ids=["float32", "bfloat16"])
+def test_a_nan_is_not_hidden(which: int, hidden: str, compute: dict[str, str]) -> None:
+    arrays = arrays_of(1, 1, 1, 70, 32)
     arrays[which] = arrays[which].at[0, 0, 3, 5].set(jnp.nan)
     mask = MaskSpec(padding=jnp.arange(70)[None] < 60 if hidden == "padding" else None)
-    out = passes("native", arrays, mask)[0]
+    out = passes("native", arrays, mask, compute=compute)[0]
     assert np.isnan(out[0, 0, 3]).any()
 
 
 @needs_compiler
-def test_the_same_call_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("compute", [{}, NARROW], ids=["float32", "bfloat16"])
+def test_the_same_call_gives_the_same_bits(compute: dict[str, str]) -> None:
     arrays = arrays_of(3, 5, 5, 200, 32)
-    first, *others = (passes("native", arrays, MaskSpec()) for _ in range(4))
+    first, *others = (passes("native", arrays, MaskSpec(), compute=compute) for _ in range(4))
     for other in others:
         for one, two in zip(first, other, strict=True):
             np.testing.assert_array_equal(one, two)
