@@ -162,6 +162,7 @@ def make_compute(
         activation_dtype=auto if config.activation_dtype == "auto" else config.activation_dtype,
         matmul_dtype=auto if config.matmul_dtype == "auto" else config.matmul_dtype,
         param_dtype=config.param_dtype,
+        gradient_dtype=config.gradient_dtype,
         layers=config.layers,
         remat=config.remat,
         vocab_tile=config.vocab_tile,

@@ -73,3 +73,20 @@ def test_hash_dropout_of_any_rank(shape: tuple[int, ...]) -> None:
     out = dropout(jnp.ones(shape), 0.5, jax.random.key(4), "hash")
     assert out.shape == shape
     assert set(np.unique(out)) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_gradients_of_weights_in_bfloat16_are_those_of_float32_rounded_once(act: str | None) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, g = (jax.random.normal(k, shape) for k, shape in zip(keys, ((2, 5, 8), (8, 6), (2, 5, 6)), strict=True))
+
+    def gradients(gradient_dtype: str | None) -> tuple[jax.Array, ...]:
+        compute = Compute(gradient_dtype=gradient_dtype)
+        function = ACTIVATIONS[act] if act else None
+        return jax.vjp(lambda x, w: affine("bsf,fd->bsd", x, w, None, compute, function), x, w)[1](g)
+
+    (dx, dw), (same_dx, rounded) = gradients(None), gradients("bfloat16")
+    np.testing.assert_array_equal(same_dx, dx)
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_array_equal(rounded, dw.astype(jnp.bfloat16).astype(jnp.float32))
+    assert (rounded != dw).any()

@@ -58,6 +58,10 @@ class ModelConfig:
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matmul operands; accumulation is always float32. ``auto``: bfloat16 on TPUs and GPUs, float32 on CPUs (whose
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
+    gradient_dtype: DType | None = None
+    """Type in which gradients of weight matrices leave their products and are summed up over devices; None: as the parameters.
+    bfloat16 halves what is sent, and rounds what each device adds to 8 bits. Micro-batches are added up, and the optimizer
+    computes, in float32 in any case."""
     attention: Literal[
         "auto",
         "xla",

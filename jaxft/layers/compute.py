@@ -15,6 +15,8 @@ class Compute:
     activation_dtype: str = "float32"
     matmul_dtype: str = "float32"
     param_dtype: str = "float32"
+    gradient_dtype: str | None = None
+    """Of the gradients of weights, as they leave their products and are summed up over devices; None: ``param_dtype``."""
     layers: Literal["unrolled", "scanned"] = "unrolled"
     remat: Literal["none", "full", "dots", "offload"] = "none"
     vocab_tile: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +46,27 @@ def _dot(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
     return lax.platform_dependent(x, w, cpu=widened, default=narrow)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _einsum(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
-    return _dot(spec, operand, result, x, w)
+class _Types(NamedTuple):
+    """Of a product: its operands, its result, and the gradient of the second one as it is summed up; None: as that one."""
+
+    operand: str
+    result: str
+    gradient: str | None = None
+
+    @classmethod
+    def of(cls, compute: Compute) -> _Types:
+        return cls(compute.matmul_dtype, compute.activation_dtype, compute.gradient_dtype)
 
 
-def _einsum_fwd(spec: str, operand: str, result: str, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(spec: str, types: _Types, x: Array, w: Array) -> Array:
+    return _dot(spec, types.operand, types.result, x, w)
+
+
+def _einsum_fwd(spec: str, types: _Types, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
     # The rounded operands are what the backward matmuls need: keeping them halves what is stored.
-    kept = (x.astype(operand), w.astype(operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
-    return _einsum(spec, operand, result, x, w), kept
+    kept = (x.astype(types.operand), w.astype(types.operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
+    return _einsum(spec, types, x, w), kept
 
 
 def _cpu_barrier(x: Array) -> Array:
@@ -88,20 +100,22 @@ def recomputed_from(x: Any, g: Array) -> tuple[Any, Array]:
     return cpu_after(x, g), g
 
 
-def _einsum_bwd(spec: str, operand: str, result: str, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
+def _einsum_bwd(spec: str, types: _Types, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
     x, w, x_like, w_like = kept
     (first, second), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    dx = _einsum(f"{out},{second}->{first}", operand, str(x_like.dtype), g, w)
+    dx = _einsum(f"{out},{second}->{first}", types._replace(result=str(x_like.dtype)), g, w)
+    # Devices exchange what the product gives: it is widened afterwards.
+    of_weight = types._replace(result=types.gradient or str(w_like.dtype))
     if x.size <= g.size or _batched(spec):
-        dw = _einsum(f"{first},{out}->{second}", operand, str(w_like.dtype), x, g)
+        dw = _einsum(f"{first},{out}->{second}", of_weight, x, g)
     else:
         # XLA's CPU backend copies the left operand of this product transposed, recomputing whatever made it in the bad
         # order: let the smaller one be left. The barrier keeps XLA from swapping them back to save the small transpose.
         shared = set(out) & set(first)
         natural = "".join(c for c in out + first if c not in shared)
-        product = _einsum(f"{out},{first}->{natural}", operand, str(w_like.dtype), g, x)
+        product = _einsum(f"{out},{first}->{natural}", of_weight, g, x)
         dw = jnp.einsum(f"{natural}->{second}", _cpu_barrier(product))
-    return dx, dw
+    return dx, dw.astype(w_like.dtype)
 
 
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
@@ -118,7 +132,7 @@ def einsum(spec: str, x: Array, w: Array, compute: Compute) -> Array:
     Every index must occur in two of the three terms (no sums or broadcasts inside one operand). Left to itself, autodiff
     multiplies the float32 cotangent with a widened copy of the bf16 operand, at float32 speed; hence the custom VJP.
     """
-    return _einsum(spec, compute.matmul_dtype, compute.activation_dtype, x, w)
+    return _einsum(spec, _Types.of(compute), x, w)
 
 
 Activation = Callable[[Array], Array]
@@ -145,8 +159,7 @@ def _affine(
 def _affine_fwd(
     spec: str, act: Callable[[Any], Array] | None, compute: Compute, x: Any, w: Array, b: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    operand = compute.matmul_dtype
-    y, (rounded, *rest) = _einsum_fwd(spec, operand, compute.activation_dtype, x if act is None else act(x), w)
+    y, (rounded, *rest) = _einsum_fwd(spec, _Types.of(compute), x if act is None else act(x), w)
     y = y if b is None else y + b.astype(y.dtype)
     return y, (rounded if act is None else x, *rest, b)
 
@@ -160,7 +173,7 @@ def _affine_bwd(
         x, g = recomputed_from(x, g)
         x, act_vjp = jax.vjp(act, x)
         x = x.astype(compute.matmul_dtype)
-    dx, dw = _einsum_bwd(spec, compute.matmul_dtype, compute.activation_dtype, (x, *rest), g)
+    dx, dw = _einsum_bwd(spec, _Types.of(compute), (x, *rest), g)
     db = None if b is None else g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
     return dx if act_vjp is None else act_vjp(dx)[0], dw, db
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxft.layers.compute import Compute
+from jaxft.layers.embedding import look_up
 from jaxft.layers.functions import layer_norm, rms_norm
 from jaxft.layers.matmul import affine
 from jaxft.layers.stacks import unstack
@@ -181,5 +182,4 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Array) -> Array:
-        table = self.compute.rules.place_gradient(self.embedding, *self.names)
-        return jnp.take(table, ids, axis=0, mode="clip").astype(self.compute.activation_dtype)
+        return look_up(self.embedding, ids, self.names, self.compute)

@@ -16,6 +16,7 @@ from jax import lax
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import dot, einsum
+from jaxft.sharding import ways
 
 Array = jax.Array
 _NEVER = np.float32(-1e30)
@@ -36,10 +37,34 @@ def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compu
     Args:
       place: the logical name of M: ``length`` or ``predicted``.
     """
-    table = compute.rules.place_gradient(table, "vocab", "embed")
-    logits = einsum("bmd,vd->bmv", x, table, compute)
+    table, size = compute.rules.place_gradient(table, "vocab", "embed"), table.shape[0]
+    logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute)[..., :size]
     logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)
+
+
+_ALIGNED = 1024
+
+
+def _aligned(table: Array, compute: Compute) -> Array:
+    """``table``, on TPUs that split its width with as many rows of zeros as make their number a multiple of 1024.
+
+    With other numbers, libtpu (0.0.52) sums up the gradient whole on each device instead of scattering it.
+    """
+    rules, mesh = compute.rules, jax.sharding.get_abstract_mesh()
+    if compute.platform != "tpu" or mesh.empty or ways(mesh, rules, "embed") == 1 or ways(mesh, rules, "vocab") > 1:
+        return table
+    padded = jnp.pad(table, ((0, -table.shape[0] % _ALIGNED), (0, 0)))
+    return rules.place_gradient(_gradient_apart(padded), "vocab", "embed")
+
+
+@jax.custom_vjp
+def _gradient_apart(x: Array) -> Array:
+    return x
+
+
+# Without the barrier, the zeros are cut off before the sum is scattered.
+_gradient_apart.defvjp(lambda x: (x, None), lambda kept, g: (lax.optimization_barrier(g),))
 
 
 def score_tokens(x: Array, table: Array, bias: Array | None, targets: Array, compute: Compute) -> TokenScore:

@@ -52,8 +52,9 @@ def traffic_of(recipe: Recipe, rows: int, length: int) -> Traffic:
         gathered += 2 * micro * share * whole * operand
         if stays:
             continue
-        scattered += micro * share * whole * leaf.dtype.itemsize
-        reduced += 2 * (rest - 1) / rest * whole / by_batch * leaf.dtype.itemsize
+        summed = np.dtype(compute.gradient_dtype or leaf.dtype if leaf.ndim > 1 else leaf.dtype).itemsize
+        scattered += micro * share * whole * summed
+        reduced += 2 * (rest - 1) / rest * whole / by_batch * summed
     return Traffic(gathered, scattered, reduced, _of_tensor(recipe, rows, length), _of_context(recipe, rows, length))
 
 

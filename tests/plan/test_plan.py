@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxft.config import load_config
@@ -170,6 +171,50 @@ def _no_whole_weights(told: dict[str, Any]) -> None:
     weights_in_bf16 = 2 * told["parameters"]
     assert by_kind["all-gather"] <= 2 * weights_in_bf16 * 1.02
     assert "all-reduces send" not in " ".join(told["advice"])
+
+
+WIDE = BERT | {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        (64, "float32"),
+        pytest.param(1024, "float32", marks=pytest.mark.slow),
+        pytest.param(64, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_under_fsdp_no_gradient_is_summed_up_whole(rows: int, dtype: str, tmp_path: Path) -> None:
+    # A tied vocabulary that nothing divides, looked up by fewer and by more tokens than it has entries.
+    pytest.importorskip("libtpu")
+    changes = (
+        "mesh.data=2",
+        "mesh.fsdp=4",
+        f"train.batch_size={rows}",
+        "data.max_length=64",
+        f"model.gradient_dtype={dtype}",
+    )
+    plan(
+        *options(*changes, base=SMALL | {"model.arch": json.dumps(WIDE)}),
+        "--topology", "v5e-8", "--json", str(tmp_path / "p.json"),
+    )  # fmt: skip
+    told = json.loads((tmp_path / "p.json").read_text())
+    sent = {one["kind"]: 0.0 for one in told["exchanges"]}
+    for one in told["exchanges"]:
+        sent[one["kind"]] += one["bytes_sent"]
+    textbook = told["textbook_bytes_sent"]
+    # libtpu sums up whole what is below 4 MB: faster than to scatter it. The table alone is three fifths of all.
+    small = textbook["gradients_scattered"] - sent["reduce-scatter"]
+    assert abs(small) < 0.15 * textbook["gradients_scattered"]
+    # The table's goes around twice between the groups: once from the look-up, once from the head.
+    of_table = 30522 * 768 / 4 * np.dtype(dtype).itemsize
+    assert sent["all-reduce"] < textbook["gradients_reduced"] + of_table + 2 * small + 2 * 2**20
 
 
 @pytest.mark.parametrize("wobble", [0.0, 0.08])

@@ -1,0 +1,85 @@
+"""Look-ups in a table of vectors, and the gradient of the table over many devices.
+
+Dims: B batch, S length, D width, V rows of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxft.layers.compute import Compute
+from jaxft.sharding import AxisNames, AxisRules, ways
+
+Array = jax.Array
+
+
+def look_up(table: Array, ids: Array, names: AxisNames, compute: Compute) -> Array:
+    """Rows ``ids`` [B, S] or [S] of ``table`` [V, D], in ``compute.activation_dtype``; ids beyond V are the last row's.
+
+    Where the width is split over devices that have different tokens, the backward pass sends vectors' gradients around, each
+    device taking its part of the width, if they are less than the table's: the compiler was seen to sum up all of that instead.
+
+    Args:
+      names: logical axes of the table.
+    """
+    return _look_up(compute, names, compute.rules.place_gradient(table, *names), ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(compute: Compute, names: AxisNames, table: Array, ids: Array) -> Array:
+    return jnp.take(table, ids, axis=0, mode="clip").astype(compute.activation_dtype)
+
+
+def _look_up_fwd(compute: Compute, names: AxisNames, table: Array, ids: Array) -> tuple[Array, tuple[Any, ...]]:
+    return _look_up(compute, names, table, ids), (ids, np.empty((table.shape[0], 0), table.dtype))
+
+
+def _look_up_bwd(compute: Compute, names: AxisNames, kept: tuple[Any, ...], g: Array) -> tuple[Array, None]:
+    ids, like = kept
+    ids = jnp.clip(ids, 0, like.shape[0] - 1)
+
+    def summed(g: Array, ids: Array) -> Array:
+        return jnp.zeros((like.shape[0], g.shape[-1]), like.dtype).at[ids].add(g.astype(like.dtype))
+
+    spec = _spec_by_width(compute.rules, names, g, ids, like)
+    if spec is None:
+        return summed(g, ids), None
+    *tokens, width = spec
+    apart = tuple(axis for entry in tokens if entry for axis in ((entry,) if isinstance(entry, str) else entry))
+
+    def on_each_device(g: Array, ids: Array) -> Array:
+        part = summed(g, ids).astype(compute.gradient_dtype or like.dtype)
+        return jax.lax.psum(part, apart).astype(like.dtype)
+
+    places = (spec, PartitionSpec(*tokens))
+    mapped = jax.shard_map(on_each_device, in_specs=places, out_specs=PartitionSpec(None, width), check_vma=False)
+    return mapped(g, ids), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
+def _spec_by_width(rules: AxisRules, names: AxisNames, g: Array, ids: Array, like: np.ndarray) -> PartitionSpec | None:
+    """Where ``g`` [B, S, D] goes to be summed up: its width as the table's, tokens over the axes that are left. None: nowhere."""
+    mesh, table = jax.sharding.get_abstract_mesh(), dict(rules.table)
+    if mesh.empty or ids.shape != g.shape[:-1] or ids.ndim != 2 or names[0] is None or names[1] is None:
+        return None
+    parts = [ways(mesh, rules, name) for name in ("batch", "length")]
+    if (
+        ways(mesh, rules, names[1]) == 1
+        or ways(mesh, rules, names[0]) > 1
+        or g.shape[0] % parts[0]
+        or g.shape[1] % parts[1]
+    ):
+        return None
+    if ids.size / parts[0] / parts[1] * g.dtype.itemsize > like.shape[0] * like.dtype.itemsize:
+        return None
+    width = table[names[1]]
+    tokens = (tuple(axis for axis in table[name] if axis not in width) for name in ("batch", "length"))
+    return PartitionSpec(*(axes or None for axes in tokens), width)
