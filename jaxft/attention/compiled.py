@@ -19,8 +19,12 @@ import jaxlib
 
 SOURCES = ("native.cc", "blocks.h", "operands.h", "vectors.h")
 FORWARD, BACKWARD = "jaxft_attention_forward", "jaxft_attention_backward"
-BFLOAT16 = "_bfloat16"
-"""What the names of kernels that multiply bfloat16 numbers end in; there are some where the processor does."""
+ENDINGS = {
+    ("float32", "float32"): "",
+    ("bfloat16", "bfloat16"): "_bfloat16",
+    ("bfloat16", "float32"): "_bfloat16_float32",
+}
+"""Of the names of kernels, by the types of operands and results; those of bfloat16 are there where the processor multiplies it."""
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 _SECONDS = 180
 
@@ -45,7 +49,7 @@ def unavailable() -> str | None:
         library = ctypes.CDLL(str(_library(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         return f"could not be compiled by {shlex.join(compiler)}: {_reason(error)}"
-    for name in (FORWARD, BACKWARD, FORWARD + BFLOAT16, BACKWARD + BFLOAT16):
+    for name in (name + ending for name in (FORWARD, BACKWARD) for ending in ENDINGS.values()):
         if hasattr(library, name):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
             _there.add(name)
@@ -57,7 +61,7 @@ _there: set[str] = set()
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor does, and the kernels with it."""
-    return unavailable() is None and BACKWARD + BFLOAT16 in _there
+    return unavailable() is None and BACKWARD + ENDINGS["bfloat16", "float32"] in _there
 
 
 def _compiler() -> list[str] | None:

@@ -47,9 +47,9 @@ void logits(const Block<Cols>& block, const typename Operand::Number* keys, cons
     }
 }
 
-template <class Operand, int Cols>
+template <class Operand, class Result, int Cols>
 void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64_t first, float* scratch,
-                   typename Operand::Number* out, float* lse) {
+                   typename Result::Number* out, float* lse) {
   using B = Block<Cols>;
   const B block(call, batch, head, first);
   const int64_t size = call.size, tokens = std::min<int64_t>(kQueries, call.length - first);
@@ -109,7 +109,7 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
     for (int i = 0; i < kLanes && j * kLanes + i < tokens; ++i)
       lse[of_query + j * kLanes + i] = total[j][i] > 0.0f ? most[j][i] * c + std::log2(total[j][i]) : 0.0f;
   }
-  transpose_out<Operand>(sums, factor, tokens, size, out + of_query * size);
+  transpose_out<Result>(sums, factor, tokens, size, out + of_query * size);
 }
 
 // Calls f<1> ... f<kWide> with as many vectors as there are queries for.
@@ -121,13 +121,12 @@ void with_columns(int64_t tokens, F&& f) {
   return f(std::integral_constant<int, 1>{});
 }
 
-template <class Operand>
+template <class Operand, class Result>
 struct Gradients {
-  using Number = typename Operand::Number;
-  const Number* out;
+  const typename Result::Number* out;
   const float* lse;
-  const Number* g;
-  Number *dq, *dk, *dv;
+  const typename Operand::Number* g;
+  typename Result::Number *dq, *dk, *dv;
 };
 
 // What a thread keeps of a head for the backward pass.
@@ -198,9 +197,9 @@ void backward_block(const Call<Operand>& call, Backward<Operand>& own, const Blo
   product<Operand, Cols>(left, 1, size, right, kQueries, own.sums + index * own.sum_panel, kQueries, size, words<Operand>(count), true);
 }
 
-template <class Operand>
-void backward_head(const Call<Operand>& call, const Gradients<Operand>& grads, Backward<Operand>& own, int64_t batch, int64_t head,
-                   const typename Operand::Number* keys, const typename Operand::Number* values, float* dk, float* dv) {
+template <class Operand, class Result>
+void backward_head(const Call<Operand>& call, const Gradients<Operand, Result>& grads, Backward<Operand>& own, int64_t batch,
+                   int64_t head, const typename Operand::Number* keys, const typename Operand::Number* values, float* dk, float* dv) {
   const int64_t size = call.size, width = words<Operand>(size), row = (batch * call.heads + head) * call.length;
   const auto *queries = call.q + row * size, *cotangents = grads.g + row * size;
   for (int64_t index = 0; index < own.blocks; ++index) {
@@ -214,7 +213,7 @@ void backward_head(const Call<Operand>& call, const Gradients<Operand>& grads, B
       Vec sum{};
       const int64_t token = (first + s) * size;
       for (int64_t h = 0; h < size; h += kLanes)
-        sum += Operand::read(cotangents + token + h) * Operand::read(grads.out + row * size + token + h);
+        sum += Operand::read(cotangents + token + h) * Result::read(grads.out + row * size + token + h);
       for (int i = 0; i < kLanes; ++i) *at += sum[i];
     }
   }
@@ -237,25 +236,25 @@ void backward_head(const Call<Operand>& call, const Gradients<Operand>& grads, B
   std::fill_n(scale, kQueries, call.scale);
   for (int64_t index = 0; index < own.blocks; ++index) {
     const int64_t first = index * kQueries;
-    transpose_out<Operand>(own.sums + index * own.sum_panel, scale, std::min<int64_t>(kQueries, call.length - first), size,
+    transpose_out<Result>(own.sums + index * own.sum_panel, scale, std::min<int64_t>(kQueries, call.length - first), size,
                            grads.dq + (row + first) * size);
   }
 }
 
-template <class Operand>
-void backward_group(const Call<Operand>& call, const Gradients<Operand>& grads, Backward<Operand>& own, int64_t batch,
+template <class Operand, class Result>
+void backward_group(const Call<Operand>& call, const Gradients<Operand, Result>& grads, Backward<Operand>& own, int64_t batch,
                     int64_t key_head) {
   const int64_t groups = call.heads / call.key_heads, count = call.length * call.size;
   const int64_t of_key = (batch * call.key_heads + key_head) * count;
   float *dk = own.dk, *dv = own.dv;
-  if constexpr (Operand::kPack == 1) dk = grads.dk + of_key, dv = grads.dv + of_key;
+  if constexpr (Result::kPack == 1) dk = grads.dk + of_key, dv = grads.dv + of_key;
   std::memset(dk, 0, 4 * count);
   std::memset(dv, 0, 4 * count);
   for (int64_t g = 0; g < groups; ++g)
     backward_head(call, grads, own, batch, key_head * groups + g, call.k + of_key, call.v + of_key, dk, dv);
   for (int64_t i = 0; i < count; i += kLanes) {
-    Operand::write(grads.dk + of_key + i, load(dk + i) * call.scale);
-    if (Operand::kPack > 1) Operand::write(grads.dv + of_key + i, load(dv + i));
+    Result::write(grads.dk + of_key + i, load(dk + i) * call.scale);
+    if (Result::kPack > 1) Result::write(grads.dv + of_key + i, load(dv + i));
   }
 }
 
@@ -290,16 +289,17 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, Make make) {
 using Ids = ffi::Buffer<ffi::S32>;
 using Words = ffi::Buffer<ffi::U32>;
 using F32 = ffi::Buffer<ffi::F32>;
-using Results = ffi::ResultBuffer<ffi::F32>;
+using Sums = ffi::ResultBuffer<ffi::F32>;
 
-template <class Operand, ffi::DataType Type>
+// Operands of one type, results of another.
+template <class Operand, ffi::DataType OfOperand, class Result, ffi::DataType OfResult>
 struct Pass {
-  using Number = typename Operand::Number;
-  using In = ffi::Buffer<Type>;
-  using Out = ffi::ResultBuffer<Type>;
+  using In = ffi::Buffer<OfOperand>;
+  using Kept = ffi::Buffer<OfResult>;
+  using Out = ffi::ResultBuffer<OfResult>;
 
-  static const Number* of(const In& x) { return reinterpret_cast<const Number*>(x.typed_data()); }
-  static Number* of(Out& x) { return reinterpret_cast<Number*>(x->typed_data()); }
+  static const typename Operand::Number* of(const In& x) { return reinterpret_cast<const typename Operand::Number*>(x.typed_data()); }
+  static typename Result::Number* of(Out& x) { return reinterpret_cast<typename Result::Number*>(x->typed_data()); }
 
   static Call<Operand> call_of(In& q, In& k, In& v, Ids& query_ids, Ids& key_ids, Words& words, Words& rows, int64_t causal,
                                int64_t window, float scale, int64_t keep) {
@@ -340,19 +340,20 @@ struct Pass {
         .template Arg<Words>()
         .template Arg<Words>();
   }
-  static auto ForwardBinding() { return Inputs().template Ret<In>().template Ret<F32>(); }
+  static auto ForwardBinding() { return Inputs().template Ret<Kept>().template Ret<F32>(); }
   static auto BackwardBinding() {
-    return Inputs().template Arg<In>().template Arg<F32>().template Arg<In>().template Ret<In>().template Ret<In>().template Ret<In>();
+    return Inputs().template Arg<Kept>().template Arg<F32>().template Arg<In>()
+        .template Ret<Kept>().template Ret<Kept>().template Ret<Kept>();
   }
 
   static ffi::Error Forward(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
-                            Ids query_ids, Ids key_ids, Words words, Words rows, Out out, Results lse) {
+                            Ids query_ids, Ids key_ids, Words words, Words rows, Out out, Sums lse) {
     const auto call = call_of(q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
     const int64_t heads = call.batch * call.heads, blocks = (call.length + kQueries - 1) / kQueries;
     // Blocks of one head one after the other: its keys and values stay in the cache.
     const int64_t pieces = std::min<int64_t>(blocks, std::max<int64_t>(1, 4 * pool.num_threads() / std::max<int64_t>(heads, 1)));
-    Number* to = of(out);
+    auto* to = of(out);
     float* sums = lse->typed_data();
     in_parallel(pool, heads * pieces, [&call, pieces, blocks, to, sums]() {
       const int64_t value_words = Operand::kPack > 1 ? kKeys * call.size : 0;
@@ -361,7 +362,7 @@ struct Pass {
         const int64_t head = index / pieces, piece = index % pieces;
         for (int64_t i = piece * blocks / pieces; i < (piece + 1) * blocks / pieces; ++i)
           with_columns(call.length - i * kQueries, [&](auto cols) {
-            forward_block<Operand, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to, sums);
+            forward_block<Operand, Result, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to, sums);
           });
       };
     });
@@ -369,10 +370,11 @@ struct Pass {
   }
 
   static ffi::Error BackwardPass(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
-                                 Ids query_ids, Ids key_ids, Words words, Words rows, In out, F32 lse, In g, Out dq, Out dk, Out dv) {
+                                 Ids query_ids, Ids key_ids, Words words, Words rows, Kept out, F32 lse, In g, Out dq, Out dk, Out dv) {
     const auto call = call_of(q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
-    const Gradients<Operand> grads{of(out), lse.typed_data(), of(g), of(dq), of(dk), of(dv)};
+    const auto* kept = reinterpret_cast<const typename Result::Number*>(out.typed_data());
+    const Gradients<Operand, Result> grads{kept, lse.typed_data(), of(g), of(dq), of(dk), of(dv)};
     in_parallel(pool, call.batch * call.key_heads, [&call, &grads]() {
       auto own = std::make_shared<Backward<Operand>>(call);
       return [own, &call, &grads](int64_t index) {
@@ -383,16 +385,19 @@ struct Pass {
   }
 };
 
-using OfFloat32 = Pass<Float32, ffi::F32>;
+using AllFloat32 = Pass<Float32, ffi::F32, Float32, ffi::F32>;
 #if defined(__AVX512BF16__)
-using OfBFloat16 = Pass<BFloat16, ffi::BF16>;
+using AllBFloat16 = Pass<BFloat16, ffi::BF16, BFloat16, ffi::BF16>;
+using OfBFloat16 = Pass<BFloat16, ffi::BF16, Float32, ffi::F32>;
 #endif
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_forward, OfFloat32::Forward, OfFloat32::ForwardBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_backward, OfFloat32::BackwardPass, OfFloat32::BackwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_forward, AllFloat32::Forward, AllFloat32::ForwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_backward, AllFloat32::BackwardPass, AllFloat32::BackwardBinding());
 #if defined(__AVX512BF16__)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_forward_bfloat16, OfBFloat16::Forward, OfBFloat16::ForwardBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_backward_bfloat16, OfBFloat16::BackwardPass, OfBFloat16::BackwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_forward_bfloat16, AllBFloat16::Forward, AllBFloat16::ForwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_backward_bfloat16, AllBFloat16::BackwardPass, AllBFloat16::BackwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_forward_bfloat16_float32, OfBFloat16::Forward, OfBFloat16::ForwardBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxft_attention_backward_bfloat16_float32, OfBFloat16::BackwardPass, OfBFloat16::BackwardBinding());
 #endif

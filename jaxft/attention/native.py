@@ -2,8 +2,8 @@
 
 A block of logits stays in a core's caches; nothing of the square of the length is ever in memory, in either pass (Dao et al. 2022).
 Padding, segments, causality and windows are honoured by place, and blocks of which nothing may be seen are skipped. bfloat16 numbers
-are multiplied as such, twice as many at a time, by processors that can (AVX512-BF16); by others, they are widened: operands are
-rounded then, and what is computed from them is not. Sums are float32.
+are multiplied as such, twice as many at a time, by processors that can (AVX512-BF16); by others, and in short rows of float32
+activations, they are widened: operands are rounded then, and what is computed from them is not. Sums are float32.
 
 Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
 """
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.attention.compiled import BACKWARD, BFLOAT16, FORWARD, multiplies_bfloat16, unavailable
+from jaxft.attention.compiled import BACKWARD, ENDINGS, FORWARD, multiplies_bfloat16, unavailable
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, each_device, first_of
@@ -25,6 +25,7 @@ from jaxft.attention.scores import Call
 
 Array = jax.Array
 _WIDEST = 16  # floats of a vector register, at most
+_LONG = 512
 
 
 def native_refuses(request: Request) -> str | None:
@@ -51,37 +52,42 @@ def _native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Drop
 def _forward(
     call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    dtype, ending = _products(call, q)
-    results = (jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
-    inputs = _inputs(call, q, k, v, mask, drop)
-    out, normaliser = jax.ffi.ffi_call(FORWARD + ending, results)(*inputs, **_facts(call, mask, drop))
+    operand, result = types = _types(call, q)
+    results = (jax.ShapeDtypeStruct(q.shape, result), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    inputs = _inputs(call, operand, q, k, v, mask, drop)
+    out, normaliser = jax.ffi.ffi_call(FORWARD + ENDINGS[types], results)(*inputs, **_facts(call, mask, drop))
     return out.astype(call.compute.activation_dtype), (q, k, v, mask, drop, out, normaliser)
 
 
 def _backward(call: Call, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, normaliser = kept
-    dtype, ending = _products(call, q)
-    results = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v))
-    inputs = (*_inputs(call, q, k, v, mask, drop), out, normaliser, g.astype(dtype))
-    grads = jax.ffi.ffi_call(BACKWARD + ending, results)(*inputs, **_facts(call, mask, drop))
+    operand, result = types = _types(call, q)
+    results = tuple(jax.ShapeDtypeStruct(x.shape, result) for x in (q, k, v))
+    inputs = (*_inputs(call, operand, q, k, v, mask, drop), out, normaliser, g.astype(operand))
+    grads = jax.ffi.ffi_call(BACKWARD + ENDINGS[types], results)(*inputs, **_facts(call, mask, drop))
     return *(dx.astype(x.dtype) for dx, x in zip(grads, (q, k, v), strict=True)), None, None
 
 
 _native.defvjp(_forward, _backward)
 
 
-def _products(call: Call, q: Array) -> tuple[str, str]:
-    """What kernels take, multiply and give, and what their names end in."""
-    compute = call.compute
-    narrow = compute.matmul_dtype == compute.activation_dtype == "bfloat16" and q.shape[-1] % (2 * _WIDEST) == 0
-    return ("bfloat16", BFLOAT16) if narrow and multiplies_bfloat16() else ("float32", "")
+def _types(call: Call, q: Array) -> tuple[str, str]:
+    """Of kernels' operands and results."""
+    compute, wide = call.compute, call.compute.activation_dtype == "float32"
+    divides = q.shape[-1] % (2 * _WIDEST) == 0
+    # Short rows of float32 numbers take longer to round, outside the kernel, than what the kernel saves.
+    worth = not wide or q.shape[2] >= _LONG
+    if not (compute.matmul_dtype == "bfloat16" and divides and worth and multiplies_bfloat16()):
+        return "float32", "float32"
+    return "bfloat16", compute.activation_dtype
 
 
-def _inputs(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, ...]:
-    """q, k, v as kernels take them, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is
+def _inputs(
+    call: Call, operand: str, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
+) -> tuple[Array, ...]:
+    """q, k, v in type ``operand``, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is
     nothing."""
-    dtype, _ = _products(call, q)
-    operands = (x.astype(call.compute.matmul_dtype).astype(dtype) for x in (q, k, v))
+    operands = (x.astype(call.compute.matmul_dtype).astype(operand) for x in (q, k, v))
     none = jnp.zeros((0,), jnp.uint32)
     words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
     return *operands, *_ids(mask), words, rows

@@ -68,7 +68,14 @@ _look_up.defvjp(_look_up_fwd, _look_up_bwd)
 def _spec_by_width(rules: AxisRules, names: AxisNames, g: Array, ids: Array, like: np.ndarray) -> PartitionSpec | None:
     """Where ``g`` [B, S, D] goes to be summed up: its width as the table's, tokens over the axes that are left. None: nowhere."""
     mesh, table = jax.sharding.get_abstract_mesh(), dict(rules.table)
-    if mesh.empty or ids.shape != g.shape[:-1] or ids.ndim != 2 or names[0] is None or names[1] is None:
+    if (
+        mesh.empty
+        or mesh.size == 1
+        or ids.shape != g.shape[:-1]
+        or ids.ndim != 2
+        or names[0] is None
+        or names[1] is None
+    ):
         return None
     parts = [ways(mesh, rules, name) for name in ("batch", "length")]
     if (

@@ -52,7 +52,9 @@ def _aligned(table: Array, compute: Compute) -> Array:
     With other numbers, libtpu (0.0.52) sums up the gradient whole on each device instead of scattering it.
     """
     rules, mesh = compute.rules, jax.sharding.get_abstract_mesh()
-    if compute.platform != "tpu" or mesh.empty or ways(mesh, rules, "embed") == 1 or ways(mesh, rules, "vocab") > 1:
+    if compute.platform != "tpu" or mesh.empty or mesh.size == 1:
+        return table
+    if ways(mesh, rules, "embed") == 1 or ways(mesh, rules, "vocab") > 1:
         return table
     padded = jnp.pad(table, ((0, -table.shape[0] % _ALIGNED), (0, 0)))
     return rules.place_gradient(_gradient_apart(padded), "vocab", "embed")
