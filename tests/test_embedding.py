@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,12 +53,10 @@ def test_rows_and_the_gradient_of_the_table(mesh: str | None, rows: int) -> None
     wanted = np.zeros((rows, 32))
     np.add.at(wanted, clipped, np.asarray(g))
     with on(mesh):
-        run = jax.jit(gradient, static_argnums=3)
+        run = partial(gradient, compute=Compute())
         if mesh == "explicit":
-            run = jax.jit(jax.sharding.auto_axes(lambda *a: gradient(*a, Compute()), out_sharding=jax.P()))
-            out, found = run(table, ids, g)
-        else:
-            out, found = run(table, ids, g, Compute())
+            run = jax.sharding.auto_axes(run, out_sharding=jax.P())
+        out, found = jax.jit(run)(table, ids, g)
     np.testing.assert_array_equal(out, np.asarray(table)[clipped])
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import jax
 import jaxlib
 
-SOURCES = ("native.cc", "blocks.h", "operands.h", "vectors.h")
+SOURCES = ("native.cc", "blocks.h", "operands.h", "parallel.h", "vectors.h")
 FORWARD, BACKWARD = "jaxft_attention_forward", "jaxft_attention_backward"
 ENDINGS = {
     ("float32", "float32"): "",
     ("bfloat16", "bfloat16"): "_bfloat16",
     ("bfloat16", "float32"): "_bfloat16_float32",
 }
-"""Of the names of kernels, by the types of operands and results; those of bfloat16 are there where the processor multiplies it."""
+"""Of kernels' names, by the types of what is multiplied and of arrays. Those of bfloat16 are there where the processor can."""
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 _SECONDS = 180
 

@@ -8,17 +8,15 @@
 // Dims: B rows, N query heads, K key heads, S tokens, H head size. s counts queries, t keys.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <mutex>
+#include <vector>
 
 #include "blocks.h"
 #include "operands.h"
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -258,51 +256,62 @@ void backward_group(const Call<Operand>& call, const Gradients<Operand, Result>&
   }
 }
 
-// Runs f(0) ... f(count - 1), on the caller's thread and those of XLA's pool that come in time. The caller waits only for tasks
-// that some thread has begun, so that a pool whose threads all wait here is no deadlock.
-template <typename Make>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, Make make) {
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-    int64_t done = 0;
-  };
-  auto shared = std::make_shared<Shared>();
-  auto work = [shared, count, make]() {
-    int64_t index = shared->next.fetch_add(1);
-    if (index >= count) return;  // too late: what ``make`` refers to may be gone
-    auto task = make();
-    int64_t mine = 0;
-    for (; index < count; index = shared->next.fetch_add(1), ++mine) task(index);
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    shared->done += mine;
-    if (shared->done == count) shared->all_done.notify_all();
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
-  work();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all_done.wait(lock, [&] { return shared->done == count; });
-}
-
 using Ids = ffi::Buffer<ffi::S32>;
 using Words = ffi::Buffer<ffi::U32>;
 using F32 = ffi::Buffer<ffi::F32>;
 using Sums = ffi::ResultBuffer<ffi::F32>;
 
-// Operands of one type, results of another.
-template <class Operand, ffi::DataType OfOperand, class Result, ffi::DataType OfResult>
+// Arrays of numbers that are not operands' are rounded first, by all threads.
+template <class Operand, class Outer>
+class Rounded {
+ public:
+  using Number = typename Operand::Number;
+
+  const Number* add(const typename Outer::Number* x, int64_t count) {
+    if constexpr (Operand::kPack == Outer::kPack) {
+      return x;
+    } else {
+      copies.push_back(std::make_unique<Memory>(words<Operand>(count)));
+      jobs.push_back({x, reinterpret_cast<Number*>(copies.back()->data), count / kLanes});
+      return jobs.back().to;
+    }
+  }
+  void run(ffi::ThreadPool& pool) {
+    if (jobs.empty()) return;
+    const int64_t pieces = 2 * std::max<int64_t>(pool.num_threads(), 1);
+    in_parallel(pool, static_cast<int64_t>(jobs.size()) * pieces, [this, pieces]() {
+      return [this, pieces](int64_t index) {
+        const Job& job = jobs[index / pieces];
+        const int64_t piece = index % pieces;
+        for (int64_t i = piece * job.vectors / pieces; i < (piece + 1) * job.vectors / pieces; ++i)
+          Operand::write(job.to + i * kLanes, Outer::read(job.from + i * kLanes));
+      };
+    });
+  }
+
+ private:
+  struct Job {
+    const typename Outer::Number* from;
+    Number* to;
+    int64_t vectors;
+  };
+  std::vector<Job> jobs;
+  std::vector<std::unique_ptr<Memory>> copies;
+};
+
+// Products of one type of numbers, of and into arrays of another.
+template <class Operand, class Outer, ffi::DataType Type>
 struct Pass {
-  using In = ffi::Buffer<OfOperand>;
-  using Kept = ffi::Buffer<OfResult>;
-  using Out = ffi::ResultBuffer<OfResult>;
+  using In = ffi::Buffer<Type>;
+  using Out = ffi::ResultBuffer<Type>;
+  using Rounder = Rounded<Operand, Outer>;
 
-  static const typename Operand::Number* of(const In& x) { return reinterpret_cast<const typename Operand::Number*>(x.typed_data()); }
-  static typename Result::Number* of(Out& x) { return reinterpret_cast<typename Result::Number*>(x->typed_data()); }
+  static const typename Outer::Number* of(const In& x) { return reinterpret_cast<const typename Outer::Number*>(x.typed_data()); }
+  static typename Outer::Number* of(Out& x) { return reinterpret_cast<typename Outer::Number*>(x->typed_data()); }
+  static const typename Operand::Number* operand(Rounder& rounder, const In& x) { return rounder.add(of(x), x.element_count()); }
 
-  static Call<Operand> call_of(In& q, In& k, In& v, Ids& query_ids, Ids& key_ids, Words& words, Words& rows, int64_t causal,
-                               int64_t window, float scale, int64_t keep) {
+  static Call<Operand> call_of(Rounder& rounder, In& q, In& k, In& v, Ids& query_ids, Ids& key_ids, Words& words, Words& rows,
+                               int64_t causal, int64_t window, float scale, int64_t keep) {
     const auto dims = q.dimensions(), of_key = k.dimensions();
     const bool any = query_ids.element_count() > 0;
     const Geometry geometry{any ? query_ids.typed_data() : nullptr,
@@ -318,7 +327,7 @@ struct Pass {
                             window,
                             scale,
                             static_cast<int32_t>(keep)};
-    return {geometry, of(q), of(k), of(v)};
+    return {geometry, operand(rounder, q), operand(rounder, k), operand(rounder, v)};
   }
 
   static bool fits(const Geometry& call) { return call.size % (kLanes * Operand::kPack) == 0; }
@@ -340,16 +349,18 @@ struct Pass {
         .template Arg<Words>()
         .template Arg<Words>();
   }
-  static auto ForwardBinding() { return Inputs().template Ret<Kept>().template Ret<F32>(); }
+  static auto ForwardBinding() { return Inputs().template Ret<In>().template Ret<F32>(); }
   static auto BackwardBinding() {
-    return Inputs().template Arg<Kept>().template Arg<F32>().template Arg<In>()
-        .template Ret<Kept>().template Ret<Kept>().template Ret<Kept>();
+    return Inputs().template Arg<In>().template Arg<F32>().template Arg<In>()
+        .template Ret<In>().template Ret<In>().template Ret<In>();
   }
 
   static ffi::Error Forward(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
                             Ids query_ids, Ids key_ids, Words words, Words rows, Out out, Sums lse) {
-    const auto call = call_of(q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
+    Rounder rounder;
+    const auto call = call_of(rounder, q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
+    rounder.run(pool);
     const int64_t heads = call.batch * call.heads, blocks = (call.length + kQueries - 1) / kQueries;
     // Blocks of one head one after the other: its keys and values stay in the cache.
     const int64_t pieces = std::min<int64_t>(blocks, std::max<int64_t>(1, 4 * pool.num_threads() / std::max<int64_t>(heads, 1)));
@@ -362,7 +373,7 @@ struct Pass {
         const int64_t head = index / pieces, piece = index % pieces;
         for (int64_t i = piece * blocks / pieces; i < (piece + 1) * blocks / pieces; ++i)
           with_columns(call.length - i * kQueries, [&](auto cols) {
-            forward_block<Operand, Result, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to, sums);
+            forward_block<Operand, Outer, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to, sums);
           });
       };
     });
@@ -370,11 +381,12 @@ struct Pass {
   }
 
   static ffi::Error BackwardPass(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
-                                 Ids query_ids, Ids key_ids, Words words, Words rows, Kept out, F32 lse, In g, Out dq, Out dk, Out dv) {
-    const auto call = call_of(q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
+                                 Ids query_ids, Ids key_ids, Words words, Words rows, In out, F32 lse, In g, Out dq, Out dk, Out dv) {
+    Rounder rounder;
+    const auto call = call_of(rounder, q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
-    const auto* kept = reinterpret_cast<const typename Result::Number*>(out.typed_data());
-    const Gradients<Operand, Result> grads{kept, lse.typed_data(), of(g), of(dq), of(dk), of(dv)};
+    const Gradients<Operand, Outer> grads{of(out), lse.typed_data(), operand(rounder, g), of(dq), of(dk), of(dv)};
+    rounder.run(pool);
     in_parallel(pool, call.batch * call.key_heads, [&call, &grads]() {
       auto own = std::make_shared<Backward<Operand>>(call);
       return [own, &call, &grads](int64_t index) {
@@ -385,10 +397,10 @@ struct Pass {
   }
 };
 
-using AllFloat32 = Pass<Float32, ffi::F32, Float32, ffi::F32>;
+using AllFloat32 = Pass<Float32, Float32, ffi::F32>;
 #if defined(__AVX512BF16__)
-using AllBFloat16 = Pass<BFloat16, ffi::BF16, BFloat16, ffi::BF16>;
-using OfBFloat16 = Pass<BFloat16, ffi::BF16, Float32, ffi::F32>;
+using AllBFloat16 = Pass<BFloat16, BFloat16, ffi::BF16>;
+using OfBFloat16 = Pass<BFloat16, Float32, ffi::F32>;
 #endif
 
 }  // namespace

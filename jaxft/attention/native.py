@@ -2,8 +2,8 @@
 
 A block of logits stays in a core's caches; nothing of the square of the length is ever in memory, in either pass (Dao et al. 2022).
 Padding, segments, causality and windows are honoured by place, and blocks of which nothing may be seen are skipped. bfloat16 numbers
-are multiplied as such, twice as many at a time, by processors that can (AVX512-BF16); by others, and in short rows of float32
-activations, they are widened: operands are rounded then, and what is computed from them is not. Sums are float32.
+are multiplied as such, twice as many at a time, by processors that can (AVX512-BF16); by others, they are widened: operands are
+rounded then, and what is computed from them is not. Sums are float32.
 
 Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
 """
@@ -25,7 +25,6 @@ from jaxft.attention.scores import Call
 
 Array = jax.Array
 _WIDEST = 16  # floats of a vector register, at most
-_LONG = 512
 
 
 def native_refuses(request: Request) -> str | None:
@@ -52,18 +51,18 @@ def _native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Drop
 def _forward(
     call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    operand, result = types = _types(call, q)
-    results = (jax.ShapeDtypeStruct(q.shape, result), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
-    inputs = _inputs(call, operand, q, k, v, mask, drop)
+    _, dtype = types = _types(call, q)
+    results = (jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+    inputs = _inputs(call, types, q, k, v, mask, drop)
     out, normaliser = jax.ffi.ffi_call(FORWARD + ENDINGS[types], results)(*inputs, **_facts(call, mask, drop))
     return out.astype(call.compute.activation_dtype), (q, k, v, mask, drop, out, normaliser)
 
 
 def _backward(call: Call, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, normaliser = kept
-    operand, result = types = _types(call, q)
-    results = tuple(jax.ShapeDtypeStruct(x.shape, result) for x in (q, k, v))
-    inputs = (*_inputs(call, operand, q, k, v, mask, drop), out, normaliser, g.astype(operand))
+    _, dtype = types = _types(call, q)
+    results = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v))
+    inputs = (*_inputs(call, types, q, k, v, mask, drop), out, normaliser, g.astype(dtype))
     grads = jax.ffi.ffi_call(BACKWARD + ENDINGS[types], results)(*inputs, **_facts(call, mask, drop))
     return *(dx.astype(x.dtype) for dx, x in zip(grads, (q, k, v), strict=True)), None, None
 
@@ -72,22 +71,22 @@ _native.defvjp(_forward, _backward)
 
 
 def _types(call: Call, q: Array) -> tuple[str, str]:
-    """Of kernels' operands and results."""
-    compute, wide = call.compute, call.compute.activation_dtype == "float32"
+    """Of what kernels multiply, and of the arrays that they take and give."""
+    compute = call.compute
     divides = q.shape[-1] % (2 * _WIDEST) == 0
-    # Short rows of float32 numbers take longer to round, outside the kernel, than what the kernel saves.
-    worth = not wide or q.shape[2] >= _LONG
-    if not (compute.matmul_dtype == "bfloat16" and divides and worth and multiplies_bfloat16()):
+    if not (compute.matmul_dtype == "bfloat16" and divides and multiplies_bfloat16()):
         return "float32", "float32"
     return "bfloat16", compute.activation_dtype
 
 
 def _inputs(
-    call: Call, operand: str, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
+    call: Call, types: tuple[str, str], q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, ...]:
-    """q, k, v in type ``operand``, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is
-    nothing."""
-    operands = (x.astype(call.compute.matmul_dtype).astype(operand) for x in (q, k, v))
+    """q, k, v, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is nothing."""
+    operand, dtype = types
+    # Kernels that multiply bfloat16 round by themselves.
+    rounded = dtype if operand == "bfloat16" else call.compute.matmul_dtype
+    operands = (x.astype(rounded).astype(dtype) for x in (q, k, v))
     none = jnp.zeros((0,), jnp.uint32)
     words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
     return *operands, *_ids(mask), words, rows

@@ -109,7 +109,7 @@ NARROW = {"matmul_dtype": "bfloat16", "activation_dtype": "bfloat16"}
 
 
 @needs_compiler
-@pytest.mark.parametrize("length", [333, 700])  # below and above those that are worth rounding
+@pytest.mark.parametrize("length", [63, 333])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_bfloat16_operands_of_float32_activations(length: int, dropout: bool) -> None:
     arrays, mask = arrays_of(1, 4, 2, length, 64), MaskSpec(causal=True)
@@ -118,7 +118,7 @@ def test_bfloat16_operands_of_float32_activations(length: int, dropout: bool) ->
     wanted = passes("reference", arrays, mask, **options)
     for name, one, other in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
         assert 0 < np.abs(one - other).max() <= 2**-6 * max(1.0, np.abs(other).max()), name
-        if length > 512 and multiplies_bfloat16():  # results are no bfloat16 numbers
+        if multiplies_bfloat16():  # results are no bfloat16 numbers
             assert (one != np.asarray(jnp.asarray(one).astype(jnp.bfloat16), np.float32)).mean() > 0.9
 
 
