@@ -60,8 +60,8 @@ class ModelConfig:
     bfloat16 units differ too much to be the default; see docs/performance.md)."""
     gradient_dtype: DType | None = None
     """Type in which gradients of weight matrices leave their products and are summed up over devices; None: as the parameters.
-    bfloat16 halves what is sent, and rounds what each device adds to 8 bits. Micro-batches are added up, and the optimizer
-    computes, in float32 in any case."""
+    bfloat16 halves what is sent, and rounds what each device adds to 8 bits. Not for a loss in tiles (``vocab_tile``).
+    Micro-batches are added up, and the optimizer computes, in float32 in any case."""
     attention: Literal[
         "auto",
         "xla",

@@ -146,17 +146,18 @@ def test_bfloat16_operands_and_activations(direction: str, hidden: str, length: 
 
 @needs_compiler
 @pytest.mark.skipif(unavailable() is not None or not multiplies_bfloat16(), reason="the processor does not")
-def test_bfloat16_is_multiplied_as_such_and_nothing_is_widened() -> None:
-    arrays = [x.astype(jnp.bfloat16) for x in arrays_of(1, 2, 2, 150, 64)]
-    compute = Compute(attention="native", **NARROW)
+@pytest.mark.parametrize(("activations", "ending"), [("bfloat16", "_bfloat16"), ("float32", "_bfloat16_float32")])
+def test_bfloat16_is_multiplied_as_such_and_nothing_is_widened(activations: str, ending: str) -> None:
+    arrays = [x.astype(activations) for x in arrays_of(1, 2, 2, 150, 64)]
+    compute = Compute(attention="native", matmul_dtype="bfloat16", activation_dtype=activations)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
         return jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), compute), q, k, v)[1](g)
 
     text = str(jax.make_jaxpr(both)(*arrays))
-    assert "jaxft_attention_forward_bfloat16" in text
-    assert "jaxft_attention_backward_bfloat16" in text
-    assert "f32[1,2,150,64]" not in text
+    assert f"target_name=jaxft_attention_forward{ending}\n" in text
+    assert f"target_name=jaxft_attention_backward{ending}\n" in text
+    assert ("bf16" if activations == "float32" else "f32") + "[1,2,150,64]" not in text
 
 
 @needs_compiler
