@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxft.layers.compute import Compute
+from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules
 
 Array = jax.Array
 
@@ -46,27 +47,44 @@ def _dot(spec: str, operand: str, result: str, x: Array, w: Array) -> Array:
     return lax.platform_dependent(x, w, cpu=widened, default=narrow)
 
 
-class _Types(NamedTuple):
-    """Of a product: its operands, its result, and the gradient of the second one as it is summed up; None: as that one."""
+class _Product(NamedTuple):
+    """How a product is computed."""
 
     operand: str
+    """Type of both operands."""
     result: str
+    """Type of the result."""
     gradient: str | None = None
+    """Type of the second operand's gradient as it is summed up; None: as that operand."""
+    rules: AxisRules = DEFAULT_RULES
+    weight: AxisNames | None = None
+    """Logical names of the second operand, if it is a weight."""
 
     @classmethod
-    def of(cls, compute: Compute) -> _Types:
-        return cls(compute.matmul_dtype, compute.activation_dtype, compute.gradient_dtype)
+    def of(cls, compute: Compute, weight: AxisNames | None) -> _Product:
+        return cls(compute.matmul_dtype, compute.activation_dtype, compute.gradient_dtype, compute.rules, weight)
+
+    def whole(self, w: Array) -> Array:
+        """A weight as it is multiplied: rounded, and with the parts of its width gathered from the devices that keep them.
+
+        Left to itself, libtpu (0.0.52) splits products with weights of 16 parts into as many products with one part each,
+        which come from neighbour to neighbour: slow to multiply where a part is some 128 wide.
+        """
+        w = w.astype(self.operand)
+        if self.weight is None:
+            return w
+        return self.rules.constrain(w, *(None if name == "embed" else name for name in self.weight))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum(spec: str, types: _Types, x: Array, w: Array) -> Array:
-    return _dot(spec, types.operand, types.result, x, w)
+def _einsum(spec: str, how: _Product, x: Array, w: Array) -> Array:
+    return _dot(spec, how.operand, how.result, x, how.whole(w))
 
 
-def _einsum_fwd(spec: str, types: _Types, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
-    # The rounded operands are what the backward matmuls need: keeping them halves what is stored.
-    kept = (x.astype(types.operand), w.astype(types.operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
-    return _einsum(spec, types, x, w), kept
+def _einsum_fwd(spec: str, how: _Product, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
+    # The rounded operands are what the backward matmuls need: keeping them halves what is stored. Each device keeps its part.
+    kept = (x.astype(how.operand), w.astype(how.operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
+    return _einsum(spec, how, x, w), kept
 
 
 def _cpu_barrier(x: Array) -> Array:
@@ -100,12 +118,12 @@ def recomputed_from(x: Any, g: Array) -> tuple[Any, Array]:
     return cpu_after(x, g), g
 
 
-def _einsum_bwd(spec: str, types: _Types, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
+def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
     x, w, x_like, w_like = kept
     (first, second), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    dx = _einsum(f"{out},{second}->{first}", types._replace(result=str(x_like.dtype)), g, w)
+    dx = _einsum(f"{out},{second}->{first}", how._replace(result=str(x_like.dtype)), g, w)
     # Devices exchange what the product gives: it is widened afterwards.
-    of_weight = types._replace(result=types.gradient or str(w_like.dtype))
+    of_weight = how._replace(result=how.gradient or str(w_like.dtype), weight=None)
     if x.size <= g.size or _batched(spec):
         dw = _einsum(f"{first},{out}->{second}", of_weight, x, g)
     else:
@@ -126,54 +144,61 @@ def dot(spec: str, x: Array, w: Array, compute: Compute) -> Array:
     return _dot(spec, compute.matmul_dtype, "float32", x, w)
 
 
-def einsum(spec: str, x: Array, w: Array, compute: Compute) -> Array:
+def einsum(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:
     """Two-operand einsum with operands in ``compute.matmul_dtype`` and float32 accumulation, forwards and backwards.
 
     Every index must occur in two of the three terms (no sums or broadcasts inside one operand). Left to itself, autodiff
     multiplies the float32 cotangent with a widened copy of the bf16 operand, at float32 speed; hence the custom VJP.
+
+    ``weight``: the logical names of ``w``, if it is one: its width is gathered for the product, as fully sharded data
+    parallelism means it (Rajbhandari et al. 2020, ZeRO-3), in the operands' type.
     """
-    return _einsum(spec, _Types.of(compute), x, w)
+    return _einsum(spec, _Product.of(compute, weight), x, w)
 
 
 Activation = Callable[[Array], Array]
 
 
 def affine(
-    spec: str, x: Any, w: Array, b: Array | None, compute: Compute, act: Callable[[Any], Array] | None = None
+    spec: str,
+    x: Any,
+    w: Array,
+    b: Array | None,
+    compute: Compute,
+    act: Callable[[Any], Array] | None = None,
+    weight: AxisNames | None = None,
 ) -> Array:
-    """``einsum(spec, act(x), w) + b``, with ``b``, if any, along the last dimensions of the result.
+    """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the last dimensions of the result.
 
     An activation (of one array or, for gated ones, of a tuple of them) is computed again in the backward pass rather than
     kept: cheap, and as wide as an MLP.
     """
-    return _affine(spec, act, compute, x, w, b)
+    return _affine(spec, act, _Product.of(compute, weight), x, w, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _affine(
-    spec: str, act: Callable[[Any], Array] | None, compute: Compute, x: Any, w: Array, b: Array | None
-) -> Array:
-    return _affine_fwd(spec, act, compute, x, w, b)[0]
+def _affine(spec: str, act: Callable[[Any], Array] | None, how: _Product, x: Any, w: Array, b: Array | None) -> Array:
+    return _affine_fwd(spec, act, how, x, w, b)[0]
 
 
 def _affine_fwd(
-    spec: str, act: Callable[[Any], Array] | None, compute: Compute, x: Any, w: Array, b: Array | None
+    spec: str, act: Callable[[Any], Array] | None, how: _Product, x: Any, w: Array, b: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    y, (rounded, *rest) = _einsum_fwd(spec, _Types.of(compute), x if act is None else act(x), w)
+    y, (rounded, *rest) = _einsum_fwd(spec, how, x if act is None else act(x), w)
     y = y if b is None else y + b.astype(y.dtype)
     return y, (rounded if act is None else x, *rest, b)
 
 
 def _affine_bwd(
-    spec: str, act: Callable[[Any], Array] | None, compute: Compute, kept: tuple[Any, ...], g: Array
+    spec: str, act: Callable[[Any], Array] | None, how: _Product, kept: tuple[Any, ...], g: Array
 ) -> tuple[Any, Array, Array | None]:
     x, *rest, b = kept
     act_vjp: Callable[[Array], tuple[Any]] | None = None
     if act is not None:
         x, g = recomputed_from(x, g)
         x, act_vjp = jax.vjp(act, x)
-        x = x.astype(compute.matmul_dtype)
-    dx, dw = _einsum_bwd(spec, _Types.of(compute), (x, *rest), g)
+        x = x.astype(how.operand)
+    dx, dw = _einsum_bwd(spec, how, (x, *rest), g)
     db = None if b is None else g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
     return dx if act_vjp is None else act_vjp(dx)[0], dw, db
 

@@ -90,21 +90,24 @@ class Linear(nn.Module):
         dtype = self.compute.param_dtype
         outputs, names = self.shape[self.inputs :], self.names[self.inputs :]
         kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
-        kernel = as_matrix(kernel, self.inputs, self.names, self.compute)
+        weight = (
+            self.names[0],
+            self.names[self.inputs],
+        )  # of the matrix; of several dimensions, the first may be split
+        kernel = as_matrix(kernel, self.inputs, weight, self.compute)
         bias = None
         if self.biased:
             bias = self.param("bias", labelled(nn.initializers.zeros, *names), outputs, dtype).reshape(-1)
         if self.inputs > 1:
             x = x.reshape(*x.shape[: -self.inputs], -1)
         letters = "ab"[: (x[0] if isinstance(x, tuple) else x).ndim - 1]
-        y = affine(f"{letters}d,de->{letters}e", x, kernel, bias, self.compute, self.act)
+        y = affine(f"{letters}d,de->{letters}e", x, kernel, bias, self.compute, self.act, weight)
         return y.reshape(*y.shape[:-1], *outputs)
 
 
 def as_matrix(kernel: Array, inputs: int, names: AxisNames, compute: Compute) -> Array:
-    """A kernel with its first ``inputs`` dimensions as rows and the rest as columns; of each, the first may be split."""
-    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
-    return compute.rules.place_gradient(matrix, names[0], names[inputs])
+    """A kernel with its first ``inputs`` dimensions as rows and the rest as columns; ``names``: of the two."""
+    return compute.rules.place_gradient(kernel.reshape(math.prod(kernel.shape[:inputs]), -1), *names)
 
 
 class Projection(nn.Module):
@@ -135,7 +138,9 @@ def project_together(
     """
     kernels, biases = zip(*projections, strict=True)
     kernel, bias = jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1)
-    y = affine("bsd,de->bse", x, as_matrix(kernel, 1, names, compute), bias.reshape(-1), compute)
+    weight = (names[0], names[1])
+    matrix = as_matrix(kernel, 1, weight, compute)
+    y = affine("bsd,de->bse", x, matrix, bias.reshape(-1), compute, weight=weight)
     y = y.reshape(*y.shape[:-1], *bias.shape)
     return unstack(len(projections), y.transpose(3, 0, 2, 1, 4))
 

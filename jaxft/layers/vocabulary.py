@@ -38,7 +38,7 @@ def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compu
       place: the logical name of M: ``length`` or ``predicted``.
     """
     table, size = compute.rules.place_gradient(table, "vocab", "embed"), table.shape[0]
-    logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute)[..., :size]
+    logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute, ("vocab", "embed"))[..., :size]
     logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 

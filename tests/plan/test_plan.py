@@ -173,6 +173,23 @@ def _no_whole_weights(told: dict[str, Any]) -> None:
     assert "all-reduces send" not in " ".join(told["advice"])
 
 
+@pytest.mark.slow
+def test_over_a_whole_slice_weights_are_gathered_and_their_products_stay_whole(tmp_path: Path) -> None:
+    # Left to itself, libtpu passes parts of weights from neighbour to neighbour and multiplies each by itself.
+    pytest.importorskip("libtpu")
+    wide = LLAMA | {"hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 2, "num_attention_heads": 16}
+    changes = ("data.max_length=512", "train.batch_size=256", "mesh.data=1", "mesh.fsdp=16", "model.remat=full")
+    plan(
+        *options(*changes, base=BASE | {"model.arch": json.dumps(wide | {"num_key_value_heads": 16})}),
+        "--topology", "v5e-16", "--json", str(tmp_path / "p.json"),
+    )  # fmt: skip
+    told = json.loads((tmp_path / "p.json").read_text())
+    permuted = sum(one["bytes_sent"] for one in told["exchanges"] if one["kind"] == "collective-permute")
+    textbook = told["textbook_bytes_sent"]
+    print(f"permuted {permuted / 2**20:.1f} MiB, gradients {textbook['gradients_scattered'] / 2**20:.1f} MiB")
+    assert permuted <= 1.1 * textbook["gradients_scattered"]
+
+
 WIDE = BERT | {
     "vocab_size": 30522,
     "hidden_size": 768,
