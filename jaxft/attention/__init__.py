@@ -14,7 +14,7 @@ from jaxft.attention.request import Request, request_of
 from jaxft.attention.scores import Call
 from jaxft.layers import Compute
 
-__all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described"]
+__all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described", "tokens_last"]
 
 Array = jax.Array
 
@@ -64,7 +64,21 @@ def attend(
         drop = make_dropout(key, rate, b, n, s, compute.dropout_bits)
     mask = mask.merged()
     call = Call(compute, h**-0.5 if scale is None else scale, soft_cap)
-    request = request_of(call, q, k, mask, bias, drop)
+    request = request_of(call, q, k, mask, bias, None if drop is None else drop.bits)
     choice = choose(request, compute.attention)
     note(choice)
     return choice.backend.run(call, q, k, v, mask, bias, drop)
+
+
+def tokens_last(
+    q: tuple[int, int, int, int], key_heads: int, mask: MaskSpec, compute: Compute, dropout: bool = False
+) -> bool:
+    """Whether :func:`attend` of queries of shape ``q`` [B, N, S, H] is best given heads that were made as [N, H, B S].
+
+    Its arguments stay [B, N, S, H]: those that :func:`jaxft.layers.rows_of` makes of it, which costs nothing then.
+    """
+    b, _, s, h = q
+    of_queries, of_keys = (jax.ShapeDtypeStruct(shape, compute.activation_dtype) for shape in (q, (b, key_heads, s, h)))
+    call = Call(compute, h**-0.5)
+    request = request_of(call, of_queries, of_keys, mask.merged(), None, compute.dropout_bits if dropout else None)
+    return choose(request, compute.attention).backend.tokens_last(request)

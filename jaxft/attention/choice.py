@@ -33,8 +33,8 @@ def _placed(run: Run) -> Callable[..., Array]:
     return placed
 
 
-def _local(name: str, run: Run, refuses: Callable[[Request], str | None]) -> Backend:
-    return Backend(name, _placed(run), refuses, run)
+def _local(name: str, run: Run, refuses: Callable[[Request], str | None], **more: Any) -> Backend:
+    return Backend(name, _placed(run), refuses, run, **more)
 
 
 def _all_to_all(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: None, drop: Dropout | None) -> Array:
@@ -45,7 +45,7 @@ def _all_to_all(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: 
 
 def _best_local(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
     """Whole rows, by the fastest backend for one device."""
-    request = request_of(call, q, k, mask, None, drop, local=True)
+    request = request_of(call, q, k, mask, None, None if drop is None else drop.bits, local=True)
     able = [b for b in BACKENDS if b.local is not None and b.name not in _ONLY_ASKED and b.refuses(request) is None]
     backend = _fastest(request, able).backend
     assert backend.local is not None
@@ -69,7 +69,7 @@ def _ring_refuses(request: Request) -> str | None:
 BACKENDS = (
     Backend("ring", _ring, _ring_refuses),
     Backend("all_to_all", _all_to_all, all_to_all_refuses),
-    _local("fused", tpu.fused, tpu.fused_refuses),
+    _local("fused", tpu.fused, tpu.fused_refuses, tokens_last=tpu.fused_tokens_last),
     _local("splash", tpu.splash, tpu.splash_refuses),
     _local("flash", tpu.flash, tpu.flash_refuses),
     _local("cudnn", library.cudnn, library.cudnn_refuses),

@@ -2,11 +2,11 @@
 
 What makes them fast:
 
-* Everything is transposed. Operands are [.., H, S] with the row on the 128 lanes of a register, so a head size of 64 fills
+* Everything is transposed. Operands are [N H, B S] with tokens on the 128 lanes of a register, so a head size of 64 fills
   registers and memory (as [.., S, H] it takes twice the bytes); logits are [T, S], keys on sublanes: maxima, sums and
   normalisers are one number per lane. In products with probabilities those are what the matrix unit holds, and only the H
-  rows of the other operand stream through it: half the time of the usual order when H = 64. XLA gives the results of
-  projections this layout at no cost.
+  rows of the other operand stream through it: half the time of the usual order when H = 64. Projections give this layout at
+  no cost (:mod:`jaxft.layers.heads`).
 * What may be seen is one addend per logit, made once for all heads of a row. So are the places that dropout hashes.
 * The logits of the next heads are asked for before the softmax of the last: matrix and vector units work at the same time.
 
@@ -31,59 +31,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxft.attention.fused_blocks import LANES, Block, Dims, Sizes, Spec
 from jaxft.layers.bits import GOLDEN, mix
 
 Array = jax.Array
 
-LANES = 128
 _MASKED = np.float32(-1e30)
 _BLIND = np.float32(-5e29)  # a query whose largest logit is below this sees nothing
 _LOG2E, _LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2.0))
 _TOP_BIT = np.uint32(1 << 31)
 
-# Sizes found by pricing; all of them are flat around these values.
-_TOKENS = 512  # of all rows of a step
-_BLOCK = 256  # queries at a time; without dropout, half of longer rows
-# Logits written out as straight code, for the compiler to interleave; 2**20: 5 % less time, 4x the compiling.
-_UNROLLED = 2**18
 _AHEAD = 2**19  # logits that are asked for before they are needed
-_STEP_BYTES = 24 * 2**20  # of operands and results of a step, double-buffered
 _VMEM_BYTES = 120 * 2**20  # what the compiler may use; it takes what it needs
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The static part of a call."""
-
-    scale: float
-    """What q k^T is multiplied by."""
-    causal: bool = False
-    window: int | None = None
-    """Keys are seen that are fewer than so many places away."""
-    soft_cap: float | None = None
-    rate: float = 0.0
-    """Of dropout."""
-    row_length: int = 0
-    """Of the rows that dropout counts places in; lengths of operands may have been filled up."""
-    interpret: bool = False
-    """Run as ordinary jax operations, on any platform."""
-
-    @property
-    def keep(self) -> int:
-        """Of 65536 values of 16 random bits, how many keep a probability."""
-        return round((1.0 - self.rate) * 65536)
-
-    @property
-    def drop_scale(self) -> np.float32:
-        """What kept probabilities are multiplied by."""
-        return np.float32(65536 / self.keep if self.rate > 0.0 else 1.0)
-
-    def keys_of(self, first: int, count: int, length: int) -> slice:
-        """Whole registers of keys that some of ``count`` queries may see, by distance and direction."""
-        reach = length if self.window is None else self.window - 1
-        low = max(first - reach, 0)
-        high = min(first + count + (0 if self.causal else reach), length)
-        return slice(low // LANES * LANES, -(-high // LANES) * LANES)
 
 
 def _keeps(place: Array, a: Array, b: Array, keep: int) -> Array:
@@ -93,44 +52,12 @@ def _keeps(place: Array, a: Array, b: Array, keep: int) -> Array:
     return bits < np.int32((keep << 16) - (1 << 31))
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """How the work is cut. One step of the grid takes ``rows`` rows and ``heads`` key heads of each."""
-
-    rows: int
-    heads: int
-    block: int
-    """Queries at a time."""
-    unroll: int
-    """Key heads at a time."""
-
-    @classmethod
-    def of(cls, spec: Spec, q: Array, k: Array) -> _Sizes:
-        """For operands [B, N, H, S] and [B, K, H, S]."""
-        b, n, h, s = q.shape
-        kv, group = k.shape[1], n // k.shape[1]
-        of_head = 2 * (4 * group + 4) * h * s * q.dtype.itemsize
-        heads = _divisor(kv, _STEP_BYTES // of_head)
-        rows = _divisor(b, min(_TOKENS // s, _STEP_BYTES // (of_head * kv))) if heads == kv else 1
-        most = _BLOCK if spec.rate > 0.0 else max(_BLOCK, s // 2)
-        if spec.causal or spec.window is not None:  # to skip what none of a block may see
-            most = s // 4
-        block = LANES * _divisor(s // LANES, most // LANES)
-        unroll = min(12, _UNROLLED // (group * s * s))
-        return cls(rows, heads, block, _divisor(rows * heads, unroll))
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor up to ``most``, at least 1."""
-    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(most, 1))
-
-
 class _Task(NamedTuple):
     """Some queries of one head in a step, and the keys they may see."""
 
-    q: tuple[Any, Any, slice, slice]
-    """Index of [rows, heads, H, S] arrays. k: the same of keys."""
-    k: tuple[Any, Any, slice, slice]
+    q: tuple[Any, Any, slice]
+    """Row, head, and which of the length: an index of a :class:`Block`. k: the same of keys."""
+    k: tuple[Any, Any, slice]
     first: bool
     last: bool
     """Whether it is the first, or last, of its key head."""
@@ -141,7 +68,7 @@ class _Step:
     """What both kernels have in common: one step of the grid."""
 
     spec: Spec
-    sizes: _Sizes
+    sizes: Sizes
     heads: int
     """N. group: G. length: S."""
     group: int
@@ -175,12 +102,12 @@ class _Step:
 
     def tasks(self, row: Array, key_head: Array) -> list[_Task]:
         """Of one key head."""
-        block, every = self.sizes.block, slice(None)
+        block = self.sizes.block
         cuts = [(g, start) for g in range(self.group) for start in range(0, self.length, block)]
         return [
             _Task(
-                (row, key_head * self.group + g, every, slice(start, start + block)),
-                (row, key_head, every, self.spec.keys_of(start, block, self.length)),
+                (row, key_head * self.group + g, slice(start, start + block)),
+                (row, key_head, self.spec.keys_of(start, block, self.length)),
                 (g, start) == cuts[0],
                 (g, start) == cuts[-1],
             )
@@ -226,7 +153,7 @@ class _Step:
             cut = jnp.tanh(products * np.float32(self.spec.scale / cap))
             logits = cut * np.float32(cap * _LOG2E)
         if self.bias is not None:
-            logits += self.bias[0 if self.ids is None else task.q[0], task.k[3], task.q[3]]
+            logits += self.bias[0 if self.ids is None else task.q[0], task.k[2], task.q[2]]
         return logits, cut
 
     def dropped(self, task: _Task, *arrays: Array) -> tuple[Array, ...]:
@@ -234,7 +161,7 @@ class _Step:
         if self.places is None:
             return arrays
         at = self.first + task.q[0] * self.heads + task.q[1]
-        keep = _keeps(self.places[task.k[3], task.q[3]], self.words[0, at], self.words[1, at], self.spec.keep)
+        keep = _keeps(self.places[task.k[2], task.q[2]], self.words[0, at], self.words[1, at], self.spec.keep)
         return tuple(jnp.where(keep, x, np.float32(0.0)) for x in arrays)
 
 
@@ -297,7 +224,7 @@ def _backward_kernel(
 
 def _collect(task: _Task, sums: Any, parts: tuple[Array, Array]) -> None:
     """Adds gradients of a task's keys to ``sums`` [2, H, T]."""
-    keys = task.k[3]
+    keys = task.k[2]
     whole = keys == slice(0, sums.shape[2])
     if task.first and not whole:
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
@@ -306,11 +233,11 @@ def _collect(task: _Task, sums: Any, parts: tuple[Array, Array]) -> None:
 
 
 def _call(
-    kernel: Any, spec: Spec, arrays: tuple[Array, ...], ids: Array | None, words: Array | None, outs: Any
+    kernel: Any, spec: Spec, dims: Dims, arrays: tuple[Array, ...], ids: Array | None, words: Array | None, outs: Any
 ) -> list[Array]:
-    """Runs a kernel on [B, N or K, ...] arrays, q and k the first of them."""
-    (b, n, h, s), kv = arrays[0].shape, arrays[1].shape[1]
-    sizes, drop = _Sizes.of(spec, arrays[0], arrays[1]), spec.rate > 0.0
+    """Runs a kernel on arrays [N or K times H, B S], or [N, 1, B S]; q is the first of them."""
+    b, n, kv, s, h = dims
+    sizes, drop = Sizes.of(spec, dims, arrays[0].dtype.itemsize), spec.rate > 0.0
     grid = (b // sizes.rows, kv // sizes.heads)
     scratch: dict[str, Any] = {}
     if ids is not None or spec.causal or spec.window is not None:
@@ -323,7 +250,7 @@ def _call(
     def body(*refs: Any) -> None:
         given = iter(refs)
         words_ref, ids_ref = next(given) if drop else None, None if ids is None else next(given)
-        operands = [next(given) for _ in (*arrays, *outs)]
+        operands = [Block(next(given), h, s) for _ in (*arrays, *outs)]
         held = {name: next(given) for name in scratch}
         bias, places = held.pop("bias", None), held.pop("places", None)
         # Not inside the loop over heads: there, an interpreted kernel has no program_id.
@@ -331,7 +258,8 @@ def _call(
         kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bias, places), *operands, *held.values())
 
     def heads_of(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((sizes.rows, x.shape[1] // grid[1], *x.shape[2:]), lambda i, j, *_: (i, j, 0, 0))
+        block = (x.shape[0] // grid[1], *x.shape[1:-1], sizes.rows * s)
+        return pl.BlockSpec(block, lambda i, j, *_: (j, i) if len(block) == 2 else (j, 0, i))
 
     rows = pl.BlockSpec((sizes.rows, 2, s), lambda i, j, *_: (i, 0, 0))
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -348,8 +276,15 @@ def _call(
     return run(*scalars, *([] if ids is None else [ids]), *arrays)
 
 
-def _flipped(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(x.swapaxes(2, 3) for x in arrays)
+def _flat(x: Array) -> Array:
+    """[B, N, S, H] as [N H, B S]."""
+    b, n, s, h = x.shape
+    return x.transpose(1, 3, 0, 2).reshape(n * h, b * s)
+
+
+def _unflat(x: Array, dims: Dims) -> Array:
+    """The inverse of :func:`_flat`."""
+    return x.reshape(-1, dims.size, dims.rows, dims.length).transpose(2, 0, 3, 1)
 
 
 def _fwd(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None) -> tuple[Array, Array]:
@@ -360,24 +295,27 @@ def _fwd(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Arr
       ids: int32 [B, 2, S], of queries and of keys: equal ones may see each other; no one sees keys of 0. None: all.
       words: of dropout, uint32 [2, B, N], from :func:`jaxft.layers.bits.row_words`; not used at rate 0.
 
-    Returns: (out [B, N, S, H], log sum exp of the logits [B, N, 1, S] float32). Of queries that see nothing: 0 and 1e30.
+    Returns: (out [B, N, S, H], log sum exp of the logits [N, 1, B S] float32). Of queries that see nothing: 0 and 1e30.
     """
-    q, k, v = _flipped(q, k, v)
-    b, n, _, s = q.shape
-    if s % LANES or n % k.shape[1]:
-        raise ValueError(f"S={s}, N={n}, K={k.shape[1]}: S must be a multiple of {LANES}, N one of K")
-    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, 1, s), jnp.float32)]
-    out, lse = _call(_forward_kernel, spec, (q, k, v), ids, words, outs)
-    return out.swapaxes(2, 3), lse
+    (b, n, s, h), kv = q.shape, k.shape[1]
+    if s % LANES or n % kv:
+        raise ValueError(f"S={s}, N={n}, K={kv}: S must be a multiple of {LANES}, N one of K")
+    dims = Dims(b, n, kv, s, h)
+    outs = [jax.ShapeDtypeStruct((n * h, b * s), q.dtype), jax.ShapeDtypeStruct((n, 1, b * s), jnp.float32)]
+    out, lse = _call(_forward_kernel, spec, dims, (_flat(q), _flat(k), _flat(v)), ids, words, outs)
+    return _unflat(out, dims), lse
 
 
 def _bwd(
     spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None, out: Array, lse: Array, g: Array
 ) -> tuple[Array, ...]:
     """Gradients of q, k and v, from what :func:`_fwd` took and gave and the gradient of ``out``."""
-    q, k, v, out, g = _flipped(q, k, v, out, g)
-    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    return _flipped(*_call(_backward_kernel, spec, (q, k, v, out, lse, g), ids, words, outs))
+    (b, n, s, h), kv = q.shape, k.shape[1]
+    dims = Dims(b, n, kv, s, h)
+    flat = [_flat(x) for x in (q, k, v, out, g)]
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]]
+    arrays = (*flat[:4], lse, flat[4])
+    return tuple(_unflat(x, dims) for x in _call(_backward_kernel, spec, dims, arrays, ids, words, outs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -26,7 +26,7 @@ def split_alike(rules: AxisRules) -> bool:
     return rules.spec(QUERY_NAMES)[1] == rules.spec(KEY_NAMES)[1]
 
 
-def split_evenly(rules: AxisRules, q: Array, k: Array) -> bool:
+def split_evenly(rules: AxisRules, q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether each device gets as many rows and heads as any other."""
     mesh = jax.sharding.get_abstract_mesh()
     pairs = [(q.shape, rules.spec(QUERY_NAMES)), (k.shape, rules.spec(KEY_NAMES))]

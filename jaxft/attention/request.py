@@ -60,19 +60,26 @@ class Backend:
     """What of a request it cannot honour, as the end of a sentence that begins with its name; None: it honours all."""
     local: Run | None = None
     """``local(call, q, k, v, mask, drop)`` of one device's rows and heads, in backends that are made of it."""
+    tokens_last: Callable[[Request], bool] = lambda request: False
+    """Whether it reads and writes heads as [N, H, B S]: other layouts cost a pass over memory each."""
 
 
 def request_of(
     call: Call,
-    q: jax.Array,
-    k: jax.Array,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
     mask: MaskSpec,
     bias: jax.Array | None,
-    drop: Dropout | None,
+    bits: str | None,
     *,
     local: bool = False,
 ) -> Request:
-    """The request of a call under the current mesh; ``local``: of one device's arrays, whatever the mesh."""
+    """The request of a call under the current mesh.
+
+    Args:
+      bits: where those of dropout come from; None: no dropout.
+      local: of one device's arrays, whatever the mesh.
+    """
     rules, mesh = call.compute.rules, jax.sharding.get_abstract_mesh()
     split = not (local or mesh.empty or mesh.size == 1)
     return Request(
@@ -89,7 +96,7 @@ def request_of(
         window=mask.window,
         soft_cap=call.soft_cap is not None,
         bias=bias is not None,
-        dropout=None if drop is None else drop.bits,
+        dropout=bits,
         context=mesh.shape.get(CONTEXT, 1) if split else 1,
         split_alike=not split or split_alike(rules),
         split_evenly=not split or split_evenly(rules, q, k),

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.attention.dropout import Dropout
-from jaxft.attention.fused import Spec, fused_attention
+from jaxft.attention.fused import fused_attention
+from jaxft.attention.fused_blocks import Spec
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, each_device, first_of
 from jaxft.attention.scores import Call, nothing_where_blind
@@ -87,6 +88,11 @@ def fused_refuses(request: Request) -> str | None:
             "unrolls over the query heads of a key head: these are too many for such rows",
         ),
     ) or each_device(request)
+
+
+def fused_tokens_last(request: Request) -> bool:
+    """See :class:`jaxft.attention.request.Backend`. Lengths that have to be filled up are moved anyway."""
+    return request.length % _LANES == 0
 
 
 def fused(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:

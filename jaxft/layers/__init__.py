@@ -3,6 +3,7 @@
 from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
+from jaxft.layers.heads import FromHeads, Projection, project, project_together, rows_of
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
 from jaxft.layers.modules import (
     Embed,
@@ -10,10 +11,8 @@ from jaxft.layers.modules import (
     Labelled,
     LayerNorm,
     Linear,
-    Projection,
     RMSNorm,
     labelled,
-    project_together,
     unlabel,
 )
 from jaxft.layers.rotary import Rotary, rotate
@@ -25,6 +24,7 @@ __all__ = [
     "Activation",
     "Compute",
     "Embed",
+    "FromHeads",
     "Initializer",
     "Labelled",
     "LayerNorm",
@@ -44,10 +44,12 @@ __all__ = [
     "keep_mask",
     "labelled",
     "layer_norm",
+    "project",
     "project_together",
     "recomputed_from",
     "rms_norm",
     "rotate",
+    "rows_of",
     "score_tokens",
     "stacked_params",
     "subkey",

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxft.layers.compute import Compute
-from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules
+from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules, ways
 
 Array = jax.Array
 
@@ -75,6 +75,18 @@ class _Product(NamedTuple):
             return w
         return self.rules.constrain(w, *(None if name == "embed" else name for name in self.weight))
 
+    def again(self, w: Array, g: Array) -> tuple[Array, Array]:
+        """A weight and the cotangent of its product, such that the weight is gathered again when the cotangent is known.
+
+        Otherwise compilers keep what the forward pass has gathered, whole weights on each device, and were seen to hide less of
+        the gathering. The placement has to be stated on both sides: it spreads through a barrier.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if self.weight is None or "embed" not in self.weight or mesh.empty or ways(mesh, self.rules, "embed") == 1:
+            return w, g
+        w, g = lax.optimization_barrier((self.rules.constrain(w, *self.weight), g))
+        return self.rules.constrain(w, *self.weight), g
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(spec: str, how: _Product, x: Array, w: Array) -> Array:
@@ -120,6 +132,7 @@ def recomputed_from(x: Any, g: Array) -> tuple[Any, Array]:
 
 def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
     x, w, x_like, w_like = kept
+    w, g = how.again(w, g)
     (first, second), out = spec.split("->")[0].split(","), spec.split("->")[1]
     dx = _einsum(f"{out},{second}->{first}", how._replace(result=str(x_like.dtype)), g, w)
     # Devices exchange what the product gives: it is widened afterwards.
@@ -168,12 +181,18 @@ def affine(
     act: Callable[[Any], Array] | None = None,
     weight: AxisNames | None = None,
 ) -> Array:
-    """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the last dimensions of the result.
+    """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the one dimension of the result that ``w`` adds.
 
     An activation (of one array or, for gated ones, of a tuple of them) is computed again in the backward pass rather than
     kept: cheap, and as wide as an MLP.
     """
     return _affine(spec, act, _Product.of(compute, weight), x, w, b)
+
+
+def _others(spec: str) -> tuple[int, ...]:
+    """Dimensions of the result along which a bias is the same."""
+    first, _, out = spec.replace("->", ",").split(",")
+    return tuple(i for i, letter in enumerate(out) if letter in first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -185,7 +204,8 @@ def _affine_fwd(
     spec: str, act: Callable[[Any], Array] | None, how: _Product, x: Any, w: Array, b: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
     y, (rounded, *rest) = _einsum_fwd(spec, how, x if act is None else act(x), w)
-    y = y if b is None else y + b.astype(y.dtype)
+    if b is not None:
+        y = y + jnp.expand_dims(b.astype(y.dtype), _others(spec))
     return y, (rounded if act is None else x, *rest, b)
 
 
@@ -199,7 +219,7 @@ def _affine_bwd(
         x, act_vjp = jax.vjp(act, x)
         x = x.astype(how.operand)
     dx, dw = _einsum_bwd(spec, how, (x, *rest), g)
-    db = None if b is None else g.astype(jnp.float32).sum(tuple(range(g.ndim - b.ndim))).astype(b.dtype)
+    db = None if b is None else g.astype(jnp.float32).sum(_others(spec)).astype(b.dtype)
     return dx if act_vjp is None else act_vjp(dx)[0], dw, db
 
 

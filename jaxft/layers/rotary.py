@@ -39,9 +39,14 @@ class Rotary:
         return base.astype(np.float32)
 
 
-def rotate(x: Array, positions: Array, rotary: Rotary) -> Array:
-    """``x`` [B, N, S, H] turned by the angles of ``positions`` [B, S], in float32; the result has the type of ``x``."""
-    angles = positions.astype(jnp.float32)[:, None, :, None] * rotary.frequencies(x.shape[-1])
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def rotate(x: Array, positions: Array, rotary: Rotary, tokens_last: bool = False) -> Array:
+    """``x`` [B, N, S, H], or [N, H, B S] with ``tokens_last``, turned by the angles of ``positions`` [B, S], in float32.
+
+    The result has the type of ``x``.
+    """
+    size, places = x.shape[1 if tokens_last else 3], positions.astype(jnp.float32)
+    frequencies = rotary.frequencies(size)
+    angles = frequencies[:, None] * places.reshape(-1) if tokens_last else places[:, None, :, None] * frequencies
+    axis, cos, sin = 1 if tokens_last else 3, jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis).astype(x.dtype)

@@ -13,13 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.attention import MaskSpec, attend
+from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.errors import UserError, nearest
 from jaxft.hf import Layout, Rule
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
     Embed,
+    FromHeads,
     LayerNorm,
     Linear,
     Projection,
@@ -127,19 +128,20 @@ class Attention(nn.Module):
         c, rules = self.config, self.compute.rules
         d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
 
+        of_weights, of_output = subkey(key, 0), subkey(key, 1)
+        drops = key is not None and c.attention_probs_dropout_prob > 0.0
+        last = tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
         names = ("embed", "heads", None)
         projections = [
             Projection((d, n, h), names, self.compute, _normal(c), name=name)() for name in ("query", "key", "value")
         ]
         q, k, v = (
             rules.constrain(y, "batch", "act_heads", "length", None)
-            for y in project_together(x, projections, names, self.compute)
+            for y in project_together(x, projections, names, self.compute, last)
         )
-        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, subkey(key, 0))
-        out = Linear((n, h, d), ("heads", None, "embed"), self.compute, _normal(c), inputs=2, name="out")(
-            mixed.transpose(0, 2, 1, 3)
-        )
-        out = dropout(out, c.hidden_dropout_prob, subkey(key, 1), self.compute.dropout_bits)
+        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights)
+        out = FromHeads((n, h, d), ("heads", None, "embed"), self.compute, _normal(c), name="out")(mixed, last)
+        out = dropout(out, c.hidden_dropout_prob, of_output, self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
 
 

@@ -13,20 +13,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.attention import MaskSpec, attend
+from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.errors import UserError, nearest
 from jaxft.hf import Layout, Rule
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
     Embed,
+    FromHeads,
     Linear,
+    Projection,
     RMSNorm,
     Rotary,
     TokenScore,
     apply_stack,
     labelled,
+    project,
     rotate,
+    rows_of,
     score_tokens,
     stacked_params,
     subkey,
@@ -128,23 +132,30 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None) -> Array:
-        c, rules = self.config, self.compute.rules
-        d, h = c.hidden_size, c.head_size
+        c, rules, (b, s, d), h = self.config, self.compute.rules, x.shape, self.config.head_size
+        shape, drops = (b, c.num_attention_heads, s, h), key is not None and c.attention_dropout > 0.0
+        last = tokens_last(shape, c.key_heads, mask, self.compute, drops)
 
-        def heads(name: str, count: int, act_name: str, axis: str) -> Array:
-            y = Linear(
-                (d, count, h), ("embed", axis, None), self.compute, _normal(c), biased=c.attention_bias, name=name
-            )(x)
-            return rules.constrain(y.transpose(0, 2, 1, 3), "batch", act_name, "length", None)
+        def heads(name: str, count: int, act_name: str, axis: str, turned: bool) -> Array:
+            names = ("embed", axis, None)
+            projection = Projection((d, count, h), names, self.compute, _normal(c), c.attention_bias, name=name)()
+            y = project(x, projection, names, self.compute, last)
+            y = rotate(y, positions, c.rope, last) if turned else y
+            return rules.constrain(rows_of(y, b) if last else y, "batch", act_name, "length", None)
 
-        q = rotate(heads("query", c.num_attention_heads, "act_heads", "heads"), positions, c.rope)
-        k = rotate(heads("key", c.key_heads, "act_kv_heads", "kv_heads"), positions, c.rope)
-        v = heads("value", c.key_heads, "act_kv_heads", "kv_heads")
+        q = heads("query", c.num_attention_heads, "act_heads", "heads", True)
+        k = heads("key", c.key_heads, "act_kv_heads", "kv_heads", True)
+        v = heads("value", c.key_heads, "act_kv_heads", "kv_heads", False)
         mixed = attend(q, k, v, mask, self.compute, c.attention_dropout, key)
-        return Linear(
-            (c.num_attention_heads, h, d), ("heads", None, "embed"), self.compute, _normal(c), inputs=2,
-            biased=c.attention_bias, name="out",
-        )(mixed.transpose(0, 2, 1, 3))  # fmt: skip
+        out = FromHeads(
+            (c.num_attention_heads, h, d),
+            ("heads", None, "embed"),
+            self.compute,
+            _normal(c),
+            c.attention_bias,
+            name="out",
+        )
+        return out(mixed, last)
 
 
 class Mlp(nn.Module):

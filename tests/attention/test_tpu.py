@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.attention import MaskSpec, attend, tpu
-from jaxft.layers import Compute
+from jaxft.attention import MaskSpec, attend, tokens_last, tpu
+from jaxft.layers import Compute, unlabel
+from jaxft.models import bert, llama
 
 from .cases import DIRECTIONS, HIDDEN, Case, both_passes
 
@@ -67,6 +70,40 @@ def test_soft_cap_and_scale_inside_the_kernel() -> None:
     results = [both_passes(case, name, platform="tpu", soft_cap=2.0, scale=0.3) for name in ("reference", "fused")]
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-5)
+
+
+MODELS = {
+    "bert": bert.Model(bert.Config(96, 32, 2, 2, 64, max_position_embeddings=128)),
+    "llama": llama.Model(
+        llama.Config(96, 32, 64, 2, 4, 2, head_dim=16, max_position_embeddings=128, attention_bias=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_heads_that_are_made_with_tokens_last_change_nothing(family: str) -> None:
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (3, 128)), jnp.int32)
+    mask = (jnp.arange(128) < jnp.asarray([[128], [77], [5]])).astype(jnp.int32)
+    model = MODELS[family]
+    assert tokens_last((3, 4, 128, 16), 2, MaskSpec(), Compute(attention="fused", platform="tpu"))
+    assert not tokens_last((3, 4, 100, 16), 2, MaskSpec(), Compute(attention="fused", platform="tpu"))
+    params = unlabel(model.init(jax.random.key(1), tokens, mask)["params"])[0]
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)  # biases too
+
+    def gradients(backend: str) -> tuple[Any, Any]:
+        as_asked = model.clone(compute=Compute(attention=backend, platform="tpu"))
+
+        def loss(params: Any) -> jax.Array:
+            out: Any = as_asked.apply({"params": params}, tokens, mask)
+            return (jnp.sin(out.hidden) * mask[..., None]).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (one, gradient), (other, wanted) = gradients("fused"), gradients("xla")
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        found = functools.reduce(lambda tree, key: tree[key.key], path, wanted)
+        np.testing.assert_allclose(leaf, found, rtol=1e-4, atol=2e-5 * np.abs(found).max() + 1e-5, err_msg=str(path))
 
 
 @pytest.mark.slow
