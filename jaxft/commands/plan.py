@@ -25,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for instance mesh.fsdp=16 train.batch_size=512"
     )
-    parser.add_argument("--topology", required=True, help="v5e-16, v5p-64, v4-32, v6e-8, v5e:4x4, cpu:8")
+    parser.add_argument(
+        "--topology", required=True, help="v5e-16, v5p-64, v4-32, v6e-8, v5e:4x4, h100-8, h200-64, a100-8, cpu:8"
+    )
     parser.add_argument("--fit", action="store_true", help="look for the largest train.batch_size that fits")
-    parser.add_argument("--llo", action="store_true", help="price machine code too (slower; prices kernels)")
-    parser.add_argument("--analytic", action="store_true", help="formulas only, nothing compiled; needs no libtpu")
+    parser.add_argument("--llo", action="store_true", help="price machine code too (TPUs only; slower; prices kernels)")
+    parser.add_argument("--analytic", action="store_true", help="formulas only, nothing compiled; needs no compiler")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
 
 
@@ -41,8 +43,10 @@ def run(options: argparse.Namespace) -> int:
     topology = parse_topology(options.topology)
     if options.fit and topology.chip is None:
         raise UserError(
-            f"--fit: nothing says how much memory {options.topology} has; name TPU chips, for instance v5e-8"
+            f"--fit: nothing says how much memory {options.topology} has; name chips, for instance v5e-8 or h100-8"
         )
+    if options.llo and topology.chip is not None and topology.chip.platform == "gpu":
+        raise UserError(f"--llo: there is no price of machine code for GPUs ({options.topology}): leave it out")
     folder = Path(tempfile.mkdtemp(prefix="jaxft-plan-")) if options.llo and not options.analytic else None
     try:
         _set_up(topology.chips, folder)
@@ -75,7 +79,7 @@ def _run(options: argparse.Namespace, config: RunConfig, topology: Any, llo_fold
     from jaxft.sharding import make_abstract_mesh, make_mesh, make_rules, ways
 
     length = max(buckets_of(config))
-    platform = "cpu" if topology.chip is None else "tpu"
+    platform = "cpu" if topology.chip is None else topology.chip.platform
     mesh = (
         make_abstract_mesh(config.mesh, topology.chips)
         if options.analytic
@@ -136,9 +140,18 @@ def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     return recipe
 
 
+_CUDA_PARTS = ("plugin", "pjrt")
+
+
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("jaxft", "jax", "jaxlib", "libtpu"):
+    for name in (
+        "jaxft",
+        "jax",
+        "jaxlib",
+        "libtpu",
+        *(f"jax-cuda{n}-{part}" for n in (12, 13) for part in _CUDA_PARTS),
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jaxft.hlo.groups import group_of
+from jaxft.hlo.library_calls import library_flops
 from jaxft.hlo.program import Computation, Op, Program, Run, Shape, read_program
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -65,6 +67,10 @@ class Collective:
     """Of the largest tensor, if one execution takes several."""
     where: str
     """The line of JAX that asked for it, shortened; the operation's name if the compiler made it."""
+    span: int
+    """Devices from the first to the last of a group, in the order of the mesh: ``group`` where they are neighbours."""
+    name: str
+    """Of the operation that makes or starts it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Costs:
 
     collectives: tuple[Collective, ...]
     matmul_flops: float
-    """2 m n k of each dot and convolution, in custom calls (Pallas) not seen."""
+    """2 m n k of each dot, convolution, and call of cuBLAS or cuDNN's attention; in other custom calls (Pallas) not seen."""
     estimated_cycles: float
     """The TPU compiler's estimates added up; 0 if it made none. Collectives and custom calls have none."""
     unpriced: tuple[str, ...]
@@ -181,7 +187,7 @@ def _collective(program: Program, run: Run, op: Op, home: Computation, asynchron
         and any(o.opcode == "dynamic-slice" and op.name in o.operands for o in home.ops.values())
     ):
         kind = "reduce-scatter"
-    operands, group = home.shapes_of(op), _group(program, op)
+    operands, (group, span) = home.shapes_of(op), group_of(program, op)
     if kind == "all-gather":
         (axis,) = op.numbers("dimensions")
         operands = tuple(
@@ -192,7 +198,9 @@ def _collective(program: Program, run: Run, op: Op, home: Computation, asynchron
     factor = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}.get(kind, (group - 1) / group)
     largest = max(operands, key=lambda shape: shape.bytes)
     where = where_of(op if op.op_name else run.op)
-    return Collective(kind, run.times, size, factor * size, group, asynchronous, largest.dtype, largest.dims, where)
+    return Collective(
+        kind, run.times, size, factor * size, group, asynchronous, largest.dtype, largest.dims, where, span, op.name
+    )
 
 
 def where_of(op: Op) -> str:
@@ -202,41 +210,18 @@ def where_of(op: Op) -> str:
     return name if len(name) <= 80 else "..." + name[-77:]
 
 
-def _group(program: Program, op: Op) -> int:
-    """Devices of one replica group, in any of the ways to write the groups."""
-    if "source_target_pairs=" in op.tail:
-        return _cycle(op.numbers("source_target_pairs"))
-    # mesh['data'=2,'x'=4] {'x'}: the groups along some axes of a mesh, whole or in part: {'x':(1)2} is 2 of the 4.
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.tail)
-    if mesh:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
-        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in axes)
-    groups = op.attribute("replica_groups") or "{}"
-    iota = re.match(r"\[\d+,(\d+)\]<=", groups)  # [4,2]<=[8]: four groups of two
-    first = re.match(r"\{\{([\d,]+)\}", groups)
-    return int(iota[1]) if iota else len(first[1].split(",")) if first else program.devices
-
-
-def _cycle(numbers: tuple[int, ...]) -> int:
-    """Devices on one path of a permutation written as source, target, source, target, ..."""
-    towards = dict(zip(numbers[::2], numbers[1::2], strict=True))
-    heads = sorted(set(towards) - set(towards.values())) or sorted(towards)
-    path = heads[:1]
-    while path and path[-1] in towards and towards[path[-1]] != path[0]:
-        path.append(towards[path[-1]])
-    return max(len(path), 1)
-
-
 def flops_of(program: Program, run: Run) -> float:
     """Matmul FLOPs of one execution of an operation, what is fused into it included."""
     parts: list[tuple[Op, Computation]] = [(run.op, run.home)]
     if run.op.opcode == "fusion":
         parts += program.inside(run.op)
-    return float(sum(_flops(op, home) for op, home in parts))
+    return float(sum(op_flops(op, home) for op, home in parts))
 
 
-def _flops(op: Op, home: Computation) -> int:
+def op_flops(op: Op, home: Computation) -> float:
+    """Matmul FLOPs of one operation by itself, without what it calls."""
+    if op.opcode == "custom-call":
+        return library_flops(op, home)
     if op.opcode == "dot":
         left = home.shapes_of(op)[0]
         return 2 * op.shapes[0].size * math.prod(left.dims[i] for i in op.numbers("lhs_contracting_dims"))

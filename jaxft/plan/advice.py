@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jaxft import tasks
 from jaxft.config import RunConfig
+from jaxft.plan.chips import Tpu
+from jaxft.plan.gpus import Gpu
 from jaxft.plan.measure import Plan
 
 _GIB = 2**30
@@ -16,13 +18,35 @@ def advice_for(plan: Plan, config: RunConfig) -> list[str]:
     if not memory.fits:
         found += _to_fit(plan, config)
     found += _of_weights(plan)
-    waits = [one for one in plan.collectives if not one.asynchronous and one.bytes * one.count > 2**20]
-    if waits and plan.topology.chip is not None:
-        seconds = sum(map(plan.seconds_of, waits))
-        kinds = ", ".join(sorted({one.kind for one in waits}))
-        found.append(f"{kinds} not overlapped with computation: {1e3 * seconds:.2f} ms a step")
-    if plan.unpriced:
+    if plan.topology.chip is not None:
+        found += _of_waiting(plan)
+    if plan.unpriced and isinstance(plan.topology.chip, Tpu):
         found.append(f"est leaves out {len(plan.unpriced)} operations without an estimate (kernels); --llo prices them")
+    found += _of_gpus(plan, config)
+    return found
+
+
+def _of_waiting(plan: Plan) -> list[str]:
+    """Exchanges in the open, small ones left out."""
+    waits = [(one, seconds) for one in plan.collectives if (seconds := plan.open_seconds(one)) > 0]
+    waits = [(one, seconds) for one, seconds in waits if one.bytes * one.count > 2**20]
+    if not waits:
+        return []
+    kinds = ", ".join(sorted({one.kind for one, _ in waits}))
+    seconds = sum(seconds for _, seconds in waits)
+    return [f"{kinds} not overlapped with computation: {1e3 * seconds:.2f} ms a step"]
+
+
+def _of_gpus(plan: Plan, config: RunConfig) -> list[str]:
+    if not isinstance(plan.topology.chip, Gpu):
+        return []
+    found = []
+    if plan.roofline is not None and plan.roofline.opaque:
+        found.append(f"roofline counts only the bytes of {len(plan.roofline.opaque)} operations (kernels)")
+    nodes = plan.topology.shape[0]
+    if nodes > 1 and config.mesh.slices != nodes:
+        # jax numbers devices by what NVLink connects; jaxft.sharding.make_mesh then wants as many slices.
+        found.append(f"on hardware each node counts as a slice: jaxft train will ask for mesh.slices={nodes}")
     return found
 
 

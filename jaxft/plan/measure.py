@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from jaxft.errors import UserError
 from jaxft.flops import ModelFlops, model_flops
 from jaxft.hlo import Collective, costs_of
 from jaxft.hlo.llo import ChipSpeed, LloPrice, llo_cycles
-from jaxft.plan.chips import Topology
+from jaxft.hlo.roofline import Peaks, Roofline, roofline_of
+from jaxft.plan.chips import Topology, Tpu
+from jaxft.plan.gpus import Gpu, target_config
 from jaxft.plan.textbook import Traffic, activation_bytes, traffic_of
 from jaxft.recipe import Recipe
 from jaxft.sharding import shard_bytes, whole_bytes
@@ -78,6 +82,8 @@ class Plan:
     unpriced: tuple[str, ...] = ()
     attention: str | None = None
     """Which backends compute it, and why; None: nothing was traced."""
+    roofline: Roofline | None = None
+    """Of a GPU program: its compiler states no times."""
 
     @property
     def link_seconds(self) -> float | None:
@@ -89,15 +95,26 @@ class Plan:
         return sum(map(self.seconds_of, self.collectives))
 
     def seconds_of(self, one: Collective) -> float:
-        """All executions of an exchange, with nothing else on the links. Permutes go to a neighbour, over one axis."""
-        group = 2 if one.kind == "collective-permute" else one.group
-        return one.count * one.wire_bytes / self.topology.bandwidth(group)
+        """All executions of an exchange, with nothing else on the links. Permutes go to a neighbour, over one axis; GPUs
+        that send to all others do so over their own network card each."""
+        alone = one.kind == "collective-permute" or (one.kind == "all-to-all" and isinstance(self.topology.chip, Gpu))
+        return one.count * one.wire_bytes / self.topology.bandwidth(2 if alone else one.group, one.span)
+
+    def open_seconds(self, one: Collective) -> float:
+        """Of :meth:`seconds_of`, those that no computation hides. Where a roofline says how long the operations between start
+        and end take, they hide as much as that; else everything that is started and awaited in different places counts as
+        hidden."""
+        if not one.asynchronous:
+            return self.seconds_of(one)
+        if self.roofline is None or one.name not in self.roofline.beside:
+            return 0.0
+        return max(0.0, self.seconds_of(one) - one.count * self.roofline.beside[one.name])
 
     def step_seconds(self, compute: float) -> float:
         """With the exchanges that nothing hides."""
         if self.topology.chip is None:
             return compute
-        return compute + sum(self.seconds_of(one) for one in self.collectives if not one.asynchronous)
+        return compute + sum(map(self.open_seconds, self.collectives))
 
     def mfu(self, compute: float) -> float | None:
         """Useful FLOPs over time and peak, if every token is real."""
@@ -146,7 +163,7 @@ def make_plan(
         temporaries=gradients + kept,
         program=0,
         total=resident + gradients + kept,
-        limit=None if topology.chip is None else topology.chip.hbm_bytes * _USABLE,
+        limit=usable_bytes(topology),
     )
     plan = Plan(
         source="analytic",
@@ -168,7 +185,29 @@ def make_plan(
     return _compiled(plan, recipe, llo_folder) if compiled else plan
 
 
-_USABLE = 15.75 / 16  # of a v5e's memory, by the compiler's own message
+_TPU_SHARE = 15.75 / 16  # of a v5e's memory, by the compiler's own message
+MEMORY_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def usable_bytes(topology: Topology) -> float | None:
+    """What a program may take of a chip's memory; None where that is not known. Of a GPU, jax takes 75 % when it starts, or
+    what the environment says (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
+
+    Raises:
+      UserError: the environment says nonsense.
+    """
+    if topology.chip is None:
+        return None
+    if isinstance(topology.chip, Tpu):
+        return topology.chip.hbm_bytes * _TPU_SHARE
+    text = os.environ.get(MEMORY_SHARE, "0.75")
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{MEMORY_SHARE}={text!r}: expected a share of a GPU's memory, above 0 and up to 1")
+    return topology.chip.hbm_bytes * share
 
 
 def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
@@ -187,9 +226,11 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
         total=stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,
     )
     chip = plan.topology.chip
-    price = None
-    if llo_folder is not None and chip is not None:
-        price = llo_cycles(llo_folder, text, ChipSpeed(chip.clock_hz, chip.hbm_bandwidth, chip.flops))
+    est = price = None
+    if isinstance(chip, Tpu):
+        est = costs.estimated_cycles / chip.clock_hz if costs.estimated_cycles else None
+        if llo_folder is not None:
+            price = llo_cycles(llo_folder, text, ChipSpeed(chip.clock_hz, chip.hbm_bandwidth, chip.flops))
     return replace(
         plan,
         source="compiled",
@@ -197,11 +238,16 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
         memory=memory,
         collectives=costs.collectives,
         matmul_flops=costs.matmul_flops,
-        est_seconds=costs.estimated_cycles / chip.clock_hz if chip is not None and costs.estimated_cycles else None,
+        est_seconds=est,
         llo=price,
         compile_seconds=seconds,
         unpriced=costs.unpriced,
+        roofline=roofline_of(text, _peaks(chip)) if isinstance(chip, Gpu) else None,
     )
+
+
+def _peaks(gpu: Gpu) -> Peaks:
+    return Peaks(gpu.flops, gpu.tf32_flops, gpu.float32_flops, gpu.hbm_bandwidth)
 
 
 def _compile(lowered: Any, resident: float) -> Any:
@@ -225,17 +271,21 @@ def devices_of(topology: Topology) -> list[Any]:
     """The devices of a topology, which need not be there.
 
     Raises:
-      UserError: libtpu is missing, or does not know the topology.
+      UserError: libtpu or jax's CUDA plug-in is missing, or does not know the topology.
     """
     if topology.chip is None:
         devices = jax.devices("cpu")
         if len(devices) < topology.chips:
             raise UserError(f"--topology {topology.text}: this process simulates {len(devices)} CPU devices")
         return devices[: topology.chips]
+    return _gpus(topology, topology.chip) if isinstance(topology.chip, Gpu) else _tpus(topology, topology.chip)
+
+
+def _tpus(topology: Topology, chip: Tpu) -> list[Any]:
     from jax.experimental import topologies
 
     # Names of v4 count cores: one device per chip only with this.
-    more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    more = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
         return list(topologies.get_topology_desc(topology.libtpu_name, "tpu", **more).devices)
     except Exception as error:
@@ -244,6 +294,28 @@ def devices_of(topology: Topology) -> list[Any]:
             f"--topology {topology.text}: libtpu does not give {topology.libtpu_name}: {reason}; pip install libtpu, or "
             "plan by formulas: --analytic"
         ) from error
+
+
+def _gpus(topology: Topology, gpu: Gpu) -> list[Any]:
+    if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        raise UserError(
+            f"--topology {topology.text}: jax's CUDA compiler is not installed: pip install "
+            '"jax[cuda13]" (4.4 GB; no GPU needed), or plan by formulas: --analytic'
+        )
+    from jax.experimental import topologies
+
+    nodes, each = topology.shape
+    # Partitions, hosts of each, devices of each host. XLA takes for a partition what NVLink connects: a node.
+    shape = f"{nodes}x1x{each}"
+    try:
+        described = topologies.get_topology_desc(platform="cuda", target_config=target_config(gpu), topology=shape)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--topology {topology.text}: jax's CUDA compiler does not give these GPUs: {reason}; pip install --upgrade "
+            '"jax[cuda13]", or plan by formulas: --analytic'
+        ) from error
+    return list(described.devices)
 
 
 _NEAR = 0.03  # of a larger batch that is not looked for any more: programs near the limit take long to compile

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxft.hlo import Collective
 from jaxft.hlo.llo import LloPrice
-from jaxft.plan.measure import Plan
+from jaxft.plan.gpus import Gpu
+from jaxft.plan.measure import MEMORY_SHARE, Plan
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -25,16 +27,17 @@ def plan_text(plan: Plan, advice: list[str]) -> str:
 
 def _head(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
-    torus = "x".join(map(str, plan.topology.shape))
     how = {
         "compiled": "the real train step, compiled ahead of time for these chips",
         "analytic": "formulas only: nothing was compiled",
     }[plan.source]
+    if plan.roofline is not None:
+        how += ", kernels chosen without autotuning (no GPU to try them on)"
     took = "" if plan.compile_seconds is None else f" in {plan.compile_seconds:.0f} s"
     attention = [] if plan.attention is None else [f"attention: {plan.attention}"]
     return "\n".join(
         [
-            f"plan for {plan.topology.text}: {plan.topology.chips} chips ({torus}), mesh {mesh}",
+            f"plan for {plan.topology.text}: {plan.topology.chips} chips ({plan.topology.layout}), mesh {mesh}",
             f"{plan.rows} rows x {plan.length} tokens a step, {plan.rows / plan.topology.chips:g} rows per chip; "
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.split_percent:.1f} % of their bytes split",
             f"source: {how}{took}",
@@ -57,6 +60,8 @@ def _memory(plan: Plan) -> str:
     if m.program:
         rows.append(("program", m.program, "its code"))
     verdict = "" if m.limit is None else f"of {m.limit / _GIB:.2f} GiB: {'fits' if m.fits else 'DOES NOT FIT'}"
+    if m.limit is not None and isinstance(plan.topology.chip, Gpu):
+        verdict += f" ({100 * m.limit / plan.topology.chip.hbm_bytes:.0f} % of the GPU: {MEMORY_SHARE})"
     rows.append(("total", m.total, verdict))
     return _table(("memory per chip", "GiB", ""), [(name, f"{size / _GIB:.3f}", note) for name, size, note in rows])
 
@@ -68,22 +73,63 @@ def _traffic(plan: Plan) -> str:
         ]
         return _table(("sent per chip and step", "MiB", ""), [row for row in rows if row[1] != "0.0"])
     lines = [
-        (kind, f"{count:g}", str(group), f"{size / _MIB:.1f}", f"{wire / _MIB:.1f}", "yes" if hidden else "no")
-        for (kind, group, hidden), (count, size, wire) in sorted(grouped(plan.collectives).items())
+        (
+            one.kind,
+            f"{one.count:g}",
+            _chips(one),
+            f"{one.bytes / _MIB:.1f}",
+            f"{one.bytes_sent / _MIB:.1f}",
+            _hidden(one),
+        )
+        for one in grouped(plan)
     ]
     wire = sum(one.count * one.wire_bytes for one in plan.collectives) / _MIB
     lines.append(("total", "", "", "", f"{wire:.1f}", f"textbook {plan.traffic.total / _MIB:.1f}"))
     return _table(("exchanges per step", "count", "chips", "MiB", "MiB sent per chip", "overlapped"), lines)
 
 
-def grouped(collectives: Iterable[Collective]) -> dict[tuple[str, int, bool], tuple[float, float, float]]:
-    """(count, bytes, bytes on the wire) of exchanges by kind, size of group, and whether something hides them."""
-    found: dict[tuple[str, int, bool], tuple[float, float, float]] = {}
-    for one in collectives:
-        key = (one.kind, one.group, one.asynchronous)
-        count, size, wire = found.get(key, (0.0, 0.0, 0.0))
-        found[key] = (count + one.count, size + one.count * one.bytes, wire + one.count * one.wire_bytes)
-    return found
+@dataclass(frozen=True)
+class Exchanges:
+    """Those of one kind and size of group, all executions."""
+
+    kind: str
+    chips: int
+    nodes: int
+    """Of GPUs, over which a group lies; else 1."""
+    overlapped: bool
+    """Whether they are started and awaited in different places."""
+    count: float = 0.0
+    bytes: float = 0.0
+    bytes_sent: float = 0.0
+    """By one chip."""
+    open_share: float | None = None
+    """Of their time, how much nothing hides; None where no time is known."""
+
+
+def grouped(plan: Plan) -> list[Exchanges]:
+    """The exchanges of a plan by kind, group, and whether something may hide them."""
+    groups: dict[tuple[str, int, int, bool], list[Collective]] = {}
+    for one in plan.collectives:
+        groups.setdefault((one.kind, one.group, plan.topology.nodes(one.span), one.asynchronous), []).append(one)
+    return [Exchanges(*key, *_sums(plan, ones)) for key, ones in sorted(groups.items())]
+
+
+def _sums(plan: Plan, ones: list[Collective]) -> tuple[float, float, float, float | None]:
+    share = None
+    if plan.roofline is not None:
+        share = sum(map(plan.open_seconds, ones)) / (sum(map(plan.seconds_of, ones)) or 1.0)
+    sent = sum(one.count * one.wire_bytes for one in ones)
+    return sum(one.count for one in ones), sum(one.count * one.bytes for one in ones), sent, share
+
+
+def _chips(one: Exchanges) -> str:
+    return str(one.chips) if one.nodes == 1 else f"{one.chips} of {one.nodes} nodes"
+
+
+def _hidden(one: Exchanges) -> str:
+    if not one.overlapped or one.open_share is None:
+        return "yes" if one.overlapped else "no"
+    return f"{100 * (1 - one.open_share):.0f} %"
 
 
 def _time(plan: Plan) -> str:
@@ -100,9 +146,10 @@ def _time(plan: Plan) -> str:
         rows.append(("exchanges", f"{1e3 * link:.2f} ms", "one after the other, nothing hidden"))
     for name, seconds, note in prices(plan):
         share = plan.mfu(seconds)
-        mfu = "" if share is None else f"MFU {100 * share:.1f} %; "
+        at_most = "at most " if name == "roofline" else ""
+        mfu = "" if share is None else f"MFU {at_most}{100 * share:.1f} %; "
         rows.append((f"step, {name}", f"{1e3 * plan.step_seconds(seconds):.2f} ms", f"{mfu}{note}"))
-    if chip is not None and plan.est_seconds is None and plan.llo is None:
+    if chip is not None and not prices(plan):
         rows.append(("step", "unknown", f"no compiler estimate; at 40 % MFU: {1e3 * useful / chip.flops / 0.4:.2f} ms"))
     return _table(("time per step", "", ""), rows)
 
@@ -128,6 +175,9 @@ def prices(plan: Plan) -> list[tuple[str, float, str]]:
         found.append(("est", plan.est_seconds, "compiler estimate, per operation; too dear for element-wise ones"))
     if plan.llo is not None:
         found.append(("llo", plan.llo.seconds, "compiler estimate, from machine code: within 20 % on known programs"))
+    if plan.roofline is not None:
+        note = "no estimate: each operation at the peak of matrix units or memory, whichever takes longer"
+        found.append(("roofline", plan.roofline.seconds, note))
     return found
 
 
@@ -145,12 +195,19 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([line(head), *(line(row) for row in rows)])
 
 
+def _shape(plan: Plan) -> dict[str, Any]:
+    shape = list(plan.topology.shape)
+    if not isinstance(plan.topology.chip, Gpu):
+        return {"torus": shape}
+    return {"nodes": shape[0], "per_node": shape[1]}
+
+
 def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> dict[str, Any]:
     """The plan as plain data."""
     chip = plan.topology.chip
     return {
         "source": plan.source,
-        "topology": {"name": plan.topology.text, "chips": plan.topology.chips, "torus": list(plan.topology.shape)},
+        "topology": {"name": plan.topology.text, "chips": plan.topology.chips} | _shape(plan),
         "mesh": plan.mesh,
         "rows": plan.rows,
         "length": plan.length,
@@ -158,10 +215,7 @@ def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> dict[s
         "split_percent": plan.split_percent,
         "attention": plan.attention,
         "memory_bytes": dataclasses.asdict(plan.memory) | {"fits": plan.memory.fits},
-        "exchanges": [
-            {"kind": kind, "chips": group, "overlapped": hidden, "count": count, "bytes": size, "bytes_sent": wire}
-            for (kind, group, hidden), (count, size, wire) in sorted(grouped(plan.collectives).items())
-        ],
+        "exchanges": [dataclasses.asdict(one) for one in grouped(plan)],
         "textbook_bytes_sent": plan.traffic.__dict__,
         "useful_flops": plan.useful.total / plan.topology.chips,
         "matmul_flops": plan.matmul_flops,

@@ -39,7 +39,7 @@ def test_cpu_devices() -> None:
     [
         ("v5e", "expected a name such as v5e-16"),
         ("v5e16", "expected a name such as v5e-16"),
-        ("h100-8", "unknown chip 'h100'"),
+        ("x100-8", "unknown chip 'x100'"),
         ("v5e-12", "the number of chips must be a power of two"),
         ("v4-7", "the number of cores, two per chip, must be a power of two"),
         ("v5e:4x4x4", "v5e chips form a torus of 2 dimensions"),

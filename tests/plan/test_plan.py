@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,43 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny_plan import BASE, BERT, LAYOUTS, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
 
-from jaxft.config import load_config
 from jaxft.flops import model_flops
 from jaxft.plan.chips import parse_topology
 from jaxft.plan.measure import DoesNotFit, largest_batch, make_plan
-from jaxft.recipe import Recipe, make_recipe
-from jaxft.sharding import make_mesh
-
-LLAMA = {
-    "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "max_position_embeddings": 512, "attention_dropout": 0.0,
-}  # fmt: skip
-BERT = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}  # fmt: skip
-BASE = {"task.name": "causal_lm", "eval.metric": "loss", "model.family": "llama", "model.arch": json.dumps(LLAMA)}
-SMALL = {"task.name": "masked_lm", "eval.metric": "loss", "model.family": "bert", "model.arch": json.dumps(BERT)}
-
-
-def options(*changes: str, base: dict[str, str] = SMALL) -> list[str]:
-    return [f"{key}={value}" for key, value in base.items()] + list(changes)
-
-
-def plan(*arguments: str, code: int = 0) -> tuple[str, str]:
-    """(stdout, stderr) of the command, in a process of its own: it decides what jax sees."""
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, "-m", "jaxft", "plan", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout, done.stderr
-
-
-def recipe_of(base: dict[str, str], *changes: str, platform: str = "cpu") -> Recipe:
-    config = load_config(None, options("train.steps=10", *changes, base=base))
-    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=512, end_id=2)
-    return make_recipe(config, make_mesh(config.mesh), None, (), (), tokenizer, 10, platform)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # whose attention is a kernel
@@ -118,6 +83,8 @@ def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:
     [
         (["--topology", "v7-16"], "--topology 'v7-16': unknown chip 'v7'"),
         (["--topology", "cpu:8", "--fit"], "--fit: nothing says how much memory cpu:8 has"),
+        (["--topology", "h100-12"], "--topology 'h100-12': one node has 1, 2, 4 or 8 GPUs"),
+        (["--topology", "h200-8", "--llo"], "--llo: there is no price of machine code for GPUs (h200-8)"),
         (["--topology", "cpu:8", "mesh.tensor=3"], "mesh data=-1 x tensor=3 does not fit 8 devices"),
         (["--topology", "cpu:8", "mesh.tensor=8"], "cannot be split 8 ways over mesh axes ('tensor',)"),
         (["--topology", "cpu:8", "train.batch_size=12"], "= 12 cannot be split 8 ways"),
@@ -130,47 +97,15 @@ def test_one_line_says_what_is_wrong(arguments: list[str], problem: str) -> None
     assert problem in err
 
 
-# The textbook's traffic against programs compiled for a real TPU topology. Those marked slow take half a minute each.
-# Over tensor, looked-up embeddings are exchanged in the parameters' float32, twice the textbook's bytes: with three layers the
-# whole is 7 % off, with two 10.2 %.
-LAYOUTS = [
-    pytest.param(["mesh.data=8"], id="data8", marks=pytest.mark.slow),
-    pytest.param(["mesh.data=1", "mesh.fsdp=8"], id="fsdp8"),
-    pytest.param(["mesh.data=1", "mesh.tensor=8"], id="tensor8", marks=pytest.mark.slow),
-    pytest.param(["mesh.data=2", "mesh.context=4"], id="data2_context4", marks=pytest.mark.slow),
-    pytest.param(["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"], id="2x2x2", marks=pytest.mark.slow),
-]
-
-
 @pytest.mark.parametrize("mesh", LAYOUTS)
 def test_exchanges_of_a_tpu_program_are_those_of_the_textbook(mesh: list[str], tmp_path: Path) -> None:
     pytest.importorskip("libtpu")
-    out, err = plan(
-        *options("data.max_length=512", "train.batch_size=32", *mesh, base=BASE),
-        "--topology", "v5e-8", "--json", str(tmp_path / "p.json"),
-    )  # fmt: skip
-    assert err == ""
-    told = json.loads((tmp_path / "p.json").read_text())
-    sent = sum(one["bytes_sent"] for one in told["exchanges"])
-    textbook = sum(told["textbook_bytes_sent"].values())
-    print(f"{mesh}: sent {sent / 2**20:.1f} MiB, textbook {textbook / 2**20:.1f} MiB")
-    assert sent == pytest.approx(textbook, rel=0.10)
+    out, told = as_in_the_textbook(mesh, "v5e-8", tmp_path)
     if mesh == ["mesh.data=1", "mesh.fsdp=8"]:
-        _no_whole_weights(told)
+        no_whole_weights(told)
     price = re.search(r"step, est +([\d.]+) ms +MFU ([\d.]+) %", out)
     assert price is not None
     assert math.isclose(float(price[2]), 100 * told["mfu"]["est"], abs_tol=0.06)
-
-
-def _no_whole_weights(told: dict[str, Any]) -> None:
-    """Under fsdp: gradients are scattered, never summed up whole; gathered are weights, twice at most, no optimizer state."""
-    by_kind: dict[str, float] = {}
-    for one in told["exchanges"]:
-        by_kind[one["kind"]] = by_kind.get(one["kind"], 0.0) + one["bytes"]
-    assert by_kind.get("all-reduce", 0.0) < 2**20
-    weights_in_bf16 = 2 * told["parameters"]
-    assert by_kind["all-gather"] <= 2 * weights_in_bf16 * 1.02
-    assert "all-reduces send" not in " ".join(told["advice"])
 
 
 @pytest.mark.slow
