@@ -1,9 +1,9 @@
-"""Plans of known runs: memory, time and MFU by the compiler's estimates, for TPU slices that need not be there.
+"""Plans of known runs: memory, time and MFU by the compiler's estimates, for TPU slices and GPUs that need not be there.
 
-    python benchmarks/plan_table.py [--only NAME ...] [--json FILE]
+    python benchmarks/plan_table.py [--gpus] [--only NAME ...] [--json FILE]
 
-Each plan is a process of its own (libtpu reads its flags once). Needs libtpu; Python 3.12 with jax 0.12 is what the results in
-docs/planning.md are from.
+Each plan is a process of its own (libtpu reads its flags once). Needs libtpu, or with --gpus jax[cuda13]; Python 3.12 with jax 0.12
+is what the results in docs/planning.md are from. Of GPUs no compiler states times: theirs is the roofline, a bound.
 """
 
 from __future__ import annotations
@@ -60,14 +60,22 @@ CASES: dict[str, list[str]] = {
     # fsdp over all 16: 3.14 GiB is part of the goal.
     "decoder 1.1 B 2048, full remat": _decoder("v5e-16", 64, "model.vocab_tile=4000"),
 }
+GPU_CASES: dict[str, list[str]] = {
+    "BERT-base 128, fsdp 8": _bert(BASE | NO_DROPOUT, "h100-8", 1024, 128, *FSDP_8),
+    "BERT-base 128, data 8": _bert(BASE | NO_DROPOUT, "h100-8", 1024, 128),
+    "decoder, fsdp 8": _decoder("h100-8", 64, "model.vocab_tile=4000"),
+    "decoder, slices 8 x fsdp 8": _decoder("h100-64", 512, "model.vocab_tile=4000", "mesh.slices=8"),
+    # As if one fabric joined the nodes: jaxft train takes this only where NVLink does.
+    "decoder, fsdp 64": _decoder("h100-64", 512, "model.vocab_tile=4000"),
+}
 
 
-def plan_of(arguments: list[str]) -> dict[str, Any]:
+def plan_of(arguments: list[str], llo: bool) -> dict[str, Any]:
     """The JSON of one plan, with its wall time."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "plan.json"
         start = time.perf_counter()
-        command = [sys.executable, "-m", "jaxft", "plan", *arguments, "--llo", "--json", str(target)]
+        command = [sys.executable, "-m", "jaxft", "plan", *arguments, *["--llo"] * llo, "--json", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{' '.join(command)}\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
@@ -76,19 +84,20 @@ def plan_of(arguments: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", action="store_true", help="the cases for GPUs instead of those for TPUs")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--json", help="write everything")
     options = parser.parse_args()
     found = {}
-    print(
-        f"{'run':38} {'slice':8} {'GiB':>6} {'est ms':>8} {'MFU':>6} {'llo ms':>8} {'MFU':>6} {'plan s':>7}", flush=True
-    )
-    for name, arguments in CASES.items():
+    cases, kinds, width = (GPU_CASES, ["roofline"], 11) if options.gpus else (CASES, ["est", "llo"], 8)
+    times = " ".join(f"{kind + ' ms':>{width}} {'MFU':>6}" for kind in kinds)
+    print(f"{'run':38} {'slice':8} {'GiB':>6} {times} {'plan s':>7}", flush=True)
+    for name, arguments in cases.items():
         if options.only and name not in options.only:
             continue
-        plan = found[name] = plan_of(arguments)
+        plan = found[name] = plan_of(arguments, llo=not options.gpus)
         seconds, mfu = plan["seconds"], plan["mfu"]
-        cells = [f"{1e3 * seconds[kind]:8.1f} {100 * mfu[kind]:5.1f}%" for kind in ("est", "llo") if kind in seconds]
+        cells = [f"{1e3 * seconds[kind]:{width}.1f} {100 * mfu[kind]:5.1f}%" for kind in kinds if kind in seconds]
         memory = plan["memory_bytes"]["total"] / 2**30
         slice_name = plan["topology"]["name"]
         print(f"{name:38} {slice_name:8} {memory:6.2f} {' '.join(cells)} {plan['wall_seconds']:7.0f}", flush=True)

@@ -140,18 +140,15 @@ def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     return recipe
 
 
-_CUDA_PARTS = ("plugin", "pjrt")
+_PACKAGES = (
+    *("jaxft", "jax", "jaxlib", "libtpu"),
+    *("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+)
 
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in (
-        "jaxft",
-        "jax",
-        "jaxlib",
-        "libtpu",
-        *(f"jax-cuda{n}-{part}" for n in (12, 13) for part in _CUDA_PARTS),
-    ):
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -7,6 +7,7 @@ cache from one operation to the next: where it does, an operation may be faster 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ _VIEWS = ("bitcast", "reshape")
 _SLICES = ("slice", "dynamic-slice", "gather")
 # They change a part of their first operand, in place: the operand that holds the part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# As a dot writes it, and as a call of cuBLAS: operand_precision={highest,highest}, "operand_precision":["HIGHEST","HIGHEST"].
+_EXACT = re.compile(r'operand_precision"?[=:]\s*[{\[]"?high', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,7 @@ def matmul_seconds(program: Program, run: Run, peaks: Peaks) -> float:
 def _peak(op: Op, home: Computation, peaks: Peaks) -> float:
     if home.shapes_of(op)[0].dtype != "f32":
         return peaks.bf16
-    asked = (op.attribute("operand_precision") or op.tail).lower()
-    return peaks.float32 if "high" in asked else peaks.tf32
+    return peaks.float32 if _EXACT.search(op.tail) else peaks.tf32
 
 
 def bytes_moved(program: Program, run: Run) -> int:
@@ -184,8 +186,11 @@ def _written(program: Program, op: Op, home: Computation, fused: bool = False) -
         return _written(program, home.ops[op.operands[0]], home, fused)
     if op.opcode in _UPDATES and (not fused or _is_parameter(home.ops[op.operands[0]], home)):
         return _part(op, home)
-    # A fusion that passes a parameter on writes nothing.
-    return 0 if op.opcode == "parameter" else sum(shape.bytes for shape in op.shapes)
+    if op.opcode == "parameter":  # a fusion that passes it on writes nothing
+        return 0
+    # The libraries' workspaces come as further results, of bytes; what is written there, nobody says.
+    workspaces = ("s8", "u8") if op.opcode == "custom-call" and is_library_call(op) else ()
+    return sum(shape.bytes for shape in op.shapes if shape.dtype not in workspaces)
 
 
 def _is_parameter(op: Op, home: Computation) -> bool:

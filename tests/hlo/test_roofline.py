@@ -55,11 +55,12 @@ def test_a_large_product_runs_at_the_peak_for_its_operands(dtype: str, more: str
     assert found.by_matmul
 
 
-SLICED = """%fused (p0: f32[10,100], p1: s32[], p2: f32[100]) -> f32[100] {
-  %p0 = f32[10,100]{1,0} parameter(0)
+SLICED = """%fused (p0: f32[1000], p1: s32[], p2: f32[100]) -> f32[100] {
+  %p0 = f32[1000]{0} parameter(0)
+  %rows = f32[10,100]{1,0} bitcast(%p0)
   %p1 = s32[] parameter(1)
   %zero = s32[] constant(0)
-  %row = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+  %row = f32[1,100]{1,0} dynamic-slice(%rows, %p1, %zero), dynamic_slice_sizes={1,100}
   %flat = f32[100]{0} bitcast(%row)
   %p2 = f32[100]{0} parameter(2)
   ROOT %sum = f32[100]{0} add(%flat, %p2)
@@ -69,7 +70,7 @@ SLICED = """%fused (p0: f32[10,100], p1: s32[], p2: f32[100]) -> f32[100] {
 def test_a_fusion_reads_of_what_it_slices_only_the_slice() -> None:
     text = program(
         """
-  %x = f32[10,100]{1,0} parameter(0)
+  %x = f32[1000]{0} parameter(0)
   %i = s32[] parameter(1)
   %y = f32[100]{0} parameter(2)
   ROOT %f = f32[100]{0} fusion(%x, %i, %y), kind=kLoop, calls=%fused""",
@@ -78,19 +79,21 @@ def test_a_fusion_reads_of_what_it_slices_only_the_slice() -> None:
     assert bounds(text)["f"].seconds == 400 + 4 + 400 + 400  # one row of ten, the index, the other operand, the result
 
 
-UPDATED = """%fused (p0: f32[10,100], p1: f32[100], p2: s32[]) -> f32[10,100] {
-  %p0 = f32[10,100]{1,0} parameter(0)
+UPDATED = """%fused (p0: f32[1000], p1: f32[100], p2: s32[]) -> f32[1000] {
+  %p0 = f32[1000]{0} parameter(0)
+  %rows = f32[10,100]{1,0} bitcast(%p0)
   %p1 = f32[100]{0} parameter(1)
   %row = f32[1,100]{1,0} bitcast(%p1)
   %p2 = s32[] parameter(2)
   %zero = s32[] constant(0)
-  ROOT %new = f32[10,100]{1,0} dynamic-update-slice(%p0, %row, %p2, %zero)
+  %new = f32[10,100]{1,0} dynamic-update-slice(%rows, %row, %p2, %zero)
+  ROOT %flat = f32[1000]{0} bitcast(%new)
 }"""
 CALL = """
-  %x = f32[10,100]{1,0} parameter(0)
+  %x = f32[1000]{0} parameter(0)
   %y = f32[100]{0} parameter(1)
   %i = s32[] parameter(2)
-  ROOT %f = f32[10,100]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%fused"""
+  ROOT %f = f32[1000]{0} fusion(%x, %y, %i), kind=kLoop, calls=%fused"""
 
 
 def test_an_update_in_place_writes_only_the_part() -> None:
@@ -98,19 +101,28 @@ def test_an_update_in_place_writes_only_the_part() -> None:
 
 
 def test_an_update_of_what_the_fusion_makes_writes_everything() -> None:
-    made = UPDATED.replace("dynamic-update-slice(%p0,", "dynamic-update-slice(%twice,").replace(
-        "  %p1 =", "  %twice = f32[10,100]{1,0} add(%p0, %p0)\n  %p1 ="
-    )
+    made = UPDATED.replace("bitcast(%p0)", "add(%p0, %p0)")
     assert bounds(program(CALL, made))["f"].seconds == 4000 + 400 + 4 + 4000
+
+
+def test_a_scatter_reads_and_writes_what_it_adds_to() -> None:
+    text = program("""
+  %x = f32[10,100]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %y = f32[2,100]{1,0} parameter(2)
+  ROOT %f = f32[10,100]{1,0} scatter(%x, %i, %y), update_window_dims={1}, to_apply=%sum""")
+    assert (
+        bounds(text)["f"].seconds == 800 + 8 + 800 + 800
+    )  # two rows of ten, where they are, what is added, the rows again
 
 
 def test_what_is_started_counts_once_and_what_is_awaited_nothing() -> None:
     text = program(
         """
-  %x = f32[10,100]{1,0} parameter(0)
+  %x = f32[1000]{0} parameter(0)
   %i = s32[] parameter(1)
   %y = f32[100]{0} parameter(2)
-  %s = ((f32[10,100]{1,0}, s32[], f32[100]{0}), f32[100]{0}, u32[]) fusion-start(%x, %i, %y), kind=kLoop, calls=%fused
+  %s = ((f32[1000]{0}, s32[], f32[100]{0}), f32[100]{0}, u32[]) fusion-start(%x, %i, %y), kind=kLoop, calls=%fused
   ROOT %f = f32[100]{0} fusion-done(%s)""",
         SLICED,
     )
@@ -186,15 +198,28 @@ def test_attention_of_cudnn_is_two_products_and_five_backwards(call: tuple[str, 
     assert bounds(text)["c"].seconds == max(flops / 1000, 3 * one + (one + 512 if call is FORWARDS else 3 * one))
 
 
-def test_a_product_of_cublas_counts_like_a_dot() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision", "peak"),
+    [("bf16", "DEFAULT", 1000.0), ("f32", "DEFAULT", 100.0), ("f32", "HIGHEST", 10.0)],
+)
+def test_a_product_of_cublas_counts_like_a_dot(dtype: str, precision: str, peak: float) -> None:
     dims = '{"lhs_contracting_dimensions": ["1"], "rhs_contracting_dimensions": ["0"]}'
-    config = f'{{"gemm_backend_config": {{"dot_dimension_numbers": {dims}}}}}'
-    text = program(f"""
-  %a = bf16[8,4]{{1,0}} parameter(0)
-  %b = bf16[4,16]{{1,0}} parameter(1)
-  ROOT %c = (bf16[8,16]{{1,0}}, s8[1000]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={config}""")
+    asked = f'{{"operand_precision":["{precision}","{precision}"]}}'
+    config = f'{{"gemm_backend_config": {{"dot_dimension_numbers": {dims}, "precision_config": {asked}}}}}'
+    text = program(
+        f"""
+  %a = {dtype}[8,4]{{1,0}} parameter(0)
+  %b = {dtype}[4,16]{{1,0}} parameter(1)
+  ROOT %c = ({dtype}[8,16]{{1,0}}, s8[1000]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", """
+        + (f'metadata={{op_name="jit(f)/high/dot"}}, backend_config={config}')
+    )
     assert costs_of(text).matmul_flops == 2 * 8 * 4 * 16
     assert roofline_of(text, PEAKS).opaque == ()
+    assert bounds(text)["c"].seconds == (2 if dtype == "bf16" else 4) * (
+        8 * 4 + 4 * 16 + 8 * 16
+    )  # without the workspace
+    (found,) = roofline_of(text, Peaks(PEAKS.bf16, PEAKS.tf32, PEAKS.float32, bytes_per_second=1e9)).ops
+    assert found.seconds == 2 * 8 * 4 * 16 / peak
 
 
 def test_of_other_calls_the_bytes_count_and_they_are_named() -> None:
@@ -224,6 +249,24 @@ def test_what_runs_beside_an_exchange() -> None:
   %q = f32[8]{0} all-reduce-done(%r)
   ROOT %t = (f32[64]{0}, f32[8]{0}, f32[8]{0}) tuple(%g, %q, %two)""")
     assert roofline_of(text, PEAKS).beside == {"s": 64 + 64, "r": 64}
+
+
+def test_what_runs_beside_an_exchange_in_a_loop_is_of_one_turn() -> None:
+    body = LOOP.replace(
+        "  %double = f32[100]{0} add(%v, %v)\n",
+        "  %s1 = ((f32[100]{0}), f32[100]{0}) all-reduce-start(%v), replica_groups=[1,8]<=[8], to_apply=%sum\n"
+        "  %double = f32[100]{0} add(%v, %v)\n"
+        "  %e1 = f32[100]{0} all-reduce-done(%s1)\n",
+    )
+    text = program(
+        """
+  %x = f32[100]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[100]{0}) tuple(%zero, %x)
+  ROOT %w = (s32[], f32[100]{0}) while(%t), condition=%condition, body=%body""",
+        body,
+    )
+    assert roofline_of(text, PEAKS).beside == {"s1": 800}
 
 
 def test_only_programs() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_plan import BASE, BERT, LAYOUTS, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
+from tiny_plan import BASE, BERT, LAYOUTS, LLAMA, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
 
 from jaxft.flops import model_flops
 from jaxft.plan.chips import parse_topology
