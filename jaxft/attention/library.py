@@ -8,6 +8,7 @@ Dims: B batch, S query length, T key length, N query heads, K key/value heads, H
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -23,13 +24,20 @@ Array = jax.Array
 
 
 def _arguments(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array | None) -> dict[str, Any]:
-    """What both functions take: arrays [B, S, N, H] in the type of matmul operands, the mask as an array."""
+    """What both functions take: arrays [B, S, N, H] in the type of matmul operands, the mask as an array; of a plain causal
+    mask they are told instead: kernels then skip what none may see, and no array of that size exists."""
     operand = call.compute.matmul_dtype
     q, k, v = (x.astype(operand).swapaxes(1, 2) for x in (q, k, v))
-    allowed = mask.allowed(q.shape[1])
+    causal = mask.causal and mask.window is None
+    allowed = (dataclasses.replace(mask, causal=False) if causal else mask).allowed(q.shape[1])
     if allowed is not None:  # broadcast here: kernels have failed on [B, 1, 1, T] (jax #28974)
         allowed = jnp.broadcast_to(allowed, (q.shape[0], 1, q.shape[1], k.shape[1]))
-    given = {"bias": bias if bias is None else bias.astype(operand), "mask": allowed, "scale": call.scale}
+    given = {
+        "bias": bias if bias is None else bias.astype(operand),
+        "mask": allowed,
+        "is_causal": causal,
+        "scale": call.scale,
+    }
     return {"query": q, "key": k, "value": v, **given}
 
 
@@ -53,7 +61,12 @@ def jax_attention(
     call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array | None, drop: Dropout | None
 ) -> Array:
     """``jax.nn.dot_product_attention``, compiled by XLA."""
-    out = jax.nn.dot_product_attention(**_arguments(call, q, k, v, mask, bias), implementation="xla")
+    given = _arguments(call, q, k, v, mask, bias)
+    if (call.compute.platform or jax.default_backend()) == "cpu":
+        # XLA's CPU backend (jaxlib 0.12) rounds sums of bf16 products to bf16 on the way. In float32 those products are exact.
+        wide = {name: given[name].astype(jnp.float32) for name in ("query", "key", "value")}
+        given |= wide | {"bias": None if bias is None else given["bias"].astype(jnp.float32)}
+    out = jax.nn.dot_product_attention(**given, implementation="xla")
     return _finished(call, out, mask)
 
 
