@@ -26,7 +26,7 @@ LEVELS = (
     "pretrained state",
     "step checkpoint records trackers",
     "parity lora",
-    "recipe",
+    "peft recipe",
     "flops setup",
     "plan",
     "metrics plots",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import refusal, run
 from tiny_run import overrides
 
@@ -20,7 +21,8 @@ from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.loop import compile_programs, fit
 from jaxft.optim import map_paths, parameter_paths
-from jaxft.pretrained import init_params, shapes_and_axes
+from jaxft.peft import write_adapter
+from jaxft.pretrained import export_folder, init_params, shapes_and_axes
 from jaxft.setup import Times, prepare
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
@@ -175,3 +177,67 @@ def test_patterns_are_checked_without_a_run() -> None:
     with pytest.raises(UserError, match="matches no kernel"):
         lora.adapted(model_of("bert"), dataclasses.replace(ALL, targets=("layers/attention/query/bias",)))
     assert lora.adapted(model_of("bert"), LoraConfig()) == model_of("bert")
+
+
+HEAD = {"bert": "classification", "llama": "causal_lm"}
+
+
+def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
+    """An adapted model with all numbers filled: its base, its adapter and the merged model, in folders."""
+    kind = models.family(family)
+    config = dataclasses.replace(kind.TINY, num_hidden_layers=2)
+    model = lora.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
+    params = filled(shapes_and_axes(model)[0])
+    trained = tuple(path for path in parameter_paths(params["base"]) if path.startswith("head/") and family == "bert")
+    merged = lora.merged(params, model.alpha)
+    # A classifier that was trained is not the base's.
+    start = map_paths(lambda path, leaf: 0 * leaf if path in trained else leaf, params["base"])
+    for name, tree in (("base", start), ("merged", merged)):
+        export_folder(folder / name, {}, kind, model.base, tree, tokenizer_folder=None)
+    write_adapter(folder / "adapter", kind, model, params, trained, str(folder / "base"))
+
+
+# BERT's mlp/down is output.dense, and so ends attention.output.dense.
+@pytest.mark.parametrize(("family", "targets"), [("bert", "layers/*"), ("bert", "*/mlp/down/*"), ("llama", "layers/*")])
+def test_stored_adapters_make_the_merged_model_of_the_base(family: str, targets: str, tmp_path: Path) -> None:
+    exported(family, tmp_path, targets)
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    adapter, base, merged = (
+        load_file(tmp_path / name)
+        for name in ("adapter/adapter_model.safetensors", "base/model.safetensors", "merged/model.safetensors")
+    )
+    scale, used = settings["lora_alpha"] / settings["r"], set()
+    for name, weight in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in adapter:
+            pair = [f"{module}.lora_{letter}.weight" for letter in "BA"]
+            used |= set(pair)
+            weight = weight + scale * adapter[pair[0]] @ adapter[pair[1]]
+        elif f"base_model.model.{name}" in adapter:
+            used.add(f"base_model.model.{name}")
+            weight = adapter[f"base_model.model.{name}"]
+        np.testing.assert_allclose(weight, merged[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert used == set(adapter)
+    # peft adapts every module whose name ends in one of these: no other may.
+    named = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
+    ends = {name for name in named for end in settings["target_modules"] if name == end or name.endswith(f".{end}")}
+    assert ends == {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter if ".lora_" in name
+    }
+    assert settings["modules_to_save"] == (["classifier"] if family == "bert" else None)
+
+
+@pytest.mark.parametrize("family", HEAD)
+def test_peft_loads_them(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    exported(family, tmp_path)
+    auto = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM"}[family]
+    load = getattr(transformers, auto).from_pretrained
+    wanted = load(tmp_path / "merged").eval()
+    found = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    tokens = torch.arange(12).reshape(2, 6) + 1
+    with torch.no_grad():
+        np.testing.assert_allclose(found(tokens).logits, wanted(tokens).logits, rtol=1e-4, atol=1e-4)

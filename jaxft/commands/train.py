@@ -181,6 +181,25 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
         _write_export(ready, params, target)
     processes.barrier("export")
     _compare(ready, programs, merged, metrics, result, target)
+    _export_adapter(ready, result, target.with_name("adapter"))
+
+
+def _export_adapter(ready: Any, result: Any, target: Path) -> None:
+    """Of a run with adapters: these alone, as peft stores them, beside the export that has them merged in."""
+    from jaxft import lora, processes
+    from jaxft.optim import parameter_paths
+    from jaxft.peft import write_adapter
+
+    model, config = ready.model, ready.config.model
+    if lora.base_of(model) is model:
+        return
+    frozen = set(lora.frozen_paths(model, config.lora, bool(ready.task.labels)))
+    own = {path: leaf for path, leaf in parameter_paths(result.params["base"]).items() if f"base/{path}" not in frozen}
+    params = processes.fetch({"base": own, "lora": result.params["lora"]})
+    if processes.is_first():
+        with _replaced(target) as fresh:
+            write_adapter(fresh, _family(ready), model, params, tuple(own), config.init or "")
+        _note(f"exported {target} (adapters alone, for peft)")
 
 
 def _exported(ready: Any, programs: Any, result: Any) -> tuple[Any, Any]:
@@ -199,18 +218,24 @@ def _write_export(ready: Any, params: Any, target: Path) -> None:
     from jaxft.pretrained import export_folder
 
     source = ready.source
-    # An export of an earlier, shorter part of this run is replaced, in one rename.
+    with _replaced(target) as fresh:
+        export_folder(
+            fresh,
+            {} if source is None else source.hf_config,
+            _family(ready),
+            lora.base_of(ready.model),
+            params,
+            tokenizer_folder=ready.tokenizer.folder,
+            labels=ready.task.labels,
+            max_length=ready.config.data.max_length,
+        )
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of ``target``, that of an earlier, shorter part of this run, in one rename."""
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    export_folder(
-        fresh,
-        {} if source is None else source.hf_config,
-        _family(ready),
-        lora.base_of(ready.model),
-        params,
-        tokenizer_folder=ready.tokenizer.folder,
-        labels=ready.task.labels,
-        max_length=ready.config.data.max_length,
-    )
+    yield fresh
     if target.exists():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         os.replace(target, old)

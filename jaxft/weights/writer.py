@@ -19,8 +19,6 @@ from jaxft.weights.contract import MAX_RANK
 from jaxft.weights.dtypes import SAFETENSORS_NAMES
 from jaxft.weights.safetensors_file import MAX_HEADER_BYTES
 
-INDEX_NAME = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True)
 class TensorOut:
@@ -37,8 +35,10 @@ class TensorOut:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def write_safetensors(folder: Path, tensors: Sequence[TensorOut], shard_bytes: int = 5 * 10**9) -> list[Path]:
-    """Writes ``model.safetensors``, or shards of at most ``shard_bytes`` of tensors and their index.
+def write_safetensors(
+    folder: Path, tensors: Sequence[TensorOut], shard_bytes: int = 5 * 10**9, *, stem: str = "model"
+) -> list[Path]:
+    """Writes ``model.safetensors`` (or of another ``stem``), or shards of at most ``shard_bytes`` of tensors and their index.
 
     A tensor larger than ``shard_bytes`` has a shard of its own. Files get their names only when all are written.
 
@@ -49,13 +49,13 @@ def write_safetensors(folder: Path, tensors: Sequence[TensorOut], shard_bytes: i
       ValueError: a tensor is not what its TensorOut says, or cannot be stored.
     """
     _check_tensors(tensors)
-    existing = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob(INDEX_NAME))
+    existing = sorted(folder.glob(f"{stem}*.safetensors")) + sorted(folder.glob(_index_name(stem)))
     if existing:
         # A reader prefers model.safetensors over an index: leftovers would be loaded instead of what we write.
         raise UserError(f"{existing[0]} already exists; write to another folder or remove it first")
     shards = _split(tensors, shard_bytes)
     _make_folder(folder)
-    paths = [folder / _shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    paths = [folder / _shard_name(stem, number, len(shards)) for number in range(1, len(shards) + 1)]
     temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
     try:
         for temporary, shard in zip(temporaries, shards, strict=True):
@@ -65,8 +65,8 @@ def write_safetensors(folder: Path, tensors: Sequence[TensorOut], shard_bytes: i
             os.replace(temporary, path)
         fsync_folder(folder)
         if len(paths) > 1:
-            write_atomic(folder / INDEX_NAME, _index_text(paths, shards))
-            paths.append(folder / INDEX_NAME)
+            write_atomic(folder / _index_name(stem), _index_text(paths, shards))
+            paths.append(folder / _index_name(stem))
     except OSError as error:
         raise UserError(
             f"cannot write weights to {folder}: {error.strerror}; free space or name another place"
@@ -111,8 +111,12 @@ def _split(tensors: Sequence[TensorOut], shard_bytes: int) -> list[list[TensorOu
     return shards
 
 
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+def _shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
 
 
 def _write_shard(file: BinaryIO, shard: list[TensorOut]) -> None:
