@@ -59,10 +59,19 @@ class _Product(NamedTuple):
     rules: AxisRules = DEFAULT_RULES
     weight: AxisNames | None = None
     """Logical names of the second operand, if it is a weight."""
+    recomputed: bool = False
+    """Whether the product is computed again in the backward pass: what that gathers serves the gradient too."""
 
     @classmethod
     def of(cls, compute: Compute, weight: AxisNames | None) -> _Product:
-        return cls(compute.matmul_dtype, compute.activation_dtype, compute.gradient_dtype, compute.rules, weight)
+        return cls(
+            compute.matmul_dtype,
+            compute.activation_dtype,
+            compute.gradient_dtype,
+            compute.rules,
+            weight,
+            compute.remat in ("full", "offload"),
+        )
 
     def whole(self, w: Array) -> Array:
         """A weight as it is multiplied: rounded, and with the parts of its width gathered from the devices that keep them.
@@ -82,7 +91,9 @@ class _Product(NamedTuple):
         the gathering. The placement has to be stated on both sides: it spreads through a barrier.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        if self.weight is None or "embed" not in self.weight or mesh.empty or ways(mesh, self.rules, "embed") == 1:
+        if self.recomputed or self.weight is None or "embed" not in self.weight:
+            return w, g
+        if mesh.empty or ways(mesh, self.rules, "embed") == 1:
             return w, g
         w, g = lax.optimization_barrier((self.rules.constrain(w, *self.weight), g))
         return self.rules.constrain(w, *self.weight), g
@@ -152,9 +163,9 @@ def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tu
 _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
-def dot(spec: str, x: Array, w: Array, compute: Compute) -> Array:
+def dot(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:
     """The einsum that :func:`einsum` is made of: float32 result, no gradient of its own. For use inside custom VJPs."""
-    return _dot(spec, compute.matmul_dtype, "float32", x, w)
+    return _dot(spec, compute.matmul_dtype, "float32", x, _Product.of(compute, weight).whole(w))
 
 
 def einsum(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:

@@ -20,6 +20,7 @@ from jaxft.sharding import ways
 
 Array = jax.Array
 _NEVER = np.float32(-1e30)
+_NAMES = ("vocab", "embed")
 
 
 class TokenScore(NamedTuple):
@@ -37,8 +38,8 @@ def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compu
     Args:
       place: the logical name of M: ``length`` or ``predicted``.
     """
-    table, size = compute.rules.place_gradient(table, "vocab", "embed"), table.shape[0]
-    logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute, ("vocab", "embed"))[..., :size]
+    table, size = compute.rules.place_gradient(table, *_NAMES), table.shape[0]
+    logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute, _NAMES)[..., :size]
     logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
     return logits if bias is None else logits + bias.astype(jnp.float32)
 
@@ -57,7 +58,7 @@ def _aligned(table: Array, compute: Compute) -> Array:
     if ways(mesh, rules, "embed") == 1 or ways(mesh, rules, "vocab") > 1:
         return table
     padded = jnp.pad(table, ((0, -table.shape[0] % _ALIGNED), (0, 0)))
-    return rules.place_gradient(_gradient_apart(padded), "vocab", "embed")
+    return rules.place_gradient(_gradient_apart(padded), *_NAMES)
 
 
 @jax.custom_vjp
@@ -113,7 +114,7 @@ def _scored_fwd(
     def add(so_far: tuple[Array, ...], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
         top, total, of_target, best = so_far
         first, rows, offsets = tile
-        logits = dot("bmd,vd->bmv", x, rows, compute) + offsets
+        logits = dot("bmd,vd->bmv", x, rows, compute, _NAMES) + offsets
         here = logits.max(-1)
         best = jnp.where(here > top, first + logits.argmax(-1).astype(jnp.int32), best)
         new_top = jnp.maximum(top, here)
@@ -134,10 +135,10 @@ def _scored_bwd(compute: Compute, kept: tuple[Any, ...], g: tuple[Array, Any]) -
 
     def add(dx: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         first, rows, offsets = tile
-        logits = dot("bmd,vd->bmv", x, rows, compute) + offsets
+        logits = dot("bmd,vd->bmv", x, rows, compute, _NAMES) + offsets
         hit = jnp.arange(rows.shape[0]) == (targets - first)[..., None]
         dlogits = (jnp.exp(logits - normaliser[..., None]) - hit) * of_loss
-        dx = dx + dot("bmv,vd->bmd", dlogits, rows, compute)
+        dx = dx + dot("bmv,vd->bmd", dlogits, rows, compute, _NAMES)
         return dx, (dot("bmv,bmd->vd", dlogits, x, compute), dlogits.sum((0, 1)))
 
     dx, (drows, doffsets) = lax.scan(add, jnp.zeros(x.shape, jnp.float32), _tiles(compute, table, bias))
