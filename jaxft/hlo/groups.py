@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-
-import numpy as np
 
 from jaxft.hlo.program import Op, Program
 
@@ -50,10 +49,13 @@ def _of_mesh(sizes: str, used: str) -> tuple[int, int]:
 def _of_iota(shape: str, sizes: str, order: str | None) -> list[int]:
     """The first group of ``[groups,each]<=[sizes]T(order)``."""
     dims = _numbers(sizes)
-    numbers = np.arange(math.prod(dims)).reshape(dims)
-    if order:
-        numbers = numbers.transpose(_numbers(order))
-    return numbers.reshape(_numbers(shape))[0].tolist()
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    axes = _numbers(order) if order else list(range(len(dims)))
+    places = itertools.product(*(range(dims[axis]) for axis in axes))  # the last of the axes varies fastest
+    each = math.prod(_numbers(shape)[1:])
+    return [
+        sum(i * strides[axis] for i, axis in zip(place, axes, strict=True)) for place in itertools.islice(places, each)
+    ]
 
 
 def _path(numbers: tuple[int, ...]) -> list[int]:
