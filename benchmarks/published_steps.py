@@ -23,6 +23,7 @@ TOPOLOGY, CHIPS = "v5e-256", 256
 PUBLISHED: dict[str, tuple[tuple[int, int, int, int], int, float, int]] = {
     "16B": ((2, 4, 4, 2), 6, 0.6110, 64),
     "32B": ((4, 4, 4, 2), 4, 0.6686, 128),
+    "64B": ((4, 4, 4, 4), 2, 0.5990, 256),
 }
 
 
