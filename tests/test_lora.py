@@ -140,6 +140,8 @@ def test_the_merged_model_leaves_and_the_checkpoint_is_served(
     )
     assert code == 0, err
     assert "loaded back: parameters bit-equal, held-out metrics identical" in text
+    assert "no adapters are exported: without model.init" in text
+    assert not (out / "adapter").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     for source in (out / "export", out):
         if source == out:
@@ -157,6 +159,26 @@ def test_the_merged_model_leaves_and_the_checkpoint_is_served(
     names = {name for name, _ in theirs.named_parameters()}
     assert not any("lora" in name for name in names)
     assert torch.isfinite(theirs(torch.tensor([[2, 5, 6, 3]])).logits).all()
+
+
+def test_a_run_from_a_model_leaves_its_adapters_beside_the_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    assert run(capsys, "train", *overrides(tmp_path, f"train.out={start}", "train.steps=2"))[0] == 0
+    settings = (f"model.init={start / 'export'}", "model.arch={}", "model.lora.rank=2", "train.steps=4")
+    code, text, err = run(capsys, "train", *overrides(tmp_path, f"train.out={out}", *settings))
+    assert code == 0, err
+    assert f"exported {out / 'adapter'} (adapters alone, for peft)" in text
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (2, str(start / "export"))
+    base, merged = (load_file(folder / "export/model.safetensors") for folder in (start, out))
+    adapter = load_file(out / "adapter/adapter_model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query"
+    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    moved = merged[f"{name}.weight"] - base[f"{name}.weight"]
+    assert np.abs(moved).max() > 0
+    np.testing.assert_allclose(config["lora_alpha"] / 2 * b @ a, moved, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -193,12 +193,15 @@ def _export_adapter(ready: Any, result: Any, target: Path) -> None:
     model, config = ready.model, ready.config.model
     if lora.base_of(model) is model:
         return
+    if config.init is None:
+        _note("no adapters are exported: without model.init there is no model to load them onto")
+        return
     frozen = set(lora.frozen_paths(model, config.lora, bool(ready.task.labels)))
     own = {path: leaf for path, leaf in parameter_paths(result.params["base"]).items() if f"base/{path}" not in frozen}
     params = processes.fetch({"base": own, "lora": result.params["lora"]})
     if processes.is_first():
         with _replaced(target) as fresh:
-            write_adapter(fresh, _family(ready), model, params, tuple(own), config.init or "")
+            write_adapter(fresh, _family(ready), model, params, tuple(own), config.init)
         _note(f"exported {target} (adapters alone, for peft)")
 
 
