@@ -106,9 +106,9 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     with times.part("data"):
         if config.data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-        rows = read_rows(config.data.train, config.data, labelled=labelled)
+        rows = read_rows(config.data.train, config.data, labelled=labelled, note=note)
         if config.data.eval is not None:
-            held = read_rows(config.data.eval, config.data, labelled=labelled)
+            held = read_rows(config.data.eval, config.data, labelled=labelled, note=note)
         else:
             # The same rows for every train.seed: runs are compared on them.
             rows, held = hold_out(rows, config.data.eval_fraction, seed=0, labelled=labelled)

@@ -53,7 +53,7 @@ def test_words_that_yaml_1_1_takes_for_booleans_are_words() -> None:
     config = load_config(None, ["data.labels=[yes, no, on, off]", "log.progress=off", "log.tensorboard=true"])
     assert config.data.labels == ("yes", "no", "on", "off")
     assert (config.log.progress, config.log.tensorboard) == ("off", True)
-    assert "input should be a valid string" in _fails(None, "data.labels=[true]")
+    assert load_config(None, ["data.labels=[true]"]).data.labels == ("true",)
 
 
 def test_files_are_merged_in_order_and_the_command_line_is_last(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
         ("=3", "expected key=value"),
         ("train.step=3", "unknown config key 'train.step': did you mean 'steps'?"),
         ("a.b.c=3", "unknown config key 'a'"),
-        ("data.train=[a", "not valid YAML"),
+        ("data.buckets=[1", "not valid YAML"),
         ("optim.learning_rate=.nan", "optim.learning_rate=nan"),
         ("optim.learning_rate=.inf", "must be a finite number"),
         ("train.seed=4294967296", "train.seed=4294967296"),

@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> int:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if config.task.class_weights == "balanced":
         print("the loss is unweighted: task.class_weights=balanced would need the training rows", file=sys.stderr)
-    rows = read_rows(config.data.eval, config.data, labelled=module.LABELLED)
+    rows = read_rows(
+        config.data.eval, config.data, labelled=module.LABELLED, note=lambda text: print(text, file=sys.stderr)
+    )
     labels = served.labels if module.LABELLED else ()
     in_parts = config.data.long_texts == "split" and not module.LABELLED
     split = encode_rows(

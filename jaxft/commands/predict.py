@@ -72,11 +72,11 @@ def _texts(texts: list[str], pairs: list[str]) -> Iterator[tuple[str, ...]]:
 
 def _rows_of(reference: str, data: Any) -> Iterator[tuple[str, ...]]:
     from jaxft.data.encode import check_texts
-    from jaxft.data.sources import iter_rows
+    from jaxft.data.sources import form_of, iter_rows
 
     lines = reference == "-" or reference.removesuffix(".gz").endswith(".txt")
     columns = (data.text,) if lines or data.text_pair is None else (data.text, data.text_pair)
-    for row in iter_rows(reference, columns):
+    for row in iter_rows(reference, columns, form_of(data, lambda text: print(text, file=sys.stderr))):
         check_texts(row, columns)
         yield tuple(str(value) for value in row.values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
@@ -25,8 +26,6 @@ def run(options: argparse.Namespace) -> int:
     steps = _steps_to_plot(options, config) if options.plot_schedule else 0
     print(to_yaml(config), end="")
     if options.plot_schedule:
-        from pathlib import Path
-
         from jaxft.optim.schedules import make_schedule
         from jaxft.report import schedule_png, schedule_text
 
@@ -57,7 +56,7 @@ def _steps_to_plot(options: argparse.Namespace, config: RunConfig) -> int:
 
 
 def split_run_file(first: str | None, rest: list[str]) -> tuple[str | None, list[str]]:
-    """(run file or None, overrides): a first argument with "=" is an override already."""
-    if first is not None and "=" in first:
+    """(run file or None, overrides): a first argument with "=" is an override already, unless a file has that name."""
+    if first is not None and "=" in first and not Path(first).is_file():
         return None, [first, *rest]
     return first, rest

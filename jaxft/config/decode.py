@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import re
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import yaml
 
-from jaxft.errors import UserError, nearest
-
-EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-"""Numbers such as 1e-4, which YAML 1.1 takes for text (it wants 1.0e-4)."""
+from jaxft.config.names import meant
+from jaxft.config.scalars import EXPONENT, Scalar, settle
+from jaxft.errors import UserError
 
 T = TypeVar("T")
 
@@ -24,30 +24,49 @@ def decode(schema: type[T], tree: Any, where: str = "") -> T:
     Raises:
       UserError: an unknown key (with the nearest valid one), or a value of the wrong type, each with its full path.
     """
-    from pydantic import TypeAdapter, ValidationError  # costs 0.1 s: not for `jaxft --help`
+    from pydantic import ValidationError  # costs 0.1 s: not for `jaxft --help`
 
-    _check_keys(schema, tree, where)
+    _check_keys(schema, tree, where, lambda path, names: meant(schema, path.removeprefix(f"{where}."), names))
+    tree = settle(schema, tree, where)
     try:
         # JSON mode: strict about scalars, yet a list may fill a tuple.
-        return TypeAdapter(schema).validate_json(json.dumps(tree, default=str), strict=True)
+        return _adapter(schema).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
-        path = ".".join([where, *(str(part) for part in problem["loc"])]).strip(".")
+        path = ".".join([where, *_present(tree, problem["loc"])]).strip(".")
         shown = json.dumps(problem["input"], default=str)
         raise UserError(f"{path}={shown}: {problem['msg'].lower()}") from error
 
 
-def _check_keys(schema: Any, tree: Any, where: str) -> None:
+@functools.cache
+def _adapter(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def _present(tree: Any, path: tuple[Any, ...]) -> Iterator[str]:
+    """The parts of a path that are keys: pydantic names the members of unions too."""
+    for part in path:
+        places = range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
+        if part not in places:
+            return
+        tree = tree[part]
+        yield str(part)
+
+
+def _check_keys(schema: Any, tree: Any, where: str, hint: Callable[[str, Iterable[str]], str]) -> None:
     if not dataclasses.is_dataclass(schema):
         return
     if not isinstance(tree, dict):
-        raise UserError(f"{where or 'config'}: expected keys and values, found {tree!r}")
+        found = tree.value if isinstance(tree, Scalar) else tree
+        raise UserError(f"{where or 'config'}: expected keys and values, found {found!r}")
     types = typing.get_type_hints(schema)
     for key, value in tree.items():
         path = f"{where}.{key}".strip(".")
         if key not in types:
-            raise UserError(f"unknown config key {path!r}: {nearest(str(key), types)}")
-        _check_keys(types[key], value, path)
+            raise UserError(f"unknown config key {path!r}: {hint(path, types)}")
+        _check_keys(types[key], value, path, hint)
 
 
 def to_tree(config: Any) -> dict[str, Any]:
@@ -56,9 +75,14 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which our loader would read as a number."""
+    """SafeDumper that quotes text which our loader would read as a number, and escapes line breaks, which would be folded."""
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
 
 

@@ -2,71 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from jaxft.config.decode import EXPONENT, decode
+from jaxft.config.decode import decode
+from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
+from jaxft.config.scalars import Scalar, parse_yaml, value_kind
 from jaxft.config.schema import RunConfig
+from jaxft.config.typed import typed
 from jaxft.errors import UserError
 from jaxft.files import find_file
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-4`` as a number (YAML 1.1 wants ``1.0e-4``), ``on``, ``off``, ``yes`` and ``no`` as text (YAML
-    1.1 has them for booleans: ``log.progress=off``, labels ``[yes, no]``), ``10:13`` too (YAML 1.1: 613, counted in
-    sixties), and refuses a key given twice.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor`
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_BOOL, _INT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    _INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    EXPONENT,
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from error
 
 
 def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
     """The merged tree of a YAML file and of what it extends."""
     try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config file: {error}") from error
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: cannot be read as a config file: {error.reason} at byte {error.start + 1}; save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a config file: {error.strerror or error}") from error
+    tree = tree.value if isinstance(tree, Scalar) else tree
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(
@@ -96,14 +57,34 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """``tree`` with one dotted ``key=value`` applied; the value is read as YAML."""
+    """``tree`` with one dotted ``key=value`` applied; the type of the key says how the value is read."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"{assignment!r}: expected key=value, for instance optim.learning_rate=1e-4")
-    value = _parse_yaml(text, assignment)
+    value = typed(_kind_of(key, text), text, key)
     for part in reversed(key.split(".")):
         value = {part: value}
     return _merge(tree, value)
+
+
+def _kind_of(key: str, text: str) -> Any:
+    """The declared type of a dotted key; Any inside mappings that take anything."""
+    kind: Any = RunConfig
+    done: list[str] = []
+    for part in key.split("."):
+        done.append(part)
+        if dataclasses.is_dataclass(kind):
+            kinds = typing.get_type_hints(kind)
+            if part not in kinds:
+                raise UserError(f"unknown config key {'.'.join(done)!r}: {meant(RunConfig, '.'.join(done), kinds)}")
+            kind = kinds[part]
+        else:
+            kind = value_kind(kind) or Any
+    if dataclasses.is_dataclass(kind) and not text.startswith("{"):
+        hint = meant(RunConfig, f"{key}.{key}", ()) if "." not in key else ""
+        hint = f"; {hint}" if hint.startswith("did you mean") else ""
+        raise UserError(f"{key}={text}: {key} is a section; write {key}.KEY=...{hint}")
+    return kind
 
 
 def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

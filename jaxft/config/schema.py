@@ -96,12 +96,21 @@ class ModelConfig:
 class DataConfig:
     """Where rows come from and how they become batches."""
 
-    train: str | None = None
+    train: str | tuple[str, ...] | None = None
     """A .csv, .tsv, .jsonl or .parquet file (``.gz`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
-    the ``datasets`` library as ``hf:FOLDER[:SPLIT]``."""
-    eval: str | None = None
+    the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a folder of class
+    folders with a text per .txt file, or a list of any of these (docs/data.md)."""
+    eval: str | tuple[str, ...] | None = None
     """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out."""
     eval_fraction: float = 0.1
+    header: bool = True
+    """Whether the first line of CSV and TSV files names the columns; if not, they are named 0, 1, 2, ..."""
+    quotes: Literal["auto", "double", "none"] = "auto"
+    """Whether double quotes enclose cells of CSV and TSV files (RFC 4180). ``auto``: yes, but between tabs only if the whole
+    file shows it (docs/data.md)."""
+    missing_text: Literal["refuse", "skip"] = "refuse"
+    """What becomes of rows whose text is missing: an error that names the first one, or they are left out and counted. Missing are
+    null and NaN; for ``skip`` also empty and blank texts. ``predict`` answers every row and refuses in any case."""
     text: str = "text"
     """Column of the (first) text."""
     text_pair: str | None = None

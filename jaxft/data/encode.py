@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from jaxft.config import DataConfig
-from jaxft.data.sources import Row, iter_rows
+from jaxft.data.sources import Reference, Row, form_of, iter_rows, shown
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError, nearest
 
@@ -67,18 +67,25 @@ class Split:
         return Split(name, self.tokens[index], self.types[index], offsets, self.labels[rows], cut)
 
 
-def read_rows(reference: str, config: DataConfig, *, labelled: bool = True) -> list[Row]:
+def read_rows(
+    reference: Reference, config: DataConfig, *, labelled: bool = True, note: Callable[[str], None] | None = None
+) -> list[Row]:
     """All rows of a source: values are (text, [pair,] label), or without labels (text, [pair]).
+
+    Args:
+      note: told what was found out about files, and how many rows were left out.
 
     Raises:
       UserError: no rows, a text that is not text, or a missing label.
     """
     texts = (config.text, *((config.text_pair,) if config.text_pair else ()))
-    rows = list(iter_rows(reference, (*texts, config.label) if labelled else texts))
+    rows = list(iter_rows(reference, (*texts, config.label) if labelled else texts, form_of(config, note)))
     if not rows:
-        raise UserError(f"{reference}: the data set is empty")
+        raise UserError(f"{shown(reference)}: the data set is empty")
+    if config.missing_text == "skip":
+        rows = _with_texts(rows, len(texts), shown(reference), note)
     for row in rows:
-        check_texts(row, texts)
+        check_texts(row, texts, cure="remove the row, or leave such rows out with data.missing_text=skip")
         if not labelled:
             continue
         label = row.values[-1]
@@ -87,9 +94,29 @@ def read_rows(reference: str, config: DataConfig, *, labelled: bool = True) -> l
     return rows
 
 
-def check_texts(row: Row, columns: tuple[str, ...]) -> None:
-    """Raises UserError if a text column holds anything but text."""
+def _with_texts(rows: list[Row], texts: int, reference: str, note: Callable[[str], None] | None) -> list[Row]:
+    def has_texts(row: Row) -> bool:
+        return not any(_is_missing(value) or value == "" or str(value).isspace() for value in row.values[:texts])
+
+    kept = [row for row in rows if has_texts(row)]
+    if not kept:
+        raise UserError(f"{reference}: no row has a text (data.missing_text=skip leaves out all {len(rows)})")
+    if note and len(kept) < len(rows):
+        note(f"{reference}: {len(rows) - len(kept)} of {len(rows)} rows have no text and are left out")
+    return kept
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def check_texts(row: Row, columns: tuple[str, ...], cure: str = "every row needs one here") -> None:
+    """Raises UserError if a text column holds anything but text; ``cure``: what to do where there is none."""
     for value, column in zip(row.values, columns, strict=False):
+        if _is_missing(value):
+            raise UserError(
+                f"{row.where}: column {column!r} holds no text ({'null' if value is None else value}); {cure}"
+            )
         if not isinstance(value, str):
             raise UserError(f"{row.where}: column {column!r} holds {value!r}, which is not text; set data.text")
 

@@ -7,47 +7,61 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxft.data.rows import (
-    Row,
-    Value,
-    column_positions,
-    iter_csv,
-    iter_jsonl,
-    iter_tsv,
-    iter_txt,
-    plain_value,
-)
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.lines import refuse_foreign
+from jaxft.data.listing import iter_classes, listed, suffix_of, unknown_format
+from jaxft.data.rows import Row, Value, column_positions, iter_jsonl, iter_txt, plain_value
+from jaxft.data.table import Form, iter_table
 from jaxft.errors import UserError, nearest
 from jaxft.files import find_file
 
-__all__ = ["Row", "Value", "iter_rows"]
+__all__ = ["Form", "Reference", "Row", "Value", "form_of", "iter_rows", "shown"]
+
+Reference = str | tuple[str, ...]
+"""What ``data.train`` and ``data.eval`` name: one source, or several that are read one after the other."""
 
 _ACCEPTED = (
-    ".csv, .tsv, .jsonl (.ndjson, .jsonlines) and .txt, each also .gz; "
-    ".parquet; tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
+    ".csv, .tsv, .jsonl (.ndjson, .jsonlines) and .txt, each also .gz; .parquet; a folder or pattern of such files; "
+    "tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
 )
-_READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]] = {
-    ".csv": iter_csv,
-    ".tsv": iter_tsv,
-    ".jsonl": iter_jsonl,
-    ".jsonlines": iter_jsonl,
-    ".ndjson": iter_jsonl,
-    ".txt": iter_txt,
+_READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
+    ".csv": lambda path, columns, form: iter_table(path, columns, form, ","),
+    ".tsv": lambda path, columns, form: iter_table(path, columns, form, "\t"),
+    ".jsonl": lambda path, columns, _: iter_jsonl(path, columns),
+    ".jsonlines": lambda path, columns, _: iter_jsonl(path, columns),
+    ".ndjson": lambda path, columns, _: iter_jsonl(path, columns),
+    ".txt": lambda path, columns, _: iter_txt(path, columns),
+    ".parquet": lambda path, columns, _: _iter_parquet(path, columns),
 }
 # NAME may hold colons (a version), and so may the slices of SPLIT: imdb_reviews:1.0.0:train[:80%]+test[:10%]
 _TFDS = re.compile(r"tfds:(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\]]*\])+)")
 _PARQUET_BATCH = 1024
 
 
-def iter_rows(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """The values of ``columns``, in that order, of every row that ``reference`` names, in file order and lazily.
+def shown(reference: Reference) -> str:
+    """A reference as messages name it."""
+    return reference if isinstance(reference, str) else ", ".join(reference)
+
+
+def form_of(config: DataConfig, note: Callable[[str], None] | None = None) -> Form:
+    """How the tables of a run are to be read; ``note`` is told what was found out about each."""
+    return Form(config.header, config.quotes, *((note,) if note else ()))
+
+
+def iter_rows(reference: Reference, columns: tuple[str, ...], form: Form | None = None) -> Iterator[Row]:
+    """The values of ``columns``, in that order, of every row that ``reference`` names, lazily: files in the order given, those of a
+    folder or pattern in the order of their names, rows in file order.
 
     A ``ClassLabel`` of tfds or of the ``datasets`` library comes as its name, and as None where it is -1 ("hidden").
 
@@ -55,20 +69,28 @@ def iter_rows(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
       UserError: at the call, or when the row that shows it is reached: nothing to read there, a missing column, a
         malformed row.
     """
+    form = form or Form()
+    if not isinstance(reference, str):
+        return chain.from_iterable(iter_rows(one, columns, form) for one in reference)
     if reference == "-":
         return iter_txt(None, columns)
     if reference.startswith("tfds:"):
         return _iter_tfds(reference, columns)
     if reference.startswith("hf:"):
         return _iter_hf(reference, columns)
-    suffixes = [suffix.lower() for suffix in Path(reference).suffixes]
-    if suffixes[-1:] == [".parquet"]:
-        return _iter_parquet(find_file(reference, "data file"), columns)
-    suffix = suffixes[:-1][-1:] if suffixes[-1:] == [".gz"] else suffixes[-1:]
-    reader = _READERS.get("".join(suffix))
-    if reader is None:
-        raise UserError(f"{reference!r}: the suffix does not tell the format of the rows; accepted: {_ACCEPTED}")
-    return reader(find_file(reference, "data file"), columns)
+    listings = listed(reference, set(_READERS), _ACCEPTED, form.note)
+    for path in (path for listing in listings for path in listing.files):
+        if suffix_of(path) not in _READERS:
+            raise unknown_format(str(path), _ACCEPTED)
+    parts = [
+        part
+        for listing in listings
+        for part in (
+            *(_READERS[suffix_of(path)](path, columns, form) for path in listing.files),
+            *([iter_classes(listing.classes, columns)] if listing.classes else []),
+        )
+    ]
+    return parts[0] if len(parts) == 1 else chain.from_iterable(parts)
 
 
 def _imported(module: str, package: str, reference: str) -> ModuleType:
@@ -84,16 +106,32 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     from pyarrow import ArrowException
 
     try:
+        with open(path, "rb") as raw:
+            if (first := raw.read(256))[:4] != b"PAR1":
+                refuse_foreign(first, str(path))
         with parquet.ParquetFile(path) as file:
             column_positions(file.schema_arrow.names, columns, str(path))
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns)):
-                for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     where = f"{path} row {number}"
                     yield Row(tuple(map(plain_value, values, columns, [where] * len(columns))), where)
                     number += 1
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """A column of an Arrow table as Python values."""
+    values = column.to_pylist()
+    if str(column.type) in ("float", "halffloat"):
+        return [None if value is None else _shortest(np.float32(value)) for value in values]
+    return values
+
+
+def _shortest(value: np.floating) -> float:
+    """The float64 of the shortest text that means ``value``: 0.1 of a float32 is 0.1, and not 0.10000000149011612."""
+    return float(np.format_float_scientific(value))
 
 
 def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -105,8 +143,12 @@ def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
     try:
         source = builder.as_data_source(split=match["split"])
     except (ValueError, NotImplementedError) as error:
-        # An unknown split, or data prepared in TFDS's default format, which only TensorFlow can read.
+        # An unknown split or slice, or data prepared in TFDS's default format, which only TensorFlow can read.
         hint = "prepared data must be in the array_record format"
+        if str(getattr(builder.info.file_format, "value", "")) == "array_record":
+            hint = "splits: " + ", ".join(
+                f"{name} ({split.num_examples} rows)" for name, split in builder.info.splits.items()
+            )
         raise UserError(f"{reference}: cannot be read: {_first_line(error)} ({hint})") from error
     features = builder.info.features
     column_positions(list(features), columns, reference)
@@ -120,8 +162,10 @@ def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
     folder = Path(name).expanduser()
     if (folder / "dataset_info.json").is_file():
         return tfds.builder_from_directory(folder)
-    if folder.is_absolute() or name.startswith((".", "~")):
-        raise UserError(f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json)")
+    if folder.is_absolute() or name.startswith((".", "~")) or folder.is_dir():
+        raise UserError(
+            f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json){_inner(folder)}"
+        )
     builder = _registered_builder(tfds, name, reference)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS talks while it prepares; our stdout may be predictions
@@ -136,6 +180,12 @@ def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
             "folder that holds its dataset_info.json, and use tfds:FOLDER:SPLIT"
         ) from error
     return builder
+
+
+def _inner(folder: Path) -> str:
+    """A hint at the folders of prepared data sets below ``folder``, if there are any."""
+    found = sorted(path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/dataset_info.json"))
+    return f"; did you mean tfds:{found[-1]}:SPLIT?" if found else ""
 
 
 def _registered_builder(tfds: ModuleType, name: str, reference: str) -> Any:
@@ -165,16 +215,26 @@ def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
     if not path.exists():
         head, _, split = reference.removeprefix("hf:").rpartition(":")
         path = find_file(head or split, "data folder")
+    if split and "/" not in split and (path / split / "state.json").is_file():
+        path, split = path / split, ""  # the other splits need not be opened
     library = _imported("datasets", "datasets", reference)
     try:
         dataset = library.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{reference}: not a folder saved by datasets.save_to_disk: {_first_line(error)}") from error
+    except IndexError as error:  # the library's answer to a table without data files
+        empty = ", ".join(_tables_without_files(path)) or path
+        raise UserError(f"{reference}: the data set is empty: no rows in {empty}") from error
     dataset = _hf_split(dataset, split, reference)
     column_positions(dataset.column_names, columns, reference)
     names = {c: dataset.features[c].int2str for c in columns if isinstance(dataset.features[c], library.ClassLabel)}
     for number, record in enumerate(dataset.select_columns(list(columns)).with_format(None)):
         yield _library_row(record, columns, names, f"{reference} row {number}")
+
+
+def _tables_without_files(folder: Path) -> list[str]:
+    states = (json.loads(state.read_text()) | {"at": str(state.parent)} for state in sorted(folder.rglob("state.json")))
+    return [state["at"] for state in states if not state.get("_data_files")]
 
 
 def _hf_split(loaded: Any, split: str, reference: str) -> Any:
@@ -198,7 +258,7 @@ def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: dict[s
 
 def _library_value(value: Any, column: str, name_of: _NameOf | None, where: str) -> Value:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy scalar
-        value = value.item()
+        value = _shortest(value) if isinstance(value, np.floating) else value.item()
     if name_of is None or value is None:
         return plain_value(value, column, where)
     # -1 is how both libraries mark the hidden labels of test splits.

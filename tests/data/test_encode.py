@@ -101,7 +101,22 @@ def test_empty_label_says_where(tmp_path: Path, empty: str) -> None:
         read_rows(str(path), DataConfig())
 
 
-@pytest.mark.parametrize("value", ["null", "3", "true"])
+def test_missing_texts_are_named_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text("".join(f'{{"text": {text}, "label": 1}}\n' for text in ('"a"', "null", '""', '" "', '"b"')))
+    cure = "remove the row, or leave such rows out with data.missing_text=skip"
+    with pytest.raises(UserError, match=rf"f\.jsonl:2: column 'text' holds no text \(null\); {cure}"):
+        read_rows(str(path), DataConfig())
+    notes: list[str] = []
+    rows = read_rows(str(path), DataConfig(missing_text="skip"), note=notes.append)
+    assert [row.values[0] for row in rows] == ["a", "b"]
+    assert notes == [f"{path}: 3 of 5 rows have no text and are left out"]
+    path.write_text('{"text": null, "label": 1}\n')
+    with pytest.raises(UserError, match="no row has a text"):
+        read_rows(str(path), DataConfig(missing_text="skip"))
+
+
+@pytest.mark.parametrize("value", ["3", "true"])
 def test_text_must_be_text(tmp_path: Path, value: str) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text(f'{{"text": "a", "label": 1}}\n{{"text": {value}, "label": 1}}\n')

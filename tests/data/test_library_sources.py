@@ -12,6 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxft.config import DataConfig
+from jaxft.data.encode import read_rows
 from jaxft.data.sources import Row, iter_rows
 from jaxft.errors import UserError
 
@@ -44,6 +46,12 @@ def test_parquet(tmp_path: Path) -> None:
     rows = list(iter_rows(str(path), ("n", "text", "raw")))
     assert [row.values for row in rows] == list(zip(columns["n"], columns["text"], ["b"] * count, strict=True))
     assert [rows[0].where, rows[-1].where] == [f"{path} row 0", f"{path} row 2499"]
+
+
+def test_narrow_floats_are_the_numbers_that_were_written(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b", "c"], "label": pyarrow.array([0.1, None, 1e-7], pyarrow.float32())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert _values(tmp_path / "a.parquet", "label") == [(0.1,), (None,), (1e-7,)]
 
 
 def test_parquet_messages(tmp_path: Path) -> None:
@@ -117,8 +125,11 @@ def test_tfds_never_imports_tensorflow(tiny_tfds: Path) -> None:
 def test_tfds_messages(tiny_tfds: Path) -> None:
     assert "expected tfds:NAME:SPLIT" in _fails("tfds:imdb_reviews")
     assert "did you mean 'label'?" in _fails(f"tfds:{tiny_tfds}:train", ("labels",))
-    assert "Unknown split 'test'. Should be one of ['train']" in _fails(f"tfds:{tiny_tfds}:test")
-    assert "has no dataset_info.json" in _fails(f"tfds:{tiny_tfds.parent}:train")
+    assert _fails(f"tfds:{tiny_tfds}:test").endswith("(splits: train (10 rows))")
+    assert _fails(f"tfds:{tiny_tfds}:train[50:]").endswith("(splits: train (10 rows))")
+    message = _fails(f"tfds:{tiny_tfds.parent}:train")
+    assert "has no dataset_info.json" in message
+    assert f"did you mean tfds:{tiny_tfds}:SPLIT?" in message
     assert "TFDS has no data set 'imdb_review': did you mean 'imdb_reviews'?" in _fails("tfds:imdb_review:train")
     assert "TFDS has no data set 'qqqqqq': tfds.list_builders() lists the names" in _fails("tfds:qqqqqq:train")
     assert "'zzz'" in _fails("tfds:glue/zzz:train")
@@ -187,6 +198,28 @@ def test_hf(tmp_path: Path, datasets_library: Any) -> None:
     assert _values(f"hf:{tmp_path}/table", "label", "text", "n") == everything
     assert _values(f"hf:{tmp_path}/splits:train", "label", "text", "n") == everything
     assert list(iter_rows(f"hf:{tmp_path}/splits:test", ("text",))) == [Row(("a",), f"hf:{tmp_path}/splits:test row 0")]
+
+
+def test_hf_without_rows(tmp_path: Path, datasets_library: Any) -> None:
+    none = _saved(datasets_library, tmp_path).select([])
+    datasets_library.DatasetDict({"train": _saved(datasets_library, tmp_path / "x"), "test": none}).save_to_disk(
+        tmp_path / "d"
+    )
+    none.save_to_disk(tmp_path / "none")
+    features = none.features
+    nothing = datasets_library.Dataset.from_dict({"text": [], "label": [], "n": []}, features=features)
+    nothing.save_to_disk(tmp_path / "nothing")
+    datasets_library.DatasetDict({"train": none, "test": nothing}).save_to_disk(tmp_path / "both")
+    for reference in (
+        f"hf:{tmp_path}/none",
+        f"hf:{tmp_path}/nothing",
+        f"hf:{tmp_path}/d:test",
+        f"hf:{tmp_path}/both:test",
+    ):
+        with pytest.raises(UserError, match="the data set is empty") as caught:
+            read_rows(reference, DataConfig())
+        assert "\n" not in str(caught.value)
+    assert len(_values(f"hf:{tmp_path}/d:train")) == 3
 
 
 def test_hf_messages(tmp_path: Path, datasets_library: Any) -> None:

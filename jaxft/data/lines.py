@@ -1,0 +1,111 @@
+"""Decoded lines of text files, whatever they are packed and encoded in: gzip by its content, UTF-8, and UTF-16 or UTF-32 by their
+marks. Files of other formats under a text file's name are named for what they are.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Generator
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+from jaxft.errors import UserError
+
+# Closing one closes its file.
+Lines = Generator[str, None, None]
+
+_WORKBOOK = "save the sheet as CSV (UTF-8), or unpack the archive"
+_FOREIGN = (
+    (b"PK\x03\x04", f"a zip archive or an Excel workbook (.xlsx), not text; {_WORKBOOK}"),
+    (b"PK\x05\x06", f"an empty zip archive, not text; {_WORKBOOK}"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", f"an Excel workbook (.xls), not text; {_WORKBOOK}"),
+    (b"PAR1", "a Parquet file; give it the suffix .parquet"),
+    (b"ARROW1", "an Arrow (Feather) file; save it as .parquet"),
+    (b"SQLite format 3\x00", "an SQLite database; export the table as CSV"),
+    (b"\xfd7zXZ\x00", "compressed with xz; unpack it, or use gzip"),
+    (b"(\xb5/\xfd", "compressed with zstd; unpack it, or use gzip"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of Git LFS and not the data; fetch them with: git lfs pull",
+    ),
+)
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_lines(path: Path, *, table: bool = True) -> Lines:
+    """The lines of a file, line ends included, without a byte order mark. Whoever takes them closes them: else an error elsewhere
+    would leave the file open for as long as its traceback lives.
+
+    Args:
+      table: the file is to hold cells or records, so that a web page is none.
+
+    Raises:
+      UserError: the file cannot be read, is not text, or not in the encoding that it begins in.
+    """
+    try:
+        with open(path, "rb") as file:
+            packed = path.suffix.lower() == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
+            yield from decoded(gzip.GzipFile(fileobj=file) if packed else file, str(path), table=table)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: broken gzip data ({error}); copy or compress the file again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def decoded(file: IO[bytes] | gzip.GzipFile, where: str, *, table: bool = False) -> Lines:
+    """The lines of an open file; see :func:`read_lines`."""
+    first = next(iter(file), b"")
+    refuse_foreign(first, where, table=table)
+    encoding = next((encoding for mark, encoding in _MARKS if first.startswith(mark)), None)
+    if encoding is not None:
+        yield from _wide(file, first, encoding, where)
+        return
+    if table and b"\x00\x00" in (first[0:4:2], first[1:4:2]):
+        raise UserError(f"{where}: looks like UTF-16 without a byte order mark; save the file as UTF-8")
+    for number, raw in enumerate(chain([first] if first else [], file), start=1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}:{number}: not valid UTF-8 (byte {error.start + 1} of the line: {error.reason}); "
+                "save the file as UTF-8"
+            ) from error
+        yield line.removeprefix("\ufeff") if number == 1 else line
+
+
+def refuse_foreign(first: bytes, where: str, *, table: bool = True) -> None:
+    """Raises UserError if a file that begins with ``first`` is of a format that is known not to be text."""
+    for magic, what in _FOREIGN:
+        if first.startswith(magic):
+            raise UserError(f"{where}: is {what}")
+    if first.startswith(b"BZh") and first[4:10] == b"1AY&SY":
+        raise UserError(f"{where}: is compressed with bzip2; unpack it, or use gzip")
+    if table and first.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{where}: is a web page and not the data; was a download refused?")
+
+
+def _wide(file: IO[bytes] | gzip.GzipFile, first: bytes, encoding: str, where: str) -> Lines:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    parts: list[str] = []  # of the line that is not yet whole
+    number = 1
+    try:
+        for raw in chain([first], file, [b""]):  # cut at bytes that may, or may not, be line ends
+            *ended, rest = decoder.decode(raw, final=not raw).split("\n")
+            for line in ended:
+                yield "".join([*parts, line, "\n"])
+                parts, number = [], number + 1
+            parts.append(rest)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}:{number}: begins as {encoding.upper()}, but is not valid ({error.reason}); save the file as UTF-8"
+        ) from error
+    if last := "".join(parts):
+        yield last
