@@ -171,12 +171,12 @@ def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], lis
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             size = min(batch_size, 1 << (len(chosen) - 1).bit_length())
-            empty = [([], [], False)] * (size - len(chosen))
+            empty = [([], [], 0)] * (size - len(chosen))
             members = [rows[i] for i in chosen] + empty
             length = bucket_of(max(len(ids) for ids, _, _ in members), buckets)
             batch = pad_rows([m[0] for m in members], [m[1] for m in members], length, served.tokenizer.pad_id)
             found = np.asarray(probabilities(served.params, batch))
-            answers |= {i: Answer(found[k], rows[i][2]) for k, i in enumerate(chosen)}
+            answers |= {i: Answer(found[k], rows[i][2] > 0) for k, i in enumerate(chosen)}
         return [answers[i] for i in range(len(rows))]
 
     return classify

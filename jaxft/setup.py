@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxft import lora, tasks
 from jaxft.config import RunConfig
 from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
+from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
@@ -120,6 +121,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         train = encode_rows("train", rows, known, tokenizer, split=split, end_id=end_id)
         held_out = encode_rows("eval", held, known, tokenizer, split=split, end_id=end_id)
     _report_data(train, held_out, labels, config, note)
+    _advise(train, config, source, note)
     if config.data.packing != "none":
         train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
@@ -178,17 +180,20 @@ def _decide_labels(
 
 def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config: RunConfig, note: Note) -> None:
     for split in (train, held_out):
-        lengths = split.lengths
-        note(
-            f"{split.name}: {len(split)} rows, {lengths.sum()} tokens, length median {int(np.median(lengths))} max {lengths.max()}, "
-            f"{split.truncated} truncated to {config.data.max_length} tokens"
-        )
+        note(f"{split.name}: {lengths_text(split, config.data.max_length)}")
     if not labels:
         return
     note(f"labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
     absent = [label for i, label in enumerate(labels) if not (train.labels == i).any()]
     if absent:
         note(f"warning: no training row has label {', '.join(absent)}")
+
+
+def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
+    limit = getattr(source.config, "max_position_embeddings", None) if source is not None else None
+    buckets = buckets_of(config) if config.data.packing == "none" else ()
+    if hint := advice(train, config.data.max_length, buckets, limit):
+        note(hint)
 
 
 def _packed(split: Split, config: RunConfig, note: Note) -> Split:

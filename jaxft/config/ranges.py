@@ -76,6 +76,12 @@ def check_ranges(config: RunConfig) -> None:
             "has no use with data.packing; leave it out",
         ),
         (
+            data.long_texts != "split" or data.text_pair is None,
+            "data.long_texts",
+            data.long_texts,
+            "is for single texts; leave out data.text_pair, or use truncate",
+        ),
+        (
             data.labels is None or len(set(data.labels)) == len(data.labels),
             "data.labels",
             data.labels,

@@ -37,6 +37,8 @@ class Split:
     """[total] int32, of packed rows: which text of the row, from 1."""
     positions: np.ndarray | None = None
     """[total] int32, of packed rows: from 0 in each text."""
+    dropped: np.ndarray | None = None
+    """[rows] int64, tokens that truncation cut off; None: not known (rows that were chosen or packed)."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -168,16 +170,19 @@ def encode_rows(
     classes = None if labels is None else _class_ids(rows, labels)
     tokens: list[np.ndarray] = []
     types: list[np.ndarray] = []
-    truncated = 0
+    dropped: list[int] = []
     for row_ids, row_types, cut in _tokenise(rows, tokenizer, len(rows[0].values) - (labels is not None) == 2, split):
         if end_id is not None and row_ids[-1:] != [end_id] and len(row_ids) != tokenizer.max_length:
             row_ids, row_types = [*row_ids, end_id], [*row_types, row_types[-1] if row_types else 0]
         tokens.append(np.asarray(row_ids, np.int32))
         types.append(np.asarray(row_types, np.int32))
-        truncated += cut
+        dropped.append(cut)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
     classes = np.zeros(len(tokens), np.int32) if classes is None else classes
-    return Split(name, np.concatenate(tokens), np.concatenate(types), offsets, classes, truncated)
+    cuts = np.array(dropped, np.int64)
+    return Split(
+        name, np.concatenate(tokens), np.concatenate(types), offsets, classes, int((cuts > 0).sum()), dropped=cuts
+    )
 
 
 def _class_ids(rows: list[Row], labels: tuple[str, ...]) -> np.ndarray:
@@ -193,7 +198,7 @@ def _class_ids(rows: list[Row], labels: tuple[str, ...]) -> np.ndarray:
 
 def _tokenise(
     rows: list[Row], tokenizer: Tokenizer, paired: bool, split: bool
-) -> Iterator[tuple[list[int], list[int], bool]]:
+) -> Iterator[tuple[list[int], list[int], int]]:
     remaining = iter(rows)
     while chunk := list(islice(remaining, _CHUNK)):
         texts = [str(row.values[0]) for row in chunk]

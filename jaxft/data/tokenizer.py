@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.cutting import count_dropped, cut_pairs
 from jaxft.errors import UserError
 
 # What a tokenizer may consist of; copied as they are on export.
@@ -60,17 +61,20 @@ class Tokenizer:
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, split: bool = False
-    ) -> list[tuple[list[int], list[int], bool]]:
-        """Per row: token ids, token types, and whether anything was cut off.
+    ) -> list[tuple[list[int], list[int], int]]:
+        """Per row: token ids, token types, and how many tokens were cut off.
 
         Args:
-          split: what is cut off becomes rows of its own, right after; a row is then never said to be cut.
+          split: what is cut off of single texts becomes rows of its own, right after; a row is then never said to be cut.
         """
-        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = self._fast.encode_batch_fast(inputs)
+        if pairs is not None:
+            rows = ((e.ids, e.type_ids, kept, cut) for e, kept, cut in cut_pairs(self._fast, texts, pairs))
+            return [(_at(ids, kept), _at(types, kept), cut) for ids, types, kept, cut in rows]
+        encodings = self._fast.encode_batch_fast(list(texts))
         if split:
-            return [(part.ids, part.type_ids, False) for e in encodings for part in (e, *e.overflowing)]
-        return [(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
+            return [(part.ids, part.type_ids, 0) for e in encodings for part in (e, *e.overflowing)]
+        special = self._fast.num_special_tokens_to_add(False)
+        return [(e.ids, e.type_ids, count_dropped(e, special)) for e in encodings]
 
     def __call__(self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Model inputs for a few texts (or pairs), padded to the longest."""
@@ -113,6 +117,10 @@ class Tokenizer:
         named = self._settings.get(setting, default)
         token = named.get("content") if isinstance(named, dict) else named
         return self._fast.token_to_id(token) if token else None
+
+
+def _at(values: list[int], kept: list[int] | None) -> list[int]:
+    return values if kept is None else [values[i] for i in kept]
 
 
 def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
