@@ -14,7 +14,7 @@ from typing import Any, cast
 import jax
 import jax.extend as jex
 
-from jaxft.pretrained import initialisable
+from jaxft.initial import initialisable
 from jaxft.recipe import Recipe
 from jaxft.sharding import no_mesh
 from jaxft.step import apply_model

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-from einops import rearrange
 
 from jaxft.errors import UserError
+from jaxft.patterns import their_shape, to_ours, to_theirs
 from jaxft.weights import TensorOut, Weights
+from jaxft.weights.numbers import copy_rounded, is_finite, is_float, same_numbers
 
 _THREADS = 2  # reading overlaps with rearranging; more threads hold more tensors in memory at once
 _SHOWN = 4  # names of each kind in an error message
@@ -37,6 +38,14 @@ class Rule:
     """einops pattern of one tensor, theirs -> ours; None: as it is."""
     copies: tuple[str, ...] = ()
     """Names under which the reference stores the same tensor again; written on export, read where the first is missing."""
+    preferred: tuple[str, ...] = ()
+    """Names that the reference believes over ``theirs`` where a file has both; never written."""
+    spares: tuple[str, ...] = ()
+    """Names under which a file may hold the same tensor; read where ``theirs`` is missing, never written."""
+
+    def names(self) -> tuple[str, ...]:
+        """Names that the tensor may have in a file; the first one that is there is read."""
+        return (*self.preferred, self.theirs, *self.copies, *self.spares)
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,15 @@ class Imported:
     """Parameters read from a checkpoint."""
 
     params: dict[str, Any]
-    """Nested dict of jax arrays; lacks what is in ``fresh``."""
+    """Nested dict of jax arrays, or of :class:`StoredParam`; lacks what is in ``fresh``."""
     fresh: tuple[str, ...]
     """Our paths that the checkpoint does not have."""
     unused: tuple[str, ...]
     """Known leftovers: their names that were not read."""
+    substituted: tuple[tuple[str, str], ...] = ()
+    """(name that the reference looks for, name that was read in its place)."""
+    non_finite: list[str] = field(default_factory=list)
+    """Names of tensors that hold NaN or infinity, as far as they have been read."""
 
 
 def paths_of(tree: Any) -> dict[str, Any]:
@@ -88,12 +101,16 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_names(weights: Weights, layout: Layout) -> dict[str, str]:
-    """Each tensor's name as rules spell it -> its name in the file (prefix added, old endings renewed)."""
+    """Each tensor's name as rules spell it -> its name in the file (prefix added, old endings renewed).
+
+    Raises:
+      UserError: a tensor is there under its old and its new name, with different numbers.
+    """
     names = weights.names()
     bare = not any(name.startswith(layout.prefix) for name in names)
     # Of a bare encoder all names lack the prefix, those of heads included: a head never stands beside a bare encoder.
     heads = {rule.theirs.split(".")[0] for rule in layout.rules if not rule.theirs.startswith(layout.prefix)}
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         canonical = name
         for old, new in layout.aliases:
@@ -101,6 +118,10 @@ def file_names(weights: Weights, layout: Layout) -> dict[str, str]:
                 canonical = name.removesuffix(old) + new
         if bare and canonical.split(".")[0] not in heads:
             canonical = layout.prefix + canonical
+        if canonical in found and not same_numbers(weights, found[canonical], name):
+            raise UserError(
+                f"{weights.path}: {found[canonical]} and {name} are an old and a new name of one tensor, but differ; remove one"
+            )
         found[canonical] = name
     return found
 
@@ -125,44 +146,88 @@ def import_params(
       UserError: missing, unused or mis-shaped tensors, all together.
     """
     ours = paths_of(shapes)
+    plan = _plan(weights, layout, ours)
+    non_finite: list[str] = []
+
+    def load(path: str) -> jax.Array:
+        return _load(_Stored(weights, plan, path, ours[path].shape, non_finite), place(path), dtype)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        arrays = dict(zip(plan.sources, pool.map(load, plan.sources), strict=True))
+    return Imported(nested(arrays), plan.fresh, plan.unused, plan.substituted, sorted(non_finite))
+
+
+def stored_params(weights: Weights, layout: Layout, shapes: dict[str, Any]) -> Imported:
+    """The parameters of a checkpoint as they are stored, each tensor read when it is asked for.
+
+    Args:
+      weights: the checkpoint, open as long as the parameters are used.
+      layout: the family's names.
+      shapes: our parameter tree, of shaped leaves.
+
+    Raises:
+      UserError: missing, unused or mis-shaped tensors, all together.
+    """
+    ours = paths_of(shapes)
+    plan = _plan(weights, layout, ours)
+    non_finite: list[str] = []
+    params = {path: StoredParam(_Stored(weights, plan, path, ours[path].shape, non_finite)) for path in plan.sources}
+    return Imported(nested(params), plan.fresh, plan.unused, plan.substituted, non_finite)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensors make up which parameters."""
+
+    rules: Mapping[str, Rule]
+    sources: Mapping[str, list[str]]
+    """Our path -> names in the file, one per layer."""
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+    substituted: tuple[tuple[str, str], ...]
+
+
+def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     names = file_names(weights, layout)
     by_path = {rule.ours: rule for rule in layout.rules}
     if set(by_path) != set(ours):
         raise ValueError(f"rules and parameters differ: {sorted(set(by_path) ^ set(ours))}")
-
-    problems = _Problems([], [], [])
-    fresh, sources, concerned = [], {}, set[str]()
+    problems = _Problems([], [], [], [])
+    absent, sources, substituted = {}, {}, []
     for path, rule in by_path.items():
-        theirs = _names_of(rule, ours[path].shape)
-        if theirs[0] not in names:
-            theirs = next(([copy] for copy in rule.copies if copy in names), theirs)
-        concerned.update(names[name] for name in theirs if name in names)
-        absent = [name for name in theirs if name not in names]
-        if absent:
-            if len(absent) == len(theirs) and _matches(path, layout.fresh):
-                fresh.append(path)
-            else:
-                problems.missing.extend(absent)
+        there = next((name for name in rule.names() if name in names), rule.theirs)
+        theirs = _names_of(there, ours[path].shape)
+        lacking = [name for name in theirs if name not in names]
+        if lacking:
+            absent[path] = lacking
             continue
-        expected = _their_shape(rule, ours[path].shape)
-        for name in theirs:
-            actual = weights.shape(names[name])
-            if actual != expected:
-                problems.misshaped.append(f"{names[name]} is {list(actual)}, expected {list(expected)}")
+        other = there in rule.preferred and rule.theirs in names
+        if there in (*rule.copies, *rule.spares) or (
+            other and not same_numbers(weights, names[there], names[rule.theirs])
+        ):
+            substituted.append((rule.theirs, there))
         sources[path] = [names[name] for name in theirs]
+        expected = _their_shape(rule, ours[path].shape)
+        for name in sources[path]:
+            problems.look_at(name, weights, expected)
+    fresh = [path for path, lacking in absent.items() if _is_fresh(path, lacking, ours, sources, layout)]
+    problems.missing.extend(name for path, lacking in absent.items() if path not in fresh for name in lacking)
 
-    known = {names[copy] for rule in layout.rules for copy in rule.copies if copy in names}
-    left = [(canonical, name) for canonical, name in names.items() if name not in concerned and name not in known]
+    read = {name for theirs in sources.values() for name in theirs}
+    known = {names[name] for rule in layout.rules for name in rule.names() if name in names}
+    left = [(canonical, name) for canonical, name in names.items() if name not in read | known]
     unused = [name for canonical, name in left if _matches(canonical, layout.leftovers)]
     problems.unused.extend(name for _, name in left if name not in unused)
     problems.raise_if_any(weights)
+    return _Plan(by_path, sources, tuple(fresh), tuple(unused), tuple(substituted))
 
-    def load(path: str) -> jax.Array:
-        return _load(weights, by_path[path], sources[path], ours[path].shape, place(path), dtype)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        arrays = dict(zip(sources, pool.map(load, sources), strict=True))
-    return Imported(nested(arrays), tuple(fresh), tuple(unused))
+def _is_fresh(
+    path: str, lacking: list[str], ours: Mapping[str, Any], sources: Mapping[str, Any], layout: Layout
+) -> bool:
+    """Whether a missing parameter may be initialised: one of a head of which nothing is there."""
+    part = path.split("/")[0] + "/"
+    return _matches(path, layout.fresh) and not any(other.startswith(part) for other in sources)
 
 
 @dataclass
@@ -170,9 +235,18 @@ class _Problems:
     missing: list[str]
     unused: list[str]
     misshaped: list[str]
+    quantised: list[str]
+
+    def look_at(self, name: str, weights: Weights, expected: tuple[int, ...]) -> None:
+        actual, dtype = weights.shape(name), weights.dtype(name)
+        if actual != expected:
+            self.misshaped.append(f"{name} is {list(actual)}, expected {list(expected)}")
+        if not is_float(dtype):
+            self.quantised.append(f"{name} is {dtype}")
 
     def raise_if_any(self, weights: Weights) -> None:
         kinds = [("missing", self.missing), ("unused", self.unused), ("mis-shaped", self.misshaped)]
+        kinds += [("not floating-point (quantised weights are not read)", self.quantised)]
         parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
         if parts:
             raise UserError(f"{weights.path}: weights do not fit the model: {'; '.join(parts)}")
@@ -191,52 +265,52 @@ def _stacked(rule: Rule) -> bool:
     return "{layer}" in rule.theirs
 
 
-def _names_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
-    if not _stacked(rule):
-        return [rule.theirs]
-    return [rule.theirs.format(layer=layer) for layer in range(shape[0])]
+def _names_of(theirs: str, shape: tuple[int, ...]) -> list[str]:
+    """A tensor's name, or those of all layers."""
+    return [theirs.format(layer=layer) for layer in range(shape[0])] if "{layer}" in theirs else [theirs]
 
 
 def _their_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    one = shape[1:] if _stacked(rule) else shape
-    if rule.pattern is None:
-        return one
-    sizes = _sizes(rule.pattern, one)
-    groups = rule.pattern.split("->")[0].replace("(", " ( ").replace(")", " ) ").split()
-    dims: list[int] = []
-    grouped = False
-    for token in groups:
-        if token == "(":
-            dims.append(1)
-            grouped = True
-        elif token == ")":
-            grouped = False
-        elif grouped:
-            dims[-1] *= sizes[token]
-        else:
-            dims.append(sizes[token])
-    return tuple(dims)
+    return their_shape(rule.pattern, shape[1:] if _stacked(rule) else shape)
 
 
-def _sizes(pattern: str, ours: tuple[int, ...]) -> dict[str, int]:
-    return dict(zip(pattern.split("->")[1].split(), ours, strict=True))
+class _Stored:
+    """The tensors of one parameter in an open checkpoint."""
+
+    def __init__(self, weights: Weights, plan: _Plan, path: str, shape: tuple[int, ...], non_finite: list[str]) -> None:
+        self.weights, self.rule, self.names, self.shape = weights, plan.rules[path], plan.sources[path], shape
+        self._non_finite = non_finite
+
+    def tensor(self, layer: int) -> np.ndarray:
+        """One layer (or the whole, where it has no layers), arranged as ours."""
+        name = self.names[layer]
+        stored = self.weights.read(name)
+        if not is_finite(stored) and name not in self._non_finite:
+            self._non_finite.append(name)
+        return to_ours(self.rule.pattern, stored, self.shape[1:] if _stacked(self.rule) else self.shape)
 
 
-def _rearranged(rule: Rule, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if rule.pattern is None:
-        return tensor
-    grouped = (
-        set(rule.pattern[rule.pattern.find("(") + 1 : rule.pattern.find(")")].split()) if "(" in rule.pattern else set()
-    )
-    sizes = {name: size for name, size in _sizes(rule.pattern, shape).items() if name in grouped}
-    return rearrange(tensor, rule.pattern, **sizes)
+class StoredParam:
+    """One of our parameters in an open checkpoint, read when it is used and not kept."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self._stored = stored
+        self.shape = stored.shape
+        self.dtypes = tuple(stored.weights.dtype(name) for name in stored.names)
+        """Stored type of each layer."""
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self._stored.tensor(layer)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stacked = _stacked(self._stored.rule)
+        whole = np.stack([self[i] for i in range(self.shape[0])]) if stacked else self._stored.tensor(0)
+        return whole if dtype is None else whole.astype(dtype)
 
 
-def _load(
-    weights: Weights, rule: Rule, names: list[str], shape: tuple[int, ...], sharding: Any, dtype: Any
-) -> jax.Array:
+def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
     """One parameter: each tensor is read once and copied into the part of each device of this process."""
-    stacked = _stacked(rule)
+    shape, stacked, path = stored.shape, _stacked(stored.rule), stored.weights.path
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
     indices: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     parts: dict[Any, np.ndarray] = {}
@@ -246,14 +320,14 @@ def _load(
             parts[keys[device]] = _aligned_empty(
                 tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)), dtype
             )
-    for layer, name in enumerate(names):
-        tensor = _rearranged(rule, weights.read(name), shape[1:] if stacked else shape)
+    for layer, name in enumerate(stored.names):
+        tensor = stored.tensor(layer)
         for key, part in parts.items():
             index = tuple(slice(start, stop) for start, stop in key)
             if not stacked:
-                np.copyto(part, tensor[index], casting="unsafe")
+                copy_rounded(part, tensor[index], name, path)
             elif index[0].start <= layer < index[0].stop:
-                np.copyto(part[layer - index[0].start], tensor[index[1:]], casting="unsafe")
+                copy_rounded(part[layer - index[0].start], tensor[index[1:]], name, path)
     arrays = [jax.device_put(parts[keys[device]], device) for device in indices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -294,20 +368,22 @@ def export_tensors(params: dict[str, Any], layout: Layout, *, bare: bool, dtype:
 
 def _exported(rule: Rule, leaf: Any, layout: Layout, bare: bool, dtype: Any) -> Iterator[TensorOut]:
     shape = _their_shape(rule, leaf.shape)
-    kind = np.dtype(leaf.dtype if dtype is None else dtype)
+    names = _names_of(rule.theirs, leaf.shape)
+    stored = leaf.dtypes if isinstance(leaf, StoredParam) else (leaf.dtype,) * len(names)
 
-    def reader(layer: int | None) -> Callable[[], np.ndarray]:
+    def reader(name: str, layer: int | None, kind: np.dtype) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            ours = np.asarray(leaf if layer is None else leaf[layer])
-            if rule.pattern is not None:
-                left, right = rule.pattern.split("->")
-                sizes = _sizes(rule.pattern, ours.shape)
-                ours = rearrange(ours, f"{right.strip()} -> {left.strip()}", **sizes)
-            return np.ascontiguousarray(ours.astype(kind, copy=False))
+            theirs = to_theirs(rule.pattern, np.asarray(leaf if layer is None else leaf[layer]))
+            if theirs.dtype == kind:
+                return np.ascontiguousarray(theirs)
+            rounded = np.empty(theirs.shape, kind)
+            copy_rounded(rounded, theirs, name, "export")
+            return rounded
 
         return read
 
-    for layer, name in enumerate(_names_of(rule, leaf.shape)):
+    for layer, name in enumerate(names):
+        kind = np.dtype(stored[layer] if dtype is None else dtype)
         for copy in (name, *rule.copies):
             written = copy.removeprefix(layout.prefix) if bare else copy
-            yield TensorOut(written, shape, kind, reader(layer if _stacked(rule) else None))
+            yield TensorOut(written, shape, kind, reader(written, layer if _stacked(rule) else None, kind))

@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from jaxft.config import LoraConfig
 from jaxft.errors import UserError
 from jaxft.hf import nested
+from jaxft.initial import initialisable, shapes_and_axes
 from jaxft.layers import Compute, labelled, unlabel
 from jaxft.optim import Leaf, leaves_of, map_paths, parameter_paths
-from jaxft.pretrained import initialisable, shapes_and_axes
 from jaxft.sharding import jitted
 
 Array = jax.Array

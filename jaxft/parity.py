@@ -31,16 +31,27 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within :data:`TOLERANCE`."""
+        """Whether the difference is within :data:`TOLERANCE`; NaN is not."""
         return self.largest <= TOLERANCE * max(1.0, self.scale)
 
 
-def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Difference]:
-    """Hidden states, pooled vector and logits of random rows with ragged padding, ours against the reference's.
+@dataclass(frozen=True)
+class Reference:
+    """A model as `transformers` loads it, in float32."""
+
+    model: Any
+    made_up: tuple[str, ...]
+    """Names of parameters that the folder does not have and that were initialised at random."""
+
+
+def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = None, **config: Any) -> Reference:
+    """Loads a folder in Hugging Face layout with `transformers`.
 
     Args:
-      folder: in Hugging Face layout, for the reference to load.
-      model, params: ours.
+      folder: config.json and weights, of a format that the reference reads.
+      architecture: the reference's class.
+      rounded_to: type that each parameter is rounded to after loading; None: float32 as loaded.
+      config: changes to config.json, for instance ``num_labels=3``.
 
     Raises:
       UserError: torch or transformers is not installed, or the reference cannot load the folder.
@@ -54,16 +65,27 @@ def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Differ
         ) from error
 
     transformers.utils.logging.disable_progress_bar()
-    batch = random_batch(model.config, rows)
-    exact = model.clone(compute=Compute())
-    ours = jax.jit(exact.apply)({"params": params}, **batch)
-    architecture = getattr(transformers, models_architecture(model))
+    kind = getattr(transformers, architecture)
     try:
-        theirs_model = architecture.from_pretrained(str(folder), dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}: transformers cannot load it: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        model, report = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True, **config)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: transformers cannot load it: {reason}") from error
+    if rounded_to is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(getattr(torch, rounded_to)))
+    return Reference(model.eval(), tuple(sorted(report["missing_keys"])))
+
+
+def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What :func:`outputs` gives, computed by `transformers`; without what depends on made-up parameters.
+
+    Raises:
+      UserError: parameters of the encoder itself were made up.
+    """
+    import torch
+
     inputs = {
         "input_ids": torch.tensor(batch["tokens"].astype(np.int64)),
         "attention_mask": torch.tensor(batch["mask"].astype(np.int64)),
@@ -71,13 +93,38 @@ def compare(folder: Path, model: Any, params: Any, rows: int = 4) -> list[Differ
     if "types" in batch:
         inputs["token_type_ids"] = torch.tensor(batch["types"].astype(np.int64))
     with torch.no_grad():
-        theirs = theirs_model(**inputs, output_hidden_states=True)
-    pairs = [("hidden states", ours.hidden, theirs.hidden_states[-1].numpy())]
-    if ours.logits is not None:
-        pairs.append(("logits", ours.logits, theirs.logits.numpy()))
-    elif ours.pooled is not None:
-        pairs.append(("pooled", ours.pooled, theirs.pooler_output.numpy()))
-    return [difference(name, np.asarray(a), b, batch["mask"]) for name, a, b in pairs]
+        out = reference.model(**inputs, output_hidden_states=True)
+    found = {"hidden states": out.hidden_states[-1].numpy()}
+    if getattr(out, "logits", None) is not None:
+        found["logits"] = out.logits.numpy()
+    elif getattr(out, "pooler_output", None) is not None:
+        found["pooled"] = out.pooler_output.numpy()
+    if not reference.made_up:
+        return found
+    body = f"{reference.model.base_model_prefix}." if "logits" in found else ""
+    inside = [name for name in reference.made_up if name.startswith(body) and "pooler." not in name]
+    if inside:
+        raise UserError(
+            f"transformers finds no {inside[0]} in the weights and makes it up: there is nothing to compare with"
+        )
+    return {"hidden states": found["hidden states"]}
+
+
+def outputs(model: Any, params: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hidden states [B, S, D], and logits or the pooled vector [B, D] if the model has them, computed by us in float32."""
+    exact = model.clone(compute=Compute())
+    ours = jax.jit(exact.apply)({"params": params}, **batch)
+    named = {
+        "hidden states": ours.hidden,
+        "logits": ours.logits,
+        "pooled": None if ours.logits is not None else ours.pooled,
+    }
+    return {name: np.asarray(value) for name, value in named.items() if value is not None}
+
+
+def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], mask: np.ndarray, by: str) -> list[Difference]:
+    """Differences of the arrays that both have, padding ([B, S] ``mask``) left out; ``by`` says who computed ours."""
+    return [difference(f"{name} ({by})", ours[name], theirs[name], mask) for name in theirs if name in ours]
 
 
 def models_architecture(model: Any) -> str:
@@ -88,10 +135,14 @@ def models_architecture(model: Any) -> str:
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> Difference:
-    """Compares two arrays; [B, S, ...] ones only where ``mask`` [B, S] is set."""
+    """Compares two arrays; [B, S, ...] ones only where ``mask`` [B, S] is set. NaN and infinity equal themselves."""
     if ours.ndim == 3:
         ours, theirs = ours[mask.astype(bool)], theirs[mask.astype(bool)]
-    return Difference(name, float(np.abs(ours - theirs).max()), float(np.abs(theirs).max()))
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    apart = np.abs(np.where(same, 0.0, ours) - np.where(same, 0.0, theirs))
+    return Difference(
+        name, float(apart.max()), float(np.abs(theirs, where=np.isfinite(theirs), out=np.zeros_like(theirs)).max())
+    )
 
 
 def random_batch(config: Any, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -110,6 +161,7 @@ def random_batch(config: Any, rows: int, seed: int = 0) -> dict[str, np.ndarray]
 
 def report_text(differences: list[Difference]) -> str:
     """The comparison as a table."""
-    lines = [f"{'compared':16}{'largest difference':>20}{'largest value':>16}  within {TOLERANCE:g}"]
-    lines += [f"{d.name:16}{d.largest:20.2e}{d.scale:16.3g}  {'yes' if d.passed else 'NO'}" for d in differences]
+    width = max(16, *(len(d.name) + 2 for d in differences))
+    lines = [f"{'compared':{width}}{'largest difference':>20}{'largest value':>16}  within {TOLERANCE:g}"]
+    lines += [f"{d.name:{width}}{d.largest:20.2e}{d.scale:16.3g}  {'yes' if d.passed else 'NO'}" for d in differences]
     return "\n".join(lines)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,11 +24,15 @@ from jaxft.config import decode
 from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, package_folder, write_atomic
-from jaxft.hf import export_tensors, import_params, nested, paths_of
-from jaxft.layers import Compute, unlabel
-from jaxft.sharding import no_mesh, shardings_of
+from jaxft.hf import Imported, Layout, export_tensors, import_params, nested, paths_of, stored_params
+from jaxft.initial import init_params as init_params  # for those who load it beside load_params
+from jaxft.initial import init_some, shapes_and_axes, spread
+from jaxft.layers import Compute
+from jaxft.sharding import shardings_of
 from jaxft.weights import Weights, open_weights, write_safetensors
 from jaxft.weights.flax_names import under_pytorch_names
+from jaxft.weights.numbers import QUANTISATION_KEYS, name_non_finite, refuse_quantised
+from jaxft.weights.part import Part
 
 Note = Callable[[str], None]
 
@@ -120,17 +125,23 @@ def open_source(reference: str, note: Note, *, family: str | None = None, arch: 
     hf_config = read_json(folder / "config.json")
     name = _family_name(hf_config, family, folder, note)
     module = models.family(name)
-    with open_folder(folder) as weights:
-        shape_of = {tensor: weights.shape(tensor) for tensor in weights.names()}
+    refuse_quantised(hf_config, folder / "config.json")
     stated = module.config_from_hf(hf_config)
-    said = module.config_of_weights(shape_of)
-    head = module.head_of(shape_of.keys())
+    with open_folder(folder) as weights:
+        said = module.config_of_weights(weights)
+        head = module.head_of(weights.names())
+    if said.get("tie_word_embeddings") is False and stated.get(
+        "tie_word_embeddings", module.Config.tie_word_embeddings
+    ):
+        note("config.json ties the embeddings, but the weights have another decoder of their own: it is kept, untied")
     labels = _labels(hf_config)
     rows = said.get("num_labels")
     if rows is not None:
         # num_labels is not always written; id2label then says it, and two is the reference's default.
-        claimed = hf_config.get("num_labels", len(labels) if labels else 2)
-        if claimed != rows:
+        claimed = hf_config.get("num_labels", len(hf_config.get("id2label") or ()) or None)
+        if claimed is None and rows != 2:
+            note(f"config.json does not say how many labels there are; the weights have {rows}")
+        elif claimed not in (None, rows):
             note(f"config.json says {claimed} labels, the weights have {rows}: the weights are believed")
         if labels is not None and len(labels) != rows:
             labels = None
@@ -186,35 +197,19 @@ def open_folder(path: Path) -> Weights:
 # ------------------------------------------------------------------------------------------------------------- import
 
 
-def shapes_and_axes(model: Any) -> tuple[Any, Any]:
-    """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
-    example = jnp.zeros((1, 2), jnp.int32)
-    # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
-    quick = initialisable(model, layers="scanned")
-    with no_mesh():  # the example is too small to be split
-        return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
-
-
-def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
-    """Freshly initialised parameters, made where they will lie."""
-    # The model is a static argument, not part of a new function: other seeds find the compiled program.
-    return jax.jit(_init, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
-
-
-def initialisable(model: Any, **how: Any) -> Any:
-    """The model as it can be initialised: the attention backend asked for may refuse the tiny example."""
-    return model.clone(compute=dataclasses.replace(model.compute, attention="xla", **how))
-
-
-def _init(model: Any, key: jax.Array) -> Any:
-    with no_mesh():  # the example is too small to be split
-        return unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
-
-
 def load_params(
-    source: Source, model: Any, note: Note, *, mesh: Any = None, seed: int = 0, fresh_head: bool = False
+    source: Source,
+    model: Any,
+    note: Note,
+    *,
+    mesh: Any = None,
+    seed: int = 0,
+    fresh_head: bool = False,
+    finite: bool = False,
 ) -> Any:
     """The parameters of ``model`` from a model folder.
+
+    A head that the folder does not have, or ``fresh_head``, is initialised; one that it has must be there whole.
 
     Args:
       source: the opened folder.
@@ -223,52 +218,59 @@ def load_params(
       mesh: to spread them over; None: the default device.
       seed: of freshly initialised heads.
       fresh_head: do not read the folder's head.
+      finite: refuse weights with NaN or infinity, from which no training can start; otherwise they are noted.
 
     Raises:
-      UserError: the weights do not fit.
+      UserError: the weights do not fit, or are not numbers that the model's parameter type can hold.
     """
     shapes, axes = shapes_and_axes(model)
     shardings = None if mesh is None else shardings_of(mesh, model.compute.rules, shapes, axes)
     placed = {} if shardings is None else paths_of(shardings)
-    layout = source.family.hf_layout(model.config, model.head)
+    layout = _layout_of(source, model, fresh_head)
     with open_folder(source.folder) as weights:
-        viewed = _WithoutHead(weights, layout.fresh, layout) if fresh_head else weights
+        head = [name for rule in layout.rules if rule.ours.startswith("head/") for name in rule.names()]
+        viewed = Part(weights, without=head) if fresh_head else weights
         got = import_params(viewed, layout, shapes, placed.get, np.dtype(model.compute.param_dtype))
+    if got.non_finite and finite:
+        raise UserError(f"{source.folder}: training cannot start: {name_non_finite(got.non_finite)}; use sound weights")
+    if got.non_finite:
+        note(f"warning: {name_non_finite(got.non_finite)}")
+    return _completed(got, model, shapes, placed, seed, note)
+
+
+def open_params(source: Source, model: Any, weights: Weights, note: Note, *, seed: int = 0) -> Imported:
+    """The parameters of ``model`` as ``weights`` (the source's) store them, read one tensor at a time when they are used.
+
+    Nothing is cast, and nothing but a fresh head kept in memory. ``non_finite`` of the result fills as tensors are read.
+
+    Raises:
+      UserError: the weights do not fit.
+    """
+    shapes, _ = shapes_and_axes(model)
+    got = stored_params(weights, _layout_of(source, model, False), shapes)
+    return dataclasses.replace(got, params=_completed(got, model, shapes, {}, seed, note))
+
+
+def _layout_of(source: Source, model: Any, fresh_head: bool) -> Layout:
+    layout = source.family.hf_layout(model.config, model.head)
+    # A head that the folder claims to have is not made up where tensors of it are missing.
+    return layout if fresh_head or model.head != source.head else dataclasses.replace(layout, fresh=())
+
+
+def _completed(got: Imported, model: Any, shapes: Any, placed: dict[str, Any], seed: int, note: Note) -> dict[str, Any]:
+    """What was read, with what was not initialised; says so."""
     flat = paths_of(got.params)
     if got.fresh:
         # Only what is missing is computed: XLA drops the rest of the initialisation.
-        initial = jax.jit(_init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
-        flat |= {p: v if not placed else _spread(v, placed[p]) for p, v in initial.items()}
+        initial = jax.jit(init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
+        flat |= {p: v if not placed else spread(v, placed[p]) for p, v in initial.items()}
         note(f"initialised afresh: {', '.join(got.fresh)}")
-    left = [name for name in got.unused if not name.endswith(("position_ids", "token_type_ids"))]
+    for wanted, read in got.substituted:
+        note(f"{read} is read for {wanted}")
+    left = [name for name in got.unused if not name.endswith(("position_ids", "token_type_ids", "inv_freq"))]
     if left:
         note(f"in the checkpoint, not used: {', '.join(left)}")
     return nested({path: flat[path] for path in paths_of(shapes)})
-
-
-def _spread(value: jax.Array, sharding: Any) -> jax.Array:
-    """An array that every process has made, as one array over the devices of all."""
-    host = np.asarray(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _init_some(model: Any, wanted: tuple[str, ...], key: jax.Array) -> dict[str, Any]:
-    return {path: value for path, value in paths_of(_init(model, key)).items() if path in wanted}
-
-
-class _WithoutHead(Weights):
-    """A checkpoint as if it had no head."""
-
-    def __init__(self, weights: Weights, fresh: tuple[str, ...], layout: Any) -> None:
-        head = {rule.theirs for rule in layout.rules if rule.ours.startswith("head/")}
-        super().__init__(weights.path, weights.format, {n: weights.spec(n) for n in weights.names() if n not in head})
-        self._weights = weights
-
-    def _fill(self, name: str, rows: tuple[int, int] | None, out: np.ndarray) -> None:
-        self._weights._fill(name, rows, out)
-
-    def close(self) -> None:
-        self._weights.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -304,8 +306,9 @@ def export_folder(
             params, layout, bare=model.head is None, dtype=None if dtype is None else jnp.dtype(dtype)
         )
         write_safetensors(folder, tensors, shard_bytes)
-        kinds = {str(tensor.dtype) for tensor in tensors}
-        config = _exported_config(source_config, family, model, labels, kinds.pop() if len(kinds) == 1 else "float32")
+        # The reference loads all in one type: mixed ones in the first that holds them all.
+        kind = str(functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors}))
+        config = _exported_config(source_config, family, model, labels, kind)
         write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if tokenizer_folder is not None:
             for name in TOKENIZER_FILES:
@@ -320,7 +323,8 @@ def export_folder(
 def _exported_config(
     before: dict[str, Any], family: ModuleType, model: Any, labels: tuple[str, ...] | None, dtype: str
 ) -> dict[str, Any]:
-    config = {key: value for key, value in before.items() if key not in ("_name_or_path", "torch_dtype", "num_labels")}
+    stale = {"_name_or_path", "torch_dtype", "num_labels", "auto_map", *QUANTISATION_KEYS, *family.SUPERSEDED}
+    config = {key: value for key, value in before.items() if key not in stale}
     config |= family.config_to_hf(model.config)
     config["architectures"] = [family.HEADS[model.head]]
     config["dtype"] = dtype

@@ -18,9 +18,10 @@ from jaxft import lora, models, tasks
 from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.loader import array_shapes
 from jaxft.errors import UserError
+from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.optim import frozen_mask, make_optimizer, make_schedule
-from jaxft.pretrained import Source, make_config, shapes_and_axes
+from jaxft.pretrained import Source, make_config
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,

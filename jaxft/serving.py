@@ -97,7 +97,7 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     config = _override(meta["config"], overrides)
     family = models.family(meta["family"])
     model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
-    tokenizer = Path(meta["tokenizer"])
+    tokenizer = folder / meta["tokenizer"]  # absolute, or inside the checkpoint
     if config.data.tokenizer is not None:
         tokenizer = resolve_folder(config.data.tokenizer)
     elif not tokenizer.is_dir() and config.model.init is not None:

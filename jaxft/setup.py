@@ -20,7 +20,8 @@ from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.pretrained import Source, check_vocabulary, init_params, load_params, open_source, resolve_folder
+from jaxft.initial import init_params
+from jaxft.pretrained import Source, check_vocabulary, load_params, open_source, resolve_folder
 from jaxft.recipe import Recipe, make_recipe
 from jaxft.sharding import AxisRules, make_mesh, make_rules, ways
 
@@ -79,7 +80,8 @@ class Setup(Recipe):
         if self.source is None:
             return init_params(self.model, seed, self.shardings)
         base = lora.base_of(self.model)
-        loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=self.fresh_head)
+        fresh = self.fresh_head
+        loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
         if base is self.model:
             return loaded
         return lora.with_adapters(self.model, loaded, seed, self.shardings)

@@ -103,8 +103,12 @@ def subtree(manifest: Manifest, group: str) -> dict[str, LeafSpec]:
     }
 
 
-def start_save(folder: Path, flat: dict[str, Any]) -> ocp.AsyncResponse[None]:
-    """Begins to write; when this returns, the caller may donate the arrays. ``result()`` waits for the commit."""
+def start_save(folder: Path, flat: dict[str, Any], *, keeps: bool = False) -> ocp.AsyncResponse[None]:
+    """Begins to write; when this returns, the caller may donate the arrays. ``result()`` waits for the commit.
+
+    Args:
+      keeps: the caller neither donates nor changes the arrays before the commit: on CPU none is copied then.
+    """
     if any(path.startswith(f"{COUNTERS}/") for path in flat):
         raise ValueError(f"a state cannot have a subtree {COUNTERS!r}: the name is taken by the layout on disk")
     _quiet_orbax()
@@ -114,7 +118,7 @@ def start_save(folder: Path, flat: dict[str, Any]) -> ocp.AsyncResponse[None]:
     # Shardings are always given at restore: those of the devices that happened to save are of no use, and Orbax cannot
     # read them on fewer devices (google/orbax#648).
     context.array.saving.enable_write_sharding_file = False
-    groups = unflatten({_stored_path(path): _detach(leaf) for path, leaf in flat.items()})
+    groups = unflatten({_stored_path(path): leaf if keeps else _detach(leaf) for path, leaf in flat.items()})
     with context:
         return ocp.save_checkpointables_async(str(folder), groups)
 

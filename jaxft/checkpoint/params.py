@@ -26,8 +26,14 @@ RUN_SUBFOLDER = "checkpoints"
 """Where a run folder has its checkpoints."""
 
 
-def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:
+def save_params(folder: Path, params: Any, meta: dict[str, Any], files: Mapping[str, Path] | None = None) -> None:
     """Writes parameters as one checkpoint folder, whole or not at all.
+
+    Args:
+      folder: to write.
+      params: dict of arrays.
+      meta: plain JSON to keep with them.
+      files: copied into the folder, by the paths inside it that they get: what belongs to the model besides.
 
     Raises:
       UserError: ``folder`` exists and is not empty, or cannot be written.
@@ -46,8 +52,11 @@ def save_params(folder: Path, params: Any, meta: dict[str, Any]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
         processes.barrier("checkpoint params begin")
-        layout.start_save(temporary, flat).result()
+        layout.start_save(temporary, flat, keeps=True).result()
         if processes.is_first():
+            for name, source in (files or {}).items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary / name)
             seal(temporary, kind="params", step=None, best=False, tree=tree, meta=meta)
             if target.exists():
                 target.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard-size", default="5GB", help="largest safetensors file (default: 5GB)")
     parser.add_argument(
-        "--check", action="store_true", help="compare with transformers on torch; exit code 1 if they differ"
+        "--check",
+        action="store_true",
+        help="compare what transformers reads in the source with what was written; exit code 1 if they differ",
     )
 
 
@@ -39,27 +42,14 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         _check_possible(options)
     set_up_jax(None)
-    from jaxft import models
-    from jaxft.pretrained import export_folder
-
-    got = _open(options)
-    family = models.family(got.family_name)
-    if options.to == "hf":
-        export_folder(
-            target,
-            got.hf_config,
-            family,
-            got.model,
-            got.params,
-            tokenizer_folder=got.tokenizer_folder,
-            labels=got.labels,
-            dtype=options.dtype,
-            shard_bytes=shard_bytes,
-        )
-    else:
-        _write_checkpoint(target, got, options.dtype)
+    with ExitStack() as opened:
+        got = _open(options, opened)
+        if options.to == "hf":
+            _write_folder(target, got, options.dtype, shard_bytes)
+        else:
+            _write_checkpoint(target, got, options.dtype)
     print(f"wrote {target}")
-    return _check(target if options.to == "hf" else got.folder, got, options.dtype) if options.check else 0
+    return _check(target, got, options) if options.check else 0
 
 
 def parse_size(text: str) -> int:
@@ -82,7 +72,10 @@ def parse_size(text: str) -> int:
 
 
 class _Opened:
-    """A model to convert: ``family_name, model, params, hf_config, labels, tokenizer_folder, folder``."""
+    """A model to convert: ``family_name, model, params, hf_config, labels, tokenizer_folder, source, non_finite``.
+
+    ``source``: the opened model folder, None for a checkpoint; ``non_finite``: names of tensors with NaN or infinity.
+    """
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
@@ -91,7 +84,8 @@ class _Opened:
         raise AttributeError(name)
 
 
-def _open(options: argparse.Namespace) -> Any:
+def _open(options: argparse.Namespace, opened: ExitStack) -> Any:
+    """Opens the source; tensors of a model folder are read when they are written, from files that ``opened`` closes."""
     from jaxft import checkpoint
     from jaxft.errors import UserError, nearest
 
@@ -100,18 +94,21 @@ def _open(options: argparse.Namespace) -> Any:
     if path.is_dir() and not (path / "config.json").is_file() and run:
         return _open_checkpoint(path, options)
     from jaxft.layers import Compute
-    from jaxft.pretrained import load_params, open_folder, open_source
+    from jaxft.pretrained import load_params, open_folder, open_params, open_source
 
     source = open_source(options.source, print)
     head = {"stored": source.head, "none": None}.get(options.head, options.head)
     if head not in source.family.HEADS:
         raise UserError(f"--head {options.head}: {nearest(options.head, [h for h in source.family.HEADS if h])}")
-    with open_folder(source.folder) as weights:
-        kinds = {str(weights.dtype(name)) for name in weights.names() if "float" in str(weights.dtype(name))}
-    # Stored types are kept, so that a round trip is bit-equal; mixed ones meet in float32.
-    stored = kinds.pop() if len(kinds) == 1 else "float32"
-    model = source.family.Model(source.config, head, Compute(param_dtype=stored))
-    params = load_params(source, model, print)
+    weights = opened.enter_context(open_folder(source.folder))
+    made = options.dtype or _common_type(weights, options.to)
+    model = source.family.Model(source.config, head, Compute(param_dtype=made))
+    if options.to == "hf":
+        got = open_params(source, model, weights, print)
+        params, non_finite = got.params, got.non_finite
+    else:
+        opened.close()
+        params, non_finite = load_params(source, model, print), []
     return _Opened(
         family_name=source.family_name,
         model=model,
@@ -119,8 +116,23 @@ def _open(options: argparse.Namespace) -> Any:
         hf_config=source.hf_config,
         labels=source.labels,
         tokenizer_folder=source.folder,
-        folder=source.folder,
+        source=source,
+        non_finite=non_finite,
     )
+
+
+def _common_type(weights: Any, to: str) -> str:
+    """The type of new tensors, and of all that go into a checkpoint: the stored one, or float32 where it is not one."""
+    from jaxft.weights.numbers import is_float
+
+    kinds = sorted({str(weights.dtype(name)) for name in weights.names() if is_float(weights.dtype(name))})
+    if len(kinds) == 1 and kinds[0] in ("float32", "bfloat16", "float16"):
+        return kinds[0]
+    if to == "jaxft":
+        print(
+            f"weights of type {', '.join(kinds)} are all stored as float32: a jaxft checkpoint has one type, at most that wide"
+        )
+    return "float32"
 
 
 def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
@@ -140,17 +152,36 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
         hf_config=served.hf_config,
         labels=served.labels or None,
         tokenizer_folder=served.tokenizer.folder,
-        folder=None,
+        source=None,
+        non_finite=[],
     )
 
 
-def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
-    import jax
+def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -> None:
+    from jaxft import models
+    from jaxft.pretrained import export_folder
+    from jaxft.weights.numbers import name_non_finite
 
+    export_folder(
+        target,
+        got.hf_config,
+        models.family(got.family_name),
+        got.model,
+        got.params,
+        tokenizer_folder=got.tokenizer_folder,
+        labels=got.labels,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+    )
+    if got.non_finite:
+        print(f"warning: {name_non_finite(got.non_finite)}; they are written as they are")
+
+
+def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
     from jaxft import checkpoint
     from jaxft.config import RunConfig, to_tree
+    from jaxft.data.tokenizer import TOKENIZER_FILES
 
-    params = got.params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), got.params)
     meta = {
         "config": to_tree(RunConfig()),
         "family": got.family_name,
@@ -158,9 +189,32 @@ def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
         "head": got.model.head,
         "labels": list(got.labels or ()),
         "hf_config": got.hf_config,
-        "tokenizer": str(got.tokenizer_folder.resolve()),
+        # Inside the checkpoint, which may be moved or sent.
+        "tokenizer": "tokenizer",
     }
-    checkpoint.save_params(target, params, meta)
+    there = {name: got.tokenizer_folder / name for name in TOKENIZER_FILES}
+    files = {f"tokenizer/{name}": path for name, path in there.items() if path.is_file()}
+    checkpoint.save_params(target, _rounded(got.params, dtype), meta, files)
+
+
+def _rounded(params: Any, dtype: str | None) -> Any:
+    """Parameters in another type; those that have it already, or with no type asked for, as they are."""
+    import jax
+    import numpy as np
+
+    from jaxft.hf import nested, paths_of
+    from jaxft.weights.numbers import copy_rounded
+
+    if dtype is None:
+        return params
+    cast = {}
+    for path, leaf in paths_of(params).items():
+        cast[path] = leaf
+        if leaf.dtype != dtype:
+            out = np.empty(leaf.shape, jax.numpy.dtype(dtype))
+            copy_rounded(out, np.asarray(leaf), path, "parameters")
+            cast[path] = jax.numpy.asarray(out)
+    return nested(cast)
 
 
 def _check_possible(options: argparse.Namespace) -> None:
@@ -172,19 +226,98 @@ def _check_possible(options: argparse.Namespace) -> None:
     if find_spec("torch") is None:
         raise UserError("--check compares with transformers on torch, which is not installed; pip install torch")
     path = Path(options.source).expanduser()
-    if options.to == "jaxft" and path.is_dir() and not (path / "config.json").is_file():
-        raise UserError("--check needs a Hugging Face folder on one side; use --to hf")
+    if options.to == "jaxft" and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError("--check needs a Hugging Face folder on one side; use --to hf")
+        if not _reference_reads(path):
+            raise UserError("--check: transformers reads neither flax_model.msgpack nor jaxft checkpoints; use --to hf")
 
 
-def _check(folder: Path, got: Any, dtype: str | None) -> int:
+def _check(target: Path, got: Any, options: argparse.Namespace) -> int:
+    """Compares what was written with the source, and says what was compared with what."""
+    from jaxft import parity
+    from jaxft.errors import UserError
+
+    batch = parity.random_batch(got.model.config, rows=4)
+    try:
+        if got.source is not None and _reference_reads(got.source.folder):
+            differences = _against_source(target, got, options, batch)
+        else:
+            differences = _against_target(target, got, options, batch)
+    except UserError as error:
+        raise UserError(f"{target} is written, but not checked: {error}") from error
+    print(parity.report_text(differences))
+    return 0 if all(d.passed for d in differences) else 1
+
+
+def _reference_reads(folder: Path) -> bool:
+    """Whether transformers reads the weights in a folder; since version 5 it reads no Flax files."""
+    from jaxft.weights import open_weights
+
+    with open_weights(folder) as weights:
+        return weights.format != "flax msgpack"
+
+
+def _against_source(target: Path, got: Any, options: argparse.Namespace, batch: Any) -> list[Any]:
+    """The source, by transformers, against what was written, by jaxft and (a Hugging Face folder) by transformers."""
+    from jaxft import parity
+
+    names = parity.models_architecture(got.model)
+    rows = getattr(got.model.config, "num_labels", None)
+    # config.json may say another number of labels; the weights are believed.
+    changes = {"num_labels": rows} if got.model.head == "classification" else {}
+    source = parity.load_reference(got.source.folder, names, rounded_to=options.dtype, **changes)
+    theirs = parity.outputs_of_reference(source, batch)
+    ours = parity.outputs(*_written(target, got, options), batch)
+    print(f"compared: {got.source.folder} as transformers reads it, with {target} as each reads it")
+    differences = parity.compare(ours, theirs, batch["mask"], "jaxft")
+    if options.to == "hf":
+        again = parity.outputs_of_reference(parity.load_reference(target, names), batch)
+        differences += parity.compare(again, theirs, batch["mask"], "transformers")
+        made = {name: value for name, value in again.items() if name not in theirs}
+        differences += parity.compare(ours, made, batch["mask"], "jaxft")
+    else:
+        made = {}
+    if source.made_up:
+        compared = f"; {', '.join(made)}: jaxft with transformers, both on {target}" if made else ""
+        print(f"not in the source, so not compared with it: {', '.join(source.made_up)}{compared}")
+    return differences
+
+
+def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: Any) -> list[Any]:
+    """What was written, by transformers, against the source, by jaxft: for sources that transformers does not read."""
     import jax
     import jax.numpy as jnp
 
-    from jaxft.parity import compare, report_text
+    from jaxft import parity
+    from jaxft.layers import Compute
+    from jaxft.pretrained import load_params
 
-    # What was written, rounding included, as the reference reads it.
-    written = got.params if dtype is None else jax.tree.map(lambda p: p.astype(dtype), got.params)
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), written)
-    differences = compare(folder, got.model, wide)
-    print(report_text(differences))
-    return 0 if all(d.passed for d in differences) else 1
+    params = got.params
+    if got.source is not None:
+        params = load_params(got.source, got.model.clone(compute=Compute()), lambda text: None)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), _rounded(params, options.dtype))
+    reference = parity.load_reference(target, parity.models_architecture(got.model))
+    print(
+        f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"
+    )
+    theirs = parity.outputs_of_reference(reference, batch)
+    return parity.compare(parity.outputs(got.model, wide, batch), theirs, batch["mask"], "jaxft")
+
+
+def _written(target: Path, got: Any, options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its parameters, opened from what was written."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxft import checkpoint, models
+    from jaxft.layers import Compute
+    from jaxft.pretrained import load_params, make_config, open_source
+
+    if options.to == "hf":
+        source = open_source(str(target), lambda text: None)
+        model = source.family.Model(source.config, got.model.head, Compute())
+        return model, load_params(source, model, lambda text: None)
+    params, meta = checkpoint.restore_params(target)
+    model = type(got.model)(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
+    return model, jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)

@@ -6,7 +6,9 @@ A family module defines (see docs/add_a_model.md):
 - ``Model``: Linen module, ``Model(config, head, compute)``, ``head`` one of ``HEADS`` or None;
 - ``HEADS``: head name -> the reference's architecture name;
 - ``config_from_hf`` / ``config_to_hf``: to and from the reference's config.json;
-- ``hf_rules(config, head)``: the weight table, see :mod:`jaxft.hf`;
+- ``SUPERSEDED``: older keys of config.json for what ``config_to_hf`` writes, which an export leaves out;
+- ``config_of_weights(weights)``: what the tensors alone say about the Config;
+- ``hf_layout(config, head)``: the weight table, see :mod:`jaxft.hf`;
 - ``TINY``: a Config small enough for tests.
 """
 

@@ -5,7 +5,7 @@ Dims: B batch, S length, D model width, N heads, H head size, F MLP width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from jaxft.layers import (
     subkey,
     vocabulary_logits,
 )
+from jaxft.weights import Weights
+from jaxft.weights.numbers import has_own
 
 Array = jax.Array
 
@@ -361,6 +363,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return {"model_type": "bert", **{name: getattr(config, name) for name in _SAME_NAME}}
 
 
+SUPERSEDED = ()
+"""Older keys of config.json for what :func:`config_to_hf` writes."""
+
 # What a task may need that a checkpoint need not have; initialised afresh, and said.
 _FRESH = ("head/*", "pooler/*")
 # Known, harmless leftovers: buffers, and heads that the task does not use.
@@ -389,18 +394,23 @@ def head_of(names: Collection[str]) -> str | None:
     return "next_sentence" if "cls.seq_relationship.weight" in names else None
 
 
-def config_of_weights(shape_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What tensor names and shapes alone say about the Config; believed over config.json."""
-    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in shape_of)}
-    if "classifier.weight" in shape_of:
-        said["num_labels"] = shape_of["classifier.weight"][0]
+def config_of_weights(weights: Weights) -> dict[str, Any]:
+    """What tensors alone say about the Config; believed over config.json."""
+    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in weights.names())}
+    if "classifier.weight" in weights.names():
+        said["num_labels"] = weights.shape("classifier.weight")[0]
+    # transformers ties the two only where they are equal, whatever config.json says.
+    if has_own(weights, "cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"):
+        said["tie_word_embeddings"] = False
     return said
 
 
 def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
     """The weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is)."""
+    # A tied decoder may be the only one of the two that a file has.
+    tied = ("cls.predictions.decoder.weight",) if head == "masked_lm" and config.tie_word_embeddings else ()
     base = (
-        Rule("embed/token/embedding", "bert.embeddings.word_embeddings.weight"),
+        Rule("embed/token/embedding", "bert.embeddings.word_embeddings.weight", spares=tied),
         Rule("embed/position/embedding", "bert.embeddings.position_embeddings.weight"),
         Rule("embed/type/embedding", "bert.embeddings.token_type_embeddings.weight"),
         *_pair("embed/norm", "bert.embeddings.LayerNorm"),
@@ -431,7 +441,8 @@ def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
         case "next_sentence":
             return (*base, *layers, *pooler, *_dense("head/linear", "cls.seq_relationship"))
     if config.tie_word_embeddings:
-        decoder: tuple[Rule, ...] = (Rule("head/bias", "cls.predictions.bias"),)
+        of_decoder = ("cls.predictions.decoder.bias",)
+        decoder: tuple[Rule, ...] = (Rule("head/bias", "cls.predictions.bias", preferred=of_decoder),)
     else:
         # transformers v5 reads decoder.bias; v4 tied the two and stored the other name only.
         bias, copy = "cls.predictions.decoder.bias", "cls.predictions.bias"

@@ -5,7 +5,8 @@ Dims: B batch, S length, D model width, N query heads, K key/value heads, H head
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ from jaxft.layers import (
     subkey,
     vocabulary_logits,
 )
+from jaxft.weights import Weights
+from jaxft.weights.numbers import has_own
 
 Array = jax.Array
 
@@ -294,6 +297,9 @@ _SAME_NAME = [
     "tie_word_embeddings",
 ]
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_KEYS_OF = {"default": (), "linear": ("factor",), "llama3": _ROPE_KEYS}
+SUPERSEDED = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Older keys of config.json for what :func:`config_to_hf` writes; the reference would believe some of them."""
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
@@ -301,27 +307,44 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     which are the reference's.
 
     Raises:
-      UserError: the file asks for rotary positions of a kind that is not supported.
+      UserError: the file asks for rotary positions of a kind that is not supported, or leaves out what the kind needs.
     """
-    # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first.
-    rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    return {name: hf[name] for name in _SAME_NAME if name in hf} | {"rope": _rope_from_hf(hf)}
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`Rotary`, by the rules of `modeling_rope_utils.py` of transformers 5.24."""
+    # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first. Where a file has
+    # both, the reference reads rope_scaling alone.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_scaling={rope!r} is not an object of keys and values")
+    rope = {"rope_theta": hf.get("rope_theta", Rotary.theta), **rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: rope_type={kind!r} is not supported (only default, linear and llama3)")
-    found = {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS if key in rope}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if kind not in tuple(_ROPE_KEYS_OF):
+        raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")
+    if any(tree.get("partial_rotary_factor") not in (None, 1) for tree in (hf, rope)):
         raise UserError("config.json: partial_rotary_factor is not supported")
-    kept = {key: value for key, value in found.items() if value is not None}
-    return {name: hf[name] for name in _SAME_NAME if name in hf} | {"rope": kept}
+    if kind == "llama3":
+        rope.setdefault(
+            "original_max_position_embeddings", hf.get("max_position_embeddings", Config.max_position_embeddings)
+        )
+        if "original_max_position_embeddings" in hf:
+            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    for key in ("rope_theta", *_ROPE_KEYS_OF[kind]):
+        value: Any = rope.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            stated = f"{value!r}, not a number above 0" if key in rope else "missing"
+            raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {stated}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError("config.json: rope_type='llama3' needs a low_freq_factor below its high_freq_factor")
+    return {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS_OF[kind]}
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The reference's config.json of ``config``, without architecture."""
     rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    if config.rope.kind != "default":
-        rope["factor"] = config.rope.factor
-    if config.rope.kind == "llama3":
-        rope |= {key: getattr(config.rope, key) for key in _ROPE_KEYS}
+    rope |= {key: getattr(config.rope, key) for key in _ROPE_KEYS_OF[config.rope.kind]}
     same = {name: getattr(config, name) for name in _SAME_NAME}
     sizes = {"num_key_value_heads": config.key_heads, "head_dim": config.head_size}
     return {"model_type": "llama", **same, **sizes, "rope_parameters": rope}
@@ -338,10 +361,10 @@ def head_of(names: Collection[str]) -> str | None:
     return "causal_lm" if any(name == "lm_head.weight" or name.startswith("model.") for name in names) else None
 
 
-def config_of_weights(shape_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What tensor names and shapes alone say about the Config; believed over config.json."""
-    del shape_of
-    return {}
+def config_of_weights(weights: Weights) -> dict[str, Any]:
+    """What tensors alone say about the Config; believed over config.json."""
+    # transformers ties the two only where they are equal, whatever config.json says.
+    return {"tie_word_embeddings": False} if has_own(weights, "lm_head.weight", "embed_tokens.weight") else {}
 
 
 def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
@@ -353,8 +376,10 @@ def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
         return (kernel, Rule(f"layers/{ours}/bias", f"{of_layer}.{theirs}.bias", bias)) if biased else (kernel,)
 
     attention = config.attention_bias
+    # A tied head may be the only one of the two that a file has.
+    tied = ("lm_head.weight",) if head == "causal_lm" and config.tie_word_embeddings else ()
     rules = (
-        Rule("embed/embedding", "model.embed_tokens.weight"),
+        Rule("embed/embedding", "model.embed_tokens.weight", spares=tied),
         *(
             rule
             for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))

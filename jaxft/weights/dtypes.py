@@ -33,6 +33,7 @@ SAFETENSORS: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+FLOATS = frozenset(dtype for name, dtype in SAFETENSORS.items() if name[0] in "FB" and name != "BOOL")
 SAFETENSORS_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in SAFETENSORS.items()}
 
 # The storage classes that torch.save names in data.pkl.
