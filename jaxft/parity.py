@@ -5,6 +5,7 @@ Needs torch, on demand only: nothing else in the package imports it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,18 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
 
 def outputs(model: Any, params: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hidden states [B, S, D], and logits or the pooled vector [B, D] if the model has them, computed by us in float32."""
-    exact = model.clone(compute=Compute())
-    ours = jax.jit(exact.apply)({"params": params}, **batch)
+    ours = _apply(model.clone(compute=Compute()), params, batch)
     named = {
         "hidden states": ours.hidden,
         "logits": ours.logits,
         "pooled": None if ours.logits is not None else ours.pooled,
     }
     return {name: np.asarray(value) for name, value in named.items() if value is not None}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model: Any, params: Any, batch: dict[str, jax.Array]) -> Any:
+    return model.apply({"params": params}, **batch)
 
 
 def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], mask: np.ndarray, by: str) -> list[Difference]:

@@ -1,0 +1,524 @@
+"""Cases of weights: families and heads x formats x types x damages, each against `transformers` on torch.
+
+What is compared: the folder that `jaxft convert` writes, computed by jaxft and by transformers, and what jaxft computes from
+the source itself, with what transformers computes from the source. Where transformers does not read the source (Flax files,
+names that it does not know), the truth is the undamaged model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from zoo.case import Case
+
+TRUE = "the model as it was made"
+FOLDER = "the folder, by transformers"
+
+
+def _truth(model: str, folder: Path, against: str, changes: dict[str, Any]) -> Any:
+    """The reference's model; raises what transformers raises, or ValueError where it would make numbers up."""
+    import torch
+    import transformers
+
+    from zoo import folders
+
+    made = folders.made(model)
+    kind = getattr(transformers, made.architecture)
+    extra = {"add_pooling_layer": False} if model == "bert-no-pooler" else {}
+    if against == TRUE:
+        config = kind.config_class.from_dict(made.config | changes)
+        reference = kind(config, **extra)
+        reference.load_state_dict(made.tensors, strict=False)
+        reference.tie_weights()
+        return reference.eval()
+    reference, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **extra)
+    if report["missing_keys"]:
+        raise ValueError(f"makes up {sorted(report['missing_keys'])}")
+    return reference.eval()
+
+
+def _computed(reference: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    inputs = {
+        "input_ids": torch.tensor(batch["tokens"].astype(np.int64)),
+        "attention_mask": torch.tensor(batch["mask"]),
+    }
+    if "types" in batch:
+        inputs["token_type_ids"] = torch.tensor(batch["types"].astype(np.int64))
+    if type(reference).__name__.endswith("MultipleChoice"):
+        inputs = {name: value[:, None] for name, value in inputs.items()}
+    with torch.no_grad():
+        out = reference(**inputs, output_hidden_states=True)
+    found = {"hidden states": out.hidden_states[-1].numpy()}
+    if hasattr(out, "start_logits"):
+        found["logits"] = torch.stack([out.start_logits, out.end_logits], -1).numpy()
+    for name in ("logits", "prediction_logits"):
+        if getattr(out, name, None) is not None:
+            found["logits"] = getattr(out, name).numpy()
+    if "logits" not in found and getattr(out, "pooler_output", None) is not None:
+        found["pooled"] = out.pooler_output.numpy()
+    return found
+
+
+def _jaxft(folder: Path, architecture: str | None = None) -> tuple[str, Any, Callable[[Any], dict[str, Any]]]:
+    """(architecture, config, batch -> outputs) of a folder, by jaxft."""
+    from jaxft import parity
+    from jaxft.layers import Compute
+    from jaxft.pretrained import load_params, open_source
+
+    source = open_source(str(folder), lambda text: None)
+    model = source.family.Model(source.config, source.head, Compute())
+    params = load_params(source, model, lambda text: None)
+    return source.family.HEADS[source.head], source.config, lambda batch: parity.outputs(model, params, batch)
+
+
+def _convert(folder: Path, target: Path) -> str:
+    """What `jaxft convert` prints."""
+    from jaxft.commands import convert
+
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        convert.run(parser.parse_args([str(folder), str(target)]))
+    return printed.getvalue()
+
+
+def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> str | None:
+    """None where all agree within the tolerance, else what does not."""
+    from jaxft import parity
+    from zoo import folders
+
+    target = folder.with_name(folder.name + ".converted")
+    _convert(folder, target)
+    stored = folders.made(model).architecture
+    architecture, config, from_target = _jaxft(target)
+    same = {"BertForPreTraining": "BertForMaskedLM"}  # the masked-LM half of it, by design
+    if architecture != same.get(stored, stored):
+        return f"a {stored} was taken for a {architecture}"
+    batch = parity.random_batch(config, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wanted = _computed(_truth(model, folder, against, changes), batch)
+        except Exception as error:  # noqa: BLE001 - whatever stops the reference
+            return f"jaxft reads it, transformers does not: {type(error).__name__} {str(error).splitlines()[:1]}"
+        again = _again(target, architecture, batch)
+    found = {
+        "converted, by jaxft": from_target(batch),
+        "converted, by transformers": again,
+        "source, by jaxft": _jaxft(folder)[2](batch),
+    }
+    for who, values in found.items():
+        if values.keys() != wanted.keys():
+            return f"{who}: {sorted(values)} instead of {sorted(wanted)}"
+        for name, value in values.items():
+            if value.shape != wanted[name].shape:
+                return f"{who}: {name} has shape {value.shape} instead of {wanted[name].shape}"
+        for got in parity.compare(values, wanted, batch["mask"], who):
+            if not got.passed:
+                return f"{got.name} differs by {got.largest:.2e} of {got.scale:.2e}"
+    return None
+
+
+def _again(target: Path, architecture: str, batch: dict[str, Any]) -> dict[str, Any]:
+    from jaxft import parity
+
+    reference = parity.load_reference(target, architecture)
+    if reference.made_up and not any("pooler" in name for name in reference.made_up):
+        raise AssertionError(f"the written folder lacks {reference.made_up}")
+    found = _computed(reference.model, batch)
+    if any("pooler" in name for name in reference.made_up):
+        found.pop("pooled")
+    return found
+
+
+def case(
+    name: str,
+    kind: str,
+    model: str,
+    *,
+    config: dict[str, Any] | str | None = None,
+    drop: tuple[str, ...] = (),
+    tensors: Iterable[Callable[[Any], Any]] = (),
+    format: str = "safetensors",
+    damage: Callable[[Path], None] | None = None,
+    against: str = FOLDER,
+    expect: str = "equal",
+    says: str = "",
+    quick: bool = False,
+) -> Case:
+    """A model, stored with changes.
+
+    Args:
+      config: changes to config.json, or its whole text.
+      drop: keys to leave out of config.json.
+      tensors: changes to the tensors, one after the other.
+      format: of the weights.
+      damage: done to the written folder.
+      against: TRUE or FOLDER: what is right.
+    """
+
+    def make(folder: Path) -> None:
+        from zoo import folders
+
+        made = folders.made(model)
+        stored = dict(made.tensors)
+        for change in tensors:
+            stored = change(stored)
+        folders.FORMATS[format](folder, stored)
+        tree = made.config | (config if isinstance(config, dict) else {})
+        text: Any = config if isinstance(config, str) else {k: v for k, v in tree.items() if k not in drop}
+        folders.write_config(folder, text)
+        if damage is not None:
+            damage(folder)
+
+    changes = {k: v for k, v in config.items() if k == "tie_word_embeddings"} if isinstance(config, dict) else {}
+    return Case(name, kind, make, lambda folder: judge(model, folder, against, changes), expect, says, quick)
+
+
+def cases() -> Iterable[Case]:
+    """Every case of weights."""
+    yield from _families_and_formats()
+    yield from _types()
+    yield from _damaged_tensors()
+    yield from _old_names()
+    yield from _ties()
+    yield from _rotary()
+    yield from _configs()
+
+
+def _families_and_formats() -> Iterable[Case]:
+    from zoo.folders import FORMATS, MODELS
+
+    quick = {("bert-mlm", "safetensors"), ("bert-classes", "bin"), ("llama-lm", "sharded"), ("bert-nsp", "msgpack")}
+    few = ("llama", "llama-lm")
+    for model, (_, _, known) in MODELS.items():
+        bert = model.startswith("bert")
+        for format in FORMATS:
+            if not bert and (format == "msgpack" or (format != "safetensors" and model not in few)):
+                continue
+            yield case(
+                f"{model}/{format}",
+                f"format {format}",
+                model,
+                format=format,
+                against=TRUE if format == "msgpack" else FOLDER,
+                expect="equal" if known and format != "bin-legacy" else "either",
+                quick=(model, format) in quick,
+            )
+
+
+def _types() -> Iterable[Case]:
+    from zoo.folders import as_type
+
+    models = ("bert-mlm", "bert-classes", "llama-lm", "llama-lm-tied")
+    for model in models:
+        for kind in ("bfloat16", "float16", "float64", "mixed", "float8_e4m3fn", "int8", "one-int8"):
+            for format in ("safetensors", "bin"):
+                if kind == "float8_e4m3fn" and format == "bin":
+                    continue
+                coded = "int8" in kind
+                yield case(
+                    f"{model}/{format}/{kind}",
+                    f"type {kind}",
+                    model,
+                    tensors=[as_type(kind)],
+                    format=format,
+                    expect="refused" if coded else "equal",
+                    says="not floating-point" if coded else "",
+                    quick=(model, format) == ("bert-classes", "safetensors")
+                    and kind in ("float64", "mixed", "one-int8"),
+                )
+
+
+def _damaged_tensors() -> Iterable[Case]:
+    import torch
+
+    from zoo import folders
+
+    first = {"bert": "word_embeddings.weight", "llama": "embed_tokens.weight"}
+    extra = torch.ones(2, 2)
+    for model in ("bert", "bert-classes", "bert-mlm", "llama-lm"):
+        family = model.split("-")[0]
+        quick = model == "bert-classes"
+        for format in ("safetensors", "bin"):
+            where = f"{model}/{format}"
+
+            def damaged(name: str, *tensors: Any, **options: Any) -> Case:
+                return case(f"{where}/{name}", f"damage: {name}", model, tensors=tensors, format=format, **options)  # noqa: B023
+
+            yield damaged("layer tensor missing", lambda t: {n: x for n, x in t.items() if n != folders.some_matrix(t)}, expect="refused", says="missing", quick=quick and format == "bin")  # fmt: skip
+            yield damaged(
+                "embedding missing", folders.without(first[family]), expect="either" if "mlm" in model else "refused"
+            )
+            yield damaged("extra tensor", lambda t: t | {"adapter.weight": extra}, expect="either")
+            yield damaged(
+                "wrong shape", lambda t: t | {folders.some_matrix(t): extra}, expect="refused", says="mis-shaped"
+            )
+            yield damaged(
+                "a layer too few",
+                lambda t: {n: x for n, x in t.items() if ".1." not in n},
+                expect="refused",
+                says="missing",
+            )
+            yield damaged(
+                "a layer too many", lambda t: t | {n.replace(".1.", ".2."): x for n, x in t.items()}, expect="either"
+            )
+            for value in (float("nan"), float("inf")):
+                yield damaged(f"{value}", folders.filled(value), quick=quick and format == "safetensors")
+            yield damaged(
+                "file cut short", damage=folders.cut_short, expect="refused", quick=quick and format == "safetensors"
+            )
+            yield damaged("file empty", damage=folders.emptied, expect="refused")
+            for prefix in ("module.", "model.", "_orig_mod."):
+                plain = prefix == "model." and model == "llama"
+                rename = folders.renamed(lambda n, prefix=prefix: prefix + n)
+                yield damaged(f"names with {prefix}", rename, against=TRUE, expect="equal" if plain else "either")
+            yield damaged(
+                "transposed matrix", lambda t: t | {n: x.T.contiguous().T for n, x in t.items() if x.ndim == 2}
+            )
+
+
+def _old_names() -> Iterable[Case]:
+    import torch
+
+    from zoo import folders
+
+    old = folders.renamed(folders.old_norm_name)
+    norm = "LayerNorm.weight"
+
+    def both(difference: float) -> Callable[[Any], Any]:
+        def change(tensors: Any) -> Any:
+            again = {folders.old_norm_name(n): t + difference for n, t in tensors.items() if n.endswith(norm)}
+            return tensors | again
+
+        return change
+
+    positions = {"bert.embeddings.position_ids": torch.arange(32)[None]}
+    for model in ("bert-mlm", "bert-classes", "bert-nsp"):
+        for format in ("safetensors", "bin"):
+            where, kind = f"{model}/{format}", "old names"
+            yield case(f"{where}/gamma", kind, model, tensors=[old], format=format, against=TRUE, quick=format == "bin" and "mlm" in model)  # fmt: skip
+            yield case(f"{where}/gamma and weight", kind, model, tensors=[both(0.0)], format=format, against=TRUE)
+            yield case(f"{where}/gamma and another weight", kind, model, tensors=[both(0.5)], format=format, expect="refused", says="gamma", quick=format == "bin" and "nsp" in model)  # fmt: skip
+            yield case(f"{where}/position_ids", kind, model, tensors=[lambda t: t | positions], format=format)
+    for format in ("safetensors", "bin"):
+        inverse = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+        yield case(
+            f"llama-lm/{format}/inv_freq", "old names", "llama-lm", tensors=[lambda t: t | inverse], format=format
+        )
+
+
+def _ties() -> Iterable[Case]:
+    import torch
+
+    from zoo import folders
+
+    families = {
+        "bert-mlm": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        "llama-lm": ("model.embed_tokens.weight", "lm_head.weight"),
+    }
+    for model, (table, decoder) in families.items():
+        contents: dict[str, Callable[[Any], Any]] = {
+            "absent": folders.without(decoder),
+            "equal": lambda t, table=table, decoder=decoder: t | {decoder: t[table].clone()},
+            "different": lambda t, table=table, decoder=decoder: t | {decoder: t[table] * 0.7 + 0.1},
+            "alone": lambda t, table=table, decoder=decoder: (
+                {n: x for n, x in t.items() if n != table} | {decoder: t[table]}
+            ),
+        }
+        for tied in (True, False, None):
+            for content, change in contents.items():
+                for format in ("safetensors", "bin"):
+                    drop = ("tie_word_embeddings",) if tied is None else ()
+                    flag = model.startswith("bert") if tied is None else tied
+                    bad = not flag and content in ("absent", "alone")
+                    bias: list[Any] = []
+                    if not flag and model.startswith("bert"):
+                        # What an untied model of transformers 5 stores.
+                        bias = [lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"].clone()}]
+                    yield case(
+                        f"{model}/{format}/tied {tied}, decoder {content}",
+                        "tied flag and decoder",
+                        model,
+                        config={} if tied is None else {"tie_word_embeddings": tied},
+                        drop=drop,
+                        tensors=[change, *bias],
+                        format=format,
+                        expect="refused" if bad else "equal",
+                        says="missing" if bad else "",
+                        quick=format == "safetensors" and tied is not None and content in ("different", "absent"),
+                    )
+    biases: dict[str, Callable[[Any], Any]] = {
+        "old name": lambda t: t,
+        "new name": folders.renamed(lambda n: n.replace("cls.predictions.bias", "cls.predictions.decoder.bias")),
+        "both, equal": lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"].clone()},
+        "both, different": lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"] * 0.5 + 1},
+        "none": folders.without("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    }
+    half = torch.tensor(0.5)
+    for model in ("bert-mlm", "bert-mlm-untied"):
+        for name, change in biases.items():
+            # Untied with the old name only is what transformers 4 stored; version 5 makes the bias zero.
+            old = model == "bert-mlm-untied" and name == "old name"
+            start = folders.without("cls.predictions.decoder.bias")
+            same = [lambda t: t | {"cls.predictions.bias": t["cls.predictions.decoder.bias"]}] if old else []
+            yield case(
+                f"{model}/decoder bias, {name}",
+                "decoder bias",
+                model,
+                tensors=[*same, start, change] if half else [],
+                against=TRUE if old or (model == "bert-mlm-untied" and name == "new name") else FOLDER,
+                expect="refused" if name == "none" else "either" if name == "new name" else "equal",
+            )
+
+
+def _rotary() -> Iterable[Case]:
+    from zoo.folders import LLAMA3
+
+    old = ("rope_parameters",)
+    linear = {"type": "linear", "factor": 2.0}
+    short = {"original_max_position_embeddings": 16}
+    good: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "theta": {"rope_theta": 500.0},
+        "theta, whole number": {"rope_theta": 500},
+        "linear, v4": {"rope_scaling": linear, "rope_theta": 500.0},
+        "linear, v4.45": {"rope_scaling": {"rope_type": "linear", "factor": 4}},
+        "linear, v5": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0}},
+        "linear, both": {
+            "rope_scaling": linear,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0},
+        },
+        "default, both": {"rope_scaling": linear, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+        "empty v4, v5": {
+            "rope_scaling": {},
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0},
+        },
+        "null v4, v5": {
+            "rope_scaling": None,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0},
+        },
+        "theta at the top, v5 without": {"rope_theta": 50.0, "rope_parameters": {"rope_type": "default"}},
+        "theta at the top, v5 with another": {
+            "rope_theta": 50.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+        },
+        "theta in v4": {"rope_theta": 50.0, "rope_scaling": {**linear, "rope_theta": 5.0}},
+        "v5 null": {"rope_theta": 50.0, "rope_parameters": None},
+        "llama3, v4": {"rope_scaling": {**LLAMA3, **short}, "rope_theta": 500.0},
+        "llama3, v5": {"rope_parameters": {**LLAMA3, **short, "rope_theta": 500.0}},
+        "llama3 without original length": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+        "llama3, v5, without original length": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
+        "llama3, original length at the top": {"rope_scaling": LLAMA3, **short},
+        "llama3, two original lengths": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8}, **short},
+        "llama3 and type": {"rope_scaling": {**LLAMA3, "type": "linear"}},
+        "factor without a type": {"rope_scaling": {"factor": 2.0}},
+        "default with a factor": {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+        "linear below 1": {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "false": {"rope_scaling": False},
+    }
+    bad: dict[str, tuple[dict[str, Any], str]] = {
+        "linear without a factor": ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        "linear, factor null": ({"rope_scaling": {"type": "linear", "factor": None}}, "factor"),
+        "linear, factor zero": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
+        "linear, factor text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
+        "theta zero": ({"rope_theta": 0.0}, "rope_theta"),
+        "theta text": ({"rope_theta": "1e4"}, "rope_theta"),
+        "theta null": ({"rope_theta": None}, "rope_theta"),
+        "text": ({"rope_scaling": "linear"}, "rope_scaling"),
+        "yarn": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        "type null": ({"rope_scaling": {"type": None, "factor": 2.0}}, "None"),
+        "type a list": ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "linear"),
+        "unknown": ({"rope_scaling": {"type": "mrope"}}, "mrope"),
+        "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        **{
+            f"llama3 without {key}": ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != key}}, key)
+            for key in ("factor", "low_freq_factor", "high_freq_factor")
+        },
+    }
+    fast = ("linear, both", "llama3 without original length")
+    for name, config in good.items():
+        drop = () if "rope_parameters" in config else old
+        yield case(f"llama-lm/{name}", "rotary settings", "llama-lm", config=config, drop=drop, quick=name in fast)
+    for name, (config, says) in bad.items():
+        yield case(
+            f"llama-lm/{name}", "rotary settings", "llama-lm", config=config, drop=old, expect="refused", says=says,
+            quick=name == "linear without a factor",
+        )  # fmt: skip
+
+
+def _configs() -> Iterable[Case]:
+    kind = "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    for model in ("bert-classes", "bert-mlm", "llama-lm"):
+        quick = model == "bert-classes"
+        for drop in (("model_type",), ("architectures",), ("model_type", "architectures")):
+            yield case(f"{model}/no {' or '.join(drop)}", kind, model, drop=drop, against=TRUE, expect="either")
+        yield case(
+            f"{model}/quantised",
+            kind,
+            model,
+            config=quantised,
+            expect="refused",
+            says="quantization_config",
+            quick=quick,
+        )
+        yield case(f"{model}/not JSON", kind, model, config="{", expect="refused", says="not valid JSON")
+        yield case(f"{model}/a list", kind, model, config="[]", expect="refused")
+        yield case(f"{model}/empty", kind, model, config="{}", expect="refused")
+        yield case(f"{model}/missing", kind, model, damage=lambda f: (f / "config.json").unlink(), expect="refused")
+        yield case(f"{model}/torch_dtype", kind, model, config={"torch_dtype": "float16", "dtype": "bfloat16"})
+        yield case(f"{model}/unknown keys", kind, model, config={"my_key": {"a": [1, None]}, "use_cache": False})
+        yield case(f"{model}/auto_map", kind, model, config={"auto_map": {"AutoModel": "mine.Mine"}})
+    absurd: dict[str, list[Any]] = {
+        "hidden_size": [0, -16, "16", None, 17, 10**12, 16.0],
+        "num_hidden_layers": [0, -1, 1, 3, None, True],
+        "num_attention_heads": [0, 3, None, 4],
+        "vocab_size": [0, 63, 10**9],
+        "max_position_embeddings": [0, 16, 10**9],
+        "hidden_act": ["unknown", None, ["gelu"], "gelu_new", "silu"],
+        "layer_norm_eps": [0.0, -1.0, "1e-12", None, 1e-3],
+        "hidden_dropout_prob": [2.0, -0.5, None, 0],
+        "pad_token_id": [-1, 64, None, 5],
+        "type_vocab_size": [0, 3],
+        "initializer_range": [0.0, -1.0, None],
+        "position_embedding_type": ["relative_key", "absolute", None],
+        "num_labels": [5, 2, None, "3"],
+        "id2label": [
+            {"0": "a"},
+            {"0": "a", "1": "b", "2": "c"},
+            {"0": "a", "2": "b"},
+            {"x": "a"},
+            None,
+            ["a", "b", "c"],
+        ],
+        "problem_type": ["single_label_classification", "unknown", None],
+        "is_decoder": [True, None],
+        "architectures": [["BertForMaskedLM"], "BertForSequenceClassification", None, []],
+        "model_type": ["roberta", "unknown", None, 7, "BERT"],
+    }
+    for key, values in absurd.items():
+        for value in values:
+            # Labels as transformers reads them: they must fit the classifier, or only their names are wrong.
+            against = TRUE if key in ("num_labels", "id2label", "architectures", "model_type") else FOLDER
+            drop = ("id2label", "label2id") if key == "num_labels" else ()
+            yield case(
+                f"bert-classes/{key}={value!r}", "absurd value", "bert-classes", config={key: value}, drop=drop,
+                against=against, expect="either", quick=(key, value) in (("hidden_size", "16"), ("num_labels", 5)),
+            )  # fmt: skip
+    for key, value in {
+        "num_key_value_heads": 3, "head_dim": 7, "rms_norm_eps": -1.0, "hidden_act": "gelu", "attention_bias": True,
+        "mlp_bias": None, "max_position_embeddings": 4, "num_hidden_layers": 5, "intermediate_size": 33,
+    }.items():  # fmt: skip
+        yield case(f"llama-lm/{key}={value!r}", "absurd value", "llama-lm", config={key: value}, expect="either")
