@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -173,12 +174,12 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, capsys: Capture, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source.tokenizer"]
 
 
-def test_old_flax_file(tmp_path: Path, capsys: Capture) -> None:
+def _as_flax(folder: Path) -> None:
+    """The folder's weights as flax_model.msgpack alone."""
     import msgpack
 
-    source = make_folder(tmp_path / "source", "classification", ("x", "y"))
     tree: dict[str, Any] = {}
-    for name, tensor in _tensors(source).items():
+    for name, tensor in _tensors(folder).items():
         *path, last = name.split(".")
         value = tensor
         if "embeddings" in path[-1]:
@@ -192,11 +193,164 @@ def test_old_flax_file(tmp_path: Path, capsys: Capture) -> None:
             node = node.setdefault(part, {})
         packed = msgpack.packb((value.shape, value.dtype.name, np.ascontiguousarray(value).tobytes()))
         node[last] = msgpack.ExtType(1, packed)
-    (source / "flax_model.msgpack").write_bytes(bytes(msgpack.packb(tree) or b""))
-    (source / "model.safetensors").rename(tmp_path / "kept.safetensors")
-    _ok(capsys, source, tmp_path / "again")
-    (tmp_path / "kept.safetensors").rename(source / "model.safetensors")
+    (folder / "flax_model.msgpack").write_bytes(bytes(msgpack.packb(tree) or b""))
+    (folder / "model.safetensors").unlink()
+
+
+def test_old_flax_file(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "classification", ("x", "y"))
+    old = shutil.copytree(source, tmp_path / "old")
+    _as_flax(old)
+    _ok(capsys, old, tmp_path / "again")
     _same(source, tmp_path / "again")
+
+
+def test_check_of_an_old_flax_file(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("torch")
+    source = make_folder(tmp_path / "source", "next_sentence")
+    _as_flax(source)
+    code, out, _ = run(capsys, "convert", source, tmp_path / "target", "--check", "--dtype", "float16")
+    assert code == 0, out
+    assert f"compared: {source} as jaxft reads it, since transformers cannot, with {tmp_path / 'target'}" in out
+
+
+# ------------------------------------------------------------------------------------------------- numbers and names
+
+
+def _edit_tensors(folder: Path, **changes: Any) -> None:
+    """Replaces tensors by name (or by what a function makes of the old ones); None removes one."""
+    tensors = _tensors(folder)
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name]) if callable(change) else change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+_TABLE = "embeddings.word_embeddings.weight"
+
+
+def test_stored_types_stay_as_they_are(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source")
+    _edit_tensors(
+        source,
+        **{_TABLE: lambda t: t.astype(np.float64) + 1e-12, "pooler.dense.weight": lambda t: t.astype(np.float16)},
+    )
+    out = _ok(capsys, source, tmp_path / "again")
+    _same(source, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "float64"
+    assert "float32" not in out
+    # A checkpoint of jaxft cannot hold that.
+    out = _ok(capsys, source, tmp_path / "stored", "--to", "jaxft")
+    assert "weights of type float16, float32, float64 are all stored as float32" in out
+    _ok(capsys, tmp_path / "stored", tmp_path / "back")
+    assert {str(tensor.dtype) for tensor in _tensors(tmp_path / "back").values()} == {"float32"}
+
+
+@pytest.mark.parametrize("to", ["hf", "jaxft"])
+def test_quantised_weights_are_refused(tmp_path: Path, capsys: Capture, to: str) -> None:
+    source = make_folder(tmp_path / "source")
+    _edit_tensors(source, **{_TABLE: lambda t: (t * 50).astype(np.int8)})
+    message = refusal(capsys, "convert", source, tmp_path / "no", "--to", to)
+    assert f"1 not floating-point (quantised weights are not read): {_TABLE} is int8" in message
+    _edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refusal(capsys, "convert", source, tmp_path / "no", "--to", to)
+    assert "quantization_config says that the weights are quantised (method gptq)" in message
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "jaxft"])
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 7e4), ("bfloat16", 3.4e38)])
+def test_numbers_beyond_a_type_are_refused(tmp_path: Path, capsys: Capture, to: str, dtype: str, value: float) -> None:
+    source = make_folder(tmp_path / "source")
+    _edit_tensors(
+        source, **{_TABLE: lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, np.float32(-value), t)}
+    )
+    message = refusal(capsys, "convert", source, tmp_path / "no", "--to", to, "--dtype", dtype)
+    assert f"tensor {_TABLE!r} holds {value:.6g}, which {dtype} cannot hold" in message
+    assert not (tmp_path / "no").exists()
+    _ok(capsys, source, tmp_path / "stored", "--to", "jaxft")
+    message = refusal(capsys, "convert", tmp_path / "stored", tmp_path / "no", "--to", to, "--dtype", dtype)
+    assert f"which {dtype} cannot hold" in message
+    assert not (tmp_path / "no").exists()
+
+
+def test_nan_is_said_once_and_written(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "classification")
+    _edit_tensors(
+        source, **{"classifier.bias": np.float32([np.nan, 1.0]), f"bert.{_TABLE}": lambda t: t * np.float32(np.inf)}
+    )
+    for to in ("hf", "jaxft"):
+        out = _ok(capsys, source, tmp_path / to, "--to", to)
+        [line] = [line for line in out.splitlines() if "NaN or infinity in the weights: " in line]
+        assert f"bert.{_TABLE}" in line
+        assert "classifier.bias" in line
+    _same(source, tmp_path / "hf")
+
+
+def test_an_old_and_a_new_name_must_agree(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source")
+    tensors = _tensors(source)
+    name = "encoder.layer.1.output.LayerNorm.weight"
+    old = name.replace("weight", "gamma")
+    _edit_tensors(source, **{old: tensors[name].copy()})
+    _ok(capsys, source, tmp_path / "again")
+    assert set(_tensors(tmp_path / "again")) == set(tensors)
+    _edit_tensors(source, **{old: tensors[name] + 1})
+    message = refusal(capsys, "convert", source, tmp_path / "no")
+    assert name in message
+    assert old in message
+
+
+def test_a_stored_decoder_is_kept_though_config_json_ties_it(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "masked_lm")
+    decoder = "cls.predictions.decoder.weight"
+    table = _tensors(source)[f"bert.{_TABLE}"]
+    _edit_tensors(source, **{decoder: table.copy()})
+    out = _ok(capsys, source, tmp_path / "equal")
+    assert "untied" not in out
+    assert "not used" not in out
+    assert decoder not in _tensors(tmp_path / "equal")
+    _edit_tensors(source, **{decoder: table * 2})
+    out = _ok(capsys, source, tmp_path / "different")
+    assert "config.json ties the embeddings, but the weights have another decoder of their own" in out
+    assert (_tensors(tmp_path / "different")[decoder] == table * 2).all()
+    assert json.loads((tmp_path / "different/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_part_of_a_head_is_not_made_up(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "masked_lm", tie_word_embeddings=False)
+    _edit_tensors(source, **{"cls.predictions.decoder.weight": None})
+    assert "1 missing: cls.predictions.decoder.weight" in refusal(capsys, "convert", source, tmp_path / "no")
+
+
+def test_how_many_labels(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "classification", ("x", "y", "z"))
+    _edit_config(source, drop=("id2label", "label2id"))
+    out = _ok(capsys, source, tmp_path / "again")
+    assert "config.json does not say how many labels there are; the weights have 3" in out
+    two = make_folder(tmp_path / "two", "classification", ("x", "y"))
+    _edit_config(two, drop=("id2label", "label2id"))
+    assert "config.json" not in _ok(capsys, two, tmp_path / "two.again")
+
+
+def test_old_spellings_are_not_written_beside_new_ones(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source")
+    _edit_config(source, torch_dtype="float16", auto_map={"AutoModel": "mine.Mine"}, my_key=3, num_labels=2)
+    _ok(capsys, source, tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["my_key"] == 3
+    assert not {"torch_dtype", "auto_map", "num_labels"} & set(config)
+    assert config["dtype"] == "float32"
+
+
+def test_a_checkpoint_has_its_tokenizer_with_it(tmp_path: Path, capsys: Capture) -> None:
+    source = make_folder(tmp_path / "source", "classification", ("x", "y"))
+    _ok(capsys, source, tmp_path / "stored", "--to", "jaxft")
+    moved = (tmp_path / "stored").rename(tmp_path / "moved")
+    shutil.rmtree(source)
+    _ok(capsys, moved, tmp_path / "back")
+    assert (tmp_path / "back/tokenizer.json").is_file()
+    assert (tmp_path / "back/vocab.txt").is_file()
+    (moved / "tokenizer/vocab.txt").write_text("tampered")
 
 
 # ------------------------------------------------------------------------------------------------- against the reference
@@ -212,24 +366,60 @@ def test_old_torch_file(tmp_path: Path, capsys: Capture) -> None:
     _same(source, tmp_path / "again")
 
 
+@pytest.mark.parametrize("to", ["hf", "jaxft"])
 @pytest.mark.parametrize("head", HEADS)
-def test_check(tmp_path: Path, capsys: Capture, head: str | None) -> None:
+def test_check(tmp_path: Path, capsys: Capture, head: str | None, to: str) -> None:
     pytest.importorskip("torch")
     source = make_folder(tmp_path / "source", head)
-    code, out, _ = run(capsys, "convert", source, tmp_path / "target", "--check", "--dtype", "bfloat16")
+    target = tmp_path / "target"
+    code, out, _ = run(capsys, "convert", source, target, "--check", "--dtype", "bfloat16", "--to", to)
     assert code == 0, out
+    assert f"compared: {source} as transformers reads it, with {target} as each reads it" in out
+    assert "hidden states (jaxft)" in out
+    assert ("hidden states (transformers)" in out) == (to == "hf")
     assert "NO" not in out
 
 
-def test_check_fails_with_exit_code_1(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["hf", "jaxft"])
+def test_check_finds_a_fault_of_the_conversion(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
     pytest.importorskip("torch")
-    from jaxft import parity
+    from jaxft.models import bert
 
-    monkeypatch.setattr(parity, "TOLERANCE", 0.0)
+    right = bert.hf_layout
+
+    def swapped(config: Any, head: str | None) -> Any:
+        """Queries and keys change places: a round trip through it is bit-equal."""
+        names = {"query": "key", "key": "query"}
+        layout = right(config, head)
+        rules = []
+        for rule in layout.rules:
+            *parents, name, last = rule.ours.split("/")
+            rules.append(dataclasses.replace(rule, ours="/".join((*parents, names.get(name, name), last))))
+        return dataclasses.replace(layout, rules=tuple(rules))
+
+    monkeypatch.setattr(bert, "hf_layout", swapped)
     source = make_folder(tmp_path / "source", "classification")
-    code, out, _ = run(capsys, "convert", source, tmp_path / "target", "--check")
+    code, out, _ = run(capsys, "convert", source, tmp_path / "target", "--check", "--to", to)
     assert code == 1
     assert "NO" in out
+
+
+def test_check_says_what_it_cannot_compare(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("torch")
+    source = make_folder(tmp_path / "source")
+    code, out, _ = run(capsys, "convert", source, tmp_path / "headed", "--head", "classification", "--check")
+    assert code == 0, out
+    assert "not in the source, so not compared with it: classifier.bias, classifier.weight; logits: jaxft" in out
+    _ok(capsys, source, tmp_path / "stored", "--to", "jaxft")
+    code, out, _ = run(capsys, "convert", tmp_path / "stored", tmp_path / "back", "--check")
+    assert code == 0, out
+    assert f"{tmp_path / 'stored'} as jaxft reads it, since transformers cannot, with" in out
+    # What transformers refuses and jaxft does not mind.
+    _edit_config(source, id2label="none")
+    message = refusal(capsys, "convert", source, tmp_path / "odd", "--check")
+    assert "is written, but not checked" in message
 
 
 def test_check_is_refused_before_anything_is_written(
@@ -244,6 +434,8 @@ def test_check_is_refused_before_anything_is_written(
     assert "pip install torch" in refusal(capsys, "convert", source, tmp_path / "no", "--check")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True if name == "torch" else find(name, *a))
     assert "use --to hf" in refusal(capsys, "convert", tmp_path / "stored", tmp_path / "no", "--to", "jaxft", "--check")
+    _as_flax(source)
+    assert "use --to hf" in refusal(capsys, "convert", source, tmp_path / "no", "--to", "jaxft", "--check")
     assert not (tmp_path / "no").exists()
 
 

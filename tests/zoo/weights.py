@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +21,11 @@ from typing import Any
 from zoo.case import Case
 
 TRUE = "the model as it was made"
+DECODER_BIAS = "the model as it was made, with the bias that its decoder uses"
 FOLDER = "the folder, by transformers"
+
+
+DECODER_BIASES = ("cls.predictions.decoder.bias", "cls.predictions.bias")
 
 
 def _truth(model: str, folder: Path, against: str, changes: dict[str, Any]) -> Any:
@@ -31,11 +38,14 @@ def _truth(model: str, folder: Path, against: str, changes: dict[str, Any]) -> A
     made = folders.made(model)
     kind = getattr(transformers, made.architecture)
     extra = {"add_pooling_layer": False} if model == "bert-no-pooler" else {}
-    if against == TRUE:
+    if against != FOLDER:
         config = kind.config_class.from_dict(made.config | changes)
         reference = kind(config, **extra)
         reference.load_state_dict(made.tensors, strict=False)
         reference.tie_weights()
+        if against == DECODER_BIAS:
+            decoder = reference.cls.predictions.decoder
+            decoder.bias.data.copy_(next(made.tensors[n] for n in DECODER_BIASES if n in made.tensors))
         return reference.eval()
     reference, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **extra)
     if report["missing_keys"]:
@@ -192,6 +202,7 @@ def cases() -> Iterable[Case]:
     yield from _damaged_tensors()
     yield from _old_names()
     yield from _ties()
+    yield from _decoder_biases()
     yield from _rotary()
     yield from _configs()
 
@@ -240,51 +251,52 @@ def _types() -> Iterable[Case]:
                 )
 
 
-def _damaged_tensors() -> Iterable[Case]:
+def _tensor_damages(model: str) -> dict[str, tuple[Callable[[Any], Any], str, str]]:
+    """name -> (change, expectation, what a refusal says)."""
     import torch
 
     from zoo import folders
 
-    first = {"bert": "word_embeddings.weight", "llama": "embed_tokens.weight"}
     extra = torch.ones(2, 2)
-    for model in ("bert", "bert-classes", "bert-mlm", "llama-lm"):
-        family = model.split("-")[0]
-        quick = model == "bert-classes"
-        for format in ("safetensors", "bin"):
-            where = f"{model}/{format}"
+    table = "embed_tokens.weight" if model.startswith("llama") else "word_embeddings.weight"
+    return {
+        "layer tensor missing": (
+            lambda t: {n: x for n, x in t.items() if n != folders.some_matrix(t)},
+            "refused",
+            "missing",
+        ),
+        "embedding missing": (folders.without(table), "refused", "missing"),
+        "extra tensor": (lambda t: t | {"adapter.weight": extra}, "either", ""),
+        "wrong shape": (lambda t: t | {folders.some_matrix(t): extra}, "refused", "mis-shaped"),
+        "a layer too few": (lambda t: {n: x for n, x in t.items() if ".1." not in n}, "refused", "missing"),
+        "a layer too many": (lambda t: t | {n.replace(".1.", ".2."): x for n, x in t.items()}, "either", ""),
+        "NaN": (folders.filled(float("nan")), "equal", ""),
+        "infinity": (folders.filled(float("inf")), "equal", ""),
+        "columns first": (
+            lambda t: {n: x.T.contiguous().T if x.ndim == 2 else x for n, x in t.items()},
+            "equal",
+            "",
+        ),
+    }
 
-            def damaged(name: str, *tensors: Any, **options: Any) -> Case:
-                return case(f"{where}/{name}", f"damage: {name}", model, tensors=tensors, format=format, **options)  # noqa: B023
 
-            yield damaged("layer tensor missing", lambda t: {n: x for n, x in t.items() if n != folders.some_matrix(t)}, expect="refused", says="missing", quick=quick and format == "bin")  # fmt: skip
-            yield damaged(
-                "embedding missing", folders.without(first[family]), expect="either" if "mlm" in model else "refused"
-            )
-            yield damaged("extra tensor", lambda t: t | {"adapter.weight": extra}, expect="either")
-            yield damaged(
-                "wrong shape", lambda t: t | {folders.some_matrix(t): extra}, expect="refused", says="mis-shaped"
-            )
-            yield damaged(
-                "a layer too few",
-                lambda t: {n: x for n, x in t.items() if ".1." not in n},
-                expect="refused",
-                says="missing",
-            )
-            yield damaged(
-                "a layer too many", lambda t: t | {n.replace(".1.", ".2."): x for n, x in t.items()}, expect="either"
-            )
-            for value in (float("nan"), float("inf")):
-                yield damaged(f"{value}", folders.filled(value), quick=quick and format == "safetensors")
-            yield damaged(
-                "file cut short", damage=folders.cut_short, expect="refused", quick=quick and format == "safetensors"
-            )
-            yield damaged("file empty", damage=folders.emptied, expect="refused")
-            for prefix in ("module.", "model.", "_orig_mod."):
-                plain = prefix == "model." and model == "llama"
-                rename = folders.renamed(lambda n, prefix=prefix: prefix + n)
-                yield damaged(f"names with {prefix}", rename, against=TRUE, expect="equal" if plain else "either")
-            yield damaged(
-                "transposed matrix", lambda t: t | {n: x.T.contiguous().T for n, x in t.items() if x.ndim == 2}
+def _damaged_tensors() -> Iterable[Case]:
+    from zoo import folders
+
+    quick = {"layer tensor missing", "NaN", "file cut short"}
+    for model, format in itertools.product(("bert", "bert-classes", "bert-mlm", "llama-lm"), ("safetensors", "bin")):
+        where, fast = f"{model}/{format}", (model, format) == ("bert-classes", "safetensors")
+        for name, (change, expect, says) in _tensor_damages(model).items():
+            options: dict[str, Any] = {"expect": expect, "says": says, "quick": fast and name in quick}
+            yield case(f"{where}/{name}", f"damage: {name}", model, tensors=[change], format=format, **options)
+        for name, damage in {"file cut short": folders.cut_short, "file empty": folders.emptied}.items():
+            options = {"expect": "refused", "quick": fast and name in quick}
+            yield case(f"{where}/{name}", f"damage: {name}", model, damage=damage, format=format, **options)
+        for prefix in ("module.", "model.", "_orig_mod."):
+            rename = folders.renamed(functools.partial(operator.add, prefix))
+            options = {"against": TRUE, "expect": "either"}
+            yield case(
+                f"{where}/{prefix}", "damage: names with a prefix", model, tensors=[rename], format=format, **options
             )
 
 
@@ -293,93 +305,93 @@ def _old_names() -> Iterable[Case]:
 
     from zoo import folders
 
-    old = folders.renamed(folders.old_norm_name)
-    norm = "LayerNorm.weight"
+    old, kind = folders.renamed(folders.old_norm_name), "old names"
 
     def both(difference: float) -> Callable[[Any], Any]:
         def change(tensors: Any) -> Any:
-            again = {folders.old_norm_name(n): t + difference for n, t in tensors.items() if n.endswith(norm)}
-            return tensors | again
+            again = {n: t + difference for n, t in tensors.items() if n.endswith("LayerNorm.weight")}
+            return tensors | {folders.old_norm_name(n): t for n, t in again.items()}
 
         return change
 
-    positions = {"bert.embeddings.position_ids": torch.arange(32)[None]}
-    for model in ("bert-mlm", "bert-classes", "bert-nsp"):
-        for format in ("safetensors", "bin"):
-            where, kind = f"{model}/{format}", "old names"
-            yield case(f"{where}/gamma", kind, model, tensors=[old], format=format, against=TRUE, quick=format == "bin" and "mlm" in model)  # fmt: skip
-            yield case(f"{where}/gamma and weight", kind, model, tensors=[both(0.0)], format=format, against=TRUE)
-            yield case(f"{where}/gamma and another weight", kind, model, tensors=[both(0.5)], format=format, expect="refused", says="gamma", quick=format == "bin" and "nsp" in model)  # fmt: skip
-            yield case(f"{where}/position_ids", kind, model, tensors=[lambda t: t | positions], format=format)
+    def with_more(more: dict[str, Any]) -> Callable[[Any], Any]:
+        return lambda tensors: tensors | more
+
+    positions = with_more({"bert.embeddings.position_ids": torch.arange(32)[None]})
+    inverse = with_more({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
+    for model, format in itertools.product(("bert-mlm", "bert-classes", "bert-nsp"), ("safetensors", "bin")):
+        options: dict[str, Any] = {"format": format, "against": TRUE}
+        where, fast = f"{model}/{format}", (model, format) == ("bert-mlm", "bin")
+        yield case(f"{where}/gamma", kind, model, tensors=[old], quick=fast, **options)
+        yield case(f"{where}/gamma and weight", kind, model, tensors=[both(0.0)], **options)
+        options |= {"expect": "refused", "says": "gamma"}
+        yield case(f"{where}/gamma and another weight", kind, model, tensors=[both(0.5)], quick=fast, **options)
+        yield case(f"{where}/position_ids", kind, model, tensors=[positions], format=format)
     for format in ("safetensors", "bin"):
-        inverse = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-        yield case(
-            f"llama-lm/{format}/inv_freq", "old names", "llama-lm", tensors=[lambda t: t | inverse], format=format
-        )
+        yield case(f"llama-lm/{format}/inv_freq", kind, "llama-lm", tensors=[inverse], format=format)
 
 
 def _ties() -> Iterable[Case]:
-    import torch
-
     from zoo import folders
 
     families = {
         "bert-mlm": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
         "llama-lm": ("model.embed_tokens.weight", "lm_head.weight"),
     }
+    old, new = "cls.predictions.bias", "cls.predictions.decoder.bias"
     for model, (table, decoder) in families.items():
         contents: dict[str, Callable[[Any], Any]] = {
             "absent": folders.without(decoder),
             "equal": lambda t, table=table, decoder=decoder: t | {decoder: t[table].clone()},
             "different": lambda t, table=table, decoder=decoder: t | {decoder: t[table] * 0.7 + 0.1},
-            "alone": lambda t, table=table, decoder=decoder: (
-                {n: x for n, x in t.items() if n != table} | {decoder: t[table]}
-            ),
+            "alone": lambda t, table=table, decoder=decoder: folders.without(table)(t) | {decoder: t[table]},
         }
-        for tied in (True, False, None):
-            for content, change in contents.items():
-                for format in ("safetensors", "bin"):
-                    drop = ("tie_word_embeddings",) if tied is None else ()
-                    flag = model.startswith("bert") if tied is None else tied
-                    bad = not flag and content in ("absent", "alone")
-                    bias: list[Any] = []
-                    if not flag and model.startswith("bert"):
-                        # What an untied model of transformers 5 stores.
-                        bias = [lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"].clone()}]
-                    yield case(
-                        f"{model}/{format}/tied {tied}, decoder {content}",
-                        "tied flag and decoder",
-                        model,
-                        config={} if tied is None else {"tie_word_embeddings": tied},
-                        drop=drop,
-                        tensors=[change, *bias],
-                        format=format,
-                        expect="refused" if bad else "equal",
-                        says="missing" if bad else "",
-                        quick=format == "safetensors" and tied is not None and content in ("different", "absent"),
-                    )
-    biases: dict[str, Callable[[Any], Any]] = {
-        "old name": lambda t: t,
-        "new name": folders.renamed(lambda n: n.replace("cls.predictions.bias", "cls.predictions.decoder.bias")),
-        "both, equal": lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"].clone()},
-        "both, different": lambda t: t | {"cls.predictions.decoder.bias": t["cls.predictions.bias"] * 0.5 + 1},
-        "none": folders.without("cls.predictions.bias", "cls.predictions.decoder.bias"),
-    }
-    half = torch.tensor(0.5)
-    for model in ("bert-mlm", "bert-mlm-untied"):
-        for name, change in biases.items():
-            # Untied with the old name only is what transformers 4 stored; version 5 makes the bias zero.
-            old = model == "bert-mlm-untied" and name == "old name"
-            start = folders.without("cls.predictions.decoder.bias")
-            same = [lambda t: t | {"cls.predictions.bias": t["cls.predictions.decoder.bias"]}] if old else []
+        for tied, content, format in itertools.product((True, False, None), contents, ("safetensors", "bin")):
+            flag = model.startswith("bert") if tied is None else tied
+            bad = not flag and content in ("absent", "alone")
+            # What an untied model of transformers 5 stores.
+            untied = not flag and model.startswith("bert")
+            bias: list[Any] = [lambda t: t | {new: t[old].clone()}] if untied else []
             yield case(
-                f"{model}/decoder bias, {name}",
-                "decoder bias",
+                f"{model}/{format}/tied {tied}, decoder {content}",
+                "tied flag and decoder",
                 model,
-                tensors=[*same, start, change] if half else [],
-                against=TRUE if old or (model == "bert-mlm-untied" and name == "new name") else FOLDER,
-                expect="refused" if name == "none" else "either" if name == "new name" else "equal",
+                config={} if tied is None else {"tie_word_embeddings": tied},
+                drop=("tie_word_embeddings",) if tied is None else (),
+                tensors=[contents[content], *bias],
+                format=format,
+                expect="refused" if bad else "equal",
+                says="missing" if bad else "",
+                quick=format == "safetensors" and tied is not None and content in ("different", "absent"),
             )
+
+
+def _decoder_biases() -> Iterable[Case]:
+    from zoo import folders
+
+    old, new = "cls.predictions.bias", "cls.predictions.decoder.bias"
+
+    def one(tensors: Any) -> Any:
+        return next(tensors[n] for n in DECODER_BIASES if n in tensors)
+
+    biases: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "old name": lambda b: {old: b},
+        "new name": lambda b: {new: b},
+        "both, equal": lambda b: {old: b.clone(), new: b.clone()},
+        "both, different": lambda b: {old: b * 0.5 + 1, new: b.clone()},
+        "none": lambda b: {},
+    }
+    for model, name in itertools.product(("bert-mlm", "bert-mlm-untied"), biases):
+        # Untied with the old name only is what transformers 4 stored; version 5 makes the bias zero.
+        known = model == "bert-mlm" and name != "new name"
+        yield case(
+            f"{model}/decoder bias, {name}",
+            "decoder bias",
+            model,
+            tensors=[lambda t, made=biases[name]: folders.without(old, new)(t) | made(one(t))],
+            against=FOLDER if known else DECODER_BIAS,
+            expect="refused" if name == "none" else "equal",
+        )
 
 
 def _rotary() -> Iterable[Case]:
