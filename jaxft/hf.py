@@ -193,11 +193,12 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     if set(by_path) != set(ours):
         raise ValueError(f"rules and parameters differ: {sorted(set(by_path) ^ set(ours))}")
     problems = _Problems([], [], [], [])
-    absent, sources, substituted = {}, {}, []
+    absent, sources, substituted, concerned = {}, {}, [], set[str]()
     for path, rule in by_path.items():
         there = next((name for name in rule.names() if name in names), rule.theirs)
         theirs = _names_of(there, ours[path].shape)
         lacking = [name for name in theirs if name not in names]
+        concerned.update(names[name] for name in theirs if name in names)
         if lacking:
             absent[path] = lacking
             continue
@@ -213,9 +214,8 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     fresh = [path for path, lacking in absent.items() if _is_fresh(path, lacking, ours, sources, layout)]
     problems.missing.extend(name for path, lacking in absent.items() if path not in fresh for name in lacking)
 
-    read = {name for theirs in sources.values() for name in theirs}
     known = {names[name] for rule in layout.rules for name in rule.names() if name in names}
-    left = [(canonical, name) for canonical, name in names.items() if name not in read | known]
+    left = [(canonical, name) for canonical, name in names.items() if name not in concerned | known]
     unused = [name for canonical, name in left if _matches(canonical, layout.leftovers)]
     problems.unused.extend(name for _, name in left if name not in unused)
     problems.raise_if_any(weights)

@@ -320,6 +320,10 @@ def test_part_of_a_head_is_not_made_up(tmp_path: Path, capsys: Capture) -> None:
     source = make_folder(tmp_path / "source", "masked_lm", tie_word_embeddings=False)
     _edit_tensors(source, **{"cls.predictions.decoder.weight": None})
     assert "1 missing: cls.predictions.decoder.weight" in refusal(capsys, "convert", source, tmp_path / "no")
+    source = make_folder(tmp_path / "layer")
+    _edit_tensors(source, **{"encoder.layer.0.output.dense.bias": None})
+    message = refusal(capsys, "convert", source, tmp_path / "no")
+    assert message.endswith("weights do not fit the model: 1 missing: bert.encoder.layer.0.output.dense.bias")
 
 
 def test_how_many_labels(tmp_path: Path, capsys: Capture) -> None:
@@ -458,3 +462,36 @@ def test_peak_memory_of_loading(tmp_path: Path) -> None:
     )
     size = (folder / "model.safetensors").stat().st_size
     assert load.measure(load._JAXFT, folder)["peak_bytes"] < 1.3 * size + 16 * 2**20
+
+
+_CONVERT = """
+import resource, sys
+import jax, jaxft
+from jaxft import __main__, checkpoint, pretrained
+from jaxft.checkpoint import params
+jax.devices()
+jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()
+import json, time
+start = time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert __main__.main(["convert", sys.argv[1], sys.argv[1] + ".converted", "--to", {to!r}]) == 0
+seconds = time.perf_counter() - start
+"""
+
+
+@pytest.mark.parametrize(("format", "to", "limit"), [("flax", "hf", 1.0), ("safetensors", "jaxft", 1.35)])
+def test_peak_memory_of_converting(tmp_path: Path, format: str, to: str, limit: float) -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    try:
+        import load
+    finally:
+        sys.path.pop(0)
+    sizes = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+    # Its largest tensor is a tenth of it.
+    folder = make_folder(tmp_path / "source", vocab_size=5000, **sizes)
+    size = (folder / "model.safetensors").stat().st_size
+    if format == "flax":
+        _as_flax(folder)
+    assert load.measure(_CONVERT.format(to=to), folder)["peak_bytes"] < limit * size + 32 * 2**20

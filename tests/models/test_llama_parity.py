@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft import pretrained
 from jaxft.errors import UserError
 from jaxft.hf import export_tensors
 from jaxft.layers import Rotary
@@ -154,3 +156,113 @@ def test_texts_beyond_the_limit_are_refused() -> None:
     model = llama.Model(BASE)
     with pytest.raises(UserError, match="limit of 64"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 65), np.int32)))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE_SPELLINGS: dict[str, dict[str, Any]] = {
+    "both": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+    },
+    "empty": {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0}},
+    "theta_twice": {"rope_theta": 50.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    "no_original": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "original_outside": {
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8},
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", ROPE_SPELLINGS)
+def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp_path: Path) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    tree = llama.config_to_hf(BASE)
+    tree.pop("rope_parameters")
+    stated = tree | ROPE_SPELLINGS[spelling]
+    rope = llama.Config(**{**llama.config_from_hf(stated), "rope": Rotary(**llama.config_from_hf(stated)["rope"])}).rope
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(dict(stated)))
+    close(rope.frequencies(BASE.head_size), theirs.inv_freq, spelling)
+    # An export must not keep an old spelling, which the reference would believe over what we write.
+    written = pretrained._exported_config(
+        stated, llama, llama.Model(dataclasses.replace(BASE, rope=rope)), None, "float32"
+    )
+    assert not set(llama.SUPERSEDED) & set(written)
+    again = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(written))
+    close(again.inv_freq.numpy(), theirs.inv_freq, spelling)
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, not a number above 0"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "low_freq_factor is None"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor below its high_freq_factor"),
+        ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}}, "high_freq_factor is missing"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_scaling": {"type": ["linear"]}}, "is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_rotary_settings_that_are_not_whole_are_refused(stated: dict[str, Any], named: str) -> None:
+    tree = llama.config_to_hf(BASE)
+    tree.pop("rope_parameters")
+    with pytest.raises(UserError, match=re.escape(named)):
+        llama.config_from_hf(tree | stated)
+
+
+@pytest.mark.parametrize("content", ["absent", "equal", "different", "alone"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_flag_and_the_stored_decoder(tied: bool, content: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    theirs = reference(BASE, "causal_lm")
+    theirs.save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    table, decoder = "model.embed_tokens.weight", "lm_head.weight"
+    tensors |= {"equal": {decoder: tensors[table].clone()}, "alone": {decoder: tensors[table]}}.get(content, {})
+    for name in {"absent": [decoder], "alone": [table]}.get(content, []):
+        del tensors[name]
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": tied}))
+    notes: list[str] = []
+    source = open_source(str(tmp_path / "hf"), notes.append)
+    model = llama.Model(source.config, "causal_lm")
+    if not tied and content in ("absent", "alone"):
+        with pytest.raises(UserError, match=f"1 missing: {decoder if content == 'absent' else table}"):
+            load_params(source, model, notes.append)
+        return
+    export_folder(
+        tmp_path / "back",
+        source.hf_config,
+        llama,
+        model,
+        load_params(source, model, notes.append),
+        tokenizer_folder=None,
+    )
+    said = {(True, "different"): "it is kept, untied", (True, "alone"): f"{decoder} is read for {table}"}.get(
+        (tied, content)
+    )
+    assert [said in note for note in notes] == ([True] if said else [])
+    before, after = (
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("hf", "back")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_training_does_not_start_from_nan(tmp_path: Path) -> None:
+    theirs = reference(BASE, None)
+    with torch.no_grad():
+        theirs.norm.weight[3] = float("nan")
+    theirs.save_pretrained(tmp_path / "hf")
+    notes: list[str] = []
+    source = open_source(str(tmp_path / "hf"), notes.append)
+    model = llama.Model(source.config)
+    load_params(source, model, notes.append)
+    assert notes == ["warning: NaN or infinity in the weights: norm.weight"]
+    with pytest.raises(UserError, match=r"training cannot start: NaN or infinity in the weights: norm\.weight"):
+        load_params(source, model, notes.append, finite=True)

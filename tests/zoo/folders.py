@@ -111,7 +111,7 @@ def _sharded(folder: Path, tensors: Tensors, stem: str, ending: str, save: Calla
 
 
 def _safetensors(tensors: Tensors, path: Path) -> None:
-    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _flax(tensors: Tensors, path: Path) -> None:

@@ -54,8 +54,8 @@ def outcome_of(case: Case, folder: Path) -> tuple[str, str]:
     from jaxft.errors import UserError
 
     folder.mkdir(parents=True)
-    case.make(folder)
     try:
+        case.make(folder)
         difference = case.judge(folder)
     except UserError as error:
         text = str(error)
@@ -84,15 +84,13 @@ def main() -> int:
     start = time.perf_counter()
     chosen = [c for c in all_cases() if (c.quick or not options.quick) and options.only in f"{c.name} {c.kind}"]
     counts: dict[str, Counter[str]] = {}
-    told: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, case in enumerate(chosen):
             outcome, text = outcome_of(case, (options.keep or Path(scratch)) / f"{number:04d}" / "folder")
             counts.setdefault(case.kind, Counter())[outcome] += 1
             if outcome in OUTCOMES[2:] or (options.list and outcome == "refused"):
-                told.append(f"{outcome:10}{case.name}: {text}")
+                print(f"{outcome:10}{case.name}: {text}", flush=True)
     print_table(counts)
-    print("\n".join(told))
     seconds = time.perf_counter() - start
     failures = sum(count for row in counts.values() for outcome, count in row.items() if outcome in OUTCOMES[2:])
     print(f"{len(chosen)} folders in {seconds:.0f} s, {failures} failures")

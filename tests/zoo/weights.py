@@ -105,12 +105,16 @@ def _convert(folder: Path, target: Path) -> str:
 def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> str | None:
     """None where all agree within the tolerance, else what does not."""
     from jaxft import parity
+    from jaxft.errors import UserError
     from zoo import folders
 
     target = folder.with_name(folder.name + ".converted")
     _convert(folder, target)
     stored = folders.made(model).architecture
-    architecture, config, from_target = _jaxft(target)
+    try:
+        architecture, config, from_target = _jaxft(target)
+    except UserError as error:
+        return f"jaxft does not read what it wrote: {error}"
     same = {"BertForPreTraining": "BertForMaskedLM"}  # the masked-LM half of it, by design
     if architecture != same.get(stored, stored):
         return f"a {stored} was taken for a {architecture}"
@@ -121,7 +125,10 @@ def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> st
             wanted = _computed(_truth(model, folder, against, changes), batch)
         except Exception as error:  # noqa: BLE001 - whatever stops the reference
             return f"jaxft reads it, transformers does not: {type(error).__name__} {str(error).splitlines()[:1]}"
-        again = _again(target, architecture, batch)
+        try:
+            again = _again(target, architecture, batch)
+        except UserError as error:
+            return f"what was written: {error}"
     found = {
         "converted, by jaxft": from_target(batch),
         "converted, by transformers": again,
