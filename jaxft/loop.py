@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import checkpoint, processes
+from jaxft import checkpoint, processes, tasks
 from jaxft.attention import choices, described
 from jaxft.config import RunConfig, decode, to_tree
+from jaxft.config.stored import stored_config, stored_metric, wrong_best
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.goodput import Goodput, Lap, Profile, lap_of
@@ -45,6 +46,8 @@ class Programs:
 class Progress:
     """What the loop knows besides the state; stored with each checkpoint."""
 
+    metric: str | None = None
+    """Name of the metric that the best value is of."""
     best_value: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
@@ -165,8 +168,8 @@ def _fit(
                 pending = None
                 with lap.clock.paused():
                     with goodput.part("evaluation"):
-                        scores = _evaluate(setup, programs, sinks, state, step) if evaluated else None
-                    better = scores is not None and _is_better(config, progress, scores, step)
+                        scores = _evaluate(setup, programs, sinks, state, step, progress.metric) if evaluated else None
+                    better = scores is not None and _is_better(setup.task, progress, scores, step)
                     best_metrics = scores if better else best_metrics
                     ended = interrupted or step == total or _out_of_patience(config, progress)
                     if due or better or ended:
@@ -176,9 +179,7 @@ def _fit(
             if interrupted or _out_of_patience(config, progress):
                 break
         if not interrupted and step < total:
-            sinks.note(
-                f"stopped early at step {step}: no better {config.eval.metric} in {progress.bad_evals} evaluations"
-            )
+            sinks.note(f"stopped early at step {step}: no better {progress.metric} in {progress.bad_evals} evaluations")
         profile.close()
         with goodput.part("checkpoint"):
             store.wait()
@@ -203,16 +204,29 @@ def _start(
     config = setup.config
     check_folder(config, out, seed)
     if not store.steps():
-        return programs.init(setup.start_params(seed, note)), Progress(), 0
+        metric = tasks.metric_of(setup.task, config.eval.metric)
+        return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)
-    _refuse_other_run(restored.meta["config"], to_tree(config), seed, restored.meta["seed"], out)
+    _refuse_other_run(stored_config(restored.meta), to_tree(config), seed, restored.meta["seed"], out)
     before = restored.meta.get("train_rows")  # checkpoints of the first versions do not say
     if before is not None and before != setup.train.digest():
         raise UserError(
             f"{out} holds a run on other rows: {config.data.train} (or its tokenizer) has changed; choose another train.out"
         )
     note(f"resuming from step {restored.step}")
-    return restored.state, Progress(**restored.meta["progress"]), restored.step
+    return restored.state, _progress(restored.meta, note), restored.step
+
+
+def _progress(meta: dict[str, Any], note: Note) -> Progress:
+    """The progress in a checkpoint; what an earlier version took for the best by mistake is forgotten."""
+    progress = Progress(**meta["progress"])
+    if progress.metric is None:
+        wrong = wrong_best(meta["config"])
+        progress = Progress() if wrong else progress
+        progress.metric = stored_metric(meta)
+        if wrong:
+            note(f"warning: {wrong}; from here on the best one is kept")
+    return progress
 
 
 def check_folder(config: RunConfig, out: Path, seed: int) -> None:
@@ -230,7 +244,7 @@ def check_folder(config: RunConfig, out: Path, seed: int) -> None:
             meta = checkpoint.read_manifest(folder).meta
         except checkpoint.DamagedCheckpoint:
             continue  # restoring falls back in the same order, with its warning
-        _refuse_other_run(meta["config"], to_tree(config), seed, meta["seed"], out)
+        _refuse_other_run(stored_config(meta), to_tree(config), seed, meta["seed"], out)
         return
 
 
@@ -239,6 +253,8 @@ def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], seed: int, ol
     old, new = _flat(to_tree(decode(RunConfig, before))), _flat(now)
     # Not config.train.seed: with several seeds in one command it is not the one that this folder is of.
     old["train.seed"], new["train.seed"] = old_seed, seed
+    if new["eval.metric"] is None:  # as the run was begun
+        new["eval.metric"] = old["eval.metric"]
     differing = [
         key
         for key in sorted(old.keys() | new.keys())
@@ -312,18 +328,26 @@ def _report_step(
         )
 
 
-def _evaluate(setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int) -> dict[str, Any]:
-    """Scores the held-out rows and logs it."""
+def _evaluate(
+    setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int, chosen: str | None
+) -> dict[str, Any]:
+    """Scores the held-out rows and logs it; ``chosen`` names the metric that the best checkpoint is chosen by."""
     metrics = evaluate(setup, programs, state.best_params)
-    sinks.log(step, "eval", {name: metrics[name] for name in setup.task.metric_names()})
+    if chosen is not None and not np.isfinite(metrics[chosen]):
+        sinks.note(
+            f"warning: {chosen} of the held-out rows is {metrics[chosen]} at step {step}: not taken for the best"
+        )
+    sinks.log(
+        step, "eval", {name: metrics[name] for name in sorted(setup.task.metrics, key=lambda name: name != "loss")}
+    )
     return metrics
 
 
-def _is_better(config: RunConfig, progress: Progress, metrics: dict[str, Any], step: int) -> bool:
+def _is_better(task: Any, progress: Progress, metrics: dict[str, Any], step: int) -> bool:
     """Whether an evaluation is the best so far; notes it in ``progress``."""
-    value, best = metrics[config.eval.metric], progress.best_value
-    sign = 1 if config.eval.mode == "max" else -1
-    better = bool(np.isfinite(value)) and (best is None or sign * value > sign * best)
+    assert progress.metric is not None
+    value = metrics[progress.metric]
+    better = tasks.is_better(task, progress.metric, value, progress.best_value)
     if better:
         progress.best_value, progress.best_step, progress.bad_evals = value, step, 0
     else:
@@ -334,17 +358,13 @@ def _is_better(config: RunConfig, progress: Progress, metrics: dict[str, Any], s
 def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
     """Metrics of ``params`` on the held-out rows; the final partial batch counts exactly its rows."""
     batches = setup.eval_batches()
-    sums = []
-    for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
-        placed = to_global(batch, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
-        sums.append(programs.evaluate[placed["tokens"].shape](params, placed))
-    return setup.task.metrics(added(sums))
 
+    def parts() -> Iterator[Any]:
+        for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
+            placed = to_global(batch, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
+            yield programs.evaluate[placed["tokens"].shape](params, placed)
 
-def added(sums: list[Any]) -> dict[str, np.ndarray]:
-    """Per-batch sums added up on the host in float64."""
-    fetched = jax.device_get(sums)
-    return {name: np.sum([np.asarray(part[name], np.float64) for part in fetched], axis=0) for name in fetched[0]}
+    return setup.task.score(*tasks.collected(parts()))
 
 
 def _result(

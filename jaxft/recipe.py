@@ -115,8 +115,7 @@ def make_recipe(
     """
     rules = make_rules(config.mesh)
     task = tasks.task(config.task.name).make_task(config.task, labels, tuple(counts), tokenizer)
-    if config.eval.metric not in task.metric_names():
-        raise UserError(f"eval.metric={config.eval.metric!r}: the task has {', '.join(task.metric_names())}")
+    tasks.metric_of(task, config.eval.metric)
     compute = make_compute(config.model, platform, rules, device_kind(mesh))
     family_name, base = _make_model(config, source, task.head, labels, compute)
     model = lora.adapted(base, config.model.lora)

@@ -34,6 +34,8 @@ _HEADLINE = (
     ("accuracy", "accuracy"),
     ("macro_f1", "macro F1"),
     ("micro_f1", "micro F1"),
+    ("auroc", "AUROC"),
+    ("average_precision", "average precision"),
     ("loss", "loss"),
     ("perplexity", "perplexity"),
 )
@@ -62,8 +64,21 @@ def write_report(
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> Path:
-    write_atomic(path, json.dumps(to_json(tree), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(to_json(_nulls(tree)), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return path
+
+
+def _nulls(tree: Any) -> Any:
+    """The same tree with None for each NaN, a score of nothing."""
+    if isinstance(tree, Mapping):
+        return {key: _nulls(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_nulls(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
+def _shown(score: float) -> str:
+    return "n/a" if math.isnan(score) else f"{score:.4f}"
 
 
 def report_text(
@@ -80,7 +95,7 @@ def report_text(
       colour: colours in the curves. None: when standard output is a terminal and NO_COLOR is not set.
     """
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
-    head = "   ".join(f"{shown} {metrics[name]:.4f}" for name, shown in _HEADLINE if name in metrics)
+    head = "   ".join(f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics)
     names = [plain_label(label) for label in labels]
     parts = [f"{head}   rows {metrics['rows']:,}"]
     if "confusion" in metrics:

@@ -17,6 +17,8 @@ import numpy as np
 
 from jaxft import checkpoint, lora, models
 from jaxft.config import RunConfig, decode, load_config
+from jaxft.config.read import stored_tree
+from jaxft.config.stored import without_gone, wrong_best
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.tokenizer import Tokenizer, pad_rows
 from jaxft.errors import UserError
@@ -63,7 +65,8 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
         if (exported / "config.json").is_file():
             # Its tokenizer is beside it, wherever data.tokenizer was when the run was made.
             beside = ["data.tokenizer=null", *overrides]
-            return _from_folder(str(exported), load_config(str(run_file), beside), note, head)
+            _warn_of_wrong_best(stored_tree(run_file), note)
+            return _from_folder(str(exported), load_config(str(run_file), beside, stored=True), note, head)
         return _from_checkpoint(folder, overrides, note)
     if folder.is_dir() and checkpoint.is_checkpoint(folder):
         return _from_checkpoint(folder, overrides, note)
@@ -94,7 +97,8 @@ def _compute(config: RunConfig) -> Compute:
 
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     params, meta = checkpoint.restore_params(folder)
-    config = _override(meta["config"], overrides)
+    _warn_of_wrong_best(meta["config"], note)
+    config = _override(without_gone(meta["config"]), overrides)
     family = models.family(meta["family"])
     model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
     tokenizer = folder / meta["tokenizer"]  # absolute, or inside the checkpoint
@@ -107,6 +111,11 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     if config.model.lora.rank is not None:
         params = lora.merged(params, config.model.lora.alpha)
     return _served(config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), meta["hf_config"])
+
+
+def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:
+    if wrong := wrong_best(tree):
+        note(f"warning: {wrong}")
 
 
 def _override(tree: dict[str, Any], overrides: list[str]) -> RunConfig:

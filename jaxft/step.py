@@ -55,7 +55,8 @@ def make_train_step(
 
         def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
             sums = task.sums(apply_model(model, join(trained), batch, key), batch)
-            return sums["loss"] / weight, sums
+            # What else is counted is for evaluations: left out here, the compiler drops it.
+            return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
 
         gradient, sums = jax.grad(loss_of, has_aux=True)(trained)
         if specs is not None:
@@ -140,11 +141,15 @@ def _accumulated(
     return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
 
 
-def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], Sums]:
-    """``(params, batch) -> sums`` over the batch; rows of weight 0 add nothing, and each call gives the same."""
+def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
+    """``(params, batch) -> (sums over the batch, outputs per row)`` of the task.
 
-    def eval_step(params: Any, batch: Batch) -> Sums:
+    Rows of weight 0 add nothing to the sums, and each call gives the same.
+    """
+
+    def eval_step(params: Any, batch: Batch) -> tuple[Sums, Batch]:
         batch = task.prepare(batch, jax.random.key(_PREPARE))
-        return task.sums(apply_model(model, params, batch, None), batch)
+        output = apply_model(model, params, batch, None)
+        return task.sums(output, batch), task.outputs(output, batch)
 
     return eval_step

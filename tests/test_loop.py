@@ -247,32 +247,112 @@ def _apply(model: Any) -> Any:
     )
 
 
-def test_early_stopping_and_best_checkpoint(ready: Ready, tmp_path: Path) -> None:
-    # A loss that must fall by itself: mode=max of the loss is at its best early, and gets worse while training goes well.
-    every = 2
-    stopping = ready.but(eval={"metric": "loss", "mode": "max", "patience": 2, "every": every})
-    one = fit(stopping, tmp_path / "one")
+# Values of a metric that is better the lower it is, at steps 2, 4, ...: the best at step 8, and two that are no better.
+FALLING = (3.0, float("nan"), 2.0, 1.0, 1.0, float("inf"), 0.5)
+
+
+def scripted(patch: pytest.MonkeyPatch, metric: str, sign: int, already: int = 0) -> None:
+    """Held-out rows are scored as ever, but the value of ``metric`` follows FALLING."""
+    real, count = loop.evaluate, iter(range(already, 100))
+
+    def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
+        return real(setup, programs, params) | {metric: sign * FALLING[next(count)]}
+
+    patch.setattr(loop, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "micro_f1", "loss"])
+def test_early_stopping_and_best_checkpoint(
+    ready: Ready, tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign, every, best = (1 if metric == "loss" else -1), 2, 8
+    stopping = ready.but(eval={"metric": metric, "patience": 2, "every": every})
+    with monkeypatch.context() as patch:
+        scripted(patch, metric, sign)
+        one = fit(stopping, tmp_path / "one")
     log = [record for record in read_log(tmp_path / "one/log.jsonl") if record["kind"] == "eval"]
-    values = {record["step"]: record["loss"] for record in log}
-    best = max(values, key=lambda step: values[step])
+    np.testing.assert_equal([record[metric] for record in log], [sign * value for value in FALLING[:6]])
     assert one.result.best_step == best
     assert one.result.step == best + 2 * every < TOTAL
     # The parameters are those of the best step, not the last.
-    assert one.result.metrics["loss"] == values[best]
-    state, _ = stored(ready, tmp_path / "one", best)
+    assert one.result.metrics[metric] == sign * 1.0
+    state, meta = stored(ready, tmp_path / "one", best)
+    assert (meta["progress"]["metric"], meta["progress"]["best_value"]) == (metric, sign * 1.0)
     for a, b in zip(jax.tree.leaves(one.result.params), jax.tree.leaves(state.ema), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    with Checkpoints(tmp_path / "one/checkpoints", keep=99) as store:
+        assert store.best() == best
+    if metric not in ("loss", "macro_f1"):
+        return
     # Patience is counted across a stop between the two bad evaluations.
-    fit(stopping, tmp_path / "two", stop_at=best + every + 1)
-    two = fit(stopping, tmp_path / "two")
+    with monkeypatch.context() as patch:
+        scripted(patch, metric, sign)
+        fit(stopping, tmp_path / "two", stop_at=best + every + 1)
+    with monkeypatch.context() as patch:
+        scripted(patch, metric, sign, already=5)
+        two = fit(stopping, tmp_path / "two")
     assert_same_end(ready, tmp_path / "one", tmp_path / "two", one.result.step)
-    assert_same_result(one.result, two.result)
+    assert two.result.best_step == best
     # A run that has stopped early stays as it is.
     before = (tmp_path / "two/log.jsonl").read_bytes()
     again = fit(stopping, tmp_path / "two")
     assert again.batches == []
+    assert again.result.best_step == best
     assert (tmp_path / "two/log.jsonl").read_bytes() == before
-    assert_same_result(one.result, again.result)
+
+
+def test_the_checkpoint_of_the_lowest_loss_is_kept(ready: Ready, tmp_path: Path) -> None:
+    run = fit(ready.but(eval={"metric": "loss", "every": 5}), tmp_path)
+    losses = {r["step"]: r["loss"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "eval"}
+    assert run.result.best_step == min(losses, key=lambda step: losses[step])
+    assert run.result.metrics["loss"] == min(losses.values()) < max(losses.values())
+
+
+def earlier(patch: pytest.MonkeyPatch, metric: str, mode: str) -> None:
+    """Checkpoints are written as by versions that had ``eval.mode``, of a run whose best value is at step 5."""
+    real = Checkpoints.save
+
+    def save(self: Checkpoints, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
+        evaluation = meta["config"]["eval"] | {"metric": metric, "mode": mode}
+        progress = {"best_value": 9.0, "best_step": 5, "bad_evals": 1}
+        old = meta | {"config": meta["config"] | {"eval": evaluation}, "progress": progress}
+        real(self, step, state, old, best=step == 5)
+
+    patch.setattr(Checkpoints, "save", save)
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min")])
+def test_a_run_of_a_version_with_eval_mode_goes_on(
+    ready: Ready, tmp_path: Path, metric: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        earlier(patch, metric, mode)
+        fit(ready, tmp_path, stop_at=11)
+    loop.check_folder(ready.setup.config, tmp_path, 0)
+    run = fit(ready, tmp_path)  # eval.metric is not set: what the run was begun with stays
+    assert not [note for note in run.notes if "warning" in note]
+    _, meta = stored(ready, tmp_path, TOTAL)
+    assert meta["progress"]["metric"] == metric
+    # No accuracy is above 9, and each loss is below.
+    assert (meta["progress"]["best_value"] == 9.0) == (metric == "accuracy")
+    other = "loss" if metric == "accuracy" else "accuracy"
+    with pytest.raises(UserError, match=f"eval.metric was '{metric}', now '{other}'"):
+        loop.check_folder(ready.but(eval={"metric": other}).setup.config, tmp_path, 0)
+
+
+def test_the_worst_checkpoint_of_an_earlier_version_is_not_the_best(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        earlier(patch, "loss", "max")
+        fit(ready, tmp_path, stop_at=11)
+    run = fit(ready.but(eval={"metric": "loss"}), tmp_path)
+    warning = (
+        "warning: this run of an earlier version (eval.mode=max) kept the checkpoint of the highest loss, its worst"
+    )
+    assert [note for note in run.notes if note.startswith(warning)]
+    losses = {r["step"]: r["loss"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "eval" and r["step"] > 11}
+    assert run.result.best_step == min(losses, key=lambda step: losses[step])
 
 
 @pytest.mark.parametrize(

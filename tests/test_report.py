@@ -21,8 +21,9 @@ CONFUSION = [[6, 3, 1], [1, 4, 1], [1, 0, 3]]
 
 
 def metrics_of(confusion: list[list[int]], labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
-    sums = {"confusion": np.asarray(confusion, np.float64), "loss": np.asarray(10.0), "weight": np.asarray(20.0)}
-    return Task(labels).metrics(sums)
+    matrix = np.asarray(confusion, np.float64)
+    counts = {"true": matrix.sum(1), "predicted": matrix.sum(0), "correct": np.diag(matrix)}
+    return Task(labels).score({"confusion": matrix, "loss": np.asarray(10.0), "weight": np.asarray(20.0), **counts})
 
 
 def many(count: int) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -156,7 +157,7 @@ def test_labels_that_no_font_or_formula_parser_likes(tmp_path: Path) -> None:
 def test_without_a_log_there_are_no_curves(tmp_path: Path) -> None:
     metrics = metrics_of(CONFUSION) | {"loss": math.nan}
     assert [p.name for p in write_report(tmp_path, metrics, LABELS, [])] == ["metrics.json", "confusion.png"]
-    assert json.loads((tmp_path / "metrics.json").read_text())["loss"] == "nan"
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss"] is None
 
 
 def test_smoothing_is_unbiased_and_passes_over_nan() -> None:

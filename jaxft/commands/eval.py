@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     set_up_jax("~/.cache/jaxft/xla")
     import jax
 
-    from jaxft import loop, tasks
+    from jaxft import tasks
     from jaxft.data.encode import encode_rows, label_text, read_rows
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.report import report_text, write_report
@@ -66,8 +66,10 @@ def run(options: argparse.Namespace) -> int:
     step = jax.jit(make_eval_step(served.model, task))
     buckets = make_buckets(None, served.tokenizer.max_length or config.data.max_length)
     batches = Batches(split, config.eval.batch_size, buckets, served.tokenizer.pad_id, None)
-    sums = [step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)]
-    metrics = task.metrics(loop.added(sums))
+    parts = (
+        step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
+    )
+    metrics = task.score(*tasks.collected(parts))
     print(f"eval: {len(split)} rows, {split.truncated} truncated to {served.tokenizer.max_length} tokens")
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.out:

@@ -261,6 +261,7 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
     from jaxft import lora
     from jaxft.loop import evaluate
     from jaxft.pretrained import load_params, open_source
+    from jaxft.records import to_json
     from jaxft.sharding import jitted, replicated
 
     source = open_source(str(target), _note)
@@ -275,7 +276,8 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
     again = evaluate(ready, programs, params if base is ready.model else lora.unchanged(params, result.params))
     labels = ready.task.labels
     named = source.labels or tuple(f"LABEL_{i}" for i in range(len(labels)))  # such names count as none
-    if not same or again != metrics or named != labels:
+    # As JSON: a score of nothing is NaN, which is not equal to itself.
+    if not same or to_json(again) != to_json(metrics) or named != labels:
         raise UserError(
             f"{target}: the exported model differs from the trained one; this is a bug in jaxft, please report it"
         )

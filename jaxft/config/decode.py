@@ -13,6 +13,7 @@ import yaml
 
 from jaxft.config.names import meant
 from jaxft.config.scalars import EXPONENT, Scalar, settle
+from jaxft.config.stored import GONE
 from jaxft.errors import UserError
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ def _check_keys(schema: Any, tree: Any, where: str, hint: Callable[[str, Iterabl
     types = typing.get_type_hints(schema)
     for key, value in tree.items():
         path = f"{where}.{key}".strip(".")
+        if path in GONE and key not in types:
+            raise UserError(f"{path} is gone: {GONE[path]}")
         if key not in types:
             raise UserError(f"unknown config key {path!r}: {hint(path, types)}")
         _check_keys(types[key], value, path, hint)

@@ -12,6 +12,7 @@ from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
 from jaxft.config.scalars import Scalar, parse_yaml, value_kind
 from jaxft.config.schema import RunConfig
+from jaxft.config.stored import GONE, without_gone
 from jaxft.config.typed import typed
 from jaxft.errors import UserError
 from jaxft.files import find_file
@@ -48,6 +49,11 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
     return _merge(merged, tree)
 
 
+def stored_tree(path: Path) -> dict[str, Any]:
+    """The plain tree of a configuration that a run wrote, with the keys that are gone since."""
+    return _read_tree(path)
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -75,6 +81,8 @@ def _kind_of(key: str, text: str) -> Any:
         done.append(part)
         if dataclasses.is_dataclass(kind):
             kinds = typing.get_type_hints(kind)
+            if ".".join(done) in GONE:
+                raise UserError(f"{'.'.join(done)} is gone: {GONE['.'.join(done)]}")
             if part not in kinds:
                 raise UserError(f"unknown config key {'.'.join(done)!r}: {meant(RunConfig, '.'.join(done), kinds)}")
             kind = kinds[part]
@@ -87,8 +95,11 @@ def _kind_of(key: str, text: str) -> Any:
     return kind
 
 
-def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = (), *, stored: bool = False) -> RunConfig:
     """The resolved configuration of a run file (or of the defaults, for None) with ``key=value`` overrides applied.
+
+    Args:
+      stored: the file was written by a run, perhaps of an earlier version: keys that are gone since are passed over.
 
     Raises:
       UserError: missing or malformed file, unknown key, value of the wrong type or out of range.
@@ -96,6 +107,7 @@ def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_tree(find_file(path, "config file"))
+        tree = without_gone(tree) if stored else tree
     for assignment in overrides:
         tree = _override(tree, assignment)
     config = decode(RunConfig, tree)

@@ -241,9 +241,9 @@ class EvalConfig:
     every: int | None = None
     """Steps between evaluations. None: once per epoch, and at the end in any case."""
     batch_size: int = 64
-    metric: str = "accuracy"
-    """Metric that names the best checkpoint and stops early."""
-    mode: Literal["max", "min"] = "max"
+    metric: str | None = None
+    """Metric that names the best checkpoint and stops early. None: the task's first one (a classifier's accuracy, a language
+    model's loss). Whether less or more of it is better, the task says."""
     patience: int | None = None
     """Evaluations without a better ``metric`` after which training stops. None: never."""
 

@@ -8,8 +8,12 @@ with:
 - ``labels``: label names in the order of class ids (empty if the task has none);
 - ``prepare(batch, key)``: the batch that model and loss see, made on the device from the one that the loader made;
 - ``weight_of(batch)``: of a prepared batch, the scalar sum of the weights of all examples in a batch;
-- ``sums(output, batch)``: a dict of *sums* over the batch, ``loss`` among them; nobody divides until the end;
-- ``metrics(sums)``: the final numbers, on the host, from sums added over all batches.
+- ``sums(output, batch)``: a dict of *sums* over the batch, ``loss`` and ``weight`` among them; nobody divides until the end;
+- ``outputs(output, batch)``: a dict of arrays [B, ...], what the model says of each row; empty where sums suffice;
+- ``learnable(tokens, offsets)``: how many rows or tokens of ragged texts the loss can be of;
+- ``metrics``: the scalars that ``eval.metric`` may name, each ``"max"`` or ``"min"`` for which way is better; the first is the
+  default;
+- ``score(sums, outputs)``: the final numbers, on the host, from sums and outputs of all batches. A score of nothing is NaN.
 """
 
 from __future__ import annotations
@@ -17,8 +21,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from jaxft.errors import UserError, nearest
+from jaxft.tasks._scores import collected, is_better
+
+__all__ = ["collected", "is_better", "metric_of", "task", "task_of_head", "tasks"]
 
 
 def tasks() -> tuple[str, ...]:
@@ -30,6 +38,19 @@ def tasks() -> tuple[str, ...]:
 def task_of_head(head: str | None) -> ModuleType | None:
     """The module of the task that trains a model head; None if there is none."""
     return next((module for module in map(task, tasks()) if module.Task.head == head), None)
+
+
+def metric_of(task: Any, wanted: str | None) -> str:
+    """The metric that chooses the best checkpoint: as ``eval.metric`` says, or the task's first one.
+
+    Raises:
+      UserError: the task has no such metric.
+    """
+    if wanted is None:
+        return next(iter(task.metrics))
+    if wanted not in task.metrics:
+        raise UserError(f"eval.metric={wanted!r}: the task has {', '.join(task.metrics)}")
+    return wanted
 
 
 def task(name: str) -> ModuleType:

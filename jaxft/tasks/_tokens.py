@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxft.config import TaskConfig
 from jaxft.errors import UserError
 
 Array = jax.Array
+Direction = Literal["max", "min"]
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 
@@ -24,6 +26,11 @@ class TokenTask:
     """
 
     labels: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, Direction]:
+        """The scalar metrics that ``eval.metric`` may name, and which way is better."""
+        return {"loss": "min", "perplexity": "min", "accuracy": "max"}
 
     def weight_of(self, batch: Batch) -> Array:
         """The number of predicted tokens of a prepared batch: what the summed loss is divided by."""
@@ -43,9 +50,15 @@ class TokenTask:
             "rows": batch["weights"].sum(),
         }
 
-    def metrics(self, sums: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Mean loss in nats, its exponential, and the share of tokens guessed right."""
-        tokens = max(float(sums["weight"]), 1e-30)
+    def outputs(self, output: Any, batch: Batch) -> Batch:
+        """Nothing: the sums suffice."""
+        del output, batch
+        return {}
+
+    def score(self, sums: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """Mean loss in nats, its exponential, and the share of tokens guessed right; NaN if no token was predicted."""
+        del outputs
+        tokens = float(sums["weight"]) or math.nan
         loss = float(sums["loss"]) / tokens
         return {
             "loss": loss,
@@ -54,10 +67,6 @@ class TokenTask:
             "rows": int(np.rint(sums["rows"])),
             "predicted_tokens": int(np.rint(sums["weight"])),
         }
-
-    def metric_names(self) -> tuple[str, ...]:
-        """The scalar metrics that ``eval.metric`` may name."""
-        return ("loss", "perplexity", "accuracy")
 
 
 def token_cross_entropy(logits: Array, targets: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.config import TaskConfig
 from jaxft.tasks._tokens import TokenTask, refuse_label_options
@@ -34,6 +35,11 @@ class Task(TokenTask):
         following = jnp.pad(there[:, 1:], ((0, 0), (0, 1)))
         weights = ((following == there) & (there != 0)) * batch["weights"][:, None]
         return batch | {"targets": jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), "target_weights": weights}
+
+    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
+        """How many tokens of ragged texts have a token before them: text i is ``tokens[offsets[i]:offsets[i + 1]]``."""
+        del tokens
+        return int(np.maximum(np.diff(offsets) - 1, 0).sum())
 
 
 def make_task(config: TaskConfig, labels: Sequence[str], counts: Sequence[int], tokenizer: Any) -> Task:

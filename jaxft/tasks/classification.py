@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,18 @@ import numpy as np
 
 from jaxft.config import TaskConfig
 from jaxft.errors import UserError, nearest
+from jaxft.tasks._ranking import auroc, average_precision, best_cut
 
 Array = jax.Array
+Direction = Literal["max", "min"]
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 
 LABELLED = True
 END_TOKEN = False
+
+MOST_CONFUSION_CLASSES = 200
+"""Beyond this many classes no confusion matrix is counted: of 3,000 it would take 36 MB for each batch."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,20 @@ class Task:
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     """One weight per class, or None for 1 each."""
+    threshold: float | None = None
+    """Of two classes: the second is predicted where its probability is at least this. None: the more probable one."""
 
     head = "classification"
+
+    @property
+    def metrics(self) -> dict[str, Direction]:
+        """The scalar metrics that ``eval.metric`` may name, and which way is better."""
+        ranking: dict[str, Direction] = {"auroc": "max", "average_precision": "max"} if self._binary else {}
+        return {"accuracy": "max", "macro_f1": "max", "micro_f1": "max", "loss": "min", **ranking}
+
+    @property
+    def _binary(self) -> bool:
+        return len(self.labels) == 2
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """The batch as it is."""
@@ -42,39 +61,75 @@ class Task:
         return _row_weights(batch, self.class_weights).sum()
 
     def sums(self, output: Any, batch: Batch) -> Sums:
-        """``loss`` (scalar), ``weight`` (scalar) and ``confusion`` [C true, C predicted] summed over a batch.
+        """``loss``, ``weight`` (scalars), ``true``, ``predicted`` and ``correct`` [C] rows per class summed over a batch.
 
-        Rows of weight 0 (padding of the last batch) add nothing.
+        Up to ``MOST_CONFUSION_CLASSES`` classes also ``confusion`` [C true, C predicted]. Rows of weight 0 (padding of the last
+        batch) add nothing.
         """
         logits, labels = output.logits, batch["labels"]
         loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
         count = batch["weights"]
-        true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, logits.argmax(-1)))
-        return {
+        true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
+        counted = true * count[:, None]
+        sums = {
             "loss": (loss * count).sum(),
             "weight": self.weight_of(batch),
-            "confusion": jnp.einsum("bt,bp,b->tp", true, predicted, count, precision="highest"),
+            "true": counted.sum(0),
+            "predicted": (predicted * count[:, None]).sum(0),
+            "correct": (predicted * counted).sum(0),
         }
+        if len(self.labels) <= MOST_CONFUSION_CLASSES:
+            sums["confusion"] = jnp.einsum("bt,bp->tp", counted, predicted, precision="highest")
+        return sums
 
-    def metrics(self, sums: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Accuracy, macro and micro F1, per-class precision/recall/F1 and the confusion matrix.
+    def outputs(self, output: Any, batch: Batch) -> Batch:
+        """What the model says of each row: ``predicted`` [B] int32 and its ``probability`` [B] float32.
+
+        Of two classes also ``positive``, the probability of the second, and ``margin``, by how much its logit is higher [B]: unlike
+        the probability, it does not round to 1.
+        """
+        logits = output.logits.astype(jnp.float32)
+        probabilities, predicted = jax.nn.softmax(logits, axis=-1), self._predicted(logits)
+        chosen = jax.nn.one_hot(predicted, len(self.labels))
+        found = {"predicted": predicted, "probability": jnp.where(chosen > 0, probabilities, 0.0).sum(-1)}
+        if self._binary:
+            found |= {"positive": probabilities[:, 1], "margin": logits[:, 1] - logits[:, 0]}
+        return found | {"labels": batch["labels"], "weights": batch["weights"]}
+
+    def _predicted(self, logits: Array) -> Array:
+        if self.threshold is None:
+            return logits.argmax(-1)
+        return (jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1] >= self.threshold).astype(jnp.int32)
+
+    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
+        """The number of rows."""
+        del tokens
+        return len(offsets) - 1
+
+    def score(self, sums: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """Accuracy, macro and micro F1, per-class precision/recall/F1, and the confusion matrix if it was counted.
 
         A class that is never predicted has precision 0; one without true rows has recall 0; macro F1 averages the classes
-        that have true or predicted rows (scikit-learn's default does the same).
+        that have true or predicted rows (scikit-learn's default does the same). Scores of no rows are NaN.
+
+        Args:
+          sums: of all batches.
+          outputs: of all rows; needed for the scores of two classes: area under the ROC curve, average precision and the
+            threshold of the best F1 of the second class.
         """
-        confusion = np.rint(sums["confusion"]).astype(np.int64)
-        hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-        rows = int(confusion.sum())
+        hits, true, predicted = (np.rint(sums[name]).astype(np.int64) for name in ("correct", "true", "predicted"))
+        rows = int(true.sum())
         precision = hits / np.maximum(predicted, 1)
         recall = hits / np.maximum(true, 1)
         f1 = 2 * hits / np.maximum(true + predicted, 1)
         seen = (true + predicted) > 0
-        return {
-            "loss": float(sums["loss"] / max(float(sums["weight"]), 1e-30)),
-            "accuracy": float(hits.sum() / max(rows, 1)),
-            "macro_f1": float(f1[seen].mean()) if seen.any() else 0.0,
+        scores = {
+            "loss": float(sums["loss"]) / (float(sums["weight"]) or math.nan),
+            "accuracy": float(hits.sum()) / (rows or math.nan),
+            "macro_f1": float(f1[seen].mean()) if seen.any() else math.nan,
             # With exactly one label per row, micro precision = micro recall = micro F1 = accuracy.
-            "micro_f1": float(2 * hits.sum() / max(true.sum() + predicted.sum(), 1)),
+            "micro_f1": 2 * float(hits.sum()) / (float(true.sum() + predicted.sum()) or math.nan),
+            **(self._ranking(outputs) if self._binary and outputs is not None else {}),
             "rows": rows,
             "classes": {
                 label: {
@@ -85,12 +140,20 @@ class Task:
                 }
                 for i, label in enumerate(self.labels)
             },
-            "confusion": confusion.tolist(),
         }
+        if "confusion" in sums:
+            scores["confusion"] = np.rint(sums["confusion"]).astype(np.int64).tolist()
+        return scores
 
-    def metric_names(self) -> tuple[str, ...]:
-        """The scalar metrics that ``eval.metric`` may name."""
-        return ("loss", "accuracy", "macro_f1", "micro_f1")
+    def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        positive = outputs["labels"] == 1
+        cut = best_cut(outputs["positive"], positive)
+        return {
+            "auroc": auroc(outputs["margin"], positive),
+            "average_precision": average_precision(outputs["margin"], positive),
+            "positive": self.labels[1],
+            "best_threshold": None if cut is None else {"threshold": cut.threshold, "f1": cut.f1},
+        }
 
 
 def cross_entropy(

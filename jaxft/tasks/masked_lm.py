@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.config import TaskConfig
 from jaxft.errors import UserError
@@ -62,6 +63,11 @@ class Task(TokenTask):
         shown = jnp.put_along_axis(tokens, predict, jnp.where(chosen, shown, targets), axis=1, inplace=False)
         weights = chosen * batch["weights"][:, None]
         return batch | {"tokens": shown, "predict": predict, "targets": targets, "target_weights": weights}
+
+    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
+        """How many tokens of ragged texts may be hidden: text i is ``tokens[offsets[i]:offsets[i + 1]]``."""
+        del offsets
+        return int((~np.isin(tokens, self.special_ids)).sum())
 
     def _candidates(self, batch: Batch) -> Array:
         special = jnp.isin(batch["tokens"], jnp.asarray(self.special_ids, jnp.int32))

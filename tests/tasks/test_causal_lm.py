@@ -100,7 +100,7 @@ def test_train_eval_and_export(packing: str, tmp_path: Path, capsys: pytest.Capt
     settings = [
         "task.name=causal_lm", "model.family=llama", arch, f"data.train={texts}", f"data.tokenizer={tokenizer}",
         "data.max_length=24", f"data.packing={packing}", "train.batch_size=8", "train.epochs=4", "log.progress=off",
-        "train.compilation_cache=null", "eval.batch_size=8", "eval.metric=loss", "eval.mode=min",
+        "train.compilation_cache=null", "eval.batch_size=8", "eval.metric=loss",
         "optim.learning_rate=1e-2", f"train.out={tmp_path / 'out'}",
     ]  # fmt: skip
     code, out, err = run(capsys, "train", *settings)

@@ -176,7 +176,7 @@ def test_train_eval_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str
     settings = [
         "task.name=masked_lm", f"model.init={folder}", f"data.train={long}", "data.max_length=12", "data.buckets=[12]",
         "data.long_texts=split", "train.batch_size=16", "train.epochs=4", "train.compilation_cache=null",
-        "eval.batch_size=8", "eval.metric=loss", "eval.mode=min", "optim.learning_rate=1e-2", "log.progress=off",
+        "eval.batch_size=8", "optim.learning_rate=1e-2", "log.progress=off",
         f"train.out={tmp_path / 'out'}",
     ]  # fmt: skip
     code, out, err = run(capsys, "train", *settings)

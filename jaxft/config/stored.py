@@ -1,0 +1,50 @@
+"""Configurations that earlier versions wrote: keys that have gone since are taken out before they are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GONE = {
+    "eval.mode": "the task says for each metric whether less (loss) or more (accuracy) is better; leave it out",
+}
+"""Keys of earlier versions, and what a run file that still has one is told."""
+
+_LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with eval.mode had
+
+
+def without_gone(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the keys that are gone; ``tree`` itself stays as it is."""
+    kept = dict(tree)
+    for path in GONE:
+        section, key = path.split(".")
+        if isinstance(kept.get(section), dict):
+            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept
+
+
+def wrong_best(tree: dict[str, Any]) -> str | None:
+    """What was wrong with the choice of the best checkpoint in a run of an earlier version; None if nothing was.
+
+    Those versions took ``eval.mode`` from the run file, ``max`` by default, whatever the metric was.
+    """
+    section = tree.get("eval")
+    if not isinstance(section, dict) or "mode" not in section:
+        return None
+    metric = section.get("metric", "accuracy")
+    best = "min" if metric in _LESS_IS_BETTER else "max"
+    if section["mode"] == best:
+        return None
+    kind = "highest" if section["mode"] == "max" else "lowest"
+    return f"this run of an earlier version (eval.mode={section['mode']}) kept the checkpoint of the {kind} {metric}, its worst"
+
+
+def stored_config(meta: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint's ``meta`` as today's versions write it, with ``eval.metric`` named."""
+    tree = without_gone(meta["config"])
+    return tree | {"eval": tree.get("eval", {}) | {"metric": stored_metric(meta)}}
+
+
+def stored_metric(meta: dict[str, Any]) -> str:
+    """The metric that chose the best checkpoint of the run that a checkpoint's ``meta`` is of."""
+    before = meta["config"].get("eval", {}).get("metric")  # versions that did not write the other always had this one
+    return meta["progress"].get("metric") or before or "accuracy"

@@ -1,0 +1,49 @@
+"""From what evaluated batches give to a choice of the best: sums and outputs collected on the host, values compared."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+_AHEAD = 2  # batches that the device may be at work on while an earlier one is fetched
+
+
+def collected(parts: Iterable[tuple[Any, Any]]) -> tuple[Arrays, Arrays]:
+    """Sums and outputs of all batches on the host: sums added up in float64, outputs of all real rows one after the other.
+
+    Args:
+      parts: ``(sums, outputs)`` of each batch; a batch is fetched and folded in soon after it comes, and not kept.
+    """
+    sums: Arrays = {}
+    outputs: dict[str, list[np.ndarray]] = {}
+    for added, rows in _fetched(parts):
+        for name, value in added.items():
+            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+        for name, value in rows.items():
+            outputs.setdefault(name, []).append(value[rows["weights"] > 0])
+    return sums, {name: np.concatenate(found) for name, found in outputs.items()}
+
+
+def _fetched(parts: Iterable[Any]) -> Iterator[Any]:
+    waiting: deque[Any] = deque()
+    for part in parts:
+        waiting.append(part)
+        if len(waiting) > _AHEAD:
+            yield jax.device_get(waiting.popleft())
+    for part in waiting:
+        yield jax.device_get(part)
+
+
+def is_better(task: Any, metric: str, value: float, best: float | None) -> bool:
+    """Whether a value of a metric is better than the best one so far (None: there is none); one that is not finite never is."""
+    if not math.isfinite(value):
+        return False
+    sign = 1 if task.metrics[metric] == "max" else -1
+    return best is None or sign * value > sign * best

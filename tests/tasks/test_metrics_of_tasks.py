@@ -1,0 +1,88 @@
+"""Which way each metric of each task is better, scores of nothing, and how sums and outputs of batches become scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layouts import MADE, batches
+
+from jaxft import tasks
+from jaxft.records import to_json
+from jaxft.tasks.classification import Task
+
+VOCAB = 96
+TASKS: dict[str, Any] = {name: MADE[name](tasks.task(name)) for name in tasks.tasks()}
+TASKS["two classes"] = Task(("a", "b"))
+METRICS = [(name, metric) for name, task in TASKS.items() for metric in task.metrics]
+
+
+def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
+    """Scores of a model that gives the logit ``scale`` to the truth and 0 to all else, each row weighing ``rows``."""
+    task, batch = TASKS[name], batches(packed=name == "causal_lm")[0]
+    batch = {key: jnp.asarray(value) for key, value in batch.items()}
+    batch |= {"weights": batch["weights"] * rows, "labels": batch["labels"] % max(len(task.labels), 1)}
+    batch = task.prepare(batch, jax.random.key(0))
+    targets = batch.get("targets", batch["labels"])
+    output = SimpleNamespace(logits=scale * jax.nn.one_hot(targets, len(task.labels) or VOCAB), score=None)
+    return task.score(*tasks.collected([(task.sums(output, batch), task.outputs(output, batch))]))
+
+
+@pytest.mark.parametrize(("name", "metric"), METRICS)
+def test_a_good_model_is_better_than_a_bad_one(name: str, metric: str) -> None:
+    task, good, bad = TASKS[name], scores(name, 5.0)[metric], scores(name, -5.0)[metric]
+    assert tasks.is_better(task, metric, good, bad)
+    assert not tasks.is_better(task, metric, bad, good)
+    assert not tasks.is_better(task, metric, good, good)
+    assert tasks.is_better(task, metric, bad, None)
+    for value in (math.nan, math.inf, -math.inf):
+        assert not tasks.is_better(task, metric, value, None)
+        assert not tasks.is_better(task, metric, value, good)
+
+
+@pytest.mark.parametrize(("name", "metric"), METRICS)
+def test_a_score_of_nothing_is_no_score(name: str, metric: str) -> None:
+    assert math.isnan(scores(name, 5.0, rows=0.0)[metric])
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_first_metric_is_the_default(name: str) -> None:
+    task = TASKS[name]
+    assert tasks.metric_of(task, None) == next(iter(task.metrics))
+    assert {tasks.metric_of(task, metric) for metric in task.metrics} == set(task.metrics)
+    assert set(task.metrics) <= scores(name, 1.0).keys()
+    json.dumps(to_json(scores(name, 1.0)), allow_nan=False)
+
+
+def test_batches_are_folded_in_as_they_come() -> None:
+    alive: list[int] = []
+    most = 0
+
+    class Value:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            alive.append(number)
+
+        def __del__(self) -> None:
+            alive.remove(self.number)
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return np.asarray(self.number, dtype)
+
+    def parts() -> Any:
+        nonlocal most
+        for number in range(50):
+            rows = {"weights": np.asarray([1.0, 0.0]), "seen": np.asarray([number, -1])}
+            yield {"sum": Value(number)}, rows
+            most = max(most, len(alive))
+
+    sums, outputs = tasks.collected(parts())
+    assert sums["sum"] == sum(range(50))
+    assert outputs["seen"].tolist() == list(range(50))
+    assert most < 8
