@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, printable
 from jaxft.files import write_atomic
 
 _DPI = 120
@@ -74,8 +74,8 @@ def _thinned(series: Series) -> Series:
 
 
 def plain_label(label: str) -> str:
-    """A label on one line, visible even when empty."""
-    shown = "".join(c if c.isprintable() else " " for c in label)
+    """A label on one line, visible even when empty, without codes that a terminal would obey."""
+    shown = printable(label)
     return shown if shown.strip() else repr(label)
 
 

@@ -19,6 +19,7 @@ from jaxft import checkpoint, lora, models
 from jaxft.config import RunConfig, decode, load_config
 from jaxft.config.read import stored_tree
 from jaxft.config.stored import without_gone, wrong_best
+from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.tokenizer import Tokenizer, pad_rows
 from jaxft.errors import UserError
@@ -142,6 +143,7 @@ def _served(
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit))
     check_vocabulary(tokenizer, model.config)
+    refuse_alike(labels, "the model's config.json")
     return Served(config, family, model, params, tokenizer, labels, hf_config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,12 +14,21 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import lora, tasks
 from jaxft.config import RunConfig
-from jaxft.data.encode import Split, encode_rows, hold_out, label_text, read_rows, sorted_labels
+from jaxft.data.encode import Split, encode_rows, hold_out, read_rows
+from jaxft.data.labels import (
+    declared_labels,
+    fits,
+    label_text,
+    look_alikes,
+    refuse_alike,
+    refuse_scores,
+    sorted_labels,
+)
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
-from jaxft.errors import UserError
+from jaxft.errors import UserError, listed
 from jaxft.initial import init_params
 from jaxft.pretrained import Source, check_vocabulary, load_params, open_source, resolve_folder
 from jaxft.recipe import Recipe, make_recipe
@@ -117,13 +126,15 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
             rows, held = hold_out(rows, config.data.eval_fraction, seed=0, labelled=labelled)
         labels, fresh_head = (), config.model.head == "fresh"
         if labelled:
-            labels, fresh_head = _decide_labels(config, source, sorted_labels(rows), note)
+            labels, fresh_head = _decide_labels(config, source, [row.values[-1] for row in rows], note)
         known, split = labels if labelled else None, config.data.long_texts == "split"
-        end_id = tokenizer.end_id if task_module.END_TOKEN else None
-        train = encode_rows("train", rows, known, tokenizer, split=split, end_id=end_id)
-        held_out = encode_rows("eval", held, known, tokenizer, split=split, end_id=end_id)
+        how = {"split": split, "end_id": tokenizer.end_id if task_module.END_TOKEN else None}
+        renamed = declared_labels(config.data.labels)[1]
+        train = encode_rows("train", rows, known, tokenizer, renamed=renamed, **how)
+        held_out = encode_rows("eval", held, known, tokenizer, renamed=renamed, **how)
     _report_data(train, held_out, labels, config, note)
     _advise(train, config, source, note)
+    texts = train, held_out
     if config.data.packing != "none":
         train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
@@ -133,6 +144,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     recipe = make_recipe(config, mesh, source, labels, counts, tokenizer, total, mesh.devices.flat[0].platform)
     check_lengths(config, recipe.model.config)
     check_vocabulary(tokenizer, recipe.model.config)
+    _check_learnable(recipe.task, *texts, config, note)
     return Setup(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
         source=source,
@@ -157,27 +169,41 @@ def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
 
 
 def _decide_labels(
-    config: RunConfig, source: Source | None, found: tuple[str, ...], note: Note
+    config: RunConfig, source: Source | None, values: Sequence[object], note: Note
 ) -> tuple[tuple[str, ...], bool]:
-    """The label order, and whether the head must be fresh."""
+    """The label order, and whether the head must be fresh; ``values`` are the labels of the training rows."""
     stored = source.labels if source is not None and source.head == "classification" else None
-    declared = None if config.data.labels is None else tuple(label_text(label) for label in config.data.labels)
-    keep_stored = stored is not None and set(found) <= set(stored) and config.model.head == "task"
-    labels = declared or (stored if keep_stored and stored else found)
+    declared, found = declared_labels(config.data.labels)[0], sorted_labels(values)
+    labels = declared or found
+    if stored is not None and config.model.head == "task":
+        # The model's own spelling stays: "True" and "true" are one name.
+        same = tuple(map(label_text, stored)) == declared if declared else fits(found, stored)
+        labels = stored if same else labels
+    if labels is found:
+        refuse_scores(found, config.data.label)
+    for warning in look_alikes(values, labels):
+        note(f"warning: {warning}")
     if source is None:
         return labels, True
     if source.head != "classification" or config.model.head == "fresh":
         return labels, True
-    if stored is None and source.config.num_labels == len(labels) and declared is not None:
+    if stored is None and source.config.num_labels == len(labels) and declared:
         note(
             f"the checkpoint's head names no labels; its {len(labels)} classes are taken to be data.labels, in that order"
         )
         return labels, False
-    if stored != labels:
-        note(f"the checkpoint's head has labels {list(stored or ())}, the task {list(labels)}: a fresh head is made")
+    if stored is None or stored != labels:
+        note(
+            f"the checkpoint's head has labels {_in_list(stored or ())}, the task {_in_list(labels)}: a fresh head is made"
+        )
         return labels, True
-    note(f"the checkpoint's head is kept: labels {list(labels)}")
+    refuse_alike(stored, f"{source.folder}/config.json")
+    note(f"the checkpoint's head is kept: labels {_in_list(labels)}")
     return labels, False
+
+
+def _in_list(names: Sequence[str]) -> str:
+    return f"[{listed(map(repr, names))}]"
 
 
 def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config: RunConfig, note: Note) -> None:
@@ -185,10 +211,22 @@ def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config:
         note(f"{split.name}: {lengths_text(split, config.data.max_length)}")
     if not labels:
         return
-    note(f"labels: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
-    absent = [label for i, label in enumerate(labels) if not (train.labels == i).any()]
-    if absent:
-        note(f"warning: no training row has label {', '.join(absent)}")
+    note(f"labels: {listed(labels)}")
+    counts = np.bincount(train.labels, minlength=len(labels))
+    for rows, said in ((0, "no training row has"), (1, "only one training row has")):
+        few = [label for label, count in zip(labels, counts, strict=True) if count == rows]
+        if few:
+            note(f"warning: {said} label {listed(few)}")
+
+
+def _check_learnable(task: Any, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
+    """Raises UserError if no loss can be of the training rows, as where each text is a single token; warns of held-out rows."""
+    if not task.learnable(train.tokens, train.offsets):
+        raise UserError(
+            f"{config.data.train}: none of its {len(train)} texts has a token that {config.task.name} can predict: they are too short"
+        )
+    if not task.learnable(held_out.tokens, held_out.offsets):
+        note(f"warning: no held-out text has a token that {config.task.name} can predict: there will be no scores")
 
 
 def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:

@@ -21,13 +21,14 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from jaxft.commands.train import set_up_jax
-    from jaxft.errors import UserError
+    from jaxft.errors import UserError, listed
 
     set_up_jax("~/.cache/jaxft/xla")
     import jax
 
     from jaxft import tasks
-    from jaxft.data.encode import encode_rows, label_text, read_rows
+    from jaxft.data.encode import encode_rows, read_rows
+    from jaxft.data.labels import declared_labels, label_text
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.report import report_text, write_report
     from jaxft.serving import open_model
@@ -42,9 +43,11 @@ def run(options: argparse.Namespace) -> int:
         )
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
-    declared = tuple(label_text(label) for label in config.data.labels or served.labels)
-    if module.LABELLED and declared != served.labels:
-        raise UserError(f"data.labels={list(declared)}: the model's labels are {list(served.labels)}; leave it out")
+    declared, renamed = declared_labels(config.data.labels)
+    if module.LABELLED and declared and declared != tuple(map(label_text, served.labels)):
+        raise UserError(
+            f"data.labels names {listed(declared)}, the model's labels are {listed(served.labels)}; leave it out"
+        )
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if config.task.class_weights == "balanced":
@@ -59,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         rows,
         labels if module.LABELLED else None,
         served.tokenizer,
+        renamed=dict(zip(renamed, (served.labels[declared.index(name)] for name in renamed.values()), strict=True)),
         split=in_parts,
         end_id=served.tokenizer.end_id if module.END_TOKEN else None,
     )

@@ -119,6 +119,7 @@ def _note(text: str) -> None:
 def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
     from jaxft import tasks
+    from jaxft.data.labels import declared_labels
     from jaxft.pretrained import open_source
     from jaxft.recipe import make_recipe
     from jaxft.setup import check_lengths
@@ -130,7 +131,7 @@ def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     if tasks.task(config.task.name).LABELLED:
         count = config.model.arch.get("num_labels", 2)
         stored = source.labels if source is not None else None
-        labels = tuple(map(str, config.data.labels or stored or range(count)))
+        labels = declared_labels(config.data.labels)[0] or stored or tuple(map(str, range(count)))
     vocabulary = source.config.vocab_size if source is not None else config.model.arch.get("vocab_size", 30522)
     tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=vocabulary, end_id=2)
     recipe = make_recipe(

@@ -82,10 +82,10 @@ def check_ranges(config: RunConfig) -> None:
             "is for single texts; leave out data.text_pair, or use truncate",
         ),
         (
-            data.labels is None or len(set(data.labels)) == len(data.labels),
+            data.labels is None or len(data.labels) > 0,
             "data.labels",
             data.labels,
-            "has a label twice",
+            "names no label",
         ),
         (data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
         (optim.learning_rate >= 0, "optim.learning_rate", optim.learning_rate, "must not be negative"),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from jaxft.config import DataConfig
+from jaxft.data.labels import class_ids, label_text
 from jaxft.data.sources import Reference, Row, form_of, iter_rows, shown
 from jaxft.data.tokenizer import Tokenizer
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the tokenizer's threads busy
 
@@ -78,7 +78,7 @@ def read_rows(
       note: told what was found out about files, and how many rows were left out.
 
     Raises:
-      UserError: no rows, a text that is not text, or a missing label.
+      UserError: no rows, a text that is not text, no text that is not empty, or a missing label.
     """
     texts = (config.text, *((config.text_pair,) if config.text_pair else ()))
     rows = list(iter_rows(reference, (*texts, config.label) if labelled else texts, form_of(config, note)))
@@ -91,8 +91,10 @@ def read_rows(
         if not labelled:
             continue
         label = row.values[-1]
-        if label is None or label_text(label) == "":
+        if label_text(label) == "":
             raise UserError(f"{row.where}: column {config.label!r} is empty; every row needs a label")
+    if not any(str(text).strip() for row in rows for text in row.values[: len(texts)]):
+        raise UserError(f"{shown(reference)}: all of its {len(rows)} texts (column {config.text!r}) are empty; set data.text")
     return rows
 
 
@@ -123,37 +125,13 @@ def check_texts(row: Row, columns: tuple[str, ...], cure: str = "every row needs
             raise UserError(f"{row.where}: column {column!r} holds {value!r}, which is not text; set data.text")
 
 
-def label_text(value: object) -> str:
-    """A label as text: 1, 1.0 and "1" are the same class, as are true and "true"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def sorted_labels(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The distinct labels of rows: numbers in order of value if all are numbers, else in order of code points.
-
-    Class ids are part of a model, so the order must be one and the same in every process: names of equal value ("1",
-    "01") are told apart by their code points, and NaN, which has no place in an order, counts as a word.
-    """
-    names = sorted({label_text(row.values[-1]) for row in rows})
-    try:
-        values = {name: float(name) for name in names}
-    except ValueError:
-        return tuple(names)
-    if any(math.isnan(value) for value in values.values()):
-        return tuple(names)
-    return tuple(sorted(names, key=lambda name: values[name]))
-
-
 def encode_rows(
     name: str,
     rows: list[Row],
     labels: tuple[str, ...] | None,
     tokenizer: Tokenizer,
     *,
+    renamed: Mapping[str, str] | None = None,
     split: bool = False,
     end_id: int | None = None,
 ) -> Split:
@@ -161,13 +139,16 @@ def encode_rows(
 
     Args:
       labels: label names in the order of class ids; None: rows have no labels.
+      renamed: names by label, if the rows have others.
       split: texts that are too long become several rows (see :meth:`Tokenizer.encode`).
       end_id: appended to each text that does not end with it and has room.
 
     Raises:
       UserError: a label that is not among ``labels``; says where.
     """
-    classes = None if labels is None else _class_ids(rows, labels)
+    classes = None
+    if labels is not None:
+        classes = class_ids((row.values[-1] for row in rows), (row.where for row in rows), labels, renamed)
     tokens: list[np.ndarray] = []
     types: list[np.ndarray] = []
     dropped: list[int] = []
@@ -183,17 +164,6 @@ def encode_rows(
     return Split(
         name, np.concatenate(tokens), np.concatenate(types), offsets, classes, int((cuts > 0).sum()), dropped=cuts
     )
-
-
-def _class_ids(rows: list[Row], labels: tuple[str, ...]) -> np.ndarray:
-    ids = {label: i for i, label in enumerate(labels)}
-    classes = np.empty(len(rows), np.int32)
-    for i, row in enumerate(rows):
-        label = label_text(row.values[-1])
-        if label not in ids:
-            raise UserError(f"{row.where}: unknown label {label!r}: {nearest(label, labels)}")
-        classes[i] = ids[label]
-    return classes
 
 
 def _tokenise(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers, processors
 
 from jaxft.config import DataConfig
-from jaxft.data.encode import encode_rows, hold_out, label_text, read_rows, sorted_labels
+from jaxft.data.encode import encode_rows, hold_out, read_rows
 from jaxft.data.rows import Row
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
@@ -37,49 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def labelled(*labels: Any) -> list[Row]:
     return [Row(("a", label), f"f.csv:{i + 2}") for i, label in enumerate(labels)]
-
-
-@pytest.mark.parametrize(
-    ("labels", "order"),
-    [
-        (["10", "9", "2", "-1"], ("-1", "2", "9", "10")),
-        ([10, 9, 2.0, "2"], ("2", "9", "10")),
-        (["b", "a", "10", "9"], ("10", "9", "a", "b")),
-        ([True, False], ("false", "true")),
-        (["0.5", "0.25"], ("0.25", "0.5")),
-        (["B", "a", "ä"], ("B", "a", "ä")),
-        ([" x", "x ", "y"], ("x", "y")),
-        (["1", "01", "1.0", "0"], ("0", "01", "1", "1.0")),
-        (["nan", "2", "1"], ("1", "2", "nan")),
-        (["9007199254740993", "9007199254740992"], ("9007199254740992", "9007199254740993")),
-    ],
-)
-def test_found_labels_are_sorted(labels: list[object], order: tuple[str, ...]) -> None:
-    assert sorted_labels(labelled(*labels)) == order
-    assert sorted_labels(labelled(*reversed(labels))) == order
-
-
-def test_label_order_does_not_depend_on_the_hash_seed() -> None:
-    # Ids are part of a model: a resumed process must find the same ones.
-    code = (
-        "from jaxft.data.encode import sorted_labels; from jaxft.data.rows import Row; "
-        "print(sorted_labels(Row(('t', l), '') for l in ['1', '01', '1.0', '001', '1e0', '0', 'nan']))"
-    )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(seen) == 1
-
-
-def test_label_text() -> None:
-    assert [label_text(value) for value in (1, 1.0, "1", True, " x ", 0.5)] == ["1", "1", "1", "true", "x", "0.5"]
 
 
 def test_class_ids_follow_the_order_given(folder: Path) -> None:
