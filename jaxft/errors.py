@@ -23,7 +23,8 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     """Names on one line, the first ``most`` of them, and how many more there are."""
     all_names = list(names)
     more = f", ... ({len(all_names) - most:,} more)" if len(all_names) > most else ""
-    return ", ".join(map(printable, all_names[:most])) + more
+    shown = (printable(name) for name in all_names[:most])
+    return ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in shown) + more
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

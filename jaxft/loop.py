@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -319,7 +320,7 @@ def _report_step(
             step,
             "train",
             {
-                "loss": float(values["loss"] / max(float(values["weight"]), 1e-30)),
+                "loss": float(values["loss"]) / (float(values["weight"]) or math.nan),  # of a batch of nothing: no loss
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),

@@ -98,11 +98,31 @@ def report_text(
     head = "   ".join(f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics)
     names = [plain_label(label) for label in labels]
     parts = [f"{head}   rows {metrics['rows']:,}"]
-    if "confusion" in metrics:
+    parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
+    if "classes" in metrics:
         parts.append(_class_table([metrics["classes"][label] for label in labels], names, width))
+    if "confusion" in metrics:
         parts.append(_confusion_text(metrics["confusion"], names, width))
     parts += _curves(log, width, wanted)
     return "\n\n".join(part for part in parts if part)
+
+
+def _threshold_text(metrics: Mapping[str, Any]) -> str:
+    best = metrics.get("best_threshold")
+    if not best:
+        return ""
+    name = plain_label(metrics["positive"])
+    return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
+
+
+def _no_score_text(metrics: Mapping[str, Any]) -> str:
+    """Why a headline says n/a."""
+    missing = [shown for name, shown in _HEADLINE if math.isnan(metrics.get(name, 0.0))]
+    if not missing:
+        return ""
+    if not math.isnan(metrics["loss"]):
+        return f"No {', '.join(missing)}: all rows are of one class."
+    return "Scores that are n/a are NaN: of nothing that could be predicted, or of a model that gives no numbers."
 
 
 def _cells(text: str) -> int:
@@ -125,8 +145,8 @@ def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width:
     order = range(len(names))
     remark = ""
     if len(names) > _MOST_TABLE_CLASSES:
-        order = sorted(order, key=lambda i: rows[i]["f1"])[:_MOST_CONFUSION_CLASSES]
-        remark = f"\nThe {len(order)} classes with the lowest F1 of {len(names)}; all are in metrics.json."
+        order = sorted(order, key=lambda i: (rows[i]["f1"], -rows[i]["rows"]))[:_MOST_CONFUSION_CLASSES]
+        remark = f"\nThe {len(order)} classes with the lowest F1 of {len(names)}, those of most rows first; all are in metrics.json."
     lines = [f"{_fit('class', first)}  precision    recall        F1      rows"]
     for i in order:
         row = rows[i]

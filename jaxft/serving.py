@@ -155,6 +155,24 @@ class Answer:
     """[C] float32, in the order of the labels."""
     truncated: bool
 
+    def label(self, threshold: float | None = None) -> int | None:
+        """The id of the label: the most probable one, or as a threshold on the second of two says; None for NaN."""
+        if np.isnan(self.probabilities).any():
+            return None
+        if threshold is None:
+            return int(self.probabilities.argmax())
+        return int(self.probabilities[1] >= np.float32(threshold))
+
+
+def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
+    """Raises UserError if ``--threshold`` is no probability, or there are more than two labels."""
+    if threshold is None:
+        return
+    if len(labels) != 2:
+        raise UserError(f"--threshold is for models of two labels; this one has {len(labels)}")
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: must lie in 0..1")
+
 
 def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], list[str] | None], list[Answer]]:
     """``(texts, pairs or None) -> answers`` in the same order.

@@ -119,14 +119,14 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         if config.data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
         rows = read_rows(config.data.train, config.data, labelled=labelled, note=note)
+        labels, fresh_head = (), config.model.head == "fresh"
+        if labelled:  # before rows are held out: of scores, each label has one row
+            labels, fresh_head = _decide_labels(config, source, [row.values[-1] for row in rows], note)
         if config.data.eval is not None:
             held = read_rows(config.data.eval, config.data, labelled=labelled, note=note)
         else:
             # The same rows for every train.seed: runs are compared on them.
             rows, held = hold_out(rows, config.data.eval_fraction, seed=0, labelled=labelled)
-        labels, fresh_head = (), config.model.head == "fresh"
-        if labelled:
-            labels, fresh_head = _decide_labels(config, source, [row.values[-1] for row in rows], note)
         known, split = labels if labelled else None, config.data.long_texts == "split"
         how = {"split": split, "end_id": tokenizer.end_id if task_module.END_TOKEN else None}
         renamed = declared_labels(config.data.labels)[1]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
 from typing import IO, Any
+
+_MOST_PROBABILITY_COLUMNS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     parser.add_argument("--pair", action="append", default=[], help="the second text of a pair, once per --text")
-    parser.add_argument("--out", help="write here instead of to standard output")
+    parser.add_argument(
+        "--out",
+        help="write here instead of to standard output: .csv and .tsv as a table with the input's columns, else JSON Lines",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="texts computed at once (default: 32)")
-    parser.add_argument("--top", type=int, help="only the TOP most probable labels")
+    parser.add_argument("--top", type=int, help="only the TOP most probable labels (JSON Lines)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="of two labels: the second where its probability is at least this (default: the likelier)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes {"text", "label", "probability", "probabilities"} per text."""
+    """Writes a text's label and probabilities, with the other columns of its row; ``true`` is the label that the row has."""
     from pathlib import Path
 
     from jaxft.commands.train import set_up_jax
+    from jaxft.data.write import is_table
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
 
@@ -44,70 +57,143 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{len(options.text)} --text and {len(options.pair)} --pair: give one --pair for each --text")
     if options.batch_size < 1 or (options.top is not None and options.top < 1):
         raise UserError("--batch-size and --top must be at least 1")
+    if options.top is not None and is_table(options.out):
+        raise UserError(f"--top is for JSON Lines; {options.out} has a column for each of few labels")
     set_up_jax("~/.cache/jaxft/xla")
-    from jaxft.serving import make_classifier, open_model
+    from jaxft.serving import check_threshold, make_classifier, open_model
 
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))
     classify = make_classifier(served, options.batch_size)
+    check_threshold(options.threshold, served.labels)
     rows = _rows_of(inputs[0], served.config.data) if inputs else _texts(options.text, options.pair)
     if options.out:
         with file_written_whole(Path(options.out)) as file:
-            count, cut = _answer(rows, classify, served, options, file)
+            counts = _answer(rows, classify, served, options, file)
     else:
-        count, cut = _answer(rows, classify, served, options, sys.stdout)
-    if cut:
+        counts = _answer(rows, classify, served, options, sys.stdout)
+    if counts.cut:
         limit = served.tokenizer.max_length
-        print(f"{cut} of {count} texts were truncated to {limit} tokens (data.max_length)", file=sys.stderr)
+        print(
+            f"{counts.cut} of {counts.rows} texts were truncated to {limit} tokens (data.max_length)", file=sys.stderr
+        )
+    if counts.unsaid:
+        print(
+            f"{counts.unsaid} of {counts.rows} texts have no label: the model's probabilities are NaN", file=sys.stderr
+        )
     return 0
 
 
-def _texts(texts: list[str], pairs: list[str]) -> Iterator[tuple[str, ...]]:
+@dataclass
+class _Counts:
+    rows: int = 0
+    cut: int = 0
+    """Texts that were truncated."""
+    unsaid: int = 0
+    """Texts that the model gives no number for."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    texts: tuple[str, ...]
+    """A text, or a pair."""
+    columns: dict[str, Any]
+    """The whole row, by column; empty if the input has no columns."""
+    names: tuple[str, ...] = ("text", "pair")
+    """The columns of the texts."""
+
+
+def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
     from jaxft.errors import UserError
 
     for text in (*texts, *pairs):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError("--text or --pair is not valid UTF-8; correct it, or give a file in UTF-8")
-    yield from zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts)
+    yield from map(_Input, zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts), repeat({}))
 
 
-def _rows_of(reference: str, data: Any) -> Iterator[tuple[str, ...]]:
+def _rows_of(reference: str, data: Any) -> Iterator[_Input]:
     from jaxft.data.encode import check_texts
-    from jaxft.data.sources import form_of, iter_rows
+    from jaxft.data.rows import Carried
+    from jaxft.data.sources import column_names, form_of, iter_rows
 
-    lines = reference == "-" or reference.removesuffix(".gz").endswith(".txt")
-    columns = (data.text,) if lines or data.text_pair is None else (data.text, data.text_pair)
-    for row in iter_rows(reference, columns, form_of(data, lambda text: print(text, file=sys.stderr))):
+    form = form_of(data, lambda text: print(text, file=sys.stderr))
+    names = column_names(reference, data.text, form)
+    columns = (data.text,) if not names or data.text_pair is None else (data.text, data.text_pair)
+    others = [Carried(name) for name in names if name not in columns]
+    for row in iter_rows(reference, (*columns, *others), form):
         check_texts(row, columns)
-        yield tuple(str(value) for value in row.values)
+        values = dict(zip((*columns, *others), row.values, strict=True))
+        texts = tuple(str(value) for value in row.values[: len(columns)])
+        yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"))
 
 
-def _answer(
-    rows: Iterator[tuple[str, ...]], classify: Any, served: Any, options: argparse.Namespace, file: IO[str]
-) -> tuple[int, int]:
-    """Writes the answers; returns (texts, truncated texts)."""
+def _answer(rows: Iterator[_Input], classify: Any, served: Any, options: argparse.Namespace, file: IO[str]) -> _Counts:
+    """Writes the answers."""
+    from jaxft.data.write import is_table, row_writer
     from jaxft.serving import chunks
 
-    count = cut = 0
+    counts, write, make = _Counts(), row_writer(options.out, file), _table_row if is_table(options.out) else _record
     # Several batches at a time, so that texts of similar length can share one.
     for chunk in chunks(rows, 16 * options.batch_size):
-        pairs = [row[1] for row in chunk] if len(chunk[0]) == 2 else None
-        for row, answer in zip(chunk, classify([row[0] for row in chunk], pairs), strict=True):
-            file.write(
-                json.dumps(_record(row, answer.probabilities, served.labels, options.top), ensure_ascii=False) + "\n"
-            )
-            count += 1
-            cut += answer.truncated
+        pairs = [row.texts[1] for row in chunk] if len(chunk[0].texts) == 2 else None
+        for row, answer in zip(chunk, classify([row.texts[0] for row in chunk], pairs), strict=True):
+            write(make(row, answer, served, options))
+            counts.rows += 1
+            counts.cut += answer.truncated
+            counts.unsaid += answer.label(options.threshold) is None
         file.flush()
-    return count, cut
+    return counts
 
 
-def _record(row: tuple[str, ...], probabilities: Any, labels: tuple[str, ...], top: int | None) -> dict[str, Any]:
-    order = (-probabilities).argsort(kind="stable")[:top]
-    best = order[0]
-    return {
-        "text": row[0],
-        **({"pair": row[1]} if len(row) == 2 else {}),
-        "label": labels[best],
-        "probability": round(float(probabilities[best]), 6),
-        "probabilities": {labels[i]: round(float(probabilities[i]), 6) for i in order},
+def _table_row(row: _Input, answer: Any, served: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The row's columns, then what is said of it."""
+    best = answer.label(options.threshold)
+    said: dict[str, Any] = {
+        "predicted": None if best is None else served.labels[best],
+        "probability": None if best is None else _rounded(answer.probabilities[best]),
     }
+    if len(served.labels) <= _MOST_PROBABILITY_COLUMNS:
+        values = map(_rounded, answer.probabilities)
+        said |= {f"probability_{name}": value for name, value in zip(served.labels, values, strict=True)}
+    given = row.columns or dict(zip(row.names, row.texts, strict=False))
+    return _beside(given, said) | said
+
+
+def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
+    """The columns of the input under names that the answer does not use."""
+    taken, renamed = set(said), {}
+    for name, value in given.items():
+        while name in taken:
+            name = f"input_{name}"
+        taken.add(name)
+        renamed[name] = value
+    return renamed
+
+
+def _rounded(probability: Any) -> float | None:
+    return None if math.isnan(probability) else round(float(probability), 6)
+
+
+def _record(row: _Input, answer: Any, served: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """One JSON object: what is said of the row, its label if it has one, and its other columns."""
+    from jaxft.data.labels import label_text
+
+    order = (-answer.probabilities).argsort(kind="stable")[: options.top]
+    best = answer.label(options.threshold)
+    said = {
+        "text": row.texts[0],
+        **({"pair": row.texts[1]} if len(row.texts) == 2 else {}),
+        "label": None if best is None else served.labels[best],
+        "probability": None if best is None else _rounded(answer.probabilities[best]),
+        "probabilities": {served.labels[i]: _rounded(answer.probabilities[i]) for i in order},
+    }
+    label = served.config.data.label
+    if label in row.columns:
+        said["true"] = label_text(row.columns[label]) or None
+    rest = {name: value for name, value in row.columns.items() if name not in (*row.names, label)}
+    return said | _finite(_beside(rest, said))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for each NaN and infinity, which JSON does not have."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}

@@ -94,7 +94,9 @@ def read_rows(
         if label_text(label) == "":
             raise UserError(f"{row.where}: column {config.label!r} is empty; every row needs a label")
     if not any(str(text).strip() for row in rows for text in row.values[: len(texts)]):
-        raise UserError(f"{shown(reference)}: all of its {len(rows)} texts (column {config.text!r}) are empty; set data.text")
+        raise UserError(
+            f"{shown(reference)}: all of its {len(rows)} texts are empty (column {config.text!r}, data.text)"
+        )
     return rows
 
 

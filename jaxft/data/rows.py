@@ -26,6 +26,22 @@ class Row:
     where: str
 
 
+class Carried(str):
+    """The name of a column that is only carried along: a row may lack it, and it may hold anything."""
+
+
+ALL = "\0"
+"""No column has this name: asking for it raises :class:`MissingColumn`, which tells those that there are."""
+
+
+class MissingColumn(UserError):
+    """There is no such column; ``present`` are those that there are."""
+
+    def __init__(self, message: str, present: Sequence[str]) -> None:
+        super().__init__(message)
+        self.present = tuple(present)
+
+
 def column_positions(present: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
     """Where each wanted column stands among those present.
 
@@ -47,7 +63,7 @@ def missing_column(name: str, present: Sequence[str], where: str) -> UserError:
     hint = nearest(name, named)
     if hint.startswith("did you mean"):
         hint += f" (columns: {', '.join(named)})"
-    return UserError(f"{where}: no column {name!r}: {hint}; set data.text / data.label to one of these")
+    return MissingColumn(f"{where}: no column {name!r}: {hint}; set data.text / data.label to one of these", present)
 
 
 def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -62,9 +78,9 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             refuse_blank(path, blank)
             record = _json_object(line, where)
             for name in columns:
-                if name not in record:
+                if name not in record and not isinstance(name, Carried):
                     raise missing_column(name, list(record), where)
-            yield Row(tuple(_json_value(record[name], name, where) for name in columns), where)
+            yield Row(tuple(_json_value(record.get(name), name, where) for name in columns), where)
 
 
 def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -136,4 +152,6 @@ def plain_value(value: object, name: str, where: str) -> Value:
             raise UserError(f"{where}: column {name!r} is not valid UTF-8: {error.reason}") from error
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(name, Carried):
+        return json.dumps(value, default=str, ensure_ascii=False)
     raise UserError(f"{where}: column {name!r} holds a {type(value).__name__}; expected a string, number or boolean")

@@ -6,6 +6,7 @@ Nothing heavy is imported until a reference needs it, and TensorFlow never is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -21,12 +22,12 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.lines import refuse_foreign
 from jaxft.data.listing import iter_classes, listed, suffix_of, unknown_format
-from jaxft.data.rows import Row, Value, column_positions, iter_jsonl, iter_txt, plain_value
+from jaxft.data.rows import ALL, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt, plain_value
 from jaxft.data.table import Form, iter_table
 from jaxft.errors import UserError, nearest
 from jaxft.files import find_file
 
-__all__ = ["Form", "Reference", "Row", "Value", "form_of", "iter_rows", "shown"]
+__all__ = ["Form", "Reference", "Row", "Value", "column_names", "form_of", "iter_rows", "shown"]
 
 Reference = str | tuple[str, ...]
 """What ``data.train`` and ``data.eval`` name: one source, or several that are read one after the other."""
@@ -91,6 +92,24 @@ def iter_rows(reference: Reference, columns: tuple[str, ...], form: Form | None 
         )
     ]
     return parts[0] if len(parts) == 1 else chain.from_iterable(parts)
+
+
+def column_names(reference: str, column: str, form: Form) -> tuple[str, ...]:
+    """The columns of a source, in its order; JSON Lines: the keys of the first object. Plain lines have none.
+
+    Args:
+      column: one that should be among them; it tells what separates the cells of a table.
+
+    Raises:
+      UserError: there is nothing to read there.
+    """
+    if reference == "-" or reference.removesuffix(".gz").endswith(".txt"):
+        return ()
+    try:
+        next(iter(iter_rows(reference, (column, ALL), dataclasses.replace(form, note=lambda _: None))), None)
+    except MissingColumn as error:
+        return tuple(name for name in error.present if name)
+    return ()
 
 
 def _imported(module: str, package: str, reference: str) -> ModuleType:

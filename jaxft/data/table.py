@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxft.data.lines import read_lines
-from jaxft.data.rows import Row, column_positions, missing_column, refuse_blank
+from jaxft.data.rows import ALL, MissingColumn, Row, column_positions, missing_column, refuse_blank
 from jaxft.errors import UserError
 
 # Characters. The standard limit (131,072) refuses long documents; no limit at all would let one forgotten quote pull
@@ -113,7 +113,7 @@ def _refuse_missing(names: list[str], columns: tuple[str, ...], where: str, form
         error += " (data.header=false: columns have numbers for names)"
     elif "did you mean" not in error:
         error += "; if that line is a row, there is no header: data.header=false data.text=0 data.label=1, by position"
-    raise UserError(error)
+    raise MissingColumn(error, names)
 
 
 def _layout(path: Path, columns: tuple[str, ...], form: Form, usual: str) -> _Layout:
@@ -128,7 +128,7 @@ def _layout(path: Path, columns: tuple[str, ...], form: Form, usual: str) -> _La
         for separator in candidates:
             if fit is None:
                 layouts.append(_read_as(path, separator, form, lines_before))
-                fit = layouts[-1] if set(columns) <= set(layouts[-1].names) else None
+                fit = layouts[-1] if set(columns) - {ALL} <= set(layouts[-1].names) else None
     if fit and fit.skip > skip:
         form.note(f"{path}: {comments} lines that begin with # before the header are left out")
     # Without a fit, the error shows the columns of the likeliest reading.
