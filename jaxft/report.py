@@ -47,7 +47,7 @@ def write_report(
     """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``.
 
     Args:
-      metrics: what the task's ``metrics()`` returned.
+      metrics: what the task's ``score()`` returned.
       labels: label names in the order of class ids.
       log: the records of ``log.jsonl``.
 
