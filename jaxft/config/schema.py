@@ -117,7 +117,7 @@ class DataConfig:
     """Column of the second text of a pair."""
     label: str = "label"
     """Column of the label. Ignored by ``predict``."""
-    labels: tuple[str | int | float | bool, ...] | dict[str, str | int | float | bool] | None = None
+    labels: tuple[str, ...] | dict[str, str] | None = None
     """Label names in the order of their class ids, or names by label of the data: ``{0: negative, 1: positive}``. None: the order
     stored with ``init`` if its head is kept, else the sorted names found in the training rows (numbers sort as numbers). 1,
     1.0 and "1" are one label, as are true and "True" (jaxft/data/labels.py has the rule)."""
