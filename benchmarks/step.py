@@ -1,152 +1,254 @@
-"""One training step of BERT classification: jaxft against `transformers` on torch, alternating, on this machine.
+"""One training step: jaxft against `transformers` on torch, alternating, on this machine.
 
     python benchmarks/step.py                        # base and MiniLM sizes, dropout on and off
     python benchmarks/step.py --sizes minilm --turns 10
+    python benchmarks/step.py --sizes large --rows 32 --length 512 --dropouts 0 --together 8 --accelerator \\
+        --contenders torch-bf16-compile torch-bf16-autocast jaxft-auto          # on a GPU
 
 Each contender lives in its own process; they take turns, so that a change of the machine's speed hits all alike, and sleep
 meanwhile. A turn is one step that is not counted, then `--turn` counted ones back to back, as in training: the first step
 after a pause pays for the pause (a virtual machine may have given the freed memory of a process back to its host; that
 step is printed apart). Same shapes, same optimizer (AdamW, clipping at norm 1), no padding. Printed: median and spread in
-milliseconds, the ratio of medians to torch float32 (above 1: faster), peak memory.
+milliseconds, the ratio of medians to the first contender (above 1: faster), tokens a second, peak memory, and MFU where the
+device's peak is known.
+
+jaxft's step is that of `jaxft train`, its recipe made of the same configuration (`overrides_of`); torch's has float32 weights
+in any case, as jaxft's, and computes in bfloat16 by autocast. `--together N` times N steps that are sent off one after the
+other, as a training loop does that reads its metrics late; accelerators need it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from jaxft.bench.machine import machine
 from jaxft.bench.workers import Worker, answer
+from jaxft.errors import UserError
+from jaxft.files import write_atomic
 
-SIZES = {"base": (768, 12, 12, 3072), "minilm": (384, 6, 12, 1536)}
-CONTENDERS = ("torch-float32", "torch-bf16-autocast", "jaxft-float32", "jaxft-bf16-operands", "jaxft-bf16-activations")
+BERT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LLAMA = (*BERT, "num_key_value_heads", "vocab_size")
+SIZES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "base": ("bert", (768, 12, 12, 3072)),
+    "large": ("bert", (1024, 24, 16, 4096)),
+    "minilm": ("bert", (384, 6, 12, 1536)),
+    "smollm": ("llama", (576, 30, 9, 1536, 3, 49152)),
+    "tiny-bert": ("bert", (32, 2, 2, 64)),
+    "tiny-llama": ("llama", (32, 2, 4, 64, 2, 512)),
+}
+"""Family, and the numbers that BERT or LLAMA name. smollm: SmolLM-135M (Allal et al. 2025)."""
+CONTENDERS = (
+    *("torch-float32", "torch-bf16-autocast", "torch-bf16-compile"),
+    *("jaxft-float32", "jaxft-bf16-operands", "jaxft-bf16-activations", "jaxft-auto"),
+)
+TYPES = {
+    "jaxft-float32": ("float32", "float32"),
+    "jaxft-bf16-operands": ("bfloat16", "float32"),
+    "jaxft-bf16-activations": ("bfloat16", "bfloat16"),
+    "jaxft-auto": ("auto", "auto"),
+}
+"""Of matmul operands, and of what flows between layers."""
+DEFAULT_CONTENDERS = [name for name in CONTENDERS if name not in ("torch-bf16-compile", "jaxft-auto")]
 LABELS = 8
 
-
-def config_of(size: str, dropout: float) -> dict[str, Any]:
-    width, layers, heads, mlp = SIZES[size]
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-        "num_labels": LABELS,
-    }
+Step = Callable[[], Any]
 
 
-def data(rows: int, length: int) -> tuple[Any, Any]:
+class Made(NamedTuple):
+    """A contender's step, in its own process."""
+
+    step: Step
+    """Sends off one step; returns its loss on the device."""
+    device: str
+    memory: Callable[[], float]
+    """The most so far, in MiB: of the device, of a CPU of the process."""
+    about: dict[str, Any]
+
+
+def config_of(size: str, dropout: float, length: int) -> dict[str, Any]:
+    """Of the model, by the names that config.json has for them."""
+    family, numbers = SIZES[size]
+    if family == "llama":
+        arch: dict[str, Any] = dict(zip(LLAMA, numbers, strict=True))
+        return arch | {"max_position_embeddings": max(2048, length), "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    arch = dict(zip(BERT, numbers, strict=True)) | {"num_labels": LABELS, "vocab_size": 30522}
+    arch |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return arch | {"max_position_embeddings": max(512, length)}
+
+
+def overrides_of(size: str, rows: int, length: int, dropout: float, kind: str = "jaxft-auto") -> list[str]:
+    """The step as a configuration: ``key=value`` arguments of ``jaxft plan`` and ``jaxft train``."""
+    family = SIZES[size][0]
+    operands, activations = TYPES[kind]
+    task = ["task.name=causal_lm", "eval.metric=loss", "eval.mode=min"] if family == "llama" else []
+    return [
+        *task,
+        f"model.family={family}",
+        f"model.arch={json.dumps(config_of(size, dropout, length))}",
+        f"model.matmul_dtype={operands}",
+        f"model.activation_dtype={activations}",
+        f"data.max_length={length}",
+        f"data.buckets=[{length}]",
+        f"train.batch_size={rows}",
+        f"eval.batch_size={rows}",
+        "optim.learning_rate=1e-5",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+    ]
+
+
+def data(vocabulary: int, rows: int, length: int) -> tuple[Any, Any]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return rng.integers(5, 30000, (rows, length)), rng.integers(0, LABELS, rows)
+    return rng.integers(5, min(vocabulary, 30000), (rows, length)), rng.integers(0, LABELS, rows)
 
 
-def torch_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
+def torch_step(kind: str, options: argparse.Namespace) -> Made:
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    import transformers
 
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**config_of(options.size, options.dropout))).train()
+    gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
+    device = "cuda" if gpu else "cpu"
+    family, arch = SIZES[options.size][0], config_of(options.size, options.dropout, options.length)
+    tokens, labels = (torch.tensor(x, device=device) for x in data(arch["vocab_size"], options.rows, options.length))
+    if family == "llama":
+        config: Any = transformers.LlamaConfig(**arch, use_cache=False, attn_implementation="sdpa")
+        model: Any = transformers.LlamaForCausalLM(config)
+        labels = tokens
+    else:
+        config = transformers.BertConfig(**arch, attn_implementation="sdpa")
+        model = transformers.BertForSequenceClassification(config)
+    model = model.to(device).train()
+    run: Any = torch.compile(model, backend=options.compiler) if kind == "torch-bf16-compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
-    tokens, labels = (torch.tensor(x) for x in data(options.rows, options.length))
-    mask = torch.ones_like(tokens)
+    # On a GPU without a mask: torch then takes its quickest kernels; nothing is padding.
+    mask = {} if gpu else {"attention_mask": torch.ones_like(tokens)}
 
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in kind):
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-        assert loss is not None
+    def step() -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled="bf16" in kind):
+            loss = run(input_ids=tokens, labels=labels, **mask).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.detach()
 
-    return step
+    memory = (lambda: torch.cuda.max_memory_allocated() / 2**20) if gpu else _process_mib
+    return Made(step, torch.cuda.get_device_name() if gpu else "cpu", memory, {})
 
 
-def jaxft_step(kind: str, options: argparse.Namespace) -> Callable[[], float]:
+def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
-    from jaxft.config import OptimConfig
-    from jaxft.layers import Compute
-    from jaxft.memory import release_freed
-    from jaxft.models import bert
-    from jaxft.optim import make_optimizer, make_schedule
-    from jaxft.pretrained import init_params, shapes_and_axes
-    from jaxft.state import init_state
-    from jaxft.step import make_train_step
-    from jaxft.tasks.classification import Task
+    from jaxft.config import load_config
+    from jaxft.flops import model_flops
+    from jaxft.memory import device_bytes, release_freed
+    from jaxft.plan.chips import peak_of
+    from jaxft.pretrained import init_params
+    from jaxft.recipe import make_recipe
+    from jaxft.sharding import jitted, make_mesh
 
-    compute = Compute(
-        activation_dtype="bfloat16" if "activations" in kind else "float32",
-        matmul_dtype="bfloat16" if "bf16" in kind else "float32",
-    )
-    model = bert.Model(bert.Config(**config_of(options.size, options.dropout)), "classification", compute)
-    config = OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
-    schedule = make_schedule(config, 1000)
-    optimizer = make_optimizer(config, schedule, *shapes_and_axes(model))
-    state = jax.jit(lambda p: init_state(p, optimizer, False), donate_argnums=0)(init_params(model, 0))
-    tokens, labels = data(options.rows, options.length)
-    batch = {
-        "tokens": jnp.asarray(tokens, jnp.int32),
-        "mask": jnp.ones(tokens.shape, jnp.int32),
-        "types": jnp.zeros(tokens.shape, jnp.int32),
-        "labels": jnp.asarray(labels, jnp.int32),
-        "weights": jnp.ones(labels.shape, jnp.float32),
-    }
-    train_step = make_train_step(model, Task(tuple("abcdefgh")), optimizer, schedule)
-    run = jax.jit(train_step, donate_argnums=0).lower(state, batch, np.uint32(0)).compile()
+    config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
+    arch = config.model.arch
+    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(), vocab_size=arch["vocab_size"], end_id=2)
+    names = tuple(map(str, range(LABELS))) if "num_labels" in arch else ()
+    mesh = make_mesh(config.mesh)
+    recipe = make_recipe(config, mesh, None, names, (1,) * len(names), tokenizer, 1000, jax.default_backend())
+    tokens, labels = data(arch["vocab_size"], options.rows, options.length)
+    given = {"tokens": tokens, "labels": labels, "types": np.zeros_like(tokens)}
+    with jax.set_mesh(mesh):
+        places = jax.tree.map(lambda leaf: leaf.sharding, recipe.state)
+        start = jitted(recipe.start, mesh, places, donate_argnums=0)
+        shapes = recipe.batch(options.rows, options.length)
+        batch = {
+            name: jax.device_put(given.get(name, np.ones(leaf.shape)).astype(leaf.dtype), leaf.sharding)
+            for name, leaf in shapes.items()
+        }
+        begin = time.perf_counter()
+        program = recipe.train_program().lower(recipe.state, shapes, recipe.seed()).compile()
+        compiled = time.perf_counter() - begin
+        seed = jax.device_put(np.uint32(0), recipe.seed().sharding)
+        box = [start(init_params(recipe.model, 0, recipe.shardings))]
     release_freed()  # as the training loop does
-    box = [state]
 
-    def step() -> float:
-        box[0], metrics = run(box[0], batch, np.uint32(0))
-        return float(metrics["loss"])
+    def step() -> Any:
+        box[0], metrics = program(box[0], batch, seed)
+        return metrics["loss"]
 
-    return step
+    kind_of_device = jax.devices()[0].device_kind
+    stats = program.memory_analysis()
+    extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    about = {
+        "flops": model_flops(recipe, options.rows, options.length).total,
+        "peak_flops": peak_of(kind_of_device),
+        "compile_seconds": compiled,
+        "program_bytes": stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,
+    }  # fmt: skip
+    held = device_bytes()
+    return Made(step, kind_of_device, _process_mib if held is None else lambda: (device_bytes() or 0) / 2**20, about)
+
+
+def _process_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def worker(options: argparse.Namespace) -> None:
-    """Reads a line, takes a step, writes {"seconds", "peak_mib"}."""
-    make = torch_step if options.worker.startswith("torch") else jaxft_step
-    step = make(options.worker, options)
-    step()
-    answer({"ready": True})
-    for _ in sys.stdin:
+    """Reads a number of steps a line, takes them, writes {"seconds" of one, "peak_mib"}."""
+    made = (torch_step if options.worker.startswith("torch") else jaxft_step)(options.worker, options)
+    losses = [float(made.step()) for _ in range(2)]
+    answer({"ready": True, "device": made.device, "losses": losses, **made.about})
+    for line in sys.stdin:
+        count = int(line)
         start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer({"seconds": seconds, "peak_mib": peak})
+        loss = [made.step() for _ in range(count)][-1]
+        float(loss)  # waits for the device
+        answer({"seconds": (time.perf_counter() - start) / count, "peak_mib": made.memory()})
 
 
 class Contender:
-    """A worker process that takes a step when asked."""
+    """A worker process that takes steps when asked."""
 
     def __init__(self, kind: str, size: str, dropout: float, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", kind, "--size", size, "--dropout", str(dropout)]
-        command += ["--rows", str(options.rows), "--length", str(options.length)]
+        command += ["--rows", str(options.rows), "--length", str(options.length), "--compiler", options.compiler]
         self.kind, self.seconds, self.first, self.peak = kind, list[float](), list[float](), 0.0
-        self.worker = Worker(kind, command, {"JAX_PLATFORMS": "cpu"})
-        self.worker.read()
+        self.about: dict[str, Any] = {}
+        self.error: str | None = None
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # an accelerator's memory is not one process's alone
+        self.worker = Worker(kind, command, environment | ({} if options.accelerator else {"JAX_PLATFORMS": "cpu"}))
 
-    def turn(self, steps: int) -> None:
-        """Takes a step after the pause and then ``steps`` more."""
-        self.first.append(self._step())
-        self.seconds += [self._step() for _ in range(steps)]
+    def wait(self, until: float | None = None) -> None:
+        """Returns when it is ready, or has failed, or at a time of `time.monotonic`."""
+        try:
+            self.about = self.worker.read(None if until is None else until - time.monotonic())
+        except UserError as error:
+            self.error = str(error)
 
-    def _step(self) -> float:
-        answer = self.worker.ask()
+    def turn(self, steps: int, together: int) -> None:
+        """Takes a step after the pause and then ``steps`` more, timed in groups of ``together``."""
+        if self.error is not None:
+            return
+        try:
+            self.first.append(self._steps(1))
+            self.seconds += [self._steps(together) for _ in range(max(1, steps // together))]
+        except UserError as error:
+            self.error = str(error)
+
+    def _steps(self, count: int) -> float:
+        answer = self.worker.ask(str(count))
         self.peak = max(self.peak, answer["peak_mib"])
         return answer["seconds"]
 
@@ -156,55 +258,107 @@ class Contender:
 
 
 def compare(size: str, dropout: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    contenders = [Contender(kind, size, dropout, options) for kind in options.contenders]
-    for _ in range(options.turns):
+    """Rows of all contenders; they get ready side by side on an accelerator's machine, which has cores for that."""
+    contenders: list[Contender] = []
+    until = None if options.ready_seconds is None else time.monotonic() + options.ready_seconds
+    try:
+        for kind in options.contenders:
+            contenders.append(Contender(kind, size, dropout, options))
+            if not options.accelerator:
+                contenders[-1].wait(until)
+        for contender in contenders if options.accelerator else []:
+            contender.wait(until)
+        for _ in range(options.turns):
+            for contender in contenders:
+                contender.turn(options.turn, options.together)
+                time.sleep(options.pause)  # worker threads of the one before spin for a while
+    finally:
         for contender in contenders:
-            contender.turn(options.turn)
-            time.sleep(options.pause)  # worker threads of the one before spin for a while
-    for contender in contenders:
-        contender.close()
-    base = statistics.median(contenders[0].seconds)
-    print(
-        f"\n{size}, {options.rows} x {options.length} tokens, dropout {dropout}, {options.turns} turns of {options.turn} steps"
-    )
-    print(
-        f"{'':24}{'median ms':>10}{'min':>8}{'max':>8}{'after pause':>13}{'x ' + contenders[0].kind:>18}{'peak MiB':>10}"
-    )
-    rows = []
-    for c in contenders:
-        median = statistics.median(c.seconds)
-        ms = [1e3 * x for x in (median, min(c.seconds), max(c.seconds), statistics.median(c.first))]
-        print(
-            f"{c.kind:24}{ms[0]:10.0f}{ms[1]:8.0f}{ms[2]:8.0f}{ms[3]:13.0f}{base / median:18.2f}{c.peak:10.0f}",
-            flush=True,
-        )
-        rows.append({"size": size, "dropout": dropout, "kind": c.kind, "ms": ms, "ratio": base / median, "mib": c.peak})
+            contender.close()
+    rows = rows_of(contenders, size, dropout, options)
+    print(text_of(rows), flush=True)
     return rows
 
 
-def main() -> None:
+def rows_of(
+    contenders: list[Contender], size: str, dropout: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What was measured, as plain data; the useful FLOPs of a step are the same for all, as jaxft counts them."""
+    same = {"size": size, "rows": options.rows, "length": options.length, "dropout": dropout}
+    known = next((c.about for c in contenders if c.about.get("peak_flops")), {})
+    found = []
+    for c in contenders:
+        row = same | {"kind": c.kind}
+        if c.error is not None:
+            found.append(row | {"error": c.error})
+            continue
+        median = statistics.median(c.seconds)
+        row |= {"ms": [1e3 * x for x in (median, min(c.seconds), max(c.seconds), statistics.median(c.first))]}
+        row |= {"tokens_per_second": options.rows * options.length / median, "mib": c.peak, **c.about}
+        if known:
+            row["mfu"] = known["flops"] / median / known["peak_flops"]
+        found.append(row)
+    base = next((row["ms"][0] for row in found if "ms" in row), None)
+    return [row | {"ratio": base / row["ms"][0]} if "ms" in row else row for row in found]
+
+
+def text_of(rows: list[dict[str, Any]]) -> str:
+    """A table of the contenders of one size."""
+    first = rows[0]
+    base = next((row["kind"] for row in rows if "ms" in row), "-")
+    lines = [
+        f"\n{first['size']}, {first['rows']} x {first['length']} tokens, dropout {first['dropout']}",
+        f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'after pause':>13}{'x ' + base:>22}{'tokens/s':>11}"
+        f"{'peak MiB':>10}{'MFU':>8}",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['kind']:24}{row['error']}")
+            continue
+        ms = row["ms"]
+        mfu = f"{100 * row['mfu']:6.1f} %" if "mfu" in row else ""
+        lines.append(
+            f"{row['kind']:24}{ms[0]:10.1f}{ms[1]:9.1f}{ms[2]:9.1f}{ms[3]:13.1f}{row['ratio']:22.2f}"
+            f"{row['tokens_per_second']:11,.0f}{row['mib']:10.0f}{mfu:>8}"
+        )
+    return "\n".join(lines)
+
+
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "minilm"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT_CONTENDERS)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--turn", type=int, default=4, metavar="STEPS")
+    parser.add_argument("--together", type=int, default=1, metavar="STEPS", help="timed as one (default: %(default)s)")
     parser.add_argument("--pause", type=float, default=0.05)
+    parser.add_argument("--accelerator", action="store_true", help="on the accelerator, not on the CPU")
+    parser.add_argument("--ready-seconds", type=float, help="contenders that have not compiled by then are left out")
+    parser.add_argument("--compiler", default="inductor", help="torch.compile's backend (default: %(default)s)")
     parser.add_argument("--json", help="write the figures here too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     parser.add_argument("--dropout", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of().parse_args()
     if options.worker:
         return worker(options)
     about = machine(("jax", "jaxlib", "flax", "torch", "transformers"))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    rows = [row for size in options.sizes for dropout in options.dropouts for row in compare(size, dropout, options)]
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": about, "rows": rows}, file, indent=1)
+    rows: list[dict[str, Any]] = []
+    for size in options.sizes:
+        for dropout in options.dropouts:
+            rows += compare(size, dropout, options)
+            if options.json:
+                write_atomic(Path(options.json), json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    if not any("ms" in row for row in rows):
+        raise SystemExit("nothing could be measured; see above")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +19,43 @@ import numpy as np
 from jaxft.bench.workers import PeakMemory, answer, keep_freed_memory
 from jaxft.errors import UserError
 
-TORCH = ("torch-sdpa", "torch-eager")
+TORCH = ("torch-sdpa", "torch-eager", "torch-flash", "torch-cudnn")
+"""torch's choice of a kernel, plain products, and on GPUs the kernels of one library alone."""
 QUADRATIC = ("reference", "xla", "jax", "tokamax", "torch-eager")
 """Contenders whose memory grows with the square of the length."""
 
-Passes = dict[str, Callable[[], Any]]
+_KERNELS = {"torch-flash": "FLASH_ATTENTION", "torch-cudnn": "CUDNN_ATTENTION"}
+_QUEUE_SECONDS = 5e-3
+"""On an accelerator, calls are sent off one after the other for about so long before they are waited for, as in a training
+step: what a single short call takes is mostly the way to the device and back."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contender that can be timed."""
+
+    passes: dict[str, Callable[[], Any]]
+    """``forward`` and ``both``: send off one call."""
+    wait: Callable[[Any], Any]
+    """Returns when a call's result is there."""
+    about: dict[str, Any]
+    memory: Callable[[], int | None]
+    """Bytes that both passes needed beyond their inputs."""
+
+    def seconds(self, name: str, count: int) -> list[float]:
+        """Times a pass ``count`` times: on an accelerator, the mean of calls in a queue."""
+        queue = 1
+        if self.about["platform"] != "cpu":
+            queue = min(max(1, round(_QUEUE_SECONDS / self._once(name, 1))), 100)
+        return [self._once(name, queue) for _ in range(count)]
+
+    def _once(self, name: str, queue: int) -> float:
+        begin = time.perf_counter()
+        out = None
+        for _ in range(queue):
+            out = self.passes[name]()
+        self.wait(out)
+        return (time.perf_counter() - begin) / queue
 
 
 @dataclass(frozen=True)
@@ -82,32 +115,36 @@ def main(text: str) -> None:
     keep_freed_memory()
     start = time.perf_counter()
     try:
-        passes, about, memory = (_torch_passes if case.backend in TORCH else _jax_passes)(case)
+        ready = make_ready(case)
     except UserError as error:
         answer({"error": str(error)})
         return
-    for run in passes.values():
-        run()
-    answer({**about, "ready_seconds": time.perf_counter() - start})
+    answer({**ready.about, "ready_seconds": time.perf_counter() - start})
     for line in sys.stdin:
         if not line.strip():
             break
         name, count = line.split()
-        seconds = []
-        for _ in range(int(count)):
-            begin = time.perf_counter()
-            passes[name]()
-            seconds.append(time.perf_counter() - begin)
-        answer({"seconds": seconds, "peak_bytes": memory()})
+        answer({"seconds": ready.seconds(name, int(count)), "peak_bytes": ready.memory()})
 
 
-def _jax_passes(case: Case) -> tuple[Passes, dict[str, Any], Callable[[], int | None]]:
+def make_ready(case: Case) -> Ready:
+    """Compiles a case and runs each pass once.
+
+    Raises:
+      UserError: the contender cannot compute it; says why.
+    """
+    ready = (_torch_ready if case.backend in TORCH else _jax_ready)(case)
+    for run in ready.passes.values():
+        ready.wait(run())
+    return ready
+
+
+def _jax_ready(case: Case) -> Ready:
     import jax
     import jax.numpy as jnp
 
     from jaxft.attention import MaskSpec, attend, choices
     from jaxft.layers import Compute
-    from jaxft.memory import device_bytes
 
     platform = jax.default_backend()
     accelerated = platform != "cpu"
@@ -117,6 +154,7 @@ def _jax_passes(case: Case) -> tuple[Passes, dict[str, Any], Callable[[], int | 
         activation_dtype=case.operands if accelerated else "float32",
         dropout_bits=case.bits,
         platform=platform,
+        device=jax.devices()[0].device_kind if accelerated else None,
     )
     arrays, mask = case.inputs()
     key = jax.random.key(0) if case.dropout else None
@@ -137,20 +175,22 @@ def _jax_passes(case: Case) -> tuple[Passes, dict[str, Any], Callable[[], int | 
         two = jax.jit(both).lower(q, k, v, g, spec).compile()
     compiled = time.perf_counter() - start
     (choice,) = seen.values()
-    matmul_peak = _matmul_peak(jax, jnp, compute.matmul_dtype)
-    peak = PeakMemory()
-    passes: Passes = {
-        "forward": lambda: jax.block_until_ready(one(q, k, v, spec)),
-        "both": lambda: jax.block_until_ready(two(q, k, v, g, spec)),
-    }
     about = {
         "platform": platform,
         "device": jax.devices()[0].device_kind,
         "backend": choice.backend.name,
         "compile_seconds": compiled,
-        "peak_flops": matmul_peak,
+        "peak_flops": _matmul_peak(jax, jnp, compute.matmul_dtype),
     }
-    return passes, about, (device_bytes if accelerated else peak.bytes)
+    # A device's own count of its memory never goes down: the program says what it takes itself.
+    stats = two.memory_analysis() if accelerated else None
+    needed = 0 if stats is None else stats.temp_size_in_bytes + stats.output_size_in_bytes
+    return Ready(
+        {"forward": lambda: one(q, k, v, spec), "both": lambda: two(q, k, v, g, spec)},
+        jax.block_until_ready,
+        about,
+        (lambda: needed) if accelerated else PeakMemory().bytes,
+    )
 
 
 def _matmul_peak(jax: Any, jnp: Any, operands: str) -> float:
@@ -170,28 +210,17 @@ def _best_flops(run: Callable[[], Any], flops: int) -> float:
     return flops / min(seconds)
 
 
-def _torch_passes(case: Case) -> tuple[Passes, dict[str, Any], Callable[[], int | None]]:
+def _torch_ready(case: Case) -> Ready:
     import torch
 
+    gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS", "") != "cpu"
+    if case.backend in _KERNELS and not gpu:
+        raise UserError(f"{case.backend} runs on GPUs only")
+    device = "cuda" if gpu else "cpu"
     dtype = getattr(torch, case.operands)
     arrays, mask = case.inputs()
-    q, k, v, g = (torch.tensor(x, dtype=dtype) for x in arrays)
-    allowed = _torch_mask(torch, mask, case)
-
-    def run(q: Any, k: Any, v: Any) -> Any:
-        if case.backend == "torch-sdpa":
-            sdpa = torch.nn.functional.scaled_dot_product_attention
-            causal = case.causal and allowed is None
-            grouped = case.heads != case.key_heads
-            return sdpa(q, k, v, attn_mask=allowed, dropout_p=case.dropout, is_causal=causal, enable_gqa=grouped)
-        groups = case.heads // case.key_heads
-        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
-        logits = q @ k.transpose(-1, -2) * case.size**-0.5
-        hidden = allowed
-        if hidden is None and case.causal:
-            hidden = torch.ones(case.length, case.length, dtype=torch.bool).tril()
-        logits = logits if hidden is None else logits.masked_fill(~hidden, torch.finfo(dtype).min)
-        return torch.dropout(torch.softmax(logits, -1), case.dropout, case.dropout > 0) @ v
+    q, k, v, g = (torch.tensor(x, dtype=dtype, device=device) for x in arrays)
+    run = _torch_attention(torch, case, _torch_mask(torch, mask, case, device))
 
     def forward() -> None:
         with torch.no_grad():
@@ -201,20 +230,64 @@ def _torch_passes(case: Case) -> tuple[Passes, dict[str, Any], Callable[[], int 
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         run(*inputs).backward(g)
 
-    x = torch.ones(2048, 2048, dtype=dtype)
-    matmul_peak = _best_flops(lambda: x @ x, 2 * 2048**3)
-    peak = PeakMemory()
+    def wait(out: None) -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    x = torch.ones(2048, 2048, dtype=dtype, device=device)
+
+    def matmul() -> None:
+        x @ x
+        wait(None)
+
     about = {
-        "platform": "cpu",
-        "device": "cpu",
+        "platform": "gpu" if gpu else "cpu",
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
         "backend": case.backend,
         "compile_seconds": 0.0,
-        "peak_flops": matmul_peak,
+        "peak_flops": _best_flops(matmul, 2 * 2048**3),
     }
-    return {"forward": forward, "both": both}, about, peak.bytes
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return Ready(
+            {"forward": forward, "both": both}, wait, about, lambda: torch.cuda.max_memory_allocated() - before
+        )
+    return Ready({"forward": forward, "both": both}, wait, about, PeakMemory().bytes)
 
 
-def _torch_mask(torch: Any, mask: dict[str, np.ndarray], case: Case) -> Any:
+def _torch_attention(torch: Any, case: Case, allowed: Any) -> Callable[[Any, Any, Any], Any]:
+    """``(q, k, v) -> out`` of a contender in torch."""
+    causal = case.causal and allowed is None
+
+    def sdpa(q: Any, k: Any, v: Any) -> Any:
+        grouped = case.heads != case.key_heads
+        function = torch.nn.functional.scaled_dot_product_attention
+        return function(q, k, v, attn_mask=allowed, dropout_p=case.dropout, is_causal=causal, enable_gqa=grouped)
+
+    def of_library(q: Any, k: Any, v: Any) -> Any:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, _KERNELS[case.backend])):
+            try:
+                return sdpa(q, k, v)
+            except RuntimeError as error:
+                raise UserError(f"{case.backend}: {str(error).splitlines()[0]}") from error
+
+    def eager(q: Any, k: Any, v: Any) -> Any:
+        groups = case.heads // case.key_heads
+        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+        logits = q @ k.transpose(-1, -2) * case.size**-0.5
+        hidden = allowed
+        if causal:
+            hidden = torch.ones(case.length, case.length, dtype=torch.bool, device=q.device).tril()
+        logits = logits if hidden is None else logits.masked_fill(~hidden, torch.finfo(q.dtype).min)
+        return torch.dropout(torch.softmax(logits, -1), case.dropout, case.dropout > 0) @ v
+
+    return eager if case.backend == "torch-eager" else of_library if case.backend in _KERNELS else sdpa
+
+
+def _torch_mask(torch: Any, mask: dict[str, np.ndarray], case: Case, device: str) -> Any:
     """[B, 1, 1 or S, S] bool, or None; queries of padding see themselves, for torch gives nan where nothing is seen."""
     if not mask:
         return None
@@ -225,7 +298,7 @@ def _torch_mask(torch: Any, mask: dict[str, np.ndarray], case: Case) -> Any:
         allowed = (segments[:, :, None] == segments[:, None, :])[:, None]
     if case.causal:
         allowed = allowed & np.tril(np.ones((case.length, case.length), bool))
-    return torch.tensor(allowed)
+    return torch.tensor(allowed, device=device)
 
 
 if __name__ == "__main__":

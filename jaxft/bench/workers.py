@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,19 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ours
         )
 
-    def read(self) -> dict[str, Any]:
+    def read(self, seconds: float | None = None) -> dict[str, Any]:
         """The next answer.
 
+        Args:
+          seconds: after which the process is ended; None: it is waited for.
+
         Raises:
-          UserError: the process has died; the message ends with what it said last.
+          UserError: the process has died; the message ends with what it said last. Or it has not answered in time.
         """
         assert self._process.stdout is not None
+        if seconds is not None and not select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
+            self._process.kill()
+            raise UserError(f"{self.name}: no answer in time: {self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()

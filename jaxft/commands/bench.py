@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backends",
         nargs="+",
         default=["auto", "native", "blockwise", "xla", "jax"],
-        help="of model.attention; and torch-eager (default: %(default)s, and torch-sdpa where torch is installed)",
+        help="of model.attention; torch-eager; on GPUs torch-flash, torch-cudnn (default: %(default)s, and torch-sdpa where torch "
+        "is installed)",
     )
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[128, 512, 2048], help="tokens (default: %(default)s)"
