@@ -26,11 +26,16 @@ def find_file(name: str, kind: str) -> Path:
     if path.exists():
         return path
     if path.parts[:1] == ("configs",):
-        # In a wheel, configs/ lies inside the package; in a checkout, beside it.
-        for root in (_PACKAGE, _PACKAGE.parent):
-            if (root / path).exists():
-                return root / path
+        found = shipped("configs").joinpath(*path.parts[1:])
+        if found.exists():
+            return found
     raise UserError(f"{kind} {name!r} does not exist (looked in {Path.cwd()})")
+
+
+def shipped(folder: str) -> Path:
+    """``configs`` or ``launch`` as they ship with jaxft: in a wheel inside the package, in a checkout beside it."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
 
 
 def package_folder(reference: str) -> Path:

@@ -9,7 +9,26 @@
 #   JAXFT_HOSTS               host names, one per process, separated by commas: the missing one is named
 #   JAXFT_START_TIMEOUT       seconds that processes wait for each other at the start (300)
 
-PYTHON="${PYTHON:-python}"
+# ---- The Python that has jaxft ---------------------------------------------------------------------------------------
+# PYTHON if set; else that of the `jaxft` on the PATH; else that of .venv beside launch/ (`make train` makes it) or here; else
+# the first on the PATH that has jaxft.
+find_python() {
+  local script here candidate
+  here=$(dirname "${BASH_SOURCE[0]}")
+  script=$(command -v jaxft || true)
+  # pipx and others put links into a folder without a Python.
+  if [[ -n "$script" ]]; then script=$(readlink -f "$script"); fi
+  for candidate in "${script:+$(dirname "$script")/python}" "$here/../.venv/bin/python" .venv/bin/python python python3; do
+    if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null && "$candidate" -c 'import jaxft' 2>/dev/null; then
+      PYTHON=$candidate
+      return
+    fi
+  done
+  echo "launch: no Python here has jaxft: run \`make train\` or pip install it, activate its environment, or set" \
+    "PYTHON=/path/to/python" >&2
+  exit 2
+}
+if [[ -z "${PYTHON:-}" ]]; then find_python; fi
 command -v "$PYTHON" >/dev/null || { echo "launch: $PYTHON not found; set PYTHON=/path/to/python" >&2; exit 2; }
 
 # ---- Communication while computing -----------------------------------------------------------------------------------
