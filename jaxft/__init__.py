@@ -3,7 +3,10 @@
     >>> import jaxft
     >>> model, params, tokenizer = jaxft.load("path-or-hub-id")
     >>> model.apply({"params": params}, **tokenizer(["some text"])).logits
+    >>> run = jaxft.train("run.yaml", overrides=["train.steps=50"])
+    >>> run.metrics, run.params, run.folder
 
+docs/python.md shows more.
 Importing this package imports neither jax nor transformers: names load on first use.
 """
 
@@ -13,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxft.commands.from_python import Trained, train
     from jaxft.config import RunConfig, load_config
     from jaxft.errors import UserError
     from jaxft.layers import Compute
@@ -24,16 +28,34 @@ _HOME = {
     "Compute": "layers",
     "Loaded": "pretrained",
     "RunConfig": "config",
+    "Trained": "commands.from_python",
     "UserError": "errors",
     "export_folder": "pretrained",
     "load": "pretrained",
     "load_config": "config",
+    "train": "commands.from_python",
 }
 
-__all__ = ["Compute", "Loaded", "RunConfig", "UserError", "__version__", "export_folder", "load", "load_config"]
+__all__ = [
+    "Compute",
+    "Loaded",
+    "RunConfig",
+    "Trained",
+    "UserError",
+    "__version__",
+    "export_folder",
+    "load",
+    "load_config",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'jaxft' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxft.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not: for `dir`, `help` and completion."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

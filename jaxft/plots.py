@@ -5,6 +5,7 @@ matplotlib is used through its objects and the Agg canvas: no pyplot, hence no d
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,24 @@ def abbreviated(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def lacking() -> str | None:
+    """Why PNG files cannot be drawn here, as a note; None: they can."""
+    return _lacking("PNGs", "matplotlib.figure", "PIL.Image")
+
+
+def _lacking(what: str, *modules: str) -> str | None:
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        return f"no {what}: {error}; pip install 'jaxft[plots]'"
+    return None
+
+
 def _new_figure(width: float, height: float) -> Any:
+    reason = lacking()
+    if reason is not None:
+        raise UserError(reason)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -244,8 +262,11 @@ def schedule_png(path: Path, rates: Sequence[float]) -> Path:
 def chart(title: str, lines: Sequence[Series], points: Sequence[Series], width: int, *, colour: bool) -> str:
     """Curves against the step as text: ``lines`` joined and drawn first, ``points`` as marks over them.
 
-    Returns an empty string if there is no finite value.
+    Returns an empty string if there is no finite value, and where plotext is not installed a note that says so.
     """
+    reason = _lacking("curves", "plotext")
+    if reason is not None:
+        return reason
     import plotext
 
     marks = [("▚", "hd", series) for series in lines]

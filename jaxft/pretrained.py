@@ -157,10 +157,12 @@ def make_config(family: ModuleType, tree: dict[str, Any]) -> Any:
 def _family_name(hf_config: dict[str, Any], family: str | None, folder: Path, note: Note) -> str:
     stated = hf_config.get("model_type")
     if family is not None:
-        if stated not in (None, family):
+        if stated not in (None, family, family.rpartition(".")[2]):
             note(f"config.json says model_type {stated!r}, model.family={family} is believed")
         return family
     if stated is not None:
+        if "." in str(stated):  # a file's word is not imported
+            raise UserError(f"{folder / 'config.json'}: model_type {stated!r} is not supported; set model.family")
         return str(stated)
     listed = hf_config.get("architectures")
     architectures = listed if isinstance(listed, list) else []

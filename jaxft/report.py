@@ -17,6 +17,7 @@ from jaxft.plots import (
     chart,
     confusion_png,
     curves_png,
+    lacking,
     plain_label,
     schedule_png,
     score_series,
@@ -44,7 +45,8 @@ _HEADLINE = (
 def write_report(
     out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[dict[str, Any]]
 ) -> list[Path]:
-    """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``.
+    """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
+    :func:`jaxft.plots.lacking` says why.
 
     Args:
       metrics: what the task's ``score()`` returned.
@@ -57,9 +59,12 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     written = [
         _write_json(out / "metrics.json", metrics),
-        confusion_png(out / "confusion.png", metrics["confusion"], labels) if "confusion" in metrics else None,
-        curves_png(out / "curves.png", log),
     ]
+    if lacking() is None:
+        written += [
+            confusion_png(out / "confusion.png", metrics["confusion"], labels) if "confusion" in metrics else None,
+            curves_png(out / "curves.png", log),
+        ]
     return [path for path in written if path is not None]
 
 
@@ -211,10 +216,11 @@ def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], wi
 def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool) -> list[str]:
     train = series_of(log, "train", "loss")
     evaluated = series_of(log, "eval", "loss")._replace(name="eval")
-    return [
+    charts = [
         chart("loss", [smoothed(train)._replace(name="train, smoothed")], [evaluated], width, colour=colour),
         chart("eval", [], score_series(log), width, colour=colour),
     ]
+    return list(dict.fromkeys(charts))  # one note will do where none can be drawn
 
 
 def _seed_values(results: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:

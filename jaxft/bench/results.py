@@ -12,6 +12,7 @@ from typing import Any
 from jaxft.bench.attention import PASSES, Result, from_json, to_json
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
+from jaxft.plots import lacking
 
 ANCHOR = "torch-sdpa"
 _HEAD = ("contender", "pass", "ms", "min", "max", "GFLOP/s", "of peak", "MiB", "compile s")
@@ -71,13 +72,14 @@ def _label(result: Result) -> str:
 
 
 def write_results(folder: Path, about: dict[str, Any], results: Sequence[Result]) -> list[Path]:
-    """``attention.json``, ``attention.csv`` and ``attention.png`` (time and memory against length, where there are several)."""
+    """``attention.json``, ``attention.csv`` and ``attention.png`` (time and memory against length, where there
+    are several and :func:`jaxft.plots.lacking` has nothing against it)."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [folder / "attention.json", folder / "attention.csv"]
     tree = {"machine": about, "results": [to_json(r) for r in results]}
     write_atomic(made[0], json.dumps(tree, indent=1) + "\n")
     write_atomic(made[1], csv_of(results))
-    if len({r.case.length for r in results}) > 1:
+    if len({r.case.length for r in results}) > 1 and lacking() is None:
         made.append(_plot(folder / "attention.png", about, results))
     return made
 

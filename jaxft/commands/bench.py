@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.bench.attention import Result, run_cases
     from jaxft.bench.machine import machine
     from jaxft.bench.results import read_results, text_of, write_results
+    from jaxft.plots import lacking
 
     before = read_results(Path(options.against)) if options.against else None
     groups = list(_groups(options))
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("nothing could be measured; see above")
     if options.out:
         print(f"\nwrote {', '.join(map(str, write_results(Path(options.out), about, results)))}")
+        if (why := lacking()) is not None:
+            print(why)
     return 0
 
 

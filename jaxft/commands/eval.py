@@ -42,13 +42,14 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.encode import encode_rows, read_rows
     from jaxft.data.labels import declared_labels, label_text
     from jaxft.data.loader import Batches, make_buckets, stream
+    from jaxft.plots import lacking
     from jaxft.report import report_text, write_report
     from jaxft.serving import check_threshold, open_model
     from jaxft.step import make_eval_step
 
     served = open_model(options.model, options.overrides, lambda text: print(text, file=sys.stderr))
     config = served.config
-    module = tasks.task_of_head(served.model.head)
+    module = tasks.task_of_head(served.model.head, served.config.task.name)
     if module is None:
         raise UserError(
             f"the model has no head that a task scores (found: {served.model.head}): fine-tune it first (jaxft train)"
@@ -103,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         for path in write_report(Path(options.out), metrics, labels, []):
             print(f"wrote {path}")
+        if "confusion" in metrics and (why := lacking()) is not None:
+            print(why)
     return 0
 
 

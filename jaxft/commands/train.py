@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains one run per seed."""
     path, overrides = split_run_file(options.run_file, options.overrides)
-    config = load_config(path, overrides)
+    return _run(load_config(path, overrides))
+
+
+def _run(config: RunConfig) -> int:
     start = time.perf_counter()
     set_up_jax(config.train.compilation_cache)
     from jaxft import processes, setup  # imports jax
@@ -158,6 +161,7 @@ def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -
 def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
     from jaxft.memory import peak_bytes
     from jaxft.metrics import read_log
+    from jaxft.plots import lacking
     from jaxft.report import report_text, write_report
 
     log = read_log(out / "log.jsonl")
@@ -169,6 +173,8 @@ def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:
         print(f"wrote {path}")
+    if (why := lacking()) is not None:
+        print(why)
 
 
 def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
@@ -264,7 +270,7 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
     from jaxft.records import to_json
     from jaxft.sharding import jitted, replicated
 
-    source = open_source(str(target), _note)
+    source = open_source(str(target), _note, family=ready.family_name)
     base = lora.base_of(ready.model)
     params = load_params(source, base, _note, mesh=ready.mesh)
 

@@ -18,7 +18,13 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
+
+_NEEDED = (
+    *("Config", "Model", "HEADS", "TINY", "Model.INPUTS", "Model.CAUSAL"),
+    *("config_from_hf", "config_to_hf", "config_of_weights", "head_of", "hf_layout"),
+)
 
 
 def families() -> tuple[str, ...]:
@@ -27,11 +33,14 @@ def families() -> tuple[str, ...]:
 
 
 def family(name: str) -> ModuleType:
-    """The module of a family, by its name or by the reference's ``model_type``.
+    """The module of a family: by its name, by the reference's ``model_type``, or a dotted name of a module that is somewhere
+    else. That is imported: only names that a user gave may come here with a dot.
 
     Raises:
       UserError: there is no such family.
     """
+    if "." in name:
+        return outside_module("model.family", name, _NEEDED, "docs/add_a_model.md")
     module = name.replace("-", "_")
     if module not in families():
         raise UserError(f"model family {name!r} is not supported: {nearest(module, families())}")

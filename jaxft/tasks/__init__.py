@@ -23,10 +23,16 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
 from jaxft.tasks._scores import collected, is_better
 
 __all__ = ["collected", "is_better", "metric_of", "task", "task_of_head", "tasks"]
+
+_NEEDED = (
+    *("LABELLED", "END_TOKEN", "make_task", "Task"),
+    *(f"Task.{name}" for name in ("head", "prepare", "weight_of", "sums", "metrics", "metric_names")),
+)
 
 
 def tasks() -> tuple[str, ...]:
@@ -35,8 +41,14 @@ def tasks() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
-def task_of_head(head: str | None) -> ModuleType | None:
-    """The module of the task that trains a model head; None if there is none."""
+def task_of_head(head: str | None, named: str = "") -> ModuleType | None:
+    """The module of the task that trains a model head; None if there is none.
+
+    Args:
+      named: by the model's run: believed if it is one from outside of jaxft.
+    """
+    if "." in named and task(named).Task.head == head:
+        return task(named)
     return next((module for module in map(task, tasks()) if module.Task.head == head), None)
 
 
@@ -54,11 +66,13 @@ def metric_of(task: Any, wanted: str | None) -> str:
 
 
 def task(name: str) -> ModuleType:
-    """The module of a task.
+    """The module of a task: by its name here, or a dotted name of a module that is somewhere else.
 
     Raises:
       UserError: there is no such task.
     """
+    if "." in name:
+        return outside_module("task.name", name, _NEEDED, "docs/add_a_task.md")
     if name not in tasks():
         raise UserError(f"task.name={name!r}: {nearest(name, tasks())}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -64,7 +64,9 @@ def test_every_stage_finds_what_it_looks_for(rehearsed: Path) -> None:
         assert all(row["tokens_per_second"] > 0 for row in rows)
     ours = next(row for row in stages["step-tiny-bert-16"]["found"]["rows"] if row["kind"] == "jaxft-auto")
     # The plan is of the very program that was timed.
-    assert stages["plan-tiny-bert-16"]["found"]["memory_bytes"]["total"] == pytest.approx(ours["program_bytes"], rel=0.1)
+    assert stages["plan-tiny-bert-16"]["found"]["memory_bytes"]["total"] == pytest.approx(
+        ours["program_bytes"], rel=0.1
+    )
 
     resume = stages["resume"]["found"]
     assert (resume["whole"]["exit"], resume["stopped"]["exit"], resume["resumed"]["exit"]) == (0, 130, 0)
@@ -75,7 +77,14 @@ def test_every_stage_finds_what_it_looks_for(rehearsed: Path) -> None:
 def test_the_table_names_each_result_beside_its_goal(rehearsed: Path) -> None:
     table = (rehearsed / "table.txt").read_text()
     assert table.startswith("A REHEARSAL on a CPU")
-    for part in ("stages: 6 of 6 ok", "largest relative error", "a train step", "goals: ", "plan off", "equal byte for byte"):
+    for part in (
+        "stages: 6 of 6 ok",
+        "largest relative error",
+        "a train step",
+        "goals: ",
+        "plan off",
+        "equal byte for byte",
+    ):
         assert part in table
     assert "WRONG" not in table
 
