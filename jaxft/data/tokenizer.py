@@ -59,6 +59,42 @@ class Tokenizer:
         """One more than the largest id that this tokenizer can produce."""
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
+    def decode(self, ids: Any, *, special: bool = False) -> Any:
+        """Text of token ids [S], or a list of texts of [B, S]; without special tokens (padding among them) unless ``special``."""
+        rows, left_out = np.asarray(ids), set() if special else set(self.special_ids)
+        kept = [[i for i in row if i not in left_out] for row in np.atleast_2d(rows).tolist()]
+        found = self._fast.decode_batch(kept, skip_special_tokens=False)
+        return found if rows.ndim == 2 else found[0]
+
+    def spans(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Where each token comes from, in the same rows and columns that calling the tokenizer gives.
+
+        Returns:
+          ``offsets`` [B, S, 2] int32: its first character and the one after its last, in its own text; ``words`` [B, S] int32: the
+          how-manieth word of that text it is of, counted from 0 as the tokenizer splits words; ``sources`` [B, S] int32: 0 in the
+          first text, 1 in its pair. All -1 for special tokens and padding.
+        """
+        texts, pairs = ([given] if isinstance(given, str) else given for given in (texts, pairs))
+        inputs = list(texts or ()) if pairs is None else list(zip(texts or (), pairs, strict=True))
+        rows = self._fast.encode_batch(inputs)  # the fast form that encode() uses does not count characters
+        width = padded_length(max(map(len, rows), default=1), length, buckets)
+        out = {name: np.full((len(rows), width), -1, np.int32) for name in ("words", "sources")}
+        offsets = np.full((len(rows), width, 2), -1, np.int32)
+        for i, row in enumerate(rows):
+            for j, source in enumerate(row.sequence_ids):
+                if source is not None:
+                    word = row.word_ids[j]
+                    out["words"][i, j], out["sources"][i, j] = -1 if word is None else word, source
+                    offsets[i, j] = row.offsets[j]
+        return {"offsets": offsets, **out}
+
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, split: bool = False
     ) -> list[tuple[list[int], list[int], int]]:
@@ -76,12 +112,28 @@ class Tokenizer:
         special = self._fast.num_special_tokens_to_add(False)
         return [(e.ids, e.type_ids, count_dropped(e, special)) for e in encodings]
 
-    def __call__(self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Model inputs for a few texts (or pairs), padded to the longest."""
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Model inputs for a few texts (or pairs), padded to the longest.
+
+        Args:
+          length: pad to so many tokens instead: a jitted function is compiled once.
+          buckets: pad to the least of these that the longest row fits: once for each.
+
+        Raises:
+          UserError: a row is longer than that (``max_length`` truncates).
+        """
         texts = [texts] if isinstance(texts, str) else texts
         pairs = [pairs] if isinstance(pairs, str) else pairs
         rows = self.encode(texts, pairs)
-        return pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], None, self.pad_id)
+        width = padded_length(max((len(ids) for ids, _, _ in rows), default=1), length, buckets)
+        return pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], width, self.pad_id)
 
     @property
     def stated_length(self) -> int | None:
@@ -133,6 +185,23 @@ def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pa
         out["types"][i, : len(ids)] = kinds
         out["mask"][i, : len(ids)] = 1
     return out
+
+
+def padded_length(longest: int, length: int | None, buckets: Sequence[int] | None) -> int:
+    """The width of rows of which the longest has so many tokens.
+
+    Raises:
+      UserError: it does not fit, or both are given.
+    """
+    if length is not None and buckets is not None:
+        raise UserError(f"length={length}, buckets={list(buckets)}: give one of the two")
+    widths = sorted(buckets) if buckets is not None else [longest if length is None else length]
+    found = next((width for width in widths if width >= longest), None)
+    if found is None:
+        raise UserError(
+            f"a row has {longest} tokens, more than {widths[-1] if widths else 0}; load the tokenizer with max_length to truncate"
+        )
+    return found
 
 
 def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
