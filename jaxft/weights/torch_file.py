@@ -1,4 +1,5 @@
-"""``pytorch_model.bin`` without torch: a zip archive of raw storages and one pickle that describes views of them.
+"""``pytorch_model.bin`` without torch: raw storages and one pickle that describes views of them, in a zip archive (or, before
+torch 1.6, in a row: :mod:`jaxft.weights.torch_legacy`).
 
 The archive's directory and the pickle are read at opening; tensor bytes are read on demand from their place in the
 file, which works because torch stores records uncompressed. Checksums of the storages are not verified.
@@ -10,40 +11,35 @@ import math
 import struct
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.weights.contract import TensorSpec, Weights, corrupt, quoted
 from jaxft.weights.pread import RandomAccessFile
-from jaxft.weights.torch_pickle import TensorRef, read_state_dict
+from jaxft.weights.torch_legacy import Record, is_legacy, read_legacy
+from jaxft.weights.torch_pickle import MAX_PICKLE_BYTES, TensorRef, how_to_save_again, read_state_dict
 
-MAX_PICKLE_BYTES = 100_000_000
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, name length, extra length: 30 bytes before the name
-_HOW_TO_CONVERT = 'python -c "import torch; torch.save(torch.load(OLD, weights_only=True), NEW)"'
-
-
-class _Record(NamedTuple):
-    """Bytes of the file that belong to one entry of the archive."""
-
-    offset: int
-    size: int
 
 
 class TorchFile(Weights):
-    """One file written by ``torch.save`` of a state_dict (torch 1.6 or later), open."""
+    """One file written by ``torch.save`` of a state_dict, open."""
 
     def __init__(self, path: Path) -> None:
         self._file = RandomAccessFile(path)
         try:
-            records = _records(self._file)
-            pickle = records["data.pkl"]
-            self._tensors = read_state_dict(self._file.bytes_at(*pickle), path)
+            if is_legacy(self._file):
+                self._tensors, records = read_legacy(self._file)
+            else:
+                archived = _records(self._file)
+                self._tensors = read_state_dict(self._file.bytes_at(*archived["data.pkl"]), path)
+                inside = ((name.partition("/"), record) for name, record in archived.items())
+                records = {key: record for (folder, _, key), record in inside if folder == "data"}
             for name, tensor in self._tensors.items():
                 _check_tensor(name, tensor, records, path)
             # Offset of each storage's first byte, by the storage's key.
-            self._storages = {key.removeprefix("data/"): record.offset for key, record in records.items()}
+            self._storages = {key: record.offset for key, record in records.items()}
             specs = {name: TensorSpec(ref.shape, ref.storage.dtype) for name, ref in self._tensors.items()}
             super().__init__(path, "pytorch", specs)
         except BaseException:
@@ -82,10 +78,10 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _check_tensor(name: str, ref: TensorRef, records: dict[str, _Record], path: Path) -> None:
+def _check_tensor(name: str, ref: TensorRef, records: dict[str, Record], path: Path) -> None:
     """Everything that reading relies on: the record exists, has the claimed size, and contains the view."""
     storage = ref.storage
-    record = records.get(f"data/{storage.key}")
+    record = records.get(storage.key)
     if record is None:
         raise corrupt(path, f"the storage {quoted(storage.key)} of tensor {quoted(name)} is missing")
     if record.size != storage.length * storage.dtype.itemsize:
@@ -96,10 +92,13 @@ def _check_tensor(name: str, ref: TensorRef, records: dict[str, _Record], path: 
         raise corrupt(path, f"tensor {quoted(name)} reaches beyond the end of its storage")
     if math.prod(ref.shape) > storage.length:
         # Stride 0 could claim terabytes from one stored number.
-        raise UserError(f"{path}: tensor {quoted(name)} is an expanded view of fewer numbers; save its .contiguous()")
+        how = how_to_save_again(path, "; s = {k: v.contiguous() for k, v in s.items()}")
+        raise UserError(
+            f"{path}: tensor {quoted(name)} is an expanded view of fewer numbers; save its .contiguous(): {how}"
+        )
 
 
-def _records(file: RandomAccessFile) -> dict[str, _Record]:
+def _records(file: RandomAccessFile) -> dict[str, Record]:
     """The archive's records, by name without the leading folder (which is the same for all)."""
     path = file.path
     if file.size < 4 or file.bytes_at(0, 4) != b"PK\x03\x04":
@@ -114,7 +113,7 @@ def _records(file: RandomAccessFile) -> dict[str, _Record]:
     roots = [entry.filename.removesuffix("/data.pkl") for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(roots) != 1 or "/" in roots[0]:
         raise UserError(f"{path} is a zip archive, but not one that torch.save writes (it needs one NAME/data.pkl)")
-    records: dict[str, _Record] = {}
+    records: dict[str, Record] = {}
     for entry in entries:
         folder, _, name = entry.filename.partition("/")
         if folder != roots[0] or name in records:
@@ -126,7 +125,7 @@ def _records(file: RandomAccessFile) -> dict[str, _Record]:
     return records
 
 
-def _check_byte_order(records: dict[str, _Record], file: RandomAccessFile) -> None:
+def _check_byte_order(records: dict[str, Record], file: RandomAccessFile) -> None:
     # torch before 2.1 wrote no such record and only ran on little-endian machines in practice; torch assumes the same.
     if "byteorder" not in records:
         return
@@ -135,7 +134,7 @@ def _check_byte_order(records: dict[str, _Record], file: RandomAccessFile) -> No
         raise UserError(f"{file.path} was saved with a byte order other than little; save it on another machine")
 
 
-def _locate(entry: zipfile.ZipInfo, file: RandomAccessFile) -> _Record:
+def _locate(entry: zipfile.ZipInfo, file: RandomAccessFile) -> Record:
     """Where a record's bytes are; the directory only says where its local header is."""
     path, name = file.path, quoted(entry.filename)
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 0x1 or entry.compress_size != entry.file_size:
@@ -146,14 +145,12 @@ def _locate(entry: zipfile.ZipInfo, file: RandomAccessFile) -> _Record:
     offset = entry.header_offset + 30 + name_length + extra_length
     if signature != b"PK\x03\x04" or offset + entry.file_size > file.size:
         raise corrupt(path, f"the zip record {name} lies outside the file")
-    return _Record(offset, entry.file_size)
+    return Record(offset, entry.file_size)
 
 
 def _not_an_archive(file: RandomAccessFile) -> str:
-    # torch before 1.6 wrote a bare pickle (protocol 2), and a tar before that.
-    if file.size >= 2 and file.bytes_at(0, 2) == b"\x80\x02":
-        return (
-            f"{file.path} is in the format of torch before 1.6, which jaxft does not read; convert it where torch is "
-            f"installed: {_HOW_TO_CONVERT}"
-        )
+    # The tar archives of torch before 0.1.10 have this mark in their first header.
+    if file.size >= 262 and file.bytes_at(257, 5) == b"ustar":
+        how = how_to_save_again(file.path)
+        return f"{file.path} is a tar archive of torch before 0.1.10; save it anew where torch is installed: {how}"
     return f"{file.path} is not a PyTorch weights file (or is corrupt); download or copy it again"

@@ -7,10 +7,13 @@ path from the file to an import, a call or an attribute. Everything else is refu
 
 from __future__ import annotations
 
+import io
+import json
 import pickletools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -20,9 +23,11 @@ from jaxft.weights.dtypes import TORCH_STORAGES
 
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
+_TENSOR_V1 = "torch._utils._rebuild_tensor"  # torch before 0.4
 _PARAMETER = "torch._utils._rebuild_parameter"
 _STORAGES = {f"torch.{name}": dtype for name, dtype in TORCH_STORAGES.items()}
-_ALLOWED = frozenset((_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGES))
+_ALLOWED = frozenset((_ORDERED_DICT, _TENSOR, _TENSOR_V1, _PARAMETER, *_STORAGES))
+MAX_PICKLE_BYTES = 100_000_000
 
 # Instructions that push their own argument, or a constant.
 _PUSH_ARGUMENT = frozenset(
@@ -34,7 +39,7 @@ _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(frozen=True)
 class StorageRef:
-    """A storage record: ``data/<key>`` in the archive, ``length`` elements of ``dtype``."""
+    """A storage: ``length`` elements of ``dtype``; where it lies is found by its key (``data/<key>`` in an archive)."""
 
     key: str
     dtype: np.dtype
@@ -68,28 +73,82 @@ class _Malformed(Exception):
     """The pickle is not well-formed."""
 
 
+class Stream(Protocol):
+    """Where a pickle is read from, and how far."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next bytes; fewer at the end."""
+        ...
+
+    def readline(self) -> bytes:
+        """The rest of the line."""
+        ...
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """What a pickle describes."""
+
+    value: object
+    storages: dict[str, StorageRef]
+    """The storages that it names, by key."""
+
+
 def read_state_dict(raw: bytes, path: Path) -> dict[str, TensorRef]:
-    """The tensors that ``data.pkl`` of the file ``path`` describes.
+    """The tensors that ``data.pkl`` of the archive ``path`` describes.
 
     Raises:
       UserError: the pickle asks for anything but plain tensors in one dict, or is malformed.
     """
+    stream = io.BytesIO(raw)
+    pickled = read_pickle(stream, path, archive=True)
+    if stream.tell() != len(raw):
+        raise corrupt(path, "its pickle has something left over at its end")
+    return state_dict_of(pickled.value, path)
+
+
+def read_pickle(stream: Stream, path: Path, *, archive: bool = False) -> Pickled:
+    """The next pickle of a stream, of inert values alone.
+
+    Args:
+      stream: is left behind the pickle's end.
+      path: the file's, for messages.
+      archive: whether it is of an archive, or of the format before (which Python 2 wrote, too).
+
+    Raises:
+      UserError: the pickle asks for anything but plain values and tensors, or is malformed.
+    """
+    interpreter = _Interpreter(archive)
     try:
-        value = _Interpreter().run(raw)
+        return Pickled(interpreter.run(stream), interpreter.storages)
     except _Refused as refused:
         raise UserError(
             f"{path} {refused}: jaxft refuses to run code from a file; use the model's safetensors file, or save a "
             "plain state_dict again where you trust the file"
         ) from None
     except (_Malformed, ValueError, IndexError, KeyError) as error:  # from pickletools, the stack, the memo
-        reason = str(error) if isinstance(error, _Malformed) else "data.pkl is not a valid pickle"
+        reason = str(error) if isinstance(error, _Malformed) else "its pickle is not a valid one"
         raise corrupt(path, reason) from None
+
+
+def state_dict_of(value: object, path: Path) -> dict[str, TensorRef]:
+    """The tensors of a pickled value.
+
+    Raises:
+      UserError: it is anything but a dict of plain tensors.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no dict of tensors at its top level; save model.state_dict() instead")
     for name, tensor in value.items():
         if not isinstance(tensor, TensorRef):
+            inner = [key for key, entry in value.items() if _holds_tensors(entry) and len(key) < 40]
+            how = f": {how_to_save_again(path, f'[{json.dumps(inner[0])}]')}" if len(inner) == 1 else ""
             raise UserError(
-                f"{path}: the entry {quoted(name)} is not a tensor; save the state_dict itself, not a dict around it"
+                f"{path}: the entry {quoted(name)} is not a tensor; save the state_dict itself, not a dict around it{how}"
             )
         check_name(name, path)
         check_shape(tensor.shape, name, path)
@@ -99,19 +158,22 @@ def read_state_dict(raw: bytes, path: Path) -> dict[str, TensorRef]:
 class _Interpreter:
     """A pickle stack machine over inert values: dict, list, tuple, str, int, float, bool, None and the refs above."""
 
-    def __init__(self) -> None:
+    def __init__(self, archive: bool) -> None:
+        self.storages: dict[str, StorageRef] = {}
+        self._archive = archive
         self._stack: list[object] = []
         self._outer: list[list[object]] = []  # stacks set aside by MARK
         self._memo: dict[int, object] = {}
 
-    def run(self, raw: bytes) -> object:
-        for opcode, argument, position in pickletools.genops(raw):
+    def run(self, stream: Stream) -> object:
+        # Typed for whole files; it asks for no more than a Stream has.
+        for opcode, argument, _ in pickletools.genops(cast(Any, stream)):
             if opcode.name == "STOP":
-                if position != len(raw) - 1 or len(self._stack) != 1 or self._outer:
-                    raise _Malformed("data.pkl has something left over at its end")
+                if len(self._stack) != 1 or self._outer:
+                    raise _Malformed("its pickle has something left over at its end")
                 return self._stack.pop()
             self._step(opcode.name, argument)
-        raise _Malformed("data.pkl has no end")
+        raise _Malformed("its pickle has no end")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self._stack
@@ -139,7 +201,9 @@ class _Interpreter:
             arguments, function = stack.pop(), stack.pop()
             stack.append(_reduced(function, arguments))
         elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
+            stack.append(self._storage(stack.pop()))
+        elif name in ("BINSTRING", "SHORT_BINSTRING") and not self._archive:
+            stack.append(str(argument).encode("latin-1").decode("utf-8"))  # Python 2's text
         else:
             self._step_container(name, argument)
 
@@ -175,6 +239,17 @@ class _Interpreter:
             shown = f" {quoted(str(argument))}" if argument is not None else ""
             raise _Refused(f"uses the pickle instruction {name}{shown}, which no dict of plain tensors needs")
 
+    def _storage(self, identity: object) -> StorageRef:
+        if not self._archive:
+            # The sixth says which part of another storage this one is; files with such parts are older than 1.0.
+            if not isinstance(identity, tuple) or len(identity) != 6 or identity[5] is not None:
+                raise _Malformed("a storage is not identified the way torch does it")
+            identity = identity[:5]
+        storage = _storage(identity)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise _Malformed(f"the storage {quoted(storage.key)} is described twice, differently")
+        return storage
+
     def _pop_mark(self) -> list[object]:
         items = self._stack
         self._stack = self._outer.pop()
@@ -189,13 +264,13 @@ def _allowed_global(name: str) -> _Global:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise _Malformed("data.pkl names an object by something that is not text")
+        raise _Malformed("its pickle names an object by something that is not text")
     return value
 
 
 def _set_items(target: object, items: list[object]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise _Malformed("data.pkl sets items of something that is not a dict")
+        raise _Malformed("its pickle sets items of something that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Text only: hashing anything else (nested tuples) could be made to take for ever.
         if not isinstance(key, str):
@@ -207,7 +282,7 @@ def _set_items(target: object, items: list[object]) -> None:
 
 def _extend(target: object, items: list[object]) -> None:
     if not isinstance(target, list):
-        raise _Malformed("data.pkl appends to something that is not a list")
+        raise _Malformed("its pickle appends to something that is not a list")
     target.extend(items)
 
 
@@ -230,7 +305,7 @@ def _reduced(function: object, arguments: object) -> object:
         return _OrderedDict()
     if function.name == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], TensorRef):
         return arguments[0]  # the rest: requires_grad and backward hooks
-    if function.name == _TENSOR and len(arguments) in (6, 7):
+    if (function.name == _TENSOR and len(arguments) in (6, 7)) or (function.name == _TENSOR_V1 and len(arguments) == 4):
         return _tensor(*arguments[:4])
     raise _Refused(f"calls {quoted(function.name)} with unexpected arguments")
 
@@ -242,3 +317,22 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
         if not isinstance(sizes, tuple) or not all(type(size) is int for size in sizes):
             raise _Malformed("a tensor's shape or stride is not a tuple of integers")
     return TensorRef(storage, offset, shape, stride)
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(entry, TensorRef) for entry in value.values())
+
+
+def how_to_save_again(path: Path, change: str = "") -> str:
+    """A command line, to be pasted as it is, that saves a file anew where torch is installed, and keeps the old one.
+
+    Args:
+      path: the file.
+      change: Python behind the loaded object, for instance ``["model"]``.
+    """
+    name = json.dumps(str(path.absolute()))
+    script = (
+        f'import os, torch; p = {name}; s = torch.load(p, map_location="cpu", weights_only=True){change}; '
+        'os.rename(p, p + ".old"); torch.save(s, p)'
+    )
+    return f"python -c {shlex.quote(script)}"
