@@ -22,13 +22,13 @@ from pathlib import Path
 _JAXFT = """
 import json, resource, sys, time
 import jax, numpy, jaxft
-from jaxft import checkpoint, pretrained
+from jaxft import checkpoint, pretrained, source
 from jaxft.data import tokenizer
 jax.devices()
 jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-source = pretrained.open_source(sys.argv[1], lambda text: None)
+source = source.open_source(sys.argv[1], lambda text: None)
 model = source.family.Model(source.config, source.head)
 params = jax.block_until_ready(pretrained.load_params(source, model, lambda text: None))
 seconds = time.perf_counter() - start
@@ -67,7 +67,8 @@ def make_checkpoint(folder: Path) -> None:
     import numpy as np
 
     from jaxft.models import bert
-    from jaxft.pretrained import export_folder, shapes_and_axes
+    from jaxft.initial import shapes_and_axes
+    from jaxft.pretrained import export_folder
 
     model = bert.Model(bert.Config())
     rng = np.random.default_rng(0)

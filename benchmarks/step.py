@@ -157,7 +157,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     from jaxft.flops import model_flops
     from jaxft.memory import device_bytes, release_freed
     from jaxft.plan.chips import peak_of
-    from jaxft.pretrained import init_params
+    from jaxft.initial import init_params
     from jaxft.recipe import make_recipe
     from jaxft.sharding import jitted, make_mesh
 

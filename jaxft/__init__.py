@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from jaxft.config import RunConfig, load_config
     from jaxft.errors import UserError
     from jaxft.layers import Compute
-    from jaxft.pretrained import Loaded, export_folder, load
+    from jaxft.notebook import Loaded, load
+    from jaxft.pretrained import export_folder
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Compute": "layers",
-    "Loaded": "pretrained",
+    "Loaded": "notebook",
     "RunConfig": "config",
     "Trained": "commands.from_python",
     "UserError": "errors",
     "export_folder": "pretrained",
-    "load": "pretrained",
+    "load": "notebook",
     "load_config": "config",
     "train": "commands.from_python",
 }

@@ -21,7 +21,7 @@ from jaxft.errors import UserError
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.optim import frozen_mask, make_optimizer, make_schedule
-from jaxft.pretrained import Source, make_config
+from jaxft.pretrained import check_changes
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,
@@ -33,6 +33,7 @@ from jaxft.sharding import (
     replicated,
     shardings_of,
 )
+from jaxft.source import Note, Source, make_config, open_source, refuse_other_problems
 from jaxft.state import TrainState, init_state, state_shardings
 from jaxft.step import make_train_step
 
@@ -89,6 +90,29 @@ class Recipe:
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jitted(step, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)
+
+
+def open_start(config: RunConfig, note: Note) -> Source | None:
+    """The model folder that a run starts from; None: it starts from random parameters.
+
+    Args:
+      config: of the run.
+      note: called with a line for everything that had to be guessed.
+
+    Raises:
+      UserError: there is no such folder, or nothing that this task can start from.
+    """
+    if config.model.init is None:
+        return None
+    source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
+    fresh, head = config.model.head == "fresh", tasks.task(config.task.name).Task.head
+    if not fresh:
+        source.stored_head()
+    if tasks.task(config.task.name).LABELLED and source.head == head and not fresh:
+        instead = "set model.head=fresh to train another on its encoder"
+        refuse_other_problems(source.hf_config, source.stored.num_labels, "it cannot be trained further", instead)
+    check_changes(source, None if fresh else head, note)
+    return source
 
 
 def make_recipe(
@@ -177,16 +201,19 @@ def make_compute(
 def _make_model(
     config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...], compute: Compute
 ) -> tuple[str, Any]:
-    classes = {"num_labels": len(labels)} if labels else {}
+    classes: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
     if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
         raise UserError(
             f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {len(labels)} labels; leave it out"
         )
-    if source is not None:
-        tree = {**source.config.__dict__, **classes}
-        return source.family_name, source.family.Model(make_config(source.family, tree), head, compute)
-    if config.model.family is None:
+    if source is None and config.model.family is None:
         raise UserError("model.init is not set, so model.family and model.arch must say what to build")
-    family = models.family(config.model.family)
-    made = make_config(family, {**config.model.arch, **classes})
-    return config.model.family, family.Model(made, head, compute)
+    name = str(config.model.family) if source is None else source.family_name
+    family = models.family(name)
+    if head not in family.HEADS:
+        have = ", ".join(str(one) for one in family.HEADS if one is not None)
+        raise UserError(f"task.name={config.task.name}: {name} has no head {head!r}, only: {have}")
+    if source is None:
+        return name, family.Model(make_config(family, {**config.model.arch, **classes}), head, compute)
+    # A decoded Config holds dataclasses, and is changed by its fields: it is no tree to be decoded.
+    return name, family.Model(dataclasses.replace(source.config, **classes), head, compute)

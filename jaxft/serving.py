@@ -24,9 +24,9 @@ from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.tokenizer import Tokenizer, pad_rows
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.pretrained import check_vocabulary, load_params, make_config, open_source, resolve_folder
+from jaxft.pretrained import check_vocabulary, load_params
 from jaxft.recipe import make_compute
-from jaxft.setup import Note
+from jaxft.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
 from jaxft.step import apply_model
 
 T = TypeVar("T")
@@ -45,6 +45,13 @@ class Served:
     labels: tuple[str, ...]
     """Label names in the order of class ids; empty without a classification head."""
     hf_config: dict[str, Any]
+
+    def refuse_other_problems(self, command: str) -> None:
+        """Raises UserError if the model has a classification head that is not for one label of several."""
+        if self.model.head == "classification":
+            instead = "jaxft.load gives its outputs as logits, and jaxft train with model.head=fresh makes another"
+            classes = self.model.config.num_labels
+            refuse_other_problems(self.hf_config, classes, f"jaxft {command} cannot answer with it", instead)
 
 
 def open_model(reference: str, overrides: list[str], note: Note, *, head: str | None = "stored") -> Served:
@@ -80,7 +87,7 @@ def _from_folder(
     reference: str, config: RunConfig, note: Note, head: str | None, *, stated_length: bool = False
 ) -> Served:
     source = open_source(reference, note, family=config.model.family)
-    head = source.head if head == "stored" else head
+    head = source.stored_head() if head == "stored" else head
     model = source.family.Model(source.config, head, _compute(config))
     params = load_params(source, model, note)
     labels = source.labels or ()
@@ -97,6 +104,14 @@ def _compute(config: RunConfig) -> Compute:
 
 
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
+    config, name, model, params, tokenizer, labels, hf_config = restored(folder, overrides, note)
+    return _served(config, name, model, params, tokenizer, labels, hf_config)
+
+
+def restored(
+    folder: Path, overrides: list[str], note: Note
+) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
+    """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json."""
     params, meta = checkpoint.restore_params(folder)
     _warn_of_wrong_best(meta["config"], note)
     config = _override(without_gone(meta["config"]), overrides)
@@ -111,7 +126,11 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     params = jax.tree.map(jnp.asarray, params)
     if config.model.lora.rank is not None:
         params = lora.merged(params, config.model.lora.alpha)
-    return _served(config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), meta["hf_config"])
+    hf_config = meta["hf_config"]
+    if config.data.train is not None and meta["head"] == "classification":
+        # config.json is that of the folder the run began from; its head may have been for something else.
+        hf_config = hf_config | {"problem_type": SINGLE_LABEL}
+    return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
 
 
 def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:
@@ -185,6 +204,7 @@ def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], lis
     """
     if served.model.head != "classification":
         raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
+    served.refuse_other_problems("predict")
 
     @jax.jit
     def probabilities(params: Any, batch: Any) -> jax.Array:

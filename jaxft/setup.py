@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,11 +30,10 @@ from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError, listed
 from jaxft.initial import init_params
-from jaxft.pretrained import Source, check_vocabulary, load_params, open_source, resolve_folder
-from jaxft.recipe import Recipe, make_recipe
+from jaxft.pretrained import check_vocabulary, load_params
+from jaxft.recipe import Recipe, make_recipe, open_start
 from jaxft.sharding import AxisRules, make_mesh, make_rules, ways
-
-Note = Callable[[str], None]
+from jaxft.source import Note, Source, resolve_folder
 
 
 @dataclass
@@ -110,10 +109,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         raise UserError(f"data.long_texts=split: rows of task {config.task.name} have one label each; use truncate")
     if labelled and config.data.packing != "none":
         raise UserError(f"data.packing: rows of task {config.task.name} have one label each; use none")
-    source = None
     with times.part("weights"):
-        if config.model.init is not None:
-            source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
+        source = open_start(config, note)
         tokenizer = _tokenizer(config, source)
     with times.part("data"):
         if config.data.train is None:

@@ -23,9 +23,9 @@ LEVELS = (
     "layers hf",
     "attention data tasks",
     "models",
-    "initial",
+    "initial source",
     "pretrained state",
-    "step checkpoint records trackers",
+    "step checkpoint records trackers notebook",
     "parity lora",
     "peft recipe",
     "flops setup",
@@ -90,7 +90,18 @@ def test_no_file_but_its_own_names_a_family_or_task() -> None:
 
 
 # The classification *head* shares the task's name: files that ask a model for class probabilities.
-KNOWN = {"classification": ("pretrained.py", "serving.py", "setup.py", "eval.py", "convert.py", "predict.py")}
+KNOWN = {
+    "classification": (
+        "pretrained.py",
+        "source.py",
+        "notebook.py",
+        "serving.py",
+        "setup.py",
+        "eval.py",
+        "convert.py",
+        "predict.py",
+    )
+}
 
 
 @pytest.mark.parametrize("module", ["torch", "tensorflow"])

@@ -76,7 +76,7 @@ def _train(capsys: Capture, *overrides: str) -> str:
         ("data.train=bad.parquet", "cannot be read as Parquet"),
         ("data.train=bad.csv.gz", "broken gzip data"),
         ("data.tokenizer=other_tokenizer", "wrong tokenizer for these weights"),
-        ("data.tokenizer=nope", "'nope' does not exist"),
+        ("data.tokenizer=nope", "'nope' is neither a local folder nor"),
         ("data.max_length=33 data.buckets=[33]", "data.max_length=33 is beyond the model's position table of 32"),
         ("data.buckets=[64]", "data.buckets: 64 is beyond the model's position table of 32"),
         ("train.batch_size=9", "= 9 cannot be split 8 ways"),
@@ -92,12 +92,15 @@ def _train(capsys: Capture, *overrides: str) -> str:
         ),
         ("task.class_weights={animl:\u00a01.0}", "task.class_weights.animl: unknown label: did you mean 'animal'?"),
         ("optim.freeze=[nope/*]", "matches no parameter"),
-        ("model.init=nope", "model folder 'nope' does not exist"),
+        ("model.init=nope", "model 'nope' is neither a local folder nor"),
+        ("model.init=./nope", "model folder './nope' does not exist"),
         ("model.init=train.csv", "is a file"),
         ("model.init=pkg:no_such_package/x", "is not installed"),
         ("model.init=null", "data.tokenizer is not set"),
         ("model.init=null data.tokenizer=base", "model.family and model.arch"),
         ("model.init=null data.tokenizer=base model.family=brt", "did you mean 'bert'?"),
+        ("model.arch={hidden_size:\u00a032}", "the weights contradict hidden_size=32 (there: 16); leave it out"),
+        ("model.arch={num_hidden_layers:\u00a05}", "5 layers are asked for, the weights have 2"),
         ("model.arch={hiden_size:\u00a03}", "model.arch.hiden_size': did you mean 'hidden_size'?"),
         ("train.out=train.csv", "train.csv"),
         ("train.out=train.csv/x", "train.csv"),
@@ -177,8 +180,10 @@ def test_model_folders(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_weights_that_do_not_fit_leave_no_run_folder(here: Path, capsys: Capture) -> None:
-    assert "37 mis-shaped" in _train(capsys, "model.arch={hidden_size: 32}")
+def test_weights_that_do_not_fit_leave_no_run_folder(here: Path, capsys: Capture, tmp_path: Path) -> None:
+    shutil.copytree("base", tmp_path / "model")
+    _config(hidden_size=32)(tmp_path / "model")
+    assert "37 mis-shaped" in _train(capsys, f"model.init={tmp_path / 'model'}")
 
 
 def test_a_hub_id_without_network_is_answered_at_once(capsys: Capture) -> None:
@@ -202,7 +207,7 @@ def test_a_hub_id_without_network_is_answered_at_once(capsys: Capture) -> None:
         ("predict classifier --text a data.max=3", "unknown config key 'data.max'"),
         ("predict classifier --text \udcff", "is not valid UTF-8"),
         ("predict base --text a", "the model has no classification head"),
-        ("predict nope --text a", "'nope' does not exist"),
+        ("predict nope --text a", "'nope' is neither a local folder nor"),
         ("eval classifier", "data.eval is not set"),
         ("eval base data.eval=eval.csv", "the model has no head that a task scores (found: None)"),
         ("eval classifier data.eval=label.csv", "label.csv:3: unknown label 'anmal'"),
@@ -213,7 +218,7 @@ def test_a_hub_id_without_network_is_answered_at_once(capsys: Capture) -> None:
         ("convert classifier train.csv/x", "cannot be written"),
         ("convert classifier made --head clasification", "did you mean 'classification'?"),
         ("convert classifier made --shard-size 5XB", "expected a size such as"),
-        ("convert nope made", "'nope' does not exist"),
+        ("convert nope made", "'nope' is neither a local folder nor"),
         ("show-config nope.yaml", "'nope.yaml' does not exist"),
     ],
 )

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from tiny_run import ARCH, config_of, overrides
 
-from jaxft import loop, pretrained, setup
+from jaxft import initial, loop, pretrained, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
@@ -81,7 +81,7 @@ def ready(folder: Path) -> Ready:
 
 @functools.cache
 def _initial(model: Any, seed: int) -> Any:
-    return jax.tree.map(np.asarray, pretrained.init_params(model, seed))
+    return jax.tree.map(np.asarray, initial.init_params(model, seed))
 
 
 def init_params(model: Any, seed: int, shardings: Any = None) -> Any:

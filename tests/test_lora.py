@@ -22,7 +22,8 @@ from jaxft.layers import Compute
 from jaxft.loop import compile_programs, fit
 from jaxft.optim import map_paths, parameter_paths
 from jaxft.peft import write_adapter
-from jaxft.pretrained import export_folder, init_params, shapes_and_axes
+from jaxft.initial import init_params, shapes_and_axes
+from jaxft.pretrained import export_folder
 from jaxft.setup import Times, prepare
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))

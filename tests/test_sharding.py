@@ -18,7 +18,7 @@ from jaxft.layers import Compute
 from jaxft.models import bert
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
 from jaxft.optim.paths import leaves_of
-from jaxft.pretrained import init_params, shapes_and_axes
+from jaxft.initial import init_params, shapes_and_axes
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,

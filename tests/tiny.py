@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from jaxft import __main__
 from jaxft.layers import Compute
 from jaxft.models import bert
-from jaxft.pretrained import export_folder, shapes_and_axes
+from jaxft.initial import shapes_and_axes
+from jaxft.pretrained import export_folder
 
 _TEXT = """
 [PAD] [UNK] [CLS] [SEP] [MASK] red green blue yellow cat dog bird fish tree house road the a small big runs sleeps

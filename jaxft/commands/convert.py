@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", default="stored", help="head to write: none, classification, masked_lm, ... (default: the stored one)"
     )
+    parser.add_argument("--family", help="model family, for folders that do not say (default: what config.json says)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: as stored)"
     )
@@ -42,8 +43,12 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         _check_possible(options)
     set_up_jax(None)
+    from jaxft.data.tokenizer import has_tokenizer
+
     with ExitStack() as opened:
         got = _open(options, opened)
+        if not has_tokenizer(got.tokenizer_folder):
+            print(f"{got.tokenizer_folder} has no tokenizer files: none are written")
         if options.to == "hf":
             _write_folder(target, got, options.dtype, shard_bytes)
         else:
@@ -92,15 +97,18 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> Any:
     path = Path(options.source).expanduser()
     run = (path / "config.yaml").is_file() or checkpoint.is_checkpoint(path)
     if path.is_dir() and not (path / "config.json").is_file() and run:
-        return _open_checkpoint(path, options)
+        if not (path / "config.yaml").is_file() or not (path / "export/config.json").is_file():
+            return _open_checkpoint(path, options)
+        path = path / "export"
     from jaxft.layers import Compute
-    from jaxft.pretrained import load_params, open_folder, open_params, open_source
+    from jaxft.pretrained import load_params, open_params
+    from jaxft.source import open_source
 
-    source = open_source(options.source, print)
-    head = {"stored": source.head, "none": None}.get(options.head, options.head)
+    source = open_source(path if path.is_dir() else options.source, print, family=options.family)
+    head = source.stored_head() if options.head == "stored" else None if options.head == "none" else options.head
     if head not in source.family.HEADS:
         raise UserError(f"--head {options.head}: {nearest(options.head, [h for h in source.family.HEADS if h])}")
-    weights = opened.enter_context(open_folder(source.folder))
+    weights = opened.enter_context(source.open())
     made = options.dtype or _common_type(weights, options.to)
     model = source.family.Model(source.config, head, Compute(param_dtype=made))
     if options.to == "hf":
@@ -137,21 +145,23 @@ def _common_type(weights: Any, to: str) -> str:
 
 def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
     from jaxft.errors import UserError
-    from jaxft.serving import open_model
+    from jaxft.serving import restored
 
-    served = open_model(str(path), [], print)
-    if options.head not in ("stored", str(served.model.head or "none")):
+    _, family_name, model, params, tokenizer_folder, labels, hf_config = restored(path, [], print)
+    if options.head not in ("stored", str(model.head or "none")):
         raise UserError(
-            f"--head {options.head}: the checkpoint has head {served.model.head or 'none'}; "
+            f"--head {options.head}: the checkpoint has head {model.head or 'none'}; "
             "convert it to a Hugging Face folder first, then that with --head"
         )
+    if options.family not in (None, family_name):
+        raise UserError(f"--family {options.family}: the checkpoint is of family {family_name}; leave it out")
     return _Opened(
-        family_name=served.family_name,
-        model=served.model,
-        params=served.params,
-        hf_config=served.hf_config,
-        labels=served.labels or None,
-        tokenizer_folder=served.tokenizer.folder,
+        family_name=family_name,
+        model=model,
+        params=params,
+        hf_config=hf_config,
+        labels=labels or None,
+        tokenizer_folder=tokenizer_folder,
         source=None,
         non_finite=[],
     )
@@ -312,10 +322,11 @@ def _written(target: Path, got: Any, options: argparse.Namespace) -> tuple[Any, 
 
     from jaxft import checkpoint, models
     from jaxft.layers import Compute
-    from jaxft.pretrained import load_params, make_config, open_source
+    from jaxft.pretrained import load_params
+    from jaxft.source import make_config, open_source
 
     if options.to == "hf":
-        source = open_source(str(target), lambda text: None)
+        source = open_source(target, lambda text: None, family=got.family_name)
         model = source.family.Model(source.config, got.model.head, Compute())
         return model, load_params(source, model, lambda text: None)
     params, meta = checkpoint.restore_params(target)

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if not module.LABELLED and (options.rows or options.threshold is not None):
         raise UserError("--rows and --threshold are for tasks whose rows have labels")
+    served.refuse_other_problems("eval")
     check_threshold(options.threshold, served.labels)
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")

@@ -120,13 +120,10 @@ def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
     from jaxft import tasks
     from jaxft.data.labels import declared_labels
-    from jaxft.pretrained import open_source
-    from jaxft.recipe import make_recipe
+    from jaxft.recipe import make_recipe, open_start
     from jaxft.setup import check_lengths
 
-    source = None
-    if config.model.init is not None:
-        source = open_source(config.model.init, _note, family=config.model.family, arch=config.model.arch)
+    source = open_start(config, _note)
     labels: tuple[str, ...] = ()
     if tasks.task(config.task.name).LABELLED:
         count = config.model.arch.get("num_labels", 2)

@@ -225,6 +225,7 @@ def _exported(ready: Any, programs: Any, result: Any) -> tuple[Any, Any]:
 def _write_export(ready: Any, params: Any, target: Path) -> None:
     from jaxft import lora
     from jaxft.pretrained import export_folder
+    from jaxft.source import SINGLE_LABEL
 
     source = ready.source
     with _replaced(target) as fresh:
@@ -236,6 +237,7 @@ def _write_export(ready: Any, params: Any, target: Path) -> None:
             params,
             tokenizer_folder=ready.tokenizer.folder,
             labels=ready.task.labels,
+            problem_type=SINGLE_LABEL if ready.task.labels else None,
             max_length=ready.config.data.max_length,
         )
 
@@ -266,9 +268,10 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
 
     from jaxft import lora
     from jaxft.loop import evaluate
-    from jaxft.pretrained import load_params, open_source
+    from jaxft.pretrained import load_params
     from jaxft.records import to_json
     from jaxft.sharding import jitted, replicated
+    from jaxft.source import open_source
 
     source = open_source(str(target), _note, family=ready.family_name)
     base = lora.base_of(ready.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,23 @@ class Tokenizer:
     """A Hugging Face tokenizer read from a folder.
 
     Calling it gives model inputs: ``tokenizer(["one text", "another"])`` or ``tokenizer(texts, pairs)`` returns a dict of
-    [B, S] int32 arrays ``tokens``, ``mask`` and ``types``, padded to the longest row.
+    [B, S] int32 arrays ``tokens``, ``mask`` and ``types`` (those that the model takes), padded to the longest row.
     """
 
-    def __init__(self, folder: Path, max_length: int | None = None) -> None:
+    def __init__(self, folder: Path, max_length: int | None = None, inputs: Collection[str] | None = None) -> None:
         """Reads the tokenizer in ``folder``; rows are truncated to ``max_length`` tokens (None: never).
+
+        Args:
+          folder: with the tokenizer's files.
+          max_length: tokens kept per row.
+          inputs: what a call gives of ``tokens``, ``mask`` and ``types``: what the model takes; None: all.
 
         Raises:
           UserError: there is no tokenizer, or its files are malformed.
         """
         self.folder = folder
         self.max_length = max_length
+        self._inputs = inputs
         self._fast = _read(folder)
         # Settings of whoever saved the file (sentence-transformers stores its own) must not act unseen.
         self._fast.no_padding()
@@ -133,7 +139,8 @@ class Tokenizer:
         pairs = [pairs] if isinstance(pairs, str) else pairs
         rows = self.encode(texts, pairs)
         width = padded_length(max((len(ids) for ids, _, _ in rows), default=1), length, buckets)
-        return pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], width, self.pad_id)
+        made = pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], width, self.pad_id)
+        return {name: array for name, array in made.items() if self._inputs is None or name in self._inputs}
 
     @property
     def stated_length(self) -> int | None:
@@ -212,6 +219,11 @@ def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     return out
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that a tokenizer may consist of."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _read(folder: Path) -> Any:
     from tokenizers import Tokenizer as Fast
 
@@ -221,7 +233,7 @@ def _read(folder: Path) -> Any:
             return Fast.from_file(str(path))
         except Exception as error:
             raise UserError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from error
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise UserError(
             f"{folder}: no tokenizer files (looked for {', '.join(TOKENIZER_FILES[:6])}); set data.tokenizer"
         )

@@ -5,6 +5,7 @@ A family module defines (see docs/add_a_model.md):
 - ``Config``: frozen dataclass of everything that changes the maths;
 - ``Model``: Linen module, ``Model(config, head, compute)``, ``head`` one of ``HEADS`` or None;
 - ``HEADS``: head name -> the reference's architecture name;
+- ``READ_AS``: further architecture names -> the head that is read of them;
 - ``config_from_hf`` / ``config_to_hf``: to and from the reference's config.json;
 - ``SUPERSEDED``: older keys of config.json for what ``config_to_hf`` writes, which an export leaves out;
 - ``config_of_weights(weights)``: what the tensors alone say about the Config;
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from difflib import get_close_matches
 from types import ModuleType
 
 from jaxft.config.outside import outside_module
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 
 _NEEDED = (
     *("Config", "Model", "HEADS", "TINY", "Model.INPUTS", "Model.CAUSAL"),
@@ -43,5 +45,8 @@ def family(name: str) -> ModuleType:
         return outside_module("model.family", name, _NEEDED, "docs/add_a_model.md")
     module = name.replace("-", "_")
     if module not in families():
-        raise UserError(f"model family {name!r} is not supported: {nearest(module, families())}")
+        # Names of other families are as near to ours as slips are (albert, roberta): only what is no longer can be a slip.
+        near = get_close_matches(module.lower(), [f for f in families() if len(f) >= len(module)], n=1, cutoff=0.8)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model family {name!r} is not supported; there are: {', '.join(families())}{guess}")
     return importlib.import_module(f"{__name__}.{module}")

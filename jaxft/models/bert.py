@@ -45,6 +45,7 @@ HEADS = {
     "masked_lm": "BertForMaskedLM",
     "next_sentence": "BertForNextSentencePrediction",
 }
+READ_AS = {"BertForPreTraining": "masked_lm"}  # it has both heads of pre-training
 
 
 @dataclass(frozen=True)
@@ -386,9 +387,13 @@ def hf_layout(config: Config, head: str | None) -> Layout:
 
 
 def head_of(names: Collection[str]) -> str | None:
-    """The head that a checkpoint with these tensor names has."""
+    """The head that tensor names alone show; it may be one that :data:`HEADS` does not have."""
+    if "qa_outputs.weight" in names:
+        return "question_answering"
     if "classifier.weight" in names:
-        return "classification"
+        # The classifier of single tokens has the same name, and no pooler.
+        pooled = any(name.endswith("pooler.dense.weight") for name in names)
+        return "classification" if pooled else "token_classification"
     if any(name.startswith("cls.predictions.") for name in names):
         return "masked_lm"
     return "next_sentence" if "cls.seq_relationship.weight" in names else None

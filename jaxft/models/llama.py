@@ -43,6 +43,7 @@ from jaxft.weights.numbers import has_own
 Array = jax.Array
 
 HEADS = {None: "LlamaModel", "causal_lm": "LlamaForCausalLM"}
+READ_AS: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,12 @@ def hf_layout(config: Config, head: str | None) -> Layout:
 
 
 def head_of(names: Collection[str]) -> str | None:
-    """The head that a checkpoint with these tensor names has; one with tied embeddings is told by its prefix."""
+    """The head that tensor names alone show; one with tied embeddings is told by its prefix. It may be one that
+    :data:`HEADS` does not have."""
+    if "score.weight" in names:
+        return "sequence_classification"
+    if "qa_outputs.weight" in names:
+        return "question_answering"
     return "causal_lm" if any(name == "lm_head.weight" or name.startswith("model.") for name in names) else None
 
 

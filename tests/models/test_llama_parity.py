@@ -19,7 +19,8 @@ from jaxft.hf import export_tensors
 from jaxft.layers import Rotary
 from jaxft.models import llama
 from jaxft.parity import random_batch
-from jaxft.pretrained import export_folder, load_params, open_source
+from jaxft.pretrained import export_folder, load_params
+from jaxft.source import open_source
 from jaxft.step import apply_model
 from jaxft.tasks.causal_lm import Task
 

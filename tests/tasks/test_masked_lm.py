@@ -20,7 +20,8 @@ from jaxft.config import OptimConfig
 from jaxft.hf import export_tensors
 from jaxft.models import bert
 from jaxft.optim import make_optimizer, make_schedule
-from jaxft.pretrained import export_folder, init_params, shapes_and_axes
+from jaxft.initial import init_params, shapes_and_axes
+from jaxft.pretrained import export_folder
 from jaxft.state import init_state
 from jaxft.step import apply_model, make_train_step
 from jaxft.tasks._tokens import token_cross_entropy

@@ -82,7 +82,8 @@ def _jaxft(folder: Path, architecture: str | None = None) -> tuple[str, Any, Cal
     """(architecture, config, batch -> outputs) of a folder, by jaxft."""
     from jaxft import parity
     from jaxft.layers import Compute
-    from jaxft.pretrained import load_params, open_source
+    from jaxft.pretrained import load_params
+    from jaxft.source import open_source
 
     source = open_source(str(folder), lambda text: None)
     model = source.family.Model(source.config, source.head, Compute())
