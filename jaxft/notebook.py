@@ -111,7 +111,7 @@ def load(
     tokenizer = None
     if has_tokenizer(source.folder):
         limit = getattr(source.config, "max_position_embeddings", None)
-        tokenizer = Tokenizer(source.folder, max_length or limit, model.INPUTS)
+        tokenizer = Tokenizer(source.folder, max_length or limit, model.INPUTS, source.family_name)
         check_vocabulary(tokenizer, source.config)
     else:
         note(f"{source.folder} has no tokenizer files: the tokenizer is None")

@@ -94,7 +94,7 @@ def _from_folder(
     if head == "classification" and not labels:
         labels = tuple(f"LABEL_{i}" for i in range(source.config.num_labels))
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
-    if stated_length and (stated := Tokenizer(folder).stated_length):
+    if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
     return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
 
@@ -160,7 +160,7 @@ def _served(
 ) -> Served:
     limit = getattr(model.config, "max_position_embeddings", None)
     length = config.data.max_length
-    tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit))
+    tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
     check_vocabulary(tokenizer, model.config)
     refuse_alike(labels, "the model's config.json")
     return Served(config, family, model, params, tokenizer, labels, hf_config)

@@ -162,7 +162,8 @@ def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
         folder = source.folder
     else:
         raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
-    return Tokenizer(folder, config.data.max_length)
+    name = config.model.family if source is None else source.family_name
+    return Tokenizer(folder, config.data.max_length, model_type=name)
 
 
 def _decide_labels(

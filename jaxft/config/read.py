@@ -95,7 +95,9 @@ def _kind_of(key: str, text: str) -> Any:
     return kind
 
 
-def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = (), *, stored: bool = False) -> RunConfig:
+def load_config(
+    path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), *, stored: bool = False
+) -> RunConfig:
     """The resolved configuration of a run file (or of the defaults, for None) with ``key=value`` overrides applied.
 
     Args:
@@ -106,7 +108,7 @@ def load_config(path: str | None, overrides: list[str] | tuple[str, ...] = (), *
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_tree(find_file(path, "config file"))
+        tree = _read_tree(find_file(str(path), "config file"))
         tree = without_gone(tree) if stored else tree
     for assignment in overrides:
         tree = _override(tree, assignment)

@@ -34,13 +34,20 @@ class Tokenizer:
     [B, S] int32 arrays ``tokens``, ``mask`` and ``types`` (those that the model takes), padded to the longest row.
     """
 
-    def __init__(self, folder: Path, max_length: int | None = None, inputs: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_length: int | None = None,
+        inputs: Collection[str] | None = None,
+        model_type: str | None = None,
+    ) -> None:
         """Reads the tokenizer in ``folder``; rows are truncated to ``max_length`` tokens (None: never).
 
         Args:
           folder: with the tokenizer's files.
           max_length: tokens kept per row.
           inputs: what a call gives of ``tokens``, ``mask`` and ``types``: what the model takes; None: all.
+          model_type: of the model, for folders whose config.json does not say.
 
         Raises:
           UserError: there is no tokenizer, or its files are malformed.
@@ -48,7 +55,7 @@ class Tokenizer:
         self.folder = folder
         self.max_length = max_length
         self._inputs = inputs
-        self._fast = _read(folder)
+        self._fast = _read(folder, model_type)
         # Settings of whoever saved the file (sentence-transformers stores its own) must not act unseen.
         self._fast.no_padding()
         self._fast.no_truncation()
@@ -224,7 +231,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path, model_type: str | None) -> Any:
     from tokenizers import Tokenizer as Fast
 
     path = folder / "tokenizer.json"
@@ -237,15 +244,17 @@ def _read(folder: Path) -> Any:
         raise UserError(
             f"{folder}: no tokenizer files (looked for {', '.join(TOKENIZER_FILES[:6])}); set data.tokenizer"
         )
-    return _converted(folder)
+    return _converted(folder, model_type)
 
 
-def _converted(folder: Path) -> Any:
+def _converted(folder: Path, model_type: str | None) -> Any:
     """A slow tokenizer's files (vocab.txt alone, say) as `transformers` would convert them: slower to import, rarely needed."""
     from transformers import AutoTokenizer
 
+    stated = _read_json(folder / "config.json").get("model_type")
+    kind = {} if stated or model_type is None else {"tokenizer_type": model_type}
     try:
-        fast = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+        fast = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, **kind)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     backend = getattr(fast, "backend_tokenizer", None)
