@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import glob
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.config import to_tree
-from jaxft.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizer_files import TOKENIZER_FILES, copy_files
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hf import Imported, Layout, export_tensors, file_names, import_params, nested, paths_of, stored_params
 from jaxft.initial import init_some, shapes_and_axes, spread
 from jaxft.sharding import shardings_of
-from jaxft.source import SINGLE_LABEL, Note, Source, read_json
+from jaxft.source import SINGLE_LABEL, Note, Source
 from jaxft.weights import Weights, write_safetensors
+from jaxft.weights.beside import CODE_SETTINGS, take_over
 from jaxft.weights.numbers import QUANTISATION_KEYS, name_non_finite
 from jaxft.weights.part import Part
 
@@ -216,21 +217,28 @@ def export_folder(
     model: Any,
     params: Any,
     *,
-    tokenizer_folder: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    tokenizer_folder: str | Path | None = None,
     labels: Sequence[str] | None = None,
     problem_type: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     max_length: int | None = None,
+    source_folder: Path | None = None,
+    note: Note = print,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer.
 
     Args:
       source_config: the config.json the model came from (or {}): keys that we do not know are kept.
+      tokenizer: written so that `transformers` and we get its ids from the folder.
+      tokenizer_folder: without ``tokenizer``: where tokenizer files are copied from, unread.
       labels: label names in the order of class ids; None: those that ``source_config`` names.
       problem_type: what a classification head was trained for; None: what ``source_config`` says.
-      max_length: tokens per text that the model was trained with; becomes the tokenizer's ``model_max_length``.
       dtype: of the weights; None: as they are.
+      max_length: tokens per text that the model was trained with; becomes the tokenizer's ``model_max_length``.
+      source_folder: where the model came from; what else lies there (model card, generation_config.json, ...) is taken over.
+      note: called with a line for what was taken over, left behind or taken out.
 
     Raises:
       UserError: ``target`` exists and is not empty.
@@ -245,14 +253,15 @@ def export_folder(
         kind = str(functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors}))
         config = _exported_config(source_config, family, model, labels, problem_type, kind)
         write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        if tokenizer_folder is not None:
-            for name in TOKENIZER_FILES:
-                if (Path(tokenizer_folder) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_folder) / name, folder / name)
-            if max_length is not None:
-                path = folder / "tokenizer_config.json"
-                settings = (read_json(path) if path.is_file() else {}) | {"model_max_length": max_length}
-                write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        dropped = [name for name in CODE_SETTINGS if name in source_config]
+        if dropped:
+            note(f"config.json: {', '.join(dropped)} names code, which is neither run nor exported: taken out")
+        if tokenizer is not None:
+            tokenizer.save(folder, max_length)
+        elif tokenizer_folder is not None:
+            copy_files(Path(tokenizer_folder), folder, max_length)
+        if source_folder is not None:
+            take_over(Path(source_folder), folder, {"config.json", *TOKENIZER_FILES}, note)
 
 
 def _exported_config(
@@ -263,7 +272,7 @@ def _exported_config(
     problem_type: str | None,
     dtype: str,
 ) -> dict[str, Any]:
-    stale = {"_name_or_path", "torch_dtype", "num_labels", "auto_map", *QUANTISATION_KEYS, *family.SUPERSEDED}
+    stale = {"_name_or_path", "torch_dtype", "num_labels", *CODE_SETTINGS, *QUANTISATION_KEYS, *family.SUPERSEDED}
     config = {key: value for key, value in before.items() if key not in stale}
     config |= family.config_to_hf(model.config)
     config["architectures"] = [family.HEADS[model.head]]

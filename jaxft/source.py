@@ -53,7 +53,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md", "LICENSE*"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):

@@ -77,9 +77,11 @@ def parse_size(text: str) -> int:
 
 
 class _Opened:
-    """A model to convert: ``family_name, model, params, hf_config, labels, tokenizer_folder, source, non_finite``.
+    """A model to convert: ``family_name, model, params, hf_config, labels, tokenizer, tokenizer_folder, beside, source,
+    non_finite``.
 
-    ``source``: the opened model folder, None for a checkpoint; ``non_finite``: names of tensors with NaN or infinity.
+    ``tokenizer``: None where it cannot be read; ``beside``: the folder whose other files are taken over, or None; ``source``: the
+    opened model folder, None for a checkpoint; ``non_finite``: names of tensors with NaN or infinity.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -123,10 +125,26 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> Any:
         params=params,
         hf_config=source.hf_config,
         labels=source.labels,
+        tokenizer=_tokenizer_in(source.folder, source.family_name),
         tokenizer_folder=source.folder,
+        beside=source.folder,
         source=source,
         non_finite=non_finite,
     )
+
+
+def _tokenizer_in(folder: Path, model_type: str) -> Any:
+    """The tokenizer beside the weights; None, with a line that says so, if it cannot be read: weights need none."""
+    from jaxft.data.tokenizer import Tokenizer, has_tokenizer
+    from jaxft.errors import UserError
+
+    if not has_tokenizer(folder):
+        return None
+    try:
+        return Tokenizer(folder, model_type=model_type)
+    except UserError as error:
+        print(f"tokenizer files are copied as they are: {error}")
+        return None
 
 
 def _common_type(weights: Any, to: str) -> str:
@@ -147,7 +165,7 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
     from jaxft.errors import UserError
     from jaxft.serving import restored
 
-    _, family_name, model, params, tokenizer_folder, labels, hf_config = restored(path, [], print)
+    config, family_name, model, params, tokenizer_folder, labels, hf_config = restored(path, [], print)
     if options.head not in ("stored", str(model.head or "none")):
         raise UserError(
             f"--head {options.head}: the checkpoint has head {model.head or 'none'}; "
@@ -161,10 +179,25 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
         params=params,
         hf_config=hf_config,
         labels=labels or None,
+        tokenizer=_tokenizer_in(tokenizer_folder, family_name),
         tokenizer_folder=tokenizer_folder,
+        beside=_beside(config, tokenizer_folder),
         source=None,
         non_finite=[],
     )
+
+
+def _beside(config: Any, tokenizer_folder: Path) -> Path | None:
+    """The folder whose model card and other files belong to a checkpoint, if it is still there."""
+    from jaxft.errors import UserError
+    from jaxft.source import resolve_folder
+
+    try:
+        folder = tokenizer_folder if config.model.init is None else resolve_folder(config.model.init)
+    except UserError as error:
+        print(f"no model card or other files are carried over: {error}")
+        return None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -> None:
@@ -178,10 +211,13 @@ def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -
         models.family(got.family_name),
         got.model,
         got.params,
+        tokenizer=got.tokenizer,
         tokenizer_folder=got.tokenizer_folder,
         labels=got.labels,
         dtype=dtype,
         shard_bytes=shard_bytes,
+        source_folder=got.beside,
+        note=print,
     )
     if got.non_finite:
         print(f"warning: {name_non_finite(got.non_finite)}; they are written as they are")

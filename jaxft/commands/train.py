@@ -235,10 +235,12 @@ def _write_export(ready: Any, params: Any, target: Path) -> None:
             _family(ready),
             lora.base_of(ready.model),
             params,
-            tokenizer_folder=ready.tokenizer.folder,
+            tokenizer=ready.tokenizer,
             labels=ready.task.labels,
             problem_type=SINGLE_LABEL if ready.task.labels else None,
             max_length=ready.config.data.max_length,
+            source_folder=None if source is None else source.folder,
+            note=_note,
         )
 
 

@@ -24,6 +24,7 @@ from jaxft.data.lines import refuse_foreign
 from jaxft.data.listing import iter_classes, listed, suffix_of, unknown_format
 from jaxft.data.rows import ALL, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt, plain_value
 from jaxft.data.table import Form, iter_table
+from jaxft.data.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
 from jaxft.files import find_file
 
@@ -180,11 +181,14 @@ def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
     """A builder whose data lie on disk in random-access format."""
     folder = Path(name).expanduser()
     if (folder / "dataset_info.json").is_file():
+        refuse_foreign_features(folder / "features.json", reference)
         return tfds.builder_from_directory(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or folder.is_dir():
         raise UserError(
             f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json){_inner(folder)}"
         )
+    for path in Path(tfds.core.constants.DATA_DIR, re.split("[/:]", name)[0]).expanduser().rglob("features.json"):
+        refuse_foreign_features(path, reference)
     builder = _registered_builder(tfds, name, reference)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS talks while it prepares; our stdout may be predictions

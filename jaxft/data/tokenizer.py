@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.cutting import count_dropped, cut_pairs
+from jaxft.data.tokenizer_files import has_tokenizer, read_files, save_files
 from jaxft.errors import UserError
 
-# What a tokenizer may consist of; copied as they are on export.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-)
+__all__ = ["Tokenizer", "has_tokenizer", "pad_rows", "pad_to", "padded_length"]
 
 
 class Tokenizer:
@@ -55,17 +43,10 @@ class Tokenizer:
         self.folder = folder
         self.max_length = max_length
         self._inputs = inputs
-        self._fast = _read(folder, model_type)
-        # Settings of whoever saved the file (sentence-transformers stores its own) must not act unseen.
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        if max_length is not None:
-            try:
-                self._fast.enable_truncation(max_length)
-            except (ValueError, OverflowError) as error:
-                raise UserError(f"data.max_length={max_length}: {error}") from error
-        self._settings = _read_json(folder / "tokenizer_config.json")
-        self.pad_id = self._pad_id()
+        self._files = read_files(folder, model_type)
+        self._fast = self._files.fast
+        self.pad_id = self._id_of("pad_token") or 0
+        self._truncate(self._files.truncation_side)
 
     @property
     def vocab_size(self) -> int:
@@ -117,13 +98,44 @@ class Tokenizer:
           split: what is cut off of single texts becomes rows of its own, right after; a row is then never said to be cut.
         """
         if pairs is not None:
-            rows = ((e.ids, e.type_ids, kept, cut) for e, kept, cut in cut_pairs(self._fast, texts, pairs))
+            rows = ((e.ids, self._types_of(e), kept, cut) for e, kept, cut in self._cut_pairs(texts, pairs))
             return [(_at(ids, kept), _at(types, kept), cut) for ids, types, kept, cut in rows]
-        encodings = self._fast.encode_batch_fast(list(texts))
+        if split:  # the parts of a text come in its own order, whatever side would be cut off
+            self._truncate("right")
+        encodings = self._encodings(list(texts))
         if split:
-            return [(part.ids, part.type_ids, 0) for e in encodings for part in (e, *e.overflowing)]
+            self._truncate(self._files.truncation_side)
+            return [(part.ids, self._types_of(part), 0) for e in encodings for part in (e, *e.overflowing)]
         special = self._fast.num_special_tokens_to_add(False)
-        return [(e.ids, e.type_ids, count_dropped(e, special)) for e in encodings]
+        return [(e.ids, self._types_of(e), count_dropped(e, special)) for e in encodings]
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        try:
+            return self._fast.encode_batch_fast(texts)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+
+    def _cut_pairs(self, texts: Sequence[str], pairs: Sequence[str]) -> list[Any]:
+        try:
+            return list(cut_pairs(self._fast, texts, pairs))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+
+    def _unencodable(self, error: Exception) -> UserError:
+        limit = "" if self.max_length is None else f" in {self.max_length} tokens"
+        return UserError(f"{self.folder}: the tokenizer cannot encode a text{limit}: {error}")
+
+    def _types_of(self, encoding: Any) -> list[int]:
+        return encoding.type_ids if self._files.types else [0] * len(encoding)
+
+    def _truncate(self, side: str) -> None:
+        """Makes rows of at most ``max_length`` tokens, cut off at ``side``."""
+        if self.max_length is None:
+            return
+        try:
+            self._fast.enable_truncation(self.max_length, direction=side)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"data.max_length={self.max_length}: {error}") from error
 
     def __call__(
         self,
@@ -149,40 +161,48 @@ class Tokenizer:
         made = pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], width, self.pad_id)
         return {name: array for name, array in made.items() if self._inputs is None or name in self._inputs}
 
+    def count_types(self, *, paired: bool) -> int:
+        """One more than the largest token type in rows of one text, or of two."""
+        row = self._fast.encode("", "" if paired else None)
+        return max(self._types_of(row), default=0) + 1
+
     @property
     def stated_length(self) -> int | None:
         """The ``model_max_length`` that the tokenizer's files state, if it is a number that means something."""
-        stated = self._settings.get("model_max_length")
-        # The reference writes 1e30 for "unknown".
-        return int(stated) if isinstance(stated, int | float) and 2 < stated < 1_000_000 else None
+        return self._files.stated_length
 
     @property
     def mask_id(self) -> int | None:
         """The id of the mask token, if the tokenizer has one."""
-        return self._id_of("mask_token", "[MASK]")
+        return self._id_of("mask_token")
 
     @property
     def end_id(self) -> int | None:
         """The id of the token that ends a text, if the tokenizer has one."""
-        return self._id_of("eos_token", None)
+        return self._id_of("eos_token")
 
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of tokens that are not text: start, separator, end, padding and mask tokens."""
         marked = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        named = {self._id_of(f"{name}_token", f"[{name.upper()}]") for name in ("cls", "sep", "pad", "mask")}
-        named |= {self._id_of(f"{name}_token", None) for name in ("bos", "eos")}
-        unknown = self._id_of("unk_token", "[UNK]")  # stands for a word
+        named = {self._id_of(f"{name}_token") for name in ("cls", "sep", "pad", "mask", "bos", "eos")}
+        unknown = self._id_of("unk_token")  # stands for a word
         return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
 
-    def _pad_id(self) -> int:
-        found = self._id_of("pad_token", "[PAD]")
-        return 0 if found is None else found
+    def _id_of(self, name: str) -> int | None:
+        token = self._files.named.get(name)
+        return None if token is None else self._fast.token_to_id(token)
 
-    def _id_of(self, setting: str, default: str | None) -> int | None:
-        named = self._settings.get(setting, default)
-        token = named.get("content") if isinstance(named, dict) else named
-        return self._fast.token_to_id(token) if token else None
+    def save(self, folder: Path, max_length: int | None = None) -> None:
+        """Writes tokenizer files to ``folder``, which may hold a config.json, that give the ids of this tokenizer.
+
+        Files are copied as they are if, beside that config.json, they mean the same; else tokenizer.json is written anew, with
+        a class that takes it as it is.
+
+        Args:
+          max_length: becomes ``model_max_length``; None: as stated before.
+        """
+        save_files(self.folder, self._files, folder, max_length)
 
 
 def _at(values: list[int], kept: list[int] | None) -> list[int]:
@@ -224,52 +244,3 @@ def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has files that a tokenizer may consist of."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _read(folder: Path, model_type: str | None) -> Any:
-    from tokenizers import Tokenizer as Fast
-
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return Fast.from_file(str(path))
-        except Exception as error:
-            raise UserError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from error
-    if not has_tokenizer(folder):
-        raise UserError(
-            f"{folder}: no tokenizer files (looked for {', '.join(TOKENIZER_FILES[:6])}); set data.tokenizer"
-        )
-    return _converted(folder, model_type)
-
-
-def _converted(folder: Path, model_type: str | None) -> Any:
-    """A slow tokenizer's files (vocab.txt alone, say) as `transformers` would convert them: slower to import, rarely needed."""
-    from transformers import AutoTokenizer
-
-    stated = _read_json(folder / "config.json").get("model_type")
-    kind = {} if stated or model_type is None else {"tokenizer_type": model_type}
-    try:
-        fast = AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, **kind)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{folder}: tokenizer cannot be read: {str(error).splitlines()[0]}") from error
-    backend = getattr(fast, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"{folder}: no fast tokenizer can be made of these files; save one with tokenizer.json")
-    return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return tree

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
     made = tmp_path_factory.mktemp("tokenizer")
     fast.save(str(made / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids"]}
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
     return made
 
 

@@ -1,0 +1,47 @@
+"""A check before a folder of TensorFlow Datasets is opened: its features.json may name any Python module, which tfds imports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import UserError
+
+# Spellings of today's protocol buffers as JSON, and of files before them.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+
+
+def refuse_foreign_features(path: Path, reference: str) -> None:
+    """Raises UserError if a features.json names a feature class that is not tfds's own: code of data is never run."""
+    if not path.is_file():
+        return  # tfds says what is missing
+    try:
+        named = sorted(set(_classes(json.loads(path.read_text(encoding="utf-8")))))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{reference}: {path}: not valid JSON: {error}") from error
+    foreign = [name for name in named if not name.startswith("tensorflow_datasets.")]
+    if foreign:
+        raise UserError(
+            f"{reference}: {path} names the feature class {foreign[0]!r}, which is not tfds's own; "
+            "code that data name is never run"
+        )
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """Names of feature classes anywhere in a features.json, those in JSON inside of strings too."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if key in _CLASS_KEYS and isinstance(entry, str) and "." in entry:
+                yield entry
+            yield from _classes(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _classes(entry)
+    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return  # a description that looks like it
+        yield from _classes(inner)
