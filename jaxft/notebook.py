@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.tokenizer import Tokenizer, has_tokenizer
+from jaxft.data.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
 from jaxft.errors import UserError, nearest
 from jaxft.hf import paths_of
 from jaxft.layers import Compute
-from jaxft.pretrained import check_changes, check_vocabulary, export_folder, load_params
+from jaxft.pretrained import check_changes, export_folder, load_params
 from jaxft.source import Note, Source, open_source
 
 
@@ -56,7 +56,9 @@ class Loaded:
             self.source.family,
             self.model,
             params,
-            tokenizer_folder=self.source.folder,
+            tokenizer=self.tokenizer,
+            source_folder=self.source.folder,
+            note=lambda text: None,
             labels=self.labels if labels is None else tuple(labels),
         )
 

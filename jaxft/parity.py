@@ -68,7 +68,10 @@ def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = 
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, architecture)
     try:
-        model, report = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True, **config)
+        # A class of the library's own, its own attention, files of this folder: nothing that the folder names is run.
+        safe = {"trust_remote_code": False, "local_files_only": True, "attn_implementation": "sdpa"}
+        how = {"dtype": torch.float32, "output_loading_info": True, **safe, **config}
+        model, report = kind.from_pretrained(str(folder), **how)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: transformers cannot load it: {reason}") from error

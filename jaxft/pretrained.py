@@ -294,10 +294,3 @@ def _exported_config(
     return config
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: Any) -> None:
-    """Raises UserError if the tokenizer can produce ids that the embedding table does not have."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {config.vocab_size}: "
-            "wrong tokenizer for these weights; set data.tokenizer"
-        )

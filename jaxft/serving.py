@@ -21,10 +21,10 @@ from jaxft.config.read import stored_tree
 from jaxft.config.stored import without_gone, wrong_best
 from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
-from jaxft.data.tokenizer import Tokenizer, pad_rows
+from jaxft.data.tokenizer import Tokenizer, check_types, check_vocabulary, pad_rows
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.pretrained import check_vocabulary, load_params
+from jaxft.pretrained import load_params
 from jaxft.recipe import make_compute
 from jaxft.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
 from jaxft.step import apply_model
@@ -161,7 +161,7 @@ def _served(
     limit = getattr(model.config, "max_position_embeddings", None)
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
-    check_vocabulary(tokenizer, model.config)
+    check_vocabulary(tokenizer, model.config, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
     return Served(config, family, model, params, tokenizer, labels, hf_config)
 
@@ -214,6 +214,7 @@ def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], lis
     buckets = make_buckets(None, limit)
 
     def classify(texts: list[str], pairs: list[str] | None) -> list[Answer]:
+        check_types(served.tokenizer, served.model.config, paired=pairs is not None)
         rows = served.tokenizer.encode(texts, pairs)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         answers: dict[int, Answer] = {}

@@ -27,10 +27,10 @@ from jaxft.data.labels import (
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.initial import init_params
-from jaxft.pretrained import check_vocabulary, load_params
+from jaxft.pretrained import load_params
 from jaxft.recipe import Recipe, make_recipe, open_start
 from jaxft.sharding import AxisRules, make_mesh, make_rules, ways
 from jaxft.source import Note, Source, resolve_folder
@@ -140,7 +140,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     counts = [int(count) for count in np.bincount(train.labels, minlength=len(labels))]
     recipe = make_recipe(config, mesh, source, labels, counts, tokenizer, total, mesh.devices.flat[0].platform)
     check_lengths(config, recipe.model.config)
-    check_vocabulary(tokenizer, recipe.model.config)
+    check_vocabulary(tokenizer, recipe.model.config, paired=config.data.text_pair is not None)
     _check_learnable(recipe.task, *texts, config, note)
     return Setup(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxft.config import MeshConfig
+from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.layers.embedding import look_up
 from jaxft.sharding import make_mesh, no_mesh
@@ -57,7 +58,8 @@ def test_rows_and_the_gradient_of_the_table(mesh: str | None, rows: int) -> None
         if mesh == "explicit":
             run = jax.sharding.auto_axes(run, out_sharding=jax.P())
         out, found = jax.jit(run)(table, ids, g)
-    np.testing.assert_array_equal(out, np.asarray(table)[clipped])
+    there = np.asarray(ids)[..., None] < rows
+    np.testing.assert_array_equal(out, np.where(there, np.asarray(table)[clipped], np.nan))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -77,3 +79,20 @@ def test_places_are_looked_up_by_a_vector_of_ids() -> None:
     table = jnp.arange(12.0).reshape(6, 2)
     with on("fsdp8"):
         np.testing.assert_array_equal(look_up(table, jnp.asarray([1, 5]), NAMES, Compute()), [[2.0, 3.0], [10.0, 11.0]])
+
+
+@pytest.mark.parametrize(("axis", "kind"), [("vocab", "token"), ("types", "token type"), ("positions", "position")])
+@pytest.mark.parametrize("value", [-1, 6, 1000])
+def test_known_ids_beyond_the_table_are_refused(axis: str, kind: str, value: int) -> None:
+    table, ids = jnp.ones((6, 2)), jnp.asarray([[0, 5], [value, 1]])
+    message = rf"^{kind} {value} is not in the table of 6 rows: values run from 0 to 5$"
+    with no_mesh(), pytest.raises(UserError, match=message):
+        look_up(table, ids, (axis, "embed"), Compute())
+
+
+def test_traced_ids_beyond_the_table_give_nan() -> None:
+    with no_mesh():
+        out = jax.jit(lambda table, ids: look_up(table, ids, NAMES, Compute()))(
+            jnp.ones((6, 2)), jnp.asarray([0, 6, -1])
+        )
+    np.testing.assert_array_equal(np.isnan(out), [[False] * 2, [True] * 2, [True] * 2])

@@ -12,7 +12,7 @@ from jaxft.data.cutting import count_dropped, cut_pairs
 from jaxft.data.tokenizer_files import has_tokenizer, read_files, save_files
 from jaxft.errors import UserError
 
-__all__ = ["Tokenizer", "has_tokenizer", "pad_rows", "pad_to", "padded_length"]
+__all__ = ["Tokenizer", "check_types", "check_vocabulary", "has_tokenizer", "pad_rows", "pad_to", "padded_length"]
 
 
 class Tokenizer:
@@ -207,6 +207,27 @@ class Tokenizer:
 
 def _at(values: list[int], kept: list[int] | None) -> list[int]:
     return values if kept is None else [values[i] for i in kept]
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Any, *, paired: bool = False) -> None:
+    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {config.vocab_size}: "
+            "wrong tokenizer for these weights; set data.tokenizer"
+        )
+    check_types(tokenizer, config, paired=paired)
+
+
+def check_types(tokenizer: Tokenizer, config: Any, *, paired: bool) -> None:
+    """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
+    rows, types = getattr(config, "type_vocab_size", None), tokenizer.count_types(paired=paired)
+    if rows is not None and types > rows:
+        texts = "two texts" if paired else "one text"
+        raise UserError(
+            f"{tokenizer.folder}: rows of {texts} have token types up to {types - 1}, the model's table of types has "
+            f"type_vocab_size={rows} rows: this model does not tell texts apart"
+        )
 
 
 def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
