@@ -192,6 +192,7 @@ def make_compute(
         vocab_tile=config.vocab_tile,
         attention=config.attention,
         dropout_bits=config.dropout_bits,
+        known_ids=True,  # check_vocabulary, check_types and check_lengths have seen to it
         platform=platform,
         device=device,
         rules=rules,

@@ -96,3 +96,15 @@ def test_traced_ids_beyond_the_table_give_nan() -> None:
             jnp.ones((6, 2)), jnp.asarray([0, 6, -1])
         )
     np.testing.assert_array_equal(np.isnan(out), [[False] * 2, [True] * 2, [True] * 2])
+
+
+def test_look_ups_of_checked_ids_cost_no_select() -> None:
+    shapes = jax.ShapeDtypeStruct((6, 2), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+
+    def operations(known: bool) -> str:
+        compute = Compute(known_ids=known)
+        return str(jax.make_jaxpr(lambda table, ids: look_up(table, ids, NAMES, compute))(*shapes))
+
+    with no_mesh():
+        assert "nan" in operations(False)
+        assert "nan" not in operations(True)

@@ -190,8 +190,9 @@ class Tokenizer:
         return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
 
     def _id_of(self, name: str) -> int | None:
-        token = self._files.named.get(name)
-        return None if token is None else self._fast.token_to_id(token)
+        """The id of a named token; where the files name none, of the one that BERT's vocabularies have for it."""
+        token = self._files.named.get(name, f"[{name.removesuffix('_token').upper()}]")
+        return self._fast.token_to_id(token)
 
     def save(self, folder: Path, max_length: int | None = None) -> None:
         """Writes tokenizer files to ``folder``, which may hold a config.json, that give the ids of this tokenizer.

@@ -25,6 +25,8 @@ class Compute:
     """Backend of :func:`jaxft.attention.attend`, or ``auto``."""
     dropout_bits: Literal["threefry", "hash"] = "hash"
     """Where the random bits of dropout come from (:mod:`jaxft.layers.bits`)."""
+    known_ids: bool = False
+    """Ids come from rows that were checked against the model's tables (as a run's are): traced look-ups then spend nothing on it."""
     platform: str | None = None
     """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
     there are traced on a CPU: only who makes them knows."""
