@@ -66,8 +66,8 @@ def make_checkpoint(folder: Path) -> None:
     import jax
     import numpy as np
 
-    from jaxft.models import bert
     from jaxft.initial import shapes_and_axes
+    from jaxft.models import bert
     from jaxft.pretrained import export_folder
 
     model = bert.Model(bert.Config())

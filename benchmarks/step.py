@@ -155,9 +155,9 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
 
     from jaxft.config import load_config
     from jaxft.flops import model_flops
+    from jaxft.initial import init_params
     from jaxft.memory import device_bytes, release_freed
     from jaxft.plan.chips import peak_of
-    from jaxft.initial import init_params
     from jaxft.recipe import make_recipe
     from jaxft.sharding import jitted, make_mesh
 

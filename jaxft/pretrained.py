@@ -292,5 +292,3 @@ def _exported_config(
         if problem_type is not None or "problem_type" in before:
             config["problem_type"] = problem_type or before["problem_type"]
     return config
-
-

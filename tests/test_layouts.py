@@ -12,9 +12,9 @@ import pytest
 
 from jaxft import models, tasks
 from jaxft.config import MeshConfig, OptimConfig
+from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
-from jaxft.initial import shapes_and_axes
 from jaxft.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
 from jaxft.state import init_state, state_shardings
 from jaxft.step import make_train_step

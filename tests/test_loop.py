@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from tiny_run import ARCH, config_of, overrides
 
-from jaxft import initial, loop, pretrained, setup
+from jaxft import initial, loop, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree

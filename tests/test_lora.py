@@ -18,11 +18,11 @@ from tiny_run import overrides
 from jaxft import lora, models
 from jaxft.config import LoraConfig, load_config
 from jaxft.errors import UserError
+from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.loop import compile_programs, fit
 from jaxft.optim import map_paths, parameter_paths
 from jaxft.peft import write_adapter
-from jaxft.initial import init_params, shapes_and_axes
 from jaxft.pretrained import export_folder
 from jaxft.setup import Times, prepare
 

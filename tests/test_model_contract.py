@@ -15,9 +15,9 @@ import pytest
 from jaxft import models
 from jaxft.config import MeshConfig
 from jaxft.hf import export_tensors, import_params, paths_of
+from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.parity import random_batch
-from jaxft.initial import init_params, shapes_and_axes
 from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.weights import open_weights, write_safetensors
 

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec
 
 from jaxft.config import MeshConfig, OptimConfig
 from jaxft.errors import UserError
+from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models import bert
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
 from jaxft.optim.paths import leaves_of
-from jaxft.initial import init_params, shapes_and_axes
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,

@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxft import __main__
+from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models import bert
-from jaxft.initial import shapes_and_axes
 from jaxft.pretrained import export_folder
 
 _TEXT = """

@@ -13,11 +13,11 @@ import pytest
 
 from jaxft.errors import UserError
 from jaxft.hf import import_params, paths_of
+from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import ACTIVATIONS, Compute
 from jaxft.models import bert
 from jaxft.notebook import load
 from jaxft.parity import random_batch
-from jaxft.initial import init_params, shapes_and_axes
 from jaxft.pretrained import load_params
 from jaxft.source import open_folder, open_source
 from jaxft.tasks.classification import cross_entropy
