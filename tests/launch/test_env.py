@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,64 @@ def test_what_cannot_be(clean_env: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (2, "launch: JAXFT_PLATFORM=rocm: expected cpu, gpu or tpu\n")
     done = sourced(clean_env, PYTHON="/no/python")
     assert (done.returncode, done.stderr) == (2, "launch: /no/python not found; set PYTHON=/path/to/python\n")
+
+
+@pytest.fixture
+def bare(tmp_path: Path, clean_env: dict[str, str]) -> dict[str, str]:
+    """An environment whose PATH has what env.sh needs and no Python; launch/ lies in ``tmp_path``."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "readlink"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    return clean_env | {"PATH": str(tools)}
+
+
+def _python(path: Path, has_jaxft: bool = True) -> Path:
+    """A program in place of a Python, whose `import jaxft` works or not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{shutil.which('bash')}\nexit {0 if has_jaxft else 1}\n")
+    path.chmod(0o700)
+    return path
+
+
+def _found(tmp_path: Path, env: dict[str, str], folder: str = "elsewhere") -> subprocess.CompletedProcess[str]:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    command = f'set -euo pipefail; source {tmp_path}/launch/env.sh; command -v "$PYTHON"'
+    bash = str(shutil.which("bash"))
+    return subprocess.run([bash, "-c", command], cwd=tmp_path / folder, env=env, capture_output=True, text=True)
+
+
+def test_the_python_of_the_jaxft_on_the_path_comes_first(tmp_path: Path, bare: dict[str, str]) -> None:
+    own = _python(tmp_path / "installed/python")
+    (tmp_path / "installed/jaxft").write_text("")
+    (tmp_path / "installed/jaxft").chmod(0o700)
+    _python(tmp_path / ".venv/bin/python")
+    assert _found(tmp_path, bare | {"PATH": f"{bare['PATH']}:{own.parent}"}).stdout == f"{own}\n"
+    # As pipx has it: a link in a folder without a Python.
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/jaxft").symlink_to(own.parent / "jaxft")
+    assert _found(tmp_path, bare | {"PATH": f"{bare['PATH']}:{tmp_path / 'links'}"}).stdout == f"{own}\n"
+
+
+def test_then_that_of_a_venv_beside_the_launchers_or_here(tmp_path: Path, bare: dict[str, str]) -> None:
+    _python(tmp_path / "tools/python", has_jaxft=False)
+    here = _python(tmp_path / "elsewhere/.venv/bin/python")
+    assert _found(tmp_path, bare).stdout == ".venv/bin/python\n"
+    beside = _python(tmp_path / ".venv/bin/python")
+    assert Path(_found(tmp_path, bare).stdout.strip()).resolve() == beside
+    beside.unlink()
+    here.unlink()
+    other = _python(tmp_path / "tools/python3")
+    assert _found(tmp_path, bare).stdout == f"{other}\n"
+
+
+def test_without_a_python_that_has_jaxft_it_says_what_to_do(tmp_path: Path, bare: dict[str, str]) -> None:
+    _python(tmp_path / "tools/python", has_jaxft=False)
+    done = _found(tmp_path, bare)
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch: no Python here has jaxft: run `make train` or pip install it")
+    assert done.stderr.count("\n") == 1
 
 
 def test_jax_accepts_the_flags_for_gpu(clean_env: dict[str, str]) -> None:
