@@ -10,6 +10,7 @@ whether it is within its bound. Backends that refuse a request are listed with t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -84,7 +85,7 @@ def asks(rehearse: bool) -> Iterator[Ask]:
     kept = [kinds[i] for i in (6, 8, 16)] if rehearse else kinds
     for operands in BOUNDS:
         for ask in kept:
-            yield Ask(**{**ask.__dict__, "operands": operands})
+            yield dataclasses.replace(ask, operands=operands)
 
 
 def inputs(ask: Ask) -> tuple[list[np.ndarray], MaskSpec, np.ndarray | None]:

@@ -123,13 +123,12 @@ def torch_step(kind: str, options: argparse.Namespace) -> Made:
     device = "cuda" if gpu else "cpu"
     family, arch = SIZES[options.size][0], config_of(options.size, options.dropout, options.length)
     tokens, labels = (torch.tensor(x, device=device) for x in data(arch["vocab_size"], options.rows, options.length))
+    library: Any = transformers
     if family == "llama":
-        config: Any = transformers.LlamaConfig(**arch, use_cache=False, attn_implementation="sdpa")
-        model: Any = transformers.LlamaForCausalLM(config)
+        model = library.LlamaForCausalLM(library.LlamaConfig(**arch, use_cache=False, attn_implementation="sdpa"))
         labels = tokens
     else:
-        config = transformers.BertConfig(**arch, attn_implementation="sdpa")
-        model = transformers.BertForSequenceClassification(config)
+        model = library.BertForSequenceClassification(library.BertConfig(**arch, attn_implementation="sdpa"))
     model = model.to(device).train()
     run: Any = torch.compile(model, backend=options.compiler) if kind == "torch-bf16-compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
@@ -286,9 +285,9 @@ def rows_of(
     """What was measured, as plain data; the useful FLOPs of a step are the same for all, as jaxft counts them."""
     same = {"size": size, "rows": options.rows, "length": options.length, "dropout": dropout}
     known = next((c.about for c in contenders if c.about.get("peak_flops")), {})
-    found = []
+    found: list[dict[str, Any]] = []
     for c in contenders:
-        row = same | {"kind": c.kind}
+        row: dict[str, Any] = {**same, "kind": c.kind}
         if c.error is not None:
             found.append(row | {"error": c.error})
             continue

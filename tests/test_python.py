@@ -30,7 +30,7 @@ def test_public_names_are_listed_without_being_loaded() -> None:
 
 
 def test_help_shows_them() -> None:
-    text = pydoc.render_doc(jaxft, renderer=pydoc.plaintext)
+    text = pydoc.plain(pydoc.render_doc(jaxft))
     for name in ("load(", "train(", "class Trained", "class RunConfig", "export_folder("):
         assert name in text
 

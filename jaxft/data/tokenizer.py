@@ -75,8 +75,9 @@ class Tokenizer:
           how-manieth word of that text it is of, counted from 0 as the tokenizer splits words; ``sources`` [B, S] int32: 0 in the
           first text, 1 in its pair. All -1 for special tokens and padding.
         """
-        texts, pairs = ([given] if isinstance(given, str) else given for given in (texts, pairs))
-        inputs = list(texts or ()) if pairs is None else list(zip(texts or (), pairs, strict=True))
+        texts = [texts] if isinstance(texts, str) else texts
+        pairs = [pairs] if isinstance(pairs, str) else pairs
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         rows = self._fast.encode_batch(inputs)  # the fast form that encode() uses does not count characters
         width = padded_length(max(map(len, rows), default=1), length, buckets)
         out = {name: np.full((len(rows), width), -1, np.int32) for name in ("words", "sources")}
