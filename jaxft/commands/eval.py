@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     declared, renamed = declared_labels(config.data.labels)
     if module.LABELLED and declared and declared != tuple(map(label_text, served.labels)):
         raise UserError(
-            f"data.labels names {listed(declared)}, the model's labels are {listed(served.labels)}; leave it out"
+            f"data.labels=[{listed(map(repr, declared))}]: the model's labels are [{listed(map(repr, served.labels))}]; leave it out"
         )
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)

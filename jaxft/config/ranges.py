@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft.config.schema import RunConfig
@@ -87,6 +88,12 @@ def check_ranges(config: RunConfig) -> None:
             data.labels,
             "names no label",
         ),
+        (
+            data.labels is None or len(set(_names_of(data.labels))) == len(data.labels),
+            "data.labels",
+            data.labels,
+            "has a label twice",
+        ),
         (data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
         (optim.learning_rate >= 0, "optim.learning_rate", optim.learning_rate, "must not be negative"),
         (0 <= optim.warmup_fraction <= 1, "optim.warmup_fraction", optim.warmup_fraction, "must lie in 0..1"),
@@ -138,6 +145,11 @@ def check_ranges(config: RunConfig) -> None:
         if not holds:
             raise UserError(f"{key}={value}: {problem}")
     _check_finite(dataclasses.asdict(config), "")
+
+
+def _names_of(labels: Mapping[str, str] | Sequence[str]) -> list[str]:
+    """The class names that ``data.labels`` gives, in its order."""
+    return list(labels.values() if isinstance(labels, Mapping) else labels)
 
 
 def _is_span(text: str) -> bool:
