@@ -73,8 +73,9 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
         if (exported / "config.json").is_file():
             # Its tokenizer is beside it, wherever data.tokenizer was when the run was made.
             beside = ["data.tokenizer=null", *overrides]
+            config = load_config(str(run_file), beside, stored=True)
             _warn_of_wrong_best(stored_tree(run_file), note)
-            return _from_folder(str(exported), load_config(str(run_file), beside, stored=True), note, head)
+            return _from_folder(str(exported), config, note, head)
         return _from_checkpoint(folder, overrides, note)
     if folder.is_dir() and checkpoint.is_checkpoint(folder):
         return _from_checkpoint(folder, overrides, note)
@@ -113,8 +114,8 @@ def restored(
 ) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
     """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json."""
     params, meta = checkpoint.restore_params(folder)
-    _warn_of_wrong_best(meta["config"], note)
     config = _override(without_gone(meta["config"]), overrides)
+    _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
     model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
     tokenizer = folder / meta["tokenizer"]  # absolute, or inside the checkpoint

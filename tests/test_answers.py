@@ -254,3 +254,21 @@ def test_no_matrix_is_made_of_many_classes(tmp_path: Path) -> None:
     text = report_text(metrics, task.labels, [])
     assert f"The 20 classes with the lowest F1 of {count}, those of most rows first" in text
     assert len(text.splitlines()) < 30
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "wrong"), [("accuracy", "max", ""), ("loss", "max", "highest loss"), ("loss", "min", "")]
+)
+def test_runs_of_versions_with_eval_mode_are_served(
+    tmp_path: Path, capsys: Capture, metric: str, mode: str, wrong: str
+) -> None:
+    make_folder(tmp_path / "run/export", "classification", LABELS, num_hidden_layers=1)
+    stored = f"eval: {{metric: {metric}, mode: {mode}, patience: null}}\ndata: {{max_length: 16}}\n"
+    (tmp_path / "run/config.yaml").write_text(stored)
+    code, out, err = run(capsys, "predict", tmp_path / "run", "--text", "a cat")
+    assert code == 0, err
+    assert json.loads(out)["label"] in LABELS
+    assert (wrong and f"kept the checkpoint of the {wrong}, its worst" in err) or (not wrong and err == "")
+    # A run file, and an override, are today's.
+    assert "eval.mode is gone" in refusal(capsys, "show-config", tmp_path / "run/config.yaml")
+    assert "eval.mode is gone" in refusal(capsys, "predict", tmp_path / "run", "--text", "a cat", f"eval.mode={mode}")
