@@ -276,7 +276,8 @@ def test_numbers_beyond_a_type_are_refused(tmp_path: Path, capsys: Capture, to: 
 def test_nan_is_said_once_and_written(tmp_path: Path, capsys: Capture) -> None:
     source = make_folder(tmp_path / "source", "classification")
     _edit_tensors(
-        source, **{"classifier.bias": np.float32([np.nan, 1.0]), f"bert.{_TABLE}": lambda t: t * np.float32(np.inf)}
+        source,
+        **{"classifier.bias": np.array([np.nan, 1.0], np.float32), f"bert.{_TABLE}": lambda t: t * np.float32(np.inf)},
     )
     for to in ("hf", "jaxft"):
         out = _ok(capsys, source, tmp_path / to, "--to", to)

@@ -75,9 +75,12 @@ class Config:
     num_labels: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -40,7 +41,7 @@ def test_a_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     right = hf.copy_rounded
 
-    def wrong(out: object, source: object, name: str, path: object) -> None:
+    def wrong(out: np.ndarray, source: np.ndarray, name: str, path: Path | str) -> None:
         right(out, source, name, path)
         if name.endswith("LayerNorm.bias"):
             out[...] = 0
