@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from tiny import refusal, run
 from tiny_run import config_of, overrides
 
+from jaxft.commands import platform
 from jaxft.flops import UsefulFlops, model_flops
 from jaxft.goodput import Lap, lap_of
 from jaxft.plan.chips import peak_of
@@ -37,6 +44,35 @@ def test_a_profiled_run_leaves_a_trace_and_its_time_by_cause(
     assert all(line["step_ms"] > 0 for line in timing)
     # Of a CPU, no peak is known: nothing is claimed.
     assert not any("mfu_percent" in line for line in timing)
+
+
+def test_a_profiled_run_ends_well_beside_an_installed_libtpu(tmp_path: Path) -> None:
+    # As users start it: nothing in the environment says that there is no TPU. (With libtpu loaded, the trace was a
+    # segmentation fault.)
+    changes = (f"train.out={tmp_path / 'run'}", "train.profile=1:2", "train.steps=2", "train.export=false")
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-m", "jaxft", "train", *overrides(tmp_path, *changes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "run").glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "plugins", "platforms"),
+    [
+        (False, (), None),
+        (True, (), "cpu"),
+        (True, ("xla_cuda13",), "cuda,cpu"),
+        (True, ("xla_cuda12", "xla_rocm7"), None),
+    ],
+)
+def test_only_tpus_are_not_looked_for(
+    monkeypatch: pytest.MonkeyPatch, libtpu: bool, plugins: tuple[str, ...], platforms: str | None
+) -> None:
+    entries = [SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if libtpu else None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    assert platform.platforms_without_tpu() == platforms
 
 
 @pytest.mark.parametrize("span", ["3", "0:4", "5:3", "a:b", "3:"])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxft.commands.platform import look_for_no_tpu
 from jaxft.errors import UserError
 
 _PACKAGES = ("jaxft", "jax", "jaxlib", "torch", "numpy")
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.bench.results import read_results, text_of, write_results
     from jaxft.plots import lacking
 
+    look_for_no_tpu()
     before = read_results(Path(options.against)) if options.against else None
     groups = list(_groups(options))
     about = machine(_PACKAGES)

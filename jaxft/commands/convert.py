@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts, and says what was guessed, initialised or left out."""
-    from jaxft.commands.train import set_up_jax
+    from jaxft.commands.platform import set_up_jax
     from jaxft.files import refuse_existing
 
     target = Path(options.target)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.size < 1 or options.megabytes < 1:
         raise UserError("--size and --megabytes must be at least 1")
-    from jaxft.commands.train import set_up_jax
+    from jaxft.commands.platform import set_up_jax
 
     set_up_jax(None)
     from jaxft import processes

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the metrics of the task that the model's head is for."""
-    from jaxft.commands.train import set_up_jax
+    from jaxft.commands.platform import set_up_jax
     from jaxft.errors import UserError, listed
 
     set_up_jax("~/.cache/jaxft/xla")

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Writes a text's label and probabilities, with the other columns of its row; ``true`` is the label that the row has."""
     from pathlib import Path
 
-    from jaxft.commands.train import set_up_jax
+    from jaxft.commands.platform import set_up_jax
     from jaxft.data.write import is_table
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jaxft.commands.platform import set_up_jax
 from jaxft.commands.show_config import split_run_file
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
-from jaxft.hlo.llo import COMPILE_ENV
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,21 +131,6 @@ def _note(text: str) -> None:
 
     if is_first():
         print(text, flush=True)
-
-
-def set_up_jax(cache: str | None) -> None:
-    """Turns on XLA's persistent compilation cache, and keeps the libraries' chatter off the console."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio")):
-        # libtpu may be installed for `jaxft plan`: where there is no TPU, it need not ask around for one.
-        for name, value in COMPILE_ENV.items():
-            os.environ.setdefault(name, value)
-    import jax
-
-    if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -> None:
