@@ -14,22 +14,19 @@ import numpy as np
 
 from jaxft import checkpoint, processes, tasks
 from jaxft.attention import choices, described
-from jaxft.config import RunConfig, decode, to_tree
-from jaxft.config.stored import stored_config, stored_metric, wrong_best
+from jaxft.config import RunConfig, to_tree
+from jaxft.config.stored import stored_metric, wrong_best
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.memory import release_freed
 from jaxft.metrics import Clock, Silent, Sinks, open_sinks
 from jaxft.processes.stopping import stop_on_signal
+from jaxft.resume import changes_said, check_folder, check_goes_on, scores_differ
 from jaxft.setup import Note, Setup, Times
 from jaxft.sharding import jitted, replicated
 from jaxft.state import TrainState
 from jaxft.step import make_eval_step
-
-# What may differ between a run and its resumption without changing its course.
-_FREE_SECTIONS = ("mesh", "log", "checkpoint")
-_FREE_KEYS = ("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "data.read_ahead")
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,21 @@ class Progress:
     best_step: int | None = None
     bad_evals: int = 0
     """Evaluations in a row without a better value."""
+    loss: float = 0.0
+    """Sum over the steps since the last line of the log, those with a finite loss."""
+    weight: float = 0.0
+    """What that sum is to be divided by."""
+
+    def add(self, loss: float, weight: float) -> None:
+        """Counts a step. One without a finite loss changed nothing, and is told by the number of skipped steps."""
+        if math.isfinite(loss) and math.isfinite(weight):
+            self.loss, self.weight = self.loss + loss, self.weight + weight
+
+    def mean(self) -> float:
+        """The mean loss since the last call, NaN if no step had a finite one."""
+        mean = self.loss / self.weight if self.weight else math.nan
+        self.loss = self.weight = 0.0
+        return mean
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ def _fit(
                 sinks.note(f"wrote a trace of steps {config.train.profile} to {out / 'profile'}")
             # One step late: the device is already at work on the next step while the host reads this one's numbers.
             if pending is not None:
-                _report_step(setup, sinks, lap, *pending)
+                _report_step(setup, sinks, lap, progress, *pending)
             step += 1
             pending = (step, metrics, len(batches.rows_of(step - 1)), shape)
 
@@ -165,7 +177,7 @@ def _fit(
             evaluated = step % setup.eval_every == 0 or step == total
             due = _checkpoint_due(config, step, evaluated)
             if evaluated or interrupted or due:
-                _report_step(setup, sinks, lap, *pending)
+                _report_step(setup, sinks, lap, progress, *pending)
                 pending = None
                 with lap.clock.paused():
                     with goodput.part("evaluation"):
@@ -180,7 +192,10 @@ def _fit(
             if interrupted or _out_of_patience(config, progress):
                 break
         if not interrupted and step < total:
-            sinks.note(f"stopped early at step {step}: no better {progress.metric} in {progress.bad_evals} evaluations")
+            sinks.note(
+                f"stopped early at step {step}: no better {progress.metric} in {progress.bad_evals} evaluations; "
+                "the same command with a larger eval.patience goes on"
+            )
         profile.close()
         with goodput.part("checkpoint"):
             store.wait()
@@ -202,20 +217,24 @@ def _start(
     setup: Setup, programs: Programs, out: Path, seed: int, note: Note, store: checkpoint.Checkpoints
 ) -> tuple[TrainState, Progress, int]:
     """A fresh state, or the newest checkpoint's."""
-    config = setup.config
-    check_folder(config, out, seed)
+    check_folder(setup, out, seed)
     if not store.steps():
-        metric = tasks.metric_of(setup.task, config.eval.metric)
+        metric = tasks.metric_of(setup.task, setup.config.eval.metric)
         return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)
-    _refuse_other_run(stored_config(restored.meta), to_tree(config), seed, restored.meta["seed"], out)
-    before = restored.meta.get("train_rows")  # checkpoints of the first versions do not say
-    if before is not None and before != setup.train.digest():
-        raise UserError(
-            f"{out} holds a run on other rows: {config.data.train} (or its tokenizer) has changed; choose another train.out"
-        )
+    check_goes_on(setup, restored.meta, restored.step, seed, out)
     note(f"resuming from step {restored.step}")
-    return restored.state, _progress(restored.meta, note), restored.step
+    for line in changes_said(setup, restored.meta, restored.step, seed):
+        note(line)
+    progress = _progress(restored.meta, note)
+    reason = scores_differ(setup, restored.meta, seed)
+    progress.metric = setup.config.eval.metric or progress.metric
+    if reason is not None and progress.best_step is not None:
+        _score_best_anew(setup, programs, progress, restored, store)
+        note(
+            f"{reason}: by them, the best step so far ({progress.best_step}) has {progress.metric} {progress.best_value}"
+        )
+    return restored.state, progress, restored.step
 
 
 def _progress(meta: dict[str, Any], note: Note) -> Progress:
@@ -230,50 +249,13 @@ def _progress(meta: dict[str, Any], note: Note) -> Progress:
     return progress
 
 
-def check_folder(config: RunConfig, out: Path, seed: int) -> None:
-    """Refuses, before anything is compiled, a run folder that this run cannot go on in.
-
-    Raises:
-      UserError: ``out`` holds another run's checkpoints, or any at all while ``checkpoint.resume`` is ``never``.
-    """
-    for _, folder in sorted(checkpoint.step_folders(out / "checkpoints").items(), reverse=True):
-        if config.checkpoint.resume == "never":
-            raise UserError(
-                f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out"
-            )
-        try:
-            meta = checkpoint.read_manifest(folder).meta
-        except checkpoint.DamagedCheckpoint:
-            continue  # restoring falls back in the same order, with its warning
-        _refuse_other_run(stored_config(meta), to_tree(config), seed, meta["seed"], out)
-        return
-
-
-def _refuse_other_run(before: dict[str, Any], now: dict[str, Any], seed: int, old_seed: int, out: Path) -> None:
-    # Keys that a run of an earlier version did not have yet had the value that is now their default.
-    old, new = _flat(to_tree(decode(RunConfig, before))), _flat(now)
-    # Not config.train.seed: with several seeds in one command it is not the one that this folder is of.
-    old["train.seed"], new["train.seed"] = old_seed, seed
-    if new["eval.metric"] is None:  # as the run was begun
-        new["eval.metric"] = old["eval.metric"]
-    differing = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_SECTIONS
-    ]
-    if differing:
-        key = differing[0]
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        was, is_now = [repr(flat[key]) if key in flat else "not set" for flat in (old, new)]
-        raise UserError(
-            f"{out} holds a run with another configuration: {key} was {was}, now {is_now}{more}; choose another train.out"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}".strip(".")).items()}
+def _score_best_anew(
+    setup: Setup, programs: Programs, progress: Progress, restored: checkpoint.Restored, store: checkpoint.Checkpoints
+) -> None:
+    """Makes the best value one that evaluations from now on can be compared with."""
+    best = restored if progress.best_step == restored.step else store.restore(programs.shapes, progress.best_step)
+    value = evaluate(setup, programs, best.state.best_params)[str(progress.metric)]
+    progress.best_value, progress.bad_evals = value if math.isfinite(value) else None, 0
 
 
 def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
@@ -287,6 +269,7 @@ def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
         "head": setup.model.head,
         "labels": list(setup.task.labels),
         "train_rows": setup.train.digest(),
+        "eval_rows": setup.held_out.digest(),
         "hf_config": {} if source is None else source.hf_config,
         "tokenizer": str(setup.tokenizer.folder),
         "max_length": setup.config.data.max_length,
@@ -302,11 +285,12 @@ def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
 
 
 def _report_step(
-    setup: Setup, sinks: Sinks, lap: Lap, step: int, metrics: Any, rows: int, shape: tuple[int, ...]
+    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Any, rows: int, shape: tuple[int, ...]
 ) -> None:
     """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
     values = jax.device_get(metrics)
     lap.add(rows, int(values["tokens"]), shape)
+    progress.add(float(values["loss"]), float(values["weight"]))
     sinks.advance(step)
     config = setup.config.train
     if int(values["streak"]) > config.max_nonfinite:
@@ -320,7 +304,7 @@ def _report_step(
             step,
             "train",
             {
-                "loss": float(values["loss"]) / (float(values["weight"]) or math.nan),  # of a batch of nothing: no loss
+                "loss": progress.mean(),
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),

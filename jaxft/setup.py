@@ -135,8 +135,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     if config.data.packing != "none":
         train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
-    steps_per_epoch = -(-len(train) // config.train.batch_size)
-    total = config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch))
+    total = steps_of(config, len(train))
     counts = [int(count) for count in np.bincount(train.labels, minlength=len(labels))]
     recipe = make_recipe(config, mesh, source, labels, counts, tokenizer, total, mesh.devices.flat[0].platform)
     check_lengths(config, recipe.model.config)
@@ -151,8 +150,17 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         held_out=held_out,
         buckets=buckets_of(config),
         total_steps=total,
-        eval_every=config.eval.every or steps_per_epoch,
+        eval_every=config.eval.every or _steps_per_epoch(config, len(train)),
     )
+
+
+def _steps_per_epoch(config: RunConfig, rows: int) -> int:
+    return -(-rows // config.train.batch_size)
+
+
+def steps_of(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of a whole run on so many training rows."""
+    return config.train.steps or max(1, round((config.train.epochs or 0) * _steps_per_epoch(config, rows)))
 
 
 def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:

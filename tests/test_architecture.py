@@ -31,7 +31,7 @@ LEVELS = (
     "flops setup",
     "plan",
     "metrics plots",
-    "goodput bench",
+    "goodput bench resume",
     "report loop",
     "serving",
     "commands",

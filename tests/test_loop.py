@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from tiny_run import ARCH, config_of, overrides
 
-from jaxft import initial, loop, setup
+from jaxft import initial, loop, resume, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
@@ -299,6 +300,9 @@ def test_early_stopping_and_best_checkpoint(
     assert again.batches == []
     assert again.result.best_step == best
     assert (tmp_path / "two/log.jsonl").read_bytes() == before
+    # Unless there is more patience.
+    patient = fit(stopping.but(eval={"patience": 3}), tmp_path / "two")
+    assert len(patient.batches) >= every
 
 
 def test_the_checkpoint_of_the_lowest_loss_is_kept(ready: Ready, tmp_path: Path) -> None:
@@ -328,16 +332,13 @@ def test_a_run_of_a_version_with_eval_mode_goes_on(
     with monkeypatch.context() as patch:
         earlier(patch, metric, mode)
         fit(ready, tmp_path, stop_at=11)
-    loop.check_folder(ready.setup.config, tmp_path, 0)
+    resume.check_folder(ready.setup, tmp_path, 0)
     run = fit(ready, tmp_path)  # eval.metric is not set: what the run was begun with stays
     assert not [note for note in run.notes if "warning" in note]
     _, meta = stored(ready, tmp_path, TOTAL)
     assert meta["progress"]["metric"] == metric
     # No accuracy is above 9, and each loss is below.
     assert (meta["progress"]["best_value"] == 9.0) == (metric == "accuracy")
-    other = "loss" if metric == "accuracy" else "accuracy"
-    with pytest.raises(UserError, match=f"eval.metric was '{metric}', now '{other}'"):
-        loop.check_folder(ready.but(eval={"metric": other}).setup.config, tmp_path, 0)
 
 
 def test_the_worst_checkpoint_of_an_earlier_version_is_not_the_best(
@@ -360,7 +361,7 @@ def test_the_worst_checkpoint_of_an_earlier_version_is_not_the_best(
     [
         ({"optim": {"learning_rate": 1e-3}}, "optim.learning_rate was 0.01, now 0.001;"),
         ({"optim": {"beta1": 0.8, "beta2": 0.9}}, "optim.beta1 was 0.9, now 0.8 (and 1 more);"),
-        ({"train": {"steps": 40}}, "train.steps was 30, now 40;"),
+        ({"train": {"batch_size": 16}}, "train.batch_size was 8, now 16;"),
         ({"model": {"arch": {}}}, "model.arch was not set, now {} (and 7 more);"),
         ({"data": {"labels": ("a", "b")}}, "data.labels was None, now ['a', 'b'];"),
     ],
@@ -372,21 +373,24 @@ def test_another_configuration_is_refused(
     with pytest.raises(UserError) as caught:
         fit(ready.but(**changes), whole[1])
     assert str(caught.value) == (
-        f"{whole[1]} holds a run with another configuration: {message} choose another train.out"
+        f"{whole[1]} holds a run with another configuration: {message} give the old value to go on with it, or another "
+        "train.out to begin anew"
     )
     assert (whole[1] / "log.jsonl").read_bytes() == before
 
 
 def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
-    now = to_tree(config_of(tmp_path))
+    config = config_of(tmp_path)
+    now = to_tree(config)
     before = now | {"data": {key: value for key, value in now["data"].items() if key != "packing"}}
-    loop._refuse_other_run(before, now, 0, 0, Path("run"))
-    with pytest.raises(UserError, match=r"data\.packing was 'none', now 'best_fit'"):
-        loop._refuse_other_run(before, now | {"data": now["data"] | {"packing": "best_fit"}}, 0, 0, Path("run"))
+    meta = {"config": before, "seed": 0}
+    assert list(resume._changes(meta, config, 0)) == []
+    packed = dataclasses.replace(config, data=dataclasses.replace(config.data, packing="best_fit"))
+    assert list(resume._changes(meta, packed, 0)) == [("data.packing", "'none'", "'best_fit'")]
 
 
 def test_another_seed_and_resume_never_are_refused(ready: Ready, whole: tuple[Run, Path]) -> None:
-    with pytest.raises(UserError, match=r"train\.seed was 0, now 1; choose another train\.out"):
+    with pytest.raises(UserError, match=r"train\.seed was 0, now 1; give the old value"):
         fit(ready, whole[1], seed=1)
     with pytest.raises(UserError, match=r"already holds checkpoints; set checkpoint\.resume=auto to go on"):
         fit(ready.but(checkpoint={"resume": "never"}), whole[1])
@@ -397,6 +401,141 @@ def test_what_does_not_change_the_course_may_change(ready: Ready, whole: tuple[R
     other = ready.but(data={"read_ahead": 1}, checkpoint={"every": 3, "keep": 1}, train={"out": "x", "export": False})
     fit(other, tmp_path)
     assert_same_end(ready, tmp_path, whole[1])
+
+
+def test_logging_and_evaluation_may_change_too(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    fit(ready, tmp_path, stop_at=11)
+    fit(ready.but(train={"log_every": 1, "max_nonfinite": 3}, eval={"every": 4, "patience": 9}), tmp_path)
+    steps = [record["step"] for record in read_log(tmp_path / "log.jsonl") if record["kind"] == "train"]
+    assert steps == [3, 6, 9, *range(12, TOTAL + 1)]
+    (state, _), (same, _) = stored(ready, tmp_path, TOTAL), stored(ready, whole[1], TOTAL)
+    assert_same_params(state, same)
+
+
+def test_the_logged_loss_is_the_mean_over_its_interval(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    fit(ready.but(train={"log_every": 1}), tmp_path)
+    each = [record for record in read_log(tmp_path / "log.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in each] == list(range(1, TOTAL + 1))
+    rows = [2 if record["step"] % 13 == 0 else 8 for record in each]  # the last batch of an epoch is a short one
+    for record in read_log(whole[1] / "log.jsonl"):
+        if record["kind"] == "train":
+            span = slice(record["step"] - 3, record["step"])
+            losses = [one["loss"] for one in each[span]]
+            assert record["loss"] == pytest.approx(np.average(losses, weights=rows[span]), rel=1e-12)
+            assert record["grad_norm"] == each[record["step"] - 1]["grad_norm"]
+
+
+def test_steps_without_a_finite_loss_are_left_out_of_the_mean() -> None:
+    progress = loop.Progress()
+    for loss, weight in ((3.0, 2.0), (np.nan, 8.0), (np.inf, 8.0), (5.0, 2.0)):
+        progress.add(loss, weight)
+    assert progress.mean() == 2.0
+    assert np.isnan(progress.mean())
+
+
+def moved_on(ready: Ready, whole: tuple[Run, Path], out: Path) -> dict[str, Any]:
+    """A copy of the finished run in ``out``, and what its last checkpoint says of itself."""
+    shutil.copytree(whole[1], out, dirs_exist_ok=True)
+    return stored(ready, out, TOTAL)[1]
+
+
+def test_a_finished_run_can_be_made_longer(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    meta = moved_on(ready, whole, tmp_path)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    longer = ready.but(train={"steps": 40})
+    run = fit(longer, tmp_path)
+    # 3 steps of warm-up and 27 of decay were to end at 0; of 40 steps, 4 and 36: 10 of 36 are left.
+    told = (
+        "40 steps in all, not 30: optim.schedule=linear gives step 31 a rate of 2.78e-03, by the old length 0.00e+00; "
+        "the rates so far were as the old length had it, not as a run of the new one"
+    )
+    assert told in run.notes
+    assert run.result.step == 40
+    assert len(run.batches) == 10
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(before)
+    after = read_log(tmp_path / "log.jsonl")[len(before.splitlines()) :]
+    assert [record["step"] for record in after] == [33, 35, 36, 39, 40, 40]
+    # What keeps its past: a constant rate, but only if the warm-up too is as long as before.
+    for warmup, kept in ((3, True), (None, False)):
+        constant = longer.but(optim={"schedule": "constant", "warmup_steps": warmup})
+        (line,) = resume.changes_said(constant.setup, meta | {"config": _steps(constant, 30)}, TOTAL, 0)
+        assert line.endswith("the rates so far were as a run of the new length") == kept
+        assert "gives step 31 a rate of 1.00e-02, by the old length 1.00e-02" in line
+
+
+def _steps(ready: Ready, steps: int) -> dict[str, Any]:
+    tree = to_tree(ready.setup.config)
+    return tree | {"train": tree["train"] | {"steps": steps}}
+
+
+def test_a_run_cannot_become_shorter_than_it_is(ready: Ready, whole: tuple[Run, Path]) -> None:
+    message = r"has done 30 steps, now it should end at 20; set train\.steps=30 or more to go on with it"
+    with pytest.raises(UserError, match=message):
+        fit(ready.but(train={"steps": 20}), whole[1])
+
+
+def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    fit(ready, tmp_path / "old", stop_at=11)
+    meta = stored(ready, tmp_path / "old", 11)[1]
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = ready.but(data={"train": "elsewhere.csv", "text": "review", "tokenizer": "t"}, model={"init": "weights"})
+    run = fit(moved, tmp_path / "new")
+    assert_same_end(ready, tmp_path / "new", whole[1])
+    said = "\n".join(run.notes)
+    assert "data.train was '" in said
+    assert "now 'elsewhere.csv': the training rows are the same" in said
+    assert "model.init was None, now 'weights': the weights are the checkpoint's" in said
+    # Other rows, or another network, are another run.
+    split = moved.setup.train
+    other = dataclasses.replace(split, labels=(split.labels + 1) % 3)
+    with pytest.raises(UserError, match=r"holds a run on other rows: elsewhere\.csv"):
+        fit(Ready(dataclasses.replace(moved.setup, train=other), moved.programs), tmp_path / "new")
+    meta["arch"]["hidden_size"] = 32
+    with pytest.raises(
+        UserError, match=r"a run of another model: arch\.hidden_size was 32, now 16; give the model\.init"
+    ):
+        resume.check_goes_on(moved.setup, meta, TOTAL, 0, tmp_path)
+    # A checkpoint of the first versions does not know its rows: what it names must be what is named now.
+    del meta["train_rows"]
+    with pytest.raises(UserError, match=r"another configuration: data\.text was 'text', now 'review' \(and 3 more\)"):
+        resume.check_goes_on(moved.setup, meta, TOTAL, 0, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["rows", "metric"])
+def test_the_best_so_far_is_scored_anew_when_scores_change(
+    ready: Ready, whole: tuple[Run, Path], tmp_path: Path, what: str
+) -> None:
+    moved_on(ready, whole, tmp_path)
+    best = whole[0].result.best_step
+    if what == "rows":
+        # With the rows that this model gets right as held-out rows, no later evaluation can be better.
+        right = [i for i in range(21) if _right(ready, whole[0].result.params, i)]
+        held_out = ready.setup.held_out.select(np.array(right), "eval")
+        other = Ready(dataclasses.replace(ready.setup, held_out=held_out), ready.programs).but(train={"steps": 35})
+        value, reason = 1.0, "the held-out rows have changed: by them"
+    else:
+        other = ready.but(train={"steps": 35}, eval={"metric": "loss"})
+        value, reason = whole[0].result.metrics["loss"], "eval.metric was 'accuracy', now 'loss': by them"
+    run = fit(other, tmp_path)
+    assert any(note.startswith(f"{reason}, the best step so far ({best}) has {other.setup.config.eval.metric} {value}")
+               for note in run.notes)  # fmt: skip
+    progress = stored(ready, tmp_path, 35)[1]["progress"]
+    if what == "rows":
+        assert (progress["best_value"], progress["best_step"], progress["bad_evals"]) == (1.0, best, 1)
+        assert_same_params(run.result.params, whole[0].result.params)
+    else:
+        assert progress["best_value"] <= value
+
+
+def assert_same_params(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def _right(ready: Ready, params: Any, row: int) -> bool:
+    tokens, types, label = ready.setup.held_out.row(row)
+    padded = [np.pad(x, (0, 12 - len(tokens)))[None] for x in (tokens, np.ones_like(tokens), types)]
+    return int(np.argmax(_apply(ready.setup.model)(params, *padded)[0])) == label
 
 
 def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
@@ -484,7 +623,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_run import ARCH, config_of, overrides
-from jaxft import loop, pretrained, setup
+from jaxft import loop, pretrained, resume, setup
 from jaxft.__main__ import main
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2] + "/cache")

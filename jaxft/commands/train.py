@@ -50,12 +50,12 @@ def _run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
-    from jaxft import loop, processes
+    from jaxft import loop, processes, resume
 
     seeds = config.train.seeds or (config.train.seed,)
     with processes.raise_together():
         for seed in seeds:
-            loop.check_folder(config, _folder_of(config, seed), seed)
+            resume.check_folder(ready, _folder_of(config, seed), seed)
         out.mkdir(parents=True, exist_ok=True)  # before the compiler works for a folder that cannot be
     programs = loop.compile_programs(ready, _note, times)
     if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
@@ -67,10 +67,10 @@ def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
         began = time.perf_counter()
         result = loop.fit(ready, programs, folder, seed, _note, times)
         times = type(times)()  # what came before the first step was the first seed's
+        _state(seeded, folder)
         if result.interrupted:
             return 130
         trained = time.perf_counter() - began
-        _state(seeded, folder)
         results[seed] = result.metrics
         _finish(ready, programs, result, folder, trained)
     _state(config, out)

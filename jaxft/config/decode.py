@@ -77,6 +77,13 @@ def to_tree(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by dotted path; an empty dict is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}".strip(".")).items()}
+
+
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which our loader would read as a number, and escapes line breaks, which would be folded."""
 
