@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 STARTED = time.perf_counter()
@@ -23,7 +24,7 @@ COMMANDS = {
     "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",
     "bench": "time attention backends on this machine",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
-    "show-config": "print the resolved configuration of a run file",
+    "show-config": "check a run file and print its resolved configuration",
 }
 
 
@@ -61,26 +62,52 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    from jaxft.commands.console import drop_output, no_interrupt, show_anything
     from jaxft.errors import UserError
 
+    show_anything()
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()  # a full disk is to be told here, not by Python at exit
+        return code
     except UserError as error:
         return _refuse(command, str(error))
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)  # its reader (head, less) has gone
         return 1
     except OSError as error:
         # A full disk, a folder that may not be written, a path through a file: the user's to fix, wherever it shows.
         if error.filename is None and error.strerror is None:
             raise
-        return _refuse(
-            command, ": ".join(str(part) for part in (error.filename2 or error.filename, error.strerror) if part)
-        )
+        where = error.filename2 or error.filename
+        if where is None and _output_is_lost():
+            where = "standard output"
+            drop_output(sys.stdout)
+        return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part))
     except KeyboardInterrupt:
-        print(f"jaxft {command}: interrupted", file=sys.stderr)
-        return 130
+        with no_interrupt():
+            print(f"jaxft {command}: interrupted", file=sys.stderr, flush=True)
+            _end_if_compiling()
+            return 130
+
+
+def _output_is_lost() -> bool:
+    """Whether it was standard output that could not be written: then it still cannot."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _end_if_compiling() -> None:
+    """Ends the process if a compiler is still at work: Python would wait for it, or crash."""
+    from jaxft.threads import still_working
+
+    if still_working():
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)
 
 
 def _refuse(command: str, message: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import os
 import uuid
@@ -51,6 +52,12 @@ def package_folder(reference: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{reference!r}: the package is installed, but has no folder {inside!r}")
     return folder
+
+
+def is_unicode(stream: IO[str]) -> bool:
+    """Whether a text stream can hold any text as it is; ASCII, Latin-1 and the like cannot."""
+    encoding = getattr(stream, "encoding", None)
+    return encoding is None or codecs.lookup(encoding).name.startswith("utf")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -50,11 +50,8 @@ class Goodput:
         write_atomic(
             out / "goodput.json", json.dumps({"seconds": causes, "goodput": causes["steps"] / total}, indent=2) + "\n"
         )
-        parts = ", ".join(
-            f"{name} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
-            for name, seconds in sorted(causes.items(), key=lambda item: -item[1])
-            if seconds >= 0.005 * total
-        )
+        shares = sorted(((seconds / total, name) for name, seconds in causes.items()), reverse=True)
+        parts = ", ".join(f"{name} {100 * share:.0f} %" for share, name in shares[:7] if share >= 0.01)
         return f"goodput {100 * causes['steps'] / total:.0f} % of {total:.1f} s: {parts}"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,11 @@ from jaxft.setup import Note, Setup, Times
 from jaxft.sharding import jitted, replicated
 from jaxft.state import TrainState
 from jaxft.step import make_eval_step
+from jaxft.threads import as_completed
+
+T = TypeVar("T")
+_SECONDS_BETWEEN_WORDS = 5.0
+"""Of a long compilation."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,9 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
         with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
             return function.lower(*arguments).compile(), list(seen.values())
 
-    # XLA compiles mostly on one thread per program.
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
+    results = _all_compiled(compiled, jobs, note)
     chosen = (choice for _, seen in results.values() for choice in seen)
-    note(f"attention: {described(chosen, setup.config.model.attention)}")
+    note(f"attention: {described(chosen, setup.config.model.attention)}".replace("; ", "\n  "))
     programs = {job: program for job, (program, _) in results.items()}
     return Programs(
         {shape: program for (kind, shape), program in programs.items() if kind == "train"},
@@ -116,6 +119,20 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
         jitted(setup.start, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, state), donate_argnums=0),
         state,
     )
+
+
+def _all_compiled(compiled: Callable[[Any], T], jobs: dict[Any, Any], note: Note) -> dict[Any, T]:
+    """Each job compiled, with a word now and then."""
+    results: dict[Any, T] = {}
+    names, said = list(jobs), time.monotonic()
+    note(f"compiling {len(jobs)} programs")
+    # XLA compiles mostly on one thread per program.
+    for index, result in as_completed(compiled, list(jobs.values()), 2):
+        results[names[index]] = result
+        if len(results) < len(jobs) and time.monotonic() - said > _SECONDS_BETWEEN_WORDS:
+            said = time.monotonic()
+            note(f"compiling: {len(results)} of {len(jobs)} done")
+    return {name: results[name] for name in names}
 
 
 def _shown(batches: Batches) -> str:

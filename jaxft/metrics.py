@@ -25,8 +25,13 @@ __all__ = ["Clock", "Kind", "Silent", "Sinks", "open_sinks", "read_log"]
 
 Kind = Literal["train", "eval"]
 
-_SHORT = {"learning_rate": "rate"}
+_WIDTH = 100
+"""Columns of a console line."""
+_SHORT = {"learning_rate": "rate", "grad_norm": "norm"}
 _SHOWN_WHEN_NOT_ZERO = ("skipped", "streak")
+# Of a step's speeds, the console has room for these; timing.jsonl has all.
+_SHOWN_SPEEDS = ("rows_per_s", "mfu_percent", "wait_percent", "tokens_per_s")
+_WAIT_WORTH_A_WORD = 5.0
 
 
 class Sinks:
@@ -48,10 +53,10 @@ class Sinks:
         plain = _numbers(values)
         self._log.append({"step": step, "kind": kind} | to_json(plain))
         self._track(step, kind, plain)
-        speeds = self._speeds[1] if kind == "train" and self._speeds[0] == step else {}
+        speeds = _worth_showing(self._speeds[1]) if kind == "train" and self._speeds[0] == step else {}
         if kind == "train" and "loss" in plain:
             self._postfix["loss"] = _shown("loss", plain["loss"])
-        self.note(_console_line(step, self._total_steps, kind, plain | speeds))
+        self.note("\n".join(_console_lines(step, self._total_steps, kind, plain, speeds)))
 
     def timing(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records speeds and waiting times; the console shows them with the next train log of the same step."""
@@ -178,14 +183,30 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
     return plain
 
 
-def _console_line(step: int, total: int, kind: str, values: Mapping[str, float | int]) -> str:
-    head = f"{kind:<5} {step:>{len(str(total))}}/{total}"
-    parts = [
-        f"{_name(name)} {_shown(name, value):>6}"
-        for name, value in values.items()
-        if value or name not in _SHOWN_WHEN_NOT_ZERO
-    ]
-    return " | ".join([head, *parts]).rstrip()
+def _worth_showing(speeds: Mapping[str, float | int]) -> dict[str, float | int]:
+    shown = {name: speeds[name] for name in _SHOWN_SPEEDS if name in speeds}
+    if shown.get("wait_percent", 0.0) < _WAIT_WORTH_A_WORD:
+        shown.pop("wait_percent", None)
+    return shown
+
+
+def _console_lines(
+    step: int, total: int, kind: str, values: Mapping[str, float | int], speeds: Mapping[str, float | int]
+) -> list[str]:
+    """One line, or more where the values need it; of the speeds, those that the last line still has room for."""
+    lines = [f"{kind:<5} {step:>{len(str(total))}}/{total}"]
+    indent = " " * len(lines[0])
+    for name, value in {**values, **speeds}.items():
+        if not value and name in _SHOWN_WHEN_NOT_ZERO:
+            continue
+        part = f" | {_name(name)} {_shown(name, value):>6}"
+        if len(lines[-1]) + len(part) <= _WIDTH:
+            lines[-1] += part
+        elif name in speeds:
+            break
+        else:
+            lines.append(indent + part)
+    return lines
 
 
 def _name(name: str) -> str:
@@ -199,6 +220,10 @@ def _shown(name: str, value: float | int) -> str:
         return f"{value:.2e}"
     if name.endswith("_percent"):
         return f"{value:.1f}%"
+    if name.endswith("_per_s"):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if name == "epoch":
+        return f"{value:.2f}"
     # Losses and scores near 1 in four decimals; large numbers (speeds) without any; small ones in three digits.
     if value and abs(value) < 1e-3:
         return f"{value:.2e}"

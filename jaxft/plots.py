@@ -21,6 +21,10 @@ _MOST_POINTS = 4000
 """More points than pixels make files large and lines solid, and Agg refuses very long paths."""
 _MOST_CELLS_WITH_TEXT = 20
 _MARKS = "●+○*"
+_ASCII_MARKS = "o+x@"
+_ASCII = str.maketrans({**dict.fromkeys("┌┐└┘┤├┬┴┼", "+"), "│": "|", "─": "-", "…": "~"})
+_FLAT = 1e-3
+"""Share of its height by which a curve must move to be drawn as one that does."""
 
 
 class Series(NamedTuple):
@@ -57,16 +61,20 @@ def score_series(log: Sequence[dict[str, Any]]) -> list[Series]:
 
 
 def smoothed(series: Series) -> Series:
-    """Exponential moving average over about a twentieth of the points, without bias at the start (as Adam's moments);
-    non-finite values are passed over."""
-    keep = 1.0 - 2.0 / (max(len(series.values) / 20, 1.0) + 1.0)
-    total = weight = 0.0
-    values = []
-    for value in series.values:
-        if math.isfinite(value):
-            total, weight = keep * total + (1.0 - keep) * value, keep * weight + (1.0 - keep)
-        values.append(total / weight if weight else math.nan)
-    return Series(f"{series.name}, smoothed", series.steps, values)
+    """The mean over about a tenth of the points around each one, and over fewer near both ends, as many on each side: so it
+    neither lags behind the values nor starts from elsewhere. Non-finite values are passed over."""
+    import numpy as np
+
+    values = np.asarray(series.values, np.float64)
+    finite = np.isfinite(values)
+    kept = np.where(finite, values, 0.0)
+    count, means = len(values), []
+    for i in range(count):
+        reach = min(count // 20, i, count - 1 - i)
+        around = slice(i - reach, i + reach + 1)
+        found = int(finite[around].sum())
+        means.append(float(kept[around].sum()) / found if found else math.nan)
+    return Series(f"{series.name}, smoothed", series.steps, means)
 
 
 def _thinned(series: Series) -> Series:
@@ -213,10 +221,9 @@ def curves_png(path: Path, log: Sequence[dict[str, Any]]) -> Path | None:
             for series, colour in zip(scores, _cycle(len(scores)), strict=True):
                 axes.plot(series.steps, series.values, "o-", ms=3.5, lw=1.4, color=colour, label=_words(series.name))
             axes.legend(frameon=False, fontsize=9)
+            _scale(axes, [value for series in scores for value in series.values])
         else:
-            shown = _thinned(rate)
-            axes.plot(shown.steps, shown.values, color=_GRAY, lw=1.6)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            _draw_rate(axes, rate, _GRAY)
     grid[-1].set_xlabel("step")
     return _save(figure, path)
 
@@ -229,6 +236,28 @@ def _draw_losses(axes: Any, train: Series, evaluated: Series) -> None:
     if evaluated.steps:
         axes.plot(evaluated.steps, evaluated.values, "o-", ms=3.5, lw=1.4, color=_ORANGE, label="eval")
     axes.legend(frameon=False, fontsize=9)
+    _scale(axes, [*train.values, *evaluated.values])
+
+
+def _draw_rate(axes: Any, rate: Series, colour: str) -> None:
+    shown = _thinned(rate)
+    axes.plot(shown.steps, shown.values, color=colour, lw=1.6)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _scale(axes, rate.values)
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """Plain numbers at the ticks, never such as ``+9.335e-1`` above them; and room around curves that hardly move."""
+    axes.ticklabel_format(axis="y", useOffset=False)
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and _is_flat(min(finite), max(finite)):
+        middle = (min(finite) + max(finite)) / 2
+        room = 0.05 * abs(middle) or 1.0
+        axes.set_ylim(middle - room, middle + room)
+
+
+def _is_flat(low: float, high: float) -> bool:
+    return high - low <= _FLAT * max(abs(low), abs(high))
 
 
 def _cycle(count: int) -> list[str]:
@@ -249,30 +278,51 @@ def _words(name: str) -> str:
 
 def schedule_png(path: Path, rates: Sequence[float]) -> Path:
     """The learning rate of every step."""
-    shown = _thinned(Series("learning rate", range(len(rates)), rates))
     figure = _new_figure(8.0, 3.2)
     axes = figure.add_subplot()
     _style(axes, "learning rate")
-    axes.plot(shown.steps, shown.values, color=_BLUE, lw=1.8)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _draw_rate(axes, Series("learning rate", range(len(rates)), rates), _BLUE)
     axes.set_xlabel("step")
     return _save(figure, path)
 
 
-def chart(title: str, lines: Sequence[Series], points: Sequence[Series], width: int, *, colour: bool) -> str:
+def shows_blocks(stream: Any) -> bool:
+    """Whether a text stream can show what curves are drawn with; where it says no encoding, it can."""
+    encoding = getattr(stream, "encoding", None)
+    try:
+        f"▚▖{_MARKS}┤…".encode(encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def in_ascii(text: str) -> str:
+    """A chart or table with its lines and dots in ASCII; labels stay as they are."""
+    return text.translate(_ASCII)
+
+
+def chart(
+    title: str, lines: Sequence[Series], points: Sequence[Series], width: int, *, colour: bool, blocks: bool = True
+) -> str:
     """Curves against the step as text: ``lines`` joined and drawn first, ``points`` as marks over them.
 
-    Returns an empty string if there is no finite value, and where plotext is not installed a note that says so.
+    Args:
+      blocks: draw with block and box characters; otherwise in ASCII.
+
+    Returns:
+      An empty string if there is no finite value; where plotext is not installed, a note that says so.
     """
     reason = _lacking("curves", "plotext")
     if reason is not None:
         return reason
     import plotext
 
-    marks = [("▚", "hd", series) for series in lines]
-    marks += [(_MARKS[i % len(_MARKS)], _MARKS[i % len(_MARKS)], series) for i, series in enumerate(points)]
-    finite = [(key, marker, _finite(_thinned(series))) for key, marker, series in marks]
-    finite = [entry for entry in finite if entry[2].steps]
+    dots = _MARKS if blocks else _ASCII_MARKS
+    marks = [("▚", "hd", series) if blocks else ("#", "#", series) for series in lines]
+    joined = len(marks)
+    marks += [(dots[i % len(dots)], dots[i % len(dots)], series) for i, series in enumerate(points)]
+    finite = [(i < joined, key, marker, _finite(_thinned(series))) for i, (key, marker, series) in enumerate(marks)]
+    finite = [entry for entry in finite if entry[-1].steps]
     if not finite:
         return ""
     # A figure of our own: plotext.figure is shared by the whole process. Only the limits of the terminal are global.
@@ -280,28 +330,41 @@ def chart(title: str, lines: Sequence[Series], points: Sequence[Series], width: 
     figure = type(plotext.figure)(plotext.terminal)
     figure.plot_size(width, 15)
     figure.theme("simple" if colour else "colorless")
-    for _, marker, series in finite:
+    for line, _, marker, series in finite:
         signal = figure.signal(list(series.steps), list(series.values), marker=marker)
-        figure.draw(signal.lines(True).density("full") if marker == "hd" else signal)
+        if line:
+            signal = signal.lines(True).density("full") if blocks else signal.lines(True)
+        figure.draw(signal)
     # The key stands in the title: a legend box would cover data.
-    figure.title("   ".join([title, *(f"{key} {_words(series.name)}" for key, _, series in finite)]))
+    figure.title("   ".join([title, *(f"{key} {_words(series.name)}" for _, key, _, series in finite)]))
     figure.label("step", axis="x")
-    _rule(figure, "x", [step for *_, series in finite for step in (0, *series.steps)], "{:.0f}")
-    _rule(figure, "y", [value for *_, series in finite for value in series.values], "{:.3g}")
+    _rule(figure, "x", [step for *_, series in finite for step in (0, *series.steps)])
+    _rule(figure, "y", [value for *_, series in finite for value in series.values])
     text = str(figure.build().string(colorless=not colour))
     plotext.terminal.limit()
-    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    text = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    return text if blocks else in_ascii(text)
 
 
-def _rule(figure: Any, axis: str, values: Sequence[float], form: str) -> None:
+def _rule(figure: Any, axis: str, values: Sequence[float]) -> None:
     """Five ticks over the range of the values; plotext's own print steps as 1.7e3 and small rates at full length."""
     low, high = min(values), max(values)
-    ticks = [low + (high - low) * i / 4 for i in range(5)] if high > low else [low]
+    flat = low == high if axis == "x" else _is_flat(low, high)
+    ticks = [low] if flat else [low + (high - low) * i / 4 for i in range(5)]
     if axis == "x":
         ticks = sorted({float(round(tick)) for tick in ticks})
     # A flat curve is drawn in the middle.
-    figure.ruler(axis).lim(*((low, high) if high > low else (low - 1.0, low + 1.0)))
-    figure.ruler(axis).ticks(ticks, [form.format(tick) for tick in ticks])
+    figure.ruler(axis).lim(*((low - 1.0, high + 1.0) if flat else (low, high)))
+    figure.ruler(axis).ticks(ticks, [f"{tick:.0f}" for tick in ticks] if axis == "x" else _told_apart(ticks))
+
+
+def _told_apart(ticks: Sequence[float]) -> list[str]:
+    """Numbers in as few digits as tell them apart, three at least."""
+    for digits in range(3, 9):
+        shown = [f"{tick:.{digits}g}" for tick in ticks]
+        if len(set(shown)) == len(ticks):
+            break
+    return shown
 
 
 def _finite(series: Series) -> Series:

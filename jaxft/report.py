@@ -17,11 +17,13 @@ from jaxft.plots import (
     chart,
     confusion_png,
     curves_png,
+    in_ascii,
     lacking,
     plain_label,
     schedule_png,
     score_series,
     series_of,
+    shows_blocks,
     smoothed,
 )
 from jaxft.records import to_json
@@ -93,12 +95,15 @@ def report_text(
     width: int = 100,
     *,
     colour: bool | None = None,
+    blocks: bool | None = None,
 ) -> str:
     """Scores, the table of classes and the confusion matrix if the task has classes, and the learning curves.
 
     Args:
       colour: colours in the curves. None: when standard output is a terminal and NO_COLOR is not set.
+      blocks: curves of block characters; otherwise ASCII alone. None: when standard output can show them.
     """
+    blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     head = "   ".join(f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics)
     names = [plain_label(label) for label in labels]
@@ -108,8 +113,9 @@ def report_text(
         parts.append(_class_table([metrics["classes"][label] for label in labels], names, width))
     if "confusion" in metrics:
         parts.append(_confusion_text(metrics["confusion"], names, width))
-    parts += _curves(log, width, wanted)
-    return "\n\n".join(part for part in parts if part)
+    parts += _curves(log, width, wanted, blocks)
+    text = "\n\n".join(part for part in parts if part)
+    return text if blocks else in_ascii(text)
 
 
 def _threshold_text(metrics: Mapping[str, Any]) -> str:
@@ -213,12 +219,14 @@ def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], wi
     return "\n".join(lines)
 
 
-def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool) -> list[str]:
+def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool, blocks: bool) -> list[str]:
     train = series_of(log, "train", "loss")
     evaluated = series_of(log, "eval", "loss")._replace(name="eval")
     charts = [
-        chart("loss", [smoothed(train)._replace(name="train, smoothed")], [evaluated], width, colour=colour),
-        chart("eval", [], score_series(log), width, colour=colour),
+        chart(
+            "loss", [smoothed(train)._replace(name="train, smoothed")], [evaluated], width, colour=colour, blocks=blocks
+        ),
+        chart("eval", [], score_series(log), width, colour=colour, blocks=blocks),
     ]
     return list(dict.fromkeys(charts))  # one note will do where none can be drawn
 
@@ -277,6 +285,7 @@ def schedule_text(rates: Sequence[float], width: int = 100, *, colour: bool = Fa
         raise ValueError("a schedule of no steps cannot be drawn")
     values = [float(rate) for rate in rates]
     peak = max(range(len(values)), key=values.__getitem__)
-    drawn = chart("", [Series("learning rate", range(len(values)), values)], [], width, colour=colour)
+    curve = Series("learning rate", range(len(values)), values)
+    drawn = chart("", [curve], [], width, colour=colour, blocks=shows_blocks(sys.stdout))
     summary = f"{len(values)} steps; peak {values[peak]:.2e} at step {peak}; last {values[-1]:.2e}"
     return f"{drawn}\n{summary}"

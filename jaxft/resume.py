@@ -86,8 +86,8 @@ def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out:
     _check_model(setup, meta, out)
     if setup.total_steps < step:
         raise UserError(
-            f"{out} holds a run that has done {step} steps, now it should end at {setup.total_steps}; "
-            f"set train.steps={step} or more to go on with it, or another train.out to begin anew"
+            f"{out} holds a run that has done {step} steps, it cannot end at {setup.total_steps}; "
+            f"set train.steps={step} or more (or train.epochs) to go on with it, or another train.out to begin anew"
         )
 
 
@@ -134,19 +134,19 @@ def changes_said(setup: Setup, meta: dict[str, Any], step: int, seed: int) -> It
             yield f"{key} was {was}, now {now}: the training rows are the same"
     before = steps_of(decode(RunConfig, stored_config(meta)), len(setup.train))
     if before != setup.total_steps:
-        yield _length_said(setup, before, step)
+        yield from _length_said(setup, before, step)
 
 
-def _length_said(setup: Setup, before: int, step: int) -> str:
+def _length_said(setup: Setup, before: int, step: int) -> Iterator[str]:
     optim, total = setup.config.optim, setup.total_steps
     old, new = make_schedule(optim, before), make_schedule(optim, total)
+    yield (
+        f"{total} steps in all, not {before}: the rate of step {step + 1} is {float(new(step)):.2e}, "
+        f"was to be {float(old(step)):.2e} (optim.schedule={optim.schedule})"
+    )
     past = np.arange(step)
     kept = np.array_equal(np.asarray(old(past)), np.asarray(new(past)))
-    so_far = "as a run of the new length" if kept else "as the old length had it, not as a run of the new one"
-    return (
-        f"{total} steps in all, not {before}: optim.schedule={optim.schedule} gives step {step + 1} a rate of "
-        f"{float(new(step)):.2e}, by the old length {float(old(step)):.2e}; the rates so far were {so_far}"
-    )
+    yield f"the rates so far were those of the {'new' if kept else 'old'} length{'' if kept else ', not of the new one'}"
 
 
 def scores_differ(setup: Setup, meta: dict[str, Any], seed: int) -> str | None:

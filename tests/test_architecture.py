@@ -16,7 +16,7 @@ ROOT = Path(jaxft.__file__).parent
 
 # One line per level, from the ground up. A module imports only from lines above its own, or its own package.
 LEVELS = (
-    "errors memory",
+    "errors memory threads",
     "files hlo processes",
     "config",
     "sharding weights optim patterns",

@@ -445,11 +445,9 @@ def test_a_finished_run_can_be_made_longer(ready: Ready, whole: tuple[Run, Path]
     longer = ready.but(train={"steps": 40})
     run = fit(longer, tmp_path)
     # 3 steps of warm-up and 27 of decay were to end at 0; of 40 steps, 4 and 36: 10 of 36 are left.
-    told = (
-        "40 steps in all, not 30: optim.schedule=linear gives step 31 a rate of 2.78e-03, by the old length 0.00e+00; "
-        "the rates so far were as the old length had it, not as a run of the new one"
-    )
-    assert told in run.notes
+    told = "40 steps in all, not 30: the rate of step 31 is 2.78e-03, was to be 0.00e+00 (optim.schedule=linear)"
+    at = run.notes.index(told)
+    assert run.notes[at + 1] == "the rates so far were those of the old length, not of the new one"
     assert run.result.step == 40
     assert len(run.batches) == 10
     assert (tmp_path / "log.jsonl").read_bytes().startswith(before)
@@ -458,9 +456,9 @@ def test_a_finished_run_can_be_made_longer(ready: Ready, whole: tuple[Run, Path]
     # What keeps its past: a constant rate, but only if the warm-up too is as long as before.
     for warmup, kept in ((3, True), (None, False)):
         constant = longer.but(optim={"schedule": "constant", "warmup_steps": warmup})
-        (line,) = resume.changes_said(constant.setup, meta | {"config": _steps(constant, 30)}, TOTAL, 0)
-        assert line.endswith("the rates so far were as a run of the new length") == kept
-        assert "gives step 31 a rate of 1.00e-02, by the old length 1.00e-02" in line
+        line, past = resume.changes_said(constant.setup, meta | {"config": _steps(constant, 30)}, TOTAL, 0)
+        assert (past == "the rates so far were those of the new length") == kept
+        assert "the rate of step 31 is 1.00e-02, was to be 1.00e-02" in line
 
 
 def _steps(ready: Ready, steps: int) -> dict[str, Any]:
@@ -469,7 +467,7 @@ def _steps(ready: Ready, steps: int) -> dict[str, Any]:
 
 
 def test_a_run_cannot_become_shorter_than_it_is(ready: Ready, whole: tuple[Run, Path]) -> None:
-    message = r"has done 30 steps, now it should end at 20; set train\.steps=30 or more to go on with it"
+    message = r"has done 30 steps, it cannot end at 20; set train\.steps=30 or more with it"
     with pytest.raises(UserError, match=message):
         fit(ready.but(train={"steps": 20}), whole[1])
 

@@ -109,16 +109,26 @@ def test_numpy_scalars_are_logged_and_anything_else_is_refused(tmp_path: Path) -
 
 
 def test_console_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"loss": 0.69314, "learning_rate": 4.2149e-05, "grad_norm": 1.25, "skipped": 0, "epoch": 0.3333}
+    speeds = {"rows_per_s": 45.67, "tokens_per_s": 12345.6, "step_ms": 1.0, "seconds": 3.0}
     with opened(tmp_path, total=1000) as sinks:
-        sinks.timing(20, {"tokens_per_s": 12345.6, "wait_percent": 0.4})
-        sinks.log(20, "train", {"loss": 0.69314, "learning_rate": 4.2149e-05, "grad_norm": 1.25, "skipped": 0})
+        sinks.timing(20, speeds | {"wait_percent": 0.4})
+        sinks.log(20, "train", values)
+        sinks.timing(30, speeds | {"wait_percent": 40.0, "mfu_percent": 51.2})
+        sinks.log(30, "train", values | {"skipped": 2})
         sinks.log(20, "eval", {"loss": 0.5, "macro_f1": 0.75, "rows": 1234})
         sinks.note("best so far")
-    assert capsys.readouterr().out.splitlines() == [
-        "train   20/1000 | loss 0.6931 | rate 4.21e-05 | grad norm 1.2500 | tokens/s 12,346 | wait   0.4%",
+        sinks.log(30, "eval", {f"recall_at_{n}": 0.5 for n in range(8)})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "train   20/1000 | loss 0.6931 | rate 4.21e-05 | norm 1.2500 | epoch   0.33 | rows/s   45.7",
+        "train   30/1000 | loss 0.6931 | rate 4.21e-05 | norm 1.2500 | skipped      2 | epoch   0.33",
         "eval    20/1000 | loss 0.5000 | macro f1 0.7500 | rows  1,234",
         "best so far",
+        "eval    30/1000 | recall at 0 0.5000 | recall at 1 0.5000 | recall at 2 0.5000 | recall at 3 0.5000",
+        "                | recall at 4 0.5000 | recall at 5 0.5000 | recall at 6 0.5000 | recall at 7 0.5000",
     ]
+    assert max(map(len, lines)) <= 100
 
 
 def test_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxft import plots
 from jaxft.errors import UserError
 from jaxft.plots import Series, score_series, smoothed
 from jaxft.report import report_text, schedule_png, schedule_text, seeds_text, write_report, write_seeds
@@ -160,9 +161,42 @@ def test_without_a_log_there_are_no_curves(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["loss"] is None
 
 
-def test_smoothing_is_unbiased_and_passes_over_nan() -> None:
+def test_smoothing_neither_lags_nor_starts_elsewhere() -> None:
     flat = smoothed(Series("loss", range(100), [2.0] * 50 + [math.nan] + [2.0] * 49))
     assert flat.values == pytest.approx([2.0] * 100)
+    # A straight line stays one from its first point to its last.
+    fall = [3.0 - 0.01 * step for step in range(200)]
+    assert smoothed(Series("loss", range(200), fall)).values == pytest.approx(fall)
+    # Noise around it becomes less: over 21 points, to a fifth.
+    noise = np.random.default_rng(0).standard_normal(200)
+    found = np.asarray(smoothed(Series("loss", range(200), list(fall + noise))).values) - fall
+    assert np.std(found[20:-20]) < 0.35
+    assert [math.isnan(v) for v in smoothed(Series("loss", [1, 2], [math.nan, 1.0])).values] == [True, False]
+
+
+@pytest.mark.parametrize("values", [[0.9335], [0.93350, 0.93351], [5e-5, 5e-5], [0.5, 0.9], [0.0]])
+def test_axes_bear_plain_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: list[float]) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    log = [
+        {"step": 10 * (i + 1), "kind": kind, "loss": value, "learning_rate": value, "accuracy": value}
+        for i, value in enumerate(values)
+        for kind in ("train", "eval")
+    ]
+    plots.curves_png(tmp_path / "x.png", log)
+    (figure,) = figures
+    figure.canvas.draw()
+    for axes in figure.axes:
+        offset = axes.yaxis.get_major_formatter().get_offset()
+        assert "+" not in offset.replace("e+", "e")
+        low, high = axes.get_ylim()
+        assert low <= min(values) <= max(values) <= high
+        assert high - low >= 0.05 * max(values)
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert len(set(labels)) == len(labels)
+    text = plots.chart("eval", [], [Series("accuracy", range(len(values)), values)], 80, colour=False)
+    ticks = [line.split("┤")[0].strip() for line in text.splitlines() if "┤" in line]
+    assert len(set(ticks)) == len(ticks) > 0
 
 
 def test_equal_score_curves_are_drawn_once() -> None:

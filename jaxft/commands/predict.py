@@ -130,9 +130,11 @@ def _rows_of(reference: str, data: Any) -> Iterator[_Input]:
 def _answer(rows: Iterator[_Input], classify: Any, served: Any, options: argparse.Namespace, file: IO[str]) -> _Counts:
     """Writes the answers."""
     from jaxft.data.write import is_table, row_writer
+    from jaxft.files import is_unicode
     from jaxft.serving import chunks
 
-    counts, write, make = _Counts(), row_writer(options.out, file), _table_row if is_table(options.out) else _record
+    counts, make = _Counts(), _table_row if is_table(options.out) else _record
+    write = row_writer(options.out, file, ascii_only=not is_unicode(file))
     # Several batches at a time, so that texts of similar length can share one.
     for chunk in chunks(rows, 16 * options.batch_size):
         pairs = [row.texts[1] for row in chunk] if len(chunk[0].texts) == 2 else None

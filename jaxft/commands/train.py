@@ -13,15 +13,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jaxft import __version__
+from jaxft.commands.console import (
+    WIDTH,
+    first_in_environment,
+    lasting_output,
+    model_lines,
+    no_interrupt,
+    settings_lines,
+)
 from jaxft.commands.platform import set_up_jax
 from jaxft.commands.show_config import split_run_file
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
 
+MAIN_KEYS = {
+    "model.init": "weights to start from: a Hugging Face folder or hub id",
+    "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, tfds:NAME:SPLIT",
+    "data.eval": "held-out rows; without: a tenth of data.train",
+    "data.text": "column of the text; data.text_pair: of a second one",
+    "data.label": "column of the label",
+    "data.max_length": "tokens kept of a row",
+    "task.name": "what is learnt: a module of jaxft/tasks",
+    "train.out": "the run folder; an interrupted run goes on there",
+    "train.epochs": "passes over the rows; train.steps: steps instead",
+    "train.batch_size": "rows per step; train.accumulation: in so many parts",
+    "optim.learning_rate": "peak rate; optim.schedule: its course",
+    "eval.every": "steps between evaluations; without: once per epoch",
+    "eval.metric": "what the best checkpoint is the best by",
+    "model.lora.rank": "train thin adapters instead of all weights",
+    "mesh.fsdp": "devices that share parameters; mesh.data, mesh.tensor: other splits",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    table = "\n".join(f"  {key:<20} {meaning}" for key, meaning in MAIN_KEYS.items())
+    parser.epilog = f"the main keys (jaxft show-config prints all, with their defaults):\n{table}"
     parser.add_argument("run_file", nargs="?", help="YAML run file, for instance configs/runs/wordnet8_minilm.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=my.csv mesh.fsdp=8")
 
@@ -29,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Trains one run per seed."""
     path, overrides = split_run_file(options.run_file, options.overrides)
-    return _run(load_config(path, overrides))
+    config = load_config(path, overrides)
+    with lasting_output("train", f"the run goes on, its log is {Path(config.train.out) / 'log.jsonl'}"):
+        if first_in_environment():  # jax, whose import takes seconds, will say who really is
+            print(
+                f"jaxft {__version__}: train {path or '(no run file)'}", *settings_lines(config), sep="\n", flush=True
+            )
+        return _run(config)
 
 
 def _run(config: RunConfig) -> int:
@@ -40,9 +76,10 @@ def _run(config: RunConfig) -> int:
     times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
     with times.part("meeting"):
         processes.start(_note)
-    _note(to_yaml(config).rstrip("\n"))
     with processes.raise_together():
         ready = setup.prepare(config, _note, times)
+    for line in model_lines(ready):
+        _note(line)
     out = Path(config.train.out)
     folders = [_folder_of(config, seed) for seed in config.train.seeds] or [out]
     with _nothing_left(folders + [out]):
@@ -103,16 +140,20 @@ def _nothing_left(folders: list[Path]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not is_first():
-            raise
-        for folder in folders:
-            # A log means that training began: it, and what says how, are worth keeping.
-            if folder not in stated and not any(folder.rglob("log.jsonl")):
-                (folder / "config.yaml").unlink(missing_ok=True)
-                _remove_if_empty(folder / "checkpoints")
-        for folder in parents:
-            _remove_if_empty(folder)
+        if is_first():
+            with no_interrupt():
+                _remove_unused(folders, stated, parents)
         raise
+
+
+def _remove_unused(folders: list[Path], stated: set[Path], parents: list[Path]) -> None:
+    for folder in folders:
+        # A log means that training began: it, and what says how, are worth keeping.
+        if folder not in stated and not any(folder.rglob("log.jsonl")):
+            (folder / "config.yaml").unlink(missing_ok=True)
+            _remove_if_empty(folder / "checkpoints")
+    for folder in parents:
+        _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -151,7 +192,7 @@ def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
 
     log = read_log(out / "log.jsonl")
     print()
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
     print(report_text(result.metrics, ready.task.labels, log, width))
     written = write_report(out, result.metrics, ready.task.labels, log)
     peak = peak_bytes() / 2**30

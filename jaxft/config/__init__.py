@@ -6,7 +6,7 @@ command line are applied last. Decoding is strict: an unknown key or a value of 
 (:func:`to_yaml`), and is stored in the run folder and in every checkpoint.
 """
 
-from jaxft.config.decode import decode, flat, to_tree, to_yaml
+from jaxft.config.decode import decode, flat, to_tree, to_yaml, to_yaml_line
 from jaxft.config.read import load_config
 from jaxft.config.schema import (
     CheckpointConfig,
@@ -41,4 +41,5 @@ __all__ = [
     "load_config",
     "to_tree",
     "to_yaml",
+    "to_yaml_line",
 ]

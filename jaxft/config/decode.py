@@ -99,3 +99,9 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+01234
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; loading it gives the same configuration."""
     return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_yaml_line(value: Any) -> str:
+    """One value as YAML on one line, as it may be given on the command line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**30)
+    return text.removesuffix("\n").removesuffix("\n...")
