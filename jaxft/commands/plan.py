@@ -32,10 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llo", action="store_true", help="price machine code too (TPUs only; slower; prices kernels)")
     parser.add_argument("--analytic", action="store_true", help="formulas only, nothing compiled; needs no compiler")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
+    parser.epilog = (
+        "exit code: 0 the run fits, 3 it does not (the plan is printed all the same), 2 something to correct"
+    )
+
+
+DOES_NOT_FIT = 3
+"""Exit code: the plan is printed, and says that the run needs more memory than a chip has."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan; 0 also if the run would not fit: that is an answer."""
+    """Prints the plan; 0 if the run fits (or nothing is known of the memory), 3 if it does not."""
     from jaxft.plan.chips import parse_topology
 
     path, overrides = split_run_file(options.run_file, options.overrides)
@@ -109,7 +116,7 @@ def _run(options: argparse.Namespace, config: RunConfig, topology: Any, llo_fold
     if options.json:
         write_atomic(Path(options.json), json.dumps(plan_json(plan, advice, _versions()), indent=2) + "\n")
         print(f"\nwrote {options.json}")
-    return 0
+    return 0 if plan.memory.fits else DOES_NOT_FIT
 
 
 def _note(text: str) -> None:

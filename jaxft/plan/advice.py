@@ -8,7 +8,7 @@ from jaxft.plan.chips import Tpu
 from jaxft.plan.gpus import Gpu
 from jaxft.plan.measure import Plan
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 def advice_for(plan: Plan, config: RunConfig) -> list[str]:
@@ -17,7 +17,7 @@ def advice_for(plan: Plan, config: RunConfig) -> list[str]:
     found = []
     if not memory.fits:
         found += _to_fit(plan, config)
-    found += _of_weights(plan)
+    found += _of_weights(plan, config)
     if plan.topology.chip is not None:
         found += _of_waiting(plan)
     if plan.unpriced and isinstance(plan.topology.chip, Tpu):
@@ -69,15 +69,48 @@ def _to_fit(plan: Plan, config: RunConfig) -> list[str]:
     return found
 
 
-def _of_weights(plan: Plan) -> list[str]:
+_FEW_WAYS = 8
+"""Of fsdp, over which libtpu scatters gradients by its own means; over all chips of a slice of 16 it does so by chains of
+permutes, or sums them up whole (docs/planning.md)."""
+
+
+def _of_weights(plan: Plan, config: RunConfig) -> list[str]:
     """Gradients summed up whole on every chip, though each keeps a part only."""
-    if plan.source == "analytic" or plan.traffic.gradients_scattered == 0:
+    if plan.source == "analytic" or plan.topology.chip is None or plan.traffic.gradients_scattered == 0:
         return []
     expected = plan.traffic.gradients_reduced + plan.traffic.tensor_parallel
     found = sum(one.count * one.wire_bytes for one in plan.collectives if one.kind == "all-reduce")
     if found <= 1.5 * expected + 2**20:
         return []
-    return [
-        f"all-reduces send {found / 2**20:.0f} MiB where {expected / 2**20:.0f} would do: gradients of some weights are summed up "
-        f"whole on every chip; fewer ways of mesh.fsdp (8 for 16 chips), the rest to mesh.data"
-    ]
+    told = (
+        f"all-reduces send {found / _MIB:.0f} MiB where {expected / _MIB:.0f} would do: gradients of some weights are summed "
+        "up whole on every chip"
+    )
+    return [told + _instead(plan, config)]
+
+
+def _instead(plan: Plan, config: RunConfig) -> str:
+    """Another layout that would send less, if there is one; else why it is as it is."""
+    data, fsdp = plan.mesh.get("data", 1), plan.mesh.get("fsdp", 1)
+    if fsdp > _FEW_WAYS and fsdp % _FEW_WAYS == 0:
+        return f"; try mesh.fsdp={_FEW_WAYS} mesh.data={data * fsdp // _FEW_WAYS}"
+    sent, total = sum(one.count * one.wire_bytes for one in plan.collectives), plan.memory.total
+    reduced, needed = _without_fsdp(plan, config, fsdp)
+    fits = plan.memory.limit is None or needed <= plan.memory.limit
+    if fits and reduced < 0.9 * (sent - plan.traffic.tensor_parallel - plan.traffic.context_ring):
+        return (
+            f"; with mesh.fsdp=1 mesh.data={data * fsdp} all of them are, yet chips send {reduced / _MIB:.0f} MiB in all instead "
+            f"of {sent / _MIB:.0f}, for about {needed / _GIB:.2f} GiB instead of {total / _GIB:.2f}"
+        )
+    if isinstance(plan.topology.chip, Tpu):
+        return " (libtpu does so with those below 4 MiB, where that is faster)"
+    return ""
+
+
+def _without_fsdp(plan: Plan, config: RunConfig, fsdp: int) -> tuple[float, float]:
+    """(bytes that each chip would send for gradients, bytes that it would hold) with whole parameters on each chip."""
+    whole = plan.traffic.gradients_scattered * fsdp / (fsdp - 1) / config.train.accumulation
+    ways = plan.mesh.get("slices", 1) * plan.mesh.get("data", 1) * fsdp * plan.mesh.get("context", 1)
+    memory = plan.memory
+    split = memory.parameters + memory.optimizer + memory.average + memory.gradients
+    return 2 * (ways - 1) / ways * whole, memory.total + (fsdp - 1) * split * plan.split_percent / 100

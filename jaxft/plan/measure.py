@@ -24,6 +24,7 @@ from jaxft.plan.gpus import Gpu, target_config
 from jaxft.plan.textbook import Traffic, activation_bytes, traffic_of
 from jaxft.recipe import Recipe
 from jaxft.sharding import shard_bytes, whole_bytes
+from jaxft.threads import as_completed
 
 Note = Callable[[str], None]
 
@@ -37,9 +38,9 @@ class Memory:
     average: int
     batch: int
     gradients: int
-    """Estimate: those of all parameters at once. Part of ``temporaries``."""
+    """Estimate: those of all parameters at once."""
     activations: float
-    """Estimate: what the backward pass keeps. Part of ``temporaries``."""
+    """Estimate: what the backward pass keeps."""
     temporaries: float
     """Of the compiled program; where nothing was compiled, gradients and activations."""
     program: int
@@ -252,7 +253,8 @@ def _peaks(gpu: Gpu) -> Peaks:
 
 def _compile(lowered: Any, resident: float) -> Any:
     try:
-        return lowered.compile()
+        # In a thread, so that Ctrl-C need not wait for the compiler.
+        return next(as_completed(lambda program: program.compile(), [lowered], 1))[1]
     except jax.errors.JaxRuntimeError as error:
         # libtpu 0.0.52 tells the temporaries, earlier ones everything.
         found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))

@@ -46,32 +46,44 @@ def _head(plan: Plan) -> str:
     )
 
 
+_WORTH_A_ROW = 0.0005 * _GIB
+
+
 def _memory(plan: Plan) -> str:
+    """The parts of the total, one below the other; what formulas say of temporaries stands below it."""
     m, exact = plan.memory, plan.source == "compiled"
-    rows: list[tuple[str, float, str]] = [("parameters", m.parameters, "exact"), ("optimizer", m.optimizer, "exact")]
+    parts: list[tuple[str, float, str]] = [("parameters", m.parameters, "exact"), ("optimizer", m.optimizer, "exact")]
     if m.average:
-        rows.append(("average", m.average, "exact"))
-    rows.append(("batch", m.batch, "exact"))
-    rows.append(
-        ("temporaries", m.temporaries, "of the compiled program, among them" if exact else "estimate, of these")
-    )
-    rows.append(("  gradients", m.gradients, "estimate: all at once"))
-    rows.append(("  activations", m.activations, "estimate: kept for the backward pass"))
+        parts.append(("average", m.average, "exact"))
+    parts.append(("batch", m.batch, "exact"))
+    formulas = [
+        ("gradients", float(m.gradients), "by formula: all at once"),
+        ("activations", m.activations, "by formula: kept for the backward pass"),
+    ]
+    if exact:
+        parts.append(("temporaries", m.temporaries, "of the compiled program"))
+    elif m.total == sum(size for _, size, _ in [*parts, *formulas]):
+        parts += formulas
+    else:  # the compiler refused the program, and gave its total alone
+        parts.append(("temporaries", m.total - sum(size for _, size, _ in parts), "what the compiler needs besides"))
     if m.program:
-        rows.append(("program", m.program, "its code"))
+        parts.append(("program", m.program, "its code"))
+    other = m.total - sum(size for _, size, _ in parts)
+    if abs(other) >= _WORTH_A_ROW:
+        parts.append(("other", other, "padding of arrays, outputs; less what the program does not read"))
     verdict = "" if m.limit is None else f"of {m.limit / _GIB:.2f} GiB: {'fits' if m.fits else 'DOES NOT FIT'}"
     if m.limit is not None and isinstance(plan.topology.chip, Gpu):
         verdict += f" ({100 * m.limit / plan.topology.chip.hbm_bytes:.0f} % of the GPU: {MEMORY_SHARE})"
-    rows.append(("total", m.total, verdict))
-    return _table(("memory per chip", "GiB", ""), [(name, f"{size / _GIB:.3f}", note) for name, size, note in rows])
+    parts.append(("total", m.total, verdict))
+    if formulas[0] not in parts:
+        # Not parts of the sum: a compiler frees some before it needs the rest.
+        parts += [(f"({name})", size, f"temporaries {note}") for name, size, note in formulas]
+    return _table(("memory per chip", "GiB", ""), [(name, f"{size / _GIB:.3f}", note) for name, size, note in parts])
 
 
 def _traffic(plan: Plan) -> str:
     if plan.source == "analytic":
-        rows = [
-            (name.replace("_", " "), f"{size / _MIB:.1f}", "formula") for name, size in plan.traffic.__dict__.items()
-        ]
-        return _table(("sent per chip and step", "MiB", ""), [row for row in rows if row[1] != "0.0"])
+        return _textbook(plan)
     lines = [
         (
             one.kind,
@@ -86,6 +98,33 @@ def _traffic(plan: Plan) -> str:
     wire = sum(one.count * one.wire_bytes for one in plan.collectives) / _MIB
     lines.append(("total", "", "", "", f"{wire:.1f}", f"textbook {plan.traffic.total / _MIB:.1f}"))
     return _table(("exchanges per step", "count", "chips", "MiB", "MiB sent per chip", "overlapped"), lines)
+
+
+def _textbook(plan: Plan) -> str:
+    """The exchanges that formulas give: what for, of which kind, over which axes of the mesh."""
+    causes = {
+        "weights_gathered": ("all-gather", ("fsdp",)),
+        "gradients_scattered": ("reduce-scatter", ("fsdp",)),
+        "gradients_reduced": ("all-reduce", ("slices", "data", "context")),
+        "tensor_parallel": ("all-reduce", ("tensor",)),
+        "context_ring": ("collective-permute", ("context",)),
+    }
+    lines = []
+    for name, size in plan.traffic.__dict__.items():
+        kind, axes = causes[name]
+        # Where nothing but fsdp splits the batch: those few gradients that it does not split.
+        used = [axis for axis in axes if axis in plan.mesh] or [axis for axis in ("fsdp",) if axis in plan.mesh]
+        over = " x ".join(f"{axis} {plan.mesh[axis]}" for axis in used)
+        if size:
+            lines.append((name.replace("_", " "), kind, over, _mib(size)))
+    if not lines:
+        return "exchanges per step, by formula: none; every chip works for itself"
+    lines.append(("total", "", "", _mib(plan.traffic.total)))
+    return _table(("exchanges per step, by formula", "kind", "over", "MiB sent per chip"), lines)
+
+
+def _mib(size: float) -> str:
+    return f"{size / _MIB:.1f}" if size >= 0.05 * _MIB else f"{size / _MIB:.2g}"
 
 
 @dataclass(frozen=True)
