@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "time attention backends on this machine",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
     "show-config": "check a run file and print its resolved configuration",
+    "completion": "print a script that completes commands, options and keys in bash or zsh",
 }
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxft import lora, tasks
+from jaxft import lora, models, tasks
 from jaxft.config import RunConfig
 from jaxft.data.encode import Split, encode_rows, hold_out, read_rows
 from jaxft.data.labels import (
@@ -30,10 +33,11 @@ from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.initial import init_params
+from jaxft.optim import make_schedule
 from jaxft.pretrained import load_params
 from jaxft.recipe import Recipe, make_recipe, open_start
-from jaxft.sharding import AxisRules, make_mesh, make_rules, ways
-from jaxft.source import Note, Source, resolve_folder
+from jaxft.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
+from jaxft.source import Note, Source, make_config, resolve_folder
 
 
 @dataclass
@@ -105,10 +109,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     check_batch_shapes(config, mesh, rules)
     task_module = tasks.task(config.task.name)
     labelled = task_module.LABELLED
-    if labelled and config.data.long_texts == "split":
-        raise UserError(f"data.long_texts=split: rows of task {config.task.name} have one label each; use truncate")
-    if labelled and config.data.packing != "none":
-        raise UserError(f"data.packing: rows of task {config.task.name} have one label each; use none")
+    _check_rows(config, labelled)
     with times.part("weights"):
         source = open_start(config, note)
         tokenizer = _tokenizer(config, source)
@@ -152,6 +153,38 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         total_steps=total,
         eval_every=config.eval.every or _steps_per_epoch(config, len(train)),
     )
+
+
+def check_config(config: RunConfig) -> None:
+    """The checks of :func:`prepare` that need neither data nor weights nor devices.
+
+    Raises:
+      UserError: the run could not start, whatever the data.
+    """
+    # One device where the mesh takes all that remain: what does not divide then never will.
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("slices", "data", "fsdp", "tensor", "context")}
+    mesh = make_abstract_mesh(config.mesh, math.prod(size for size in sizes.values() if size != -1))
+    check_batch_shapes(config, mesh, make_rules(config.mesh))
+    module = tasks.task(config.task.name)
+    _check_rows(config, module.LABELLED)
+    labels = (declared_labels(config.data.labels)[0] or ("0", "1")) if module.LABELLED else ()
+    # Weights are given by the names of labels, which are not known yet.
+    options = dataclasses.replace(config.task, class_weights="none") if module.LABELLED else config.task
+    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=30522, end_id=2)
+    tasks.metric_of(module.make_task(options, labels, (1,) * len(labels), tokenizer), config.eval.metric)
+    if config.model.family is not None:
+        family = models.family(config.model.family)
+        if config.model.init is None:
+            make_config(family, config.model.arch)
+    if config.train.steps is not None:
+        make_schedule(config.optim, config.train.steps)
+
+
+def _check_rows(config: RunConfig, labelled: bool) -> None:
+    if labelled and config.data.long_texts == "split":
+        raise UserError(f"data.long_texts=split: rows of task {config.task.name} have one label each; use truncate")
+    if labelled and config.data.packing != "none":
+        raise UserError(f"data.packing: rows of task {config.task.name} have one label each; use none")
 
 
 def _steps_per_epoch(config: RunConfig, rows: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxft.commands.platform import look_for_no_tpu
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 
@@ -20,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the configuration, and the schedule if asked."""
+    """Prints the configuration, and the schedule if asked; refuses what ``jaxft train`` would, as far as that needs no data."""
     path, overrides = split_run_file(options.run_file, options.overrides)
     config = load_config(path, overrides)
+    look_for_no_tpu()
+    from jaxft.setup import check_config  # imports jax
+
+    check_config(config)
     steps = _steps_to_plot(options, config) if options.plot_schedule else 0
     print(to_yaml(config), end="")
     if options.plot_schedule:
