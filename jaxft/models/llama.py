@@ -73,8 +73,8 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings", "key_heads"):
-            if getattr(self, name) < 1:
+        for name in (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")

@@ -531,7 +531,7 @@ def _configs() -> Iterable[Case]:
     for key, values in absurd.items():
         for value in values:
             # Labels as transformers reads them: they must fit the classifier, or only their names are wrong.
-            against = TRUE if key in ("num_labels", "id2label", "architectures", "model_type") else FOLDER
+            against = TRUE if key in ("num_labels", "id2label", "architectures", "model_type", "is_decoder") else FOLDER
             drop = ("id2label", "label2id") if key == "num_labels" else ()
             yield case(
                 f"bert-classes/{key}={value!r}", "absurd value", "bert-classes", config={key: value}, drop=drop,
