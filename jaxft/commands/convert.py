@@ -6,6 +6,7 @@ import argparse
 import re
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -226,7 +227,7 @@ def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -
 def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
     from jaxft import checkpoint
     from jaxft.config import RunConfig, to_tree
-    from jaxft.data.tokenizer import TOKENIZER_FILES
+    from jaxft.data.tokenizer_files import copy_files
 
     meta = {
         "config": to_tree(RunConfig()),
@@ -238,9 +239,13 @@ def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
         # Inside the checkpoint, which may be moved or sent.
         "tokenizer": "tokenizer",
     }
-    there = {name: got.tokenizer_folder / name for name in TOKENIZER_FILES}
-    files = {f"tokenizer/{name}": path for name, path in there.items() if path.is_file()}
-    checkpoint.save_params(target, _rounded(got.params, dtype), meta, files)
+    with TemporaryDirectory() as folder:
+        if got.tokenizer is None:
+            copy_files(got.tokenizer_folder, Path(folder))
+        else:
+            got.tokenizer.save(Path(folder))
+        files = {f"tokenizer/{path.name}": path for path in sorted(Path(folder).iterdir())}
+        checkpoint.save_params(target, _rounded(got.params, dtype), meta, files)
 
 
 def _rounded(params: Any, dtype: str | None) -> Any:

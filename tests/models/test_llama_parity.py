@@ -187,7 +187,7 @@ def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp
     close(rope.frequencies(BASE.head_size), theirs.inv_freq, spelling)
     # An export must not keep an old spelling, which the reference would believe over what we write.
     written = pretrained._exported_config(
-        stated, llama, llama.Model(dataclasses.replace(BASE, rope=rope)), None, "float32"
+        stated, llama, llama.Model(dataclasses.replace(BASE, rope=rope)), None, None, "float32"
     )
     assert not set(llama.SUPERSEDED) & set(written)
     again = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(written))
