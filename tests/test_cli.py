@@ -261,3 +261,29 @@ def test_a_reader_that_goes_away_is_no_drama(home: Path, tmp_path: Path) -> None
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 1
+
+
+def test_class_folders_and_shards_train(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    for i, (text, label) in enumerate(rows(24)):
+        (tmp_path / "folder" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / label / f"{i}.txt").write_text(f"{text}\n")
+    write_csv(tmp_path / "part-1.csv", rows(8, seed=1))
+    (tmp_path / "part-2.csv").write_text(
+        "label;text\n" + "".join(f"{label};{text}\n" for text, label in rows(8, seed=2))
+    )
+    code, out, err = run(
+        capsys,
+        *(
+            "train",
+            *USUAL,
+            f"model.init={home}/base",
+            f"data.train={tmp_path}/folder",
+            f"data.eval={tmp_path}/part-*.csv",
+        ),
+        *("train.steps=2", "train.export=false", f"train.out={tmp_path}/run #1"),
+    )
+    assert (code, err) == (0, "")
+    assert "train: 24 rows" in out
+    assert "eval: 16 rows" in out
+    assert f"{tmp_path}/part-2.csv: cells are separated by semicolons" in out
+    assert (tmp_path / "run #1/metrics.json").exists()

@@ -165,3 +165,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_defaults_need_no_file() -> None:
     assert load_config(None) == RunConfig()
+
+
+def test_your_own_table_has_run_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    classifier = load_config("configs/runs/my_classifier.yaml", ["data.train=my.csv"])
+    assert (classifier.data.eval, classifier.data.buckets, classifier.data.labels) == (None, None, None)
+    assert classifier.data.max_length >= 512  # cuts no more than the model must
+    language = load_config("configs/runs/my_language_model.yaml", ["data.train=my.txt"])
+    assert (language.task.name, language.data.long_texts, language.data.buckets) == ("masked_lm", "split", None)

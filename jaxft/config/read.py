@@ -10,7 +10,7 @@ from typing import Any
 from jaxft.config.decode import decode
 from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
-from jaxft.config.scalars import Scalar, parse_yaml, value_kind
+from jaxft.config.scalars import Scalar, parse_yaml, settle, value_kind
 from jaxft.config.schema import RunConfig
 from jaxft.config.stored import GONE, without_gone
 from jaxft.config.typed import typed
@@ -51,7 +51,7 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
 
 def stored_tree(path: Path) -> dict[str, Any]:
     """The plain tree of a configuration that a run wrote, with the keys that are gone since."""
-    return _read_tree(path)
+    return settle(RunConfig, _read_tree(path), "")
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
