@@ -183,7 +183,7 @@ def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
     if (folder / "dataset_info.json").is_file():
         refuse_foreign_features(folder / "features.json", reference)
         return tfds.builder_from_directory(folder)
-    if folder.is_absolute() or name.startswith((".", "~")) or folder.is_dir():
+    if folder.is_absolute() or name.startswith((".", "~")):
         raise UserError(
             f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json){_inner(folder)}"
         )
@@ -228,9 +228,9 @@ def _registered_builder(tfds: ModuleType, name: str, reference: str) -> Any:
         known = tfds.list_builders(with_community_datasets=False)
         hint = nearest(re.split("[/:]", name)[0], known)
         hint = hint if hint.startswith("did you mean") else "tfds.list_builders() lists the names"
-        raise UserError(f"{reference}: TFDS has no data set {name!r}: {hint}") from error
+        raise UserError(f"{reference}: TFDS has no data set {name!r}: {hint}{_inner(Path(name))}") from error
     except (ValueError, AssertionError, ImportError) as error:  # unknown config, unknown version, missing package
-        raise UserError(f"{reference}: {_first_line(error)}") from error
+        raise UserError(f"{reference}: {_first_line(error)}{_inner(Path(name))}") from error
 
 
 def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:

@@ -136,6 +136,12 @@ def test_tfds_messages(tiny_tfds: Path) -> None:
     assert "cannot be loaded at version 9.0.0" in _fails("tfds:imdb_reviews:9.0.0:train")
 
 
+def test_tfds_folder_without_its_version(tiny_tfds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_tfds.parent.parent)
+    for name in ("tiny", "./tiny"):
+        assert "did you mean tfds:tiny/1.0.0:SPLIT?" in _fails(f"tfds:{name}:train")
+
+
 def test_tfds_prepared_for_tensorflow(tiny_tfds: Path, tmp_path: Path) -> None:
     for file in tiny_tfds.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"array_record", b"tfrecord"))
