@@ -112,11 +112,6 @@ class Source:
     wrapper: str = ""
     """A prefix of all tensor names that is none of the family's (``module.``, say)."""
 
-    @property
-    def problem(self) -> str:
-        """What the classification head is for; see :func:`problem_of`."""
-        return problem_of(self.hf_config, getattr(self.stored, "num_labels", None))
-
     def stored_head(self) -> str | None:
         """The head its weights have.
 
