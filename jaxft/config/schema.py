@@ -13,7 +13,7 @@ class TaskConfig:
     """What is learnt."""
 
     name: str = "classification"
-    """A module of ``jaxft.tasks``."""
+    """A module of ``jaxft.tasks``, or the dotted name of one of your own (docs/add_a_task.md)."""
     label_smoothing: float = 0.0
     """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
@@ -44,7 +44,7 @@ class ModelConfig:
     """Weights to start from: a folder in Hugging Face layout, ``pkg:PACKAGE/FOLDER`` inside an installed Python package,
     or a hub id ``ORG/NAME``. None: random weights for ``family`` and ``arch``."""
     family: str | None = None
-    """A module of ``jaxft.models``. None: read from the config.json of ``init``."""
+    """A module of ``jaxft.models``, or the dotted name of one of your own. None: read from the config.json of ``init``."""
     arch: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's Config: the whole architecture without ``init``, changes to it with ``init``
     (for instance dropout rates)."""
