@@ -8,10 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from jaxft.bench.workers import Worker
+from jaxft.errors import UserError
 
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
 HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
@@ -107,18 +111,38 @@ def test_a_stage_that_dies_keeps_what_it_had_found(accelerator: Any, tmp_path: P
 
 
 def test_a_stage_that_hangs_is_ended_with_its_children(accelerator: Any, tmp_path: Path) -> None:
-    script = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "open(sys.argv[2], 'w').write(str(child.pid))\n"
-        "time.sleep(600)\n"
-    )
-    made = accelerator.run_stage(
-        _stage(accelerator, script, limit=5.0), tmp_path / "r.json", tmp_path / "log", dict(os.environ)
-    )
+    shell = ("sh", "-c", 'sleep 600 & echo $! > "$2"; wait', "sh")
+    stage = accelerator.Stage("tried", shell, 5.0)
+    made = accelerator.run_stage(stage, tmp_path / "r.json", tmp_path / "log", dict(os.environ))
     assert made["state"] == "out of time (5 s)"
     state = Path(f"/proc/{made['found']}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    for _ in range(100):  # a killed process is there until its parent has taken note
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the child lives on")
+
+
+def test_contenders_have_three_quarters_of_their_stages_time(accelerator: Any, tmp_path: Path) -> None:
+    script = "import sys; open(sys.argv[-1], 'w').write(sys.argv[1])"
+    stage = accelerator.Stage("tried", (sys.executable, "-c", script, accelerator.READY), 400.0)
+    made = accelerator.run_stage(stage, tmp_path / "r.json", tmp_path / "log", dict(os.environ), limit=80.0)
+    assert made["found"] == 60
+
+
+def test_nothing_is_started_when_the_time_is_up(accelerator: Any, tmp_path: Path) -> None:
+    run = accelerator.Run(tmp_path, tmp_path, dict(os.environ), until=0.0, rehearsal=True)
+    run.all([_stage(accelerator, "raise SystemExit(1)")])
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["stages"] == {"tried": {"state": "not started: the time was up"}}
+
+
+def test_a_worker_that_does_not_answer_is_ended() -> None:
+    worker = Worker("slow", [sys.executable, "-c", "import time; time.sleep(600)"])
+    with pytest.raises(UserError, match="slow: no answer in time"):
+        worker.read(0.2)
+    worker.close()
 
 
 def test_the_table_of_a_run_that_found_nothing(accelerator: Any) -> None:
