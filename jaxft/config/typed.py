@@ -34,13 +34,13 @@ def typed(kind: Any, text: str, key: str) -> Any:
         raise UserError(f"{key}= is empty: write {none}{quoted} (is a variable of the shell unset?)")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{key}={text!a}: is not valid UTF-8; correct it")
-    inner = item_kind(kind)
-    if inner is not None and takes_text(inner):
+    inner, mapping = item_kind(kind), value_kind(kind) is not None and text.startswith("{")
+    if inner is not None and takes_text(inner) and not mapping:
         if text.startswith("[") and text.endswith("]"):
             return [_text(inner, item, f"{key}={text}") for item in _items(text[1:-1], f"{key}={text}")]
         if not takes_text(kind) and not (text == "null" and takes_none(kind)):
             raise UserError(f"{key}={text}: takes a list; write {key}=[{text}]")
-    if takes_text(kind) and not (value_kind(kind) is not None and text.startswith("{")):
+    if takes_text(kind) and not mapping:
         return _text(kind, text, key)
     _refuse_losses(text, key)
     return parse_yaml(text, f"{key}={text}")
