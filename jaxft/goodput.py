@@ -19,6 +19,10 @@ from jaxft.recipe import Recipe
 from jaxft.setup import Times
 
 
+_WIDTH = 100
+"""Columns of the summary line."""
+
+
 class Goodput:
     """Seconds by cause, from the start of the program to the end of a run; what no cause claims was spent in steps.
 
@@ -50,9 +54,13 @@ class Goodput:
         write_atomic(
             out / "goodput.json", json.dumps({"seconds": causes, "goodput": causes["steps"] / total}, indent=2) + "\n"
         )
-        shares = sorted(((seconds / total, name) for name, seconds in causes.items()), reverse=True)
-        parts = ", ".join(f"{name} {100 * share:.0f} %" for share, name in shares[:7] if share >= 0.01)
-        return f"goodput {100 * causes['steps'] / total:.0f} % of {total:.1f} s: {parts}"
+        line = f"goodput {100 * causes['steps'] / total:.0f} % of {total:.1f} s:"
+        for seconds, name in sorted(((seconds, name) for name, seconds in causes.items()), reverse=True):
+            part = f" {name} {100 * seconds / total:.0f} %,"
+            # The small ones that the console has no room for are in goodput.json.
+            if seconds >= 0.005 * total and len(line + part) <= _WIDTH:
+                line += part
+        return line.rstrip(",")
 
 
 class Profile:

@@ -467,7 +467,9 @@ def _steps(ready: Ready, steps: int) -> dict[str, Any]:
 
 
 def test_a_run_cannot_become_shorter_than_it_is(ready: Ready, whole: tuple[Run, Path]) -> None:
-    message = r"has done 30 steps, it cannot end at 20; set train\.steps=30 or more with it"
+    message = (
+        r"has done 30 steps, it cannot end at 20; set train\.steps=30 or more \(or train\.epochs\) to go on with it"
+    )
     with pytest.raises(UserError, match=message):
         fit(ready.but(train={"steps": 20}), whole[1])
 
