@@ -57,6 +57,7 @@ class Loaded:
             self.model,
             params,
             tokenizer=self.tokenizer,
+            tokenizer_folder=self.source.folder,
             source_folder=self.source.folder,
             note=lambda text: None,
             labels=self.labels if labels is None else tuple(labels),

@@ -40,7 +40,7 @@ def test_a_module_that_has_everything_is_taken(package: Path) -> None:
         (
             "from jaxft.tasks import classification\nLABELLED = END_TOKEN = True\nmake_task = classification.make_task\n"
             "class Task:\n head = 'classification'\n",
-            "lacks Task.prepare, Task.weight_of, Task.sums",
+            "lacks Task.prepare, Task.weight_of, Task.learnable, Task.sums",
         ),
         ("import no_such_package", "cannot be imported: No module named 'no_such_package'"),
         ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero (task.py:1)"),

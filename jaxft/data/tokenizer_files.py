@@ -69,8 +69,8 @@ class Files:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has files that a tokenizer may consist of."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Whether a folder has a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def read_files(folder: Path, model_type: str | None = None) -> Files:

@@ -24,7 +24,7 @@ from jaxft.config.outside import outside_module
 from jaxft.errors import UserError
 
 _NEEDED = (
-    *("Config", "Model", "HEADS", "TINY", "Model.INPUTS", "Model.CAUSAL"),
+    *("Config", "Model", "HEADS", "READ_AS", "SUPERSEDED", "TINY", "Model.INPUTS", "Model.CAUSAL"),
     *("config_from_hf", "config_to_hf", "config_of_weights", "head_of", "hf_layout"),
 )
 

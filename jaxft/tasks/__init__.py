@@ -31,7 +31,7 @@ __all__ = ["collected", "is_better", "metric_of", "task", "task_of_head", "tasks
 
 _NEEDED = (
     *("LABELLED", "END_TOKEN", "make_task", "Task"),
-    *(f"Task.{name}" for name in ("head", "prepare", "weight_of", "sums", "metrics", "metric_names")),
+    *(f"Task.{name}" for name in ("head", "prepare", "weight_of", "learnable", "sums", "outputs", "metrics", "score")),
 )
 
 
