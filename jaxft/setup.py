@@ -56,8 +56,8 @@ class Times:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def text(self) -> str:
-        """All parts and their sum on one line."""
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        """The parts that took time, and the sum of all, on one line."""
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items() if seconds >= 0.05)
         return f"{sum(self.seconds.values()):.1f} s ({parts})"
 
 
