@@ -19,12 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec, allowed_between
-from jaxft.attention.scores import Call, dropped, exp_where, masked
+from jaxft.attention.scores import Call, dropped, exp_where, masked, weights_again
 from jaxft.layers import dot, recomputed_from
+from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
 
@@ -133,15 +135,15 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     chunks = _chunks(call, q, k, block)
     parts = (chunks.cut(q), chunks.cut(k), chunks.cut(v), chunks.cut_rows(mask), chunks.cut_drop(drop))
-    out, normaliser = lax.map(lambda x: _forward_chunk(call, block, drop, *x), parts)
-    out, normaliser = chunks.joined(out), chunks.joined(normaliser)
-    return out, (q, k, v, mask, drop, out, normaliser)
+    results = lax.map(lambda x: _forward_chunk(call, block, drop, *x), parts)
+    out, top, log_total = (chunks.joined(x) for x in results)
+    return out, (q, k, v, mask, drop, out, top, log_total)
 
 
 def _forward_chunk(
     call: Call, block: int, drop: Dropout | None, q: Array, k: Array, v: Array, mask: MaskSpec, rows: Array | None
-) -> tuple[Array, Array]:
-    """(out [R, J, G, S, H], log of the normaliser [R, J, G, S]) of a chunk."""
+) -> tuple[Array, ...]:
+    """(out [R, J, G, S, H], largest logit [R, J, G, S], log of the sum of exp beside it) of a chunk."""
     drop = _of_rows(drop, rows)
     k, v = k[:, :, 0], v[:, :, 0]
     outs = []
@@ -149,11 +151,11 @@ def _forward_chunk(
         seen = slice(band.other_first, band.other_end)
         keys, values, key_mask = k[:, :, seen], v[:, :, seen], _stretch(mask, seen.start, seen.stop - seen.start)
 
-        def queries(first: Array | int, keys=keys, values=values, key_mask=key_mask, seen=seen) -> tuple[Array, Array]:
+        def queries(first: Array | int, keys=keys, values=values, key_mask=key_mask, seen=seen) -> tuple[Array, ...]:
             return _forward_block(call, drop, q, mask, first, block, keys, values, key_mask, seen.start)
 
         outs.append(_over_blocks(queries, band, block, axis=3))
-    return _bands_joined([one[0] for one in outs], 3), _bands_joined([one[1] for one in outs], 3)
+    return tuple(_bands_joined(list(parts), 3) for parts in zip(*outs, strict=True))
 
 
 def _forward_block(
@@ -167,7 +169,7 @@ def _forward_block(
     values: Array,
     key_mask: MaskSpec,
     first_key: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     count = keys.shape[2]
     place, key_place = first + jnp.arange(block), first_key + jnp.arange(count)
     allowed = allowed_between(_stretch(mask, first, block), key_mask, place, key_place)
@@ -184,17 +186,18 @@ def _forward_block(
     kept = None if drop is None else drop.kept(place, first_key, count)
     out = dot("rjst,rjth->rjsh", dropped(weights, drop, kept).reshape(*flat, count), values, call.compute)
     out = (out.reshape(here.shape) / total).astype(call.compute.activation_dtype)
-    return out, (top + jnp.log(total))[..., 0]
+    return out, top[..., 0], jnp.log(total)[..., 0]
 
 
 def _backward(call: Call, block: int, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    q, k, v, mask, drop, out, normaliser = saved
+    q, k, v, mask, drop, out, top, log_total = saved
     (q, k), g = recomputed_from((q, k), g)
+    top = _reachable(call, top, q, k)
     # sum_t weights * dweights, without an S x T array
     mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1)
     chunks = _chunks(call, q, k, block)
     parts = (
-        *(chunks.cut(x) for x in (q, k, v, g, normaliser, mean)),
+        *(chunks.cut(x) for x in (q, k, v, g, top, log_total, mean)),
         chunks.cut_rows(mask),
         chunks.cut_drop(drop),
     )
@@ -203,7 +206,23 @@ def _backward(call: Call, block: int, saved: tuple[Any, ...], g: Array) -> tuple
     return dq, dk, dv, None, None
 
 
-_blockwise.defvjp(_forward, _backward)
+_blockwise.defvjp(usual_promotion(_forward), usual_promotion(_backward))
+
+
+def _reachable(call: Call, top: Array, q: Array, k: Array) -> Array:
+    """The largest logits [B, N, S], less what rounding may take from them where queries and keys are large.
+
+    The backward pass sums its products in another order: the logit that was the largest may come out lower, by some 2**-22 of the
+    lengths of its vectors. Where that is much for an exponent, it would lose its weight, often the only one of its row.
+    """
+    if call.soft_cap is not None:
+        return top
+
+    def lengths(x: Array) -> Array:
+        return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
+
+    keys = jnp.repeat(lengths(k).max(-1, keepdims=True), q.shape[1] // k.shape[1], axis=1)
+    return top - jnp.maximum(lengths(q) * keys * np.float32(call.scale * 2.0**-22) - np.float32(2.0**-8), 0.0)
 
 
 def _backward_chunk(
@@ -214,7 +233,8 @@ def _backward_chunk(
     k: Array,
     v: Array,
     g: Array,
-    normaliser: Array,
+    top: Array,
+    log_total: Array,
     mean: Array,
     mask: MaskSpec,
     rows: Array | None,
@@ -222,12 +242,12 @@ def _backward_chunk(
     """Gradients of a chunk: [R, J, G, S, H], [R, J, 1, S, H] twice."""
     drop = _of_rows(drop, rows)
     q, k, v = call.scaled(q), k[:, :, 0], v[:, :, 0]
-    dq = jnp.zeros((*q.shape[:3], q.shape[4], q.shape[3]), jnp.float32)  # [R, J, G, H, S]
+    shape, dq = (*q.shape[:3], q.shape[4], q.shape[3]), None  # [R, J, G, H, S]
     dkv = []
     for band in _bands(mask, q.shape[3], block, of_keys=True):
         seen = slice(band.other_first, band.other_end)
         query_mask = _stretch(mask, seen.start, seen.stop - seen.start)
-        cut = (q[:, :, :, seen], g[:, :, :, seen], normaliser[:, :, :, seen], mean[:, :, :, seen])
+        cut = tuple(x[:, :, :, seen] for x in (q, g, top, log_total, mean))
 
         def keys(first: Array | int, cut=cut, query_mask=query_mask, seen=seen) -> tuple[Array, Array, Array]:
             return _backward_block(call, drop, cut, query_mask, seen.start, k, v, mask, first, block)
@@ -235,18 +255,19 @@ def _backward_chunk(
         if band.end - band.first == block:
             part, *of_keys = keys(band.first)
         else:
-            start = jnp.zeros((*dq.shape[:4], seen.stop - seen.start), jnp.float32)
+            start = jnp.zeros((*shape[:4], seen.stop - seen.start), jnp.float32)
             part, of_keys = _summing_over_blocks(keys, start, band, block)
-        dq = part if part.shape == dq.shape else dq.at[..., seen].add(part)
+        dq = _added_at(dq, part, seen, shape)
         dkv.append(of_keys)
     dk, dv = _bands_joined([one[0] for one in dkv], 2), _bands_joined([one[1] for one in dkv], 2)
+    assert dq is not None  # there is a band
     return call.scaled(dq.swapaxes(3, 4)), dk[:, :, None], dv[:, :, None]
 
 
 def _backward_block(
     call: Call,
     drop: Dropout | None,
-    cut: tuple[Array, Array, Array, Array],
+    cut: tuple[Array, ...],
     query_mask: MaskSpec,
     first_query: int,
     k: Array,
@@ -256,7 +277,7 @@ def _backward_block(
     block: int,
 ) -> tuple[Array, Array, Array]:
     """(dq transposed [R, J, G, H, s], dk, dv [R, J, t, H]) of a block of keys. Logits are [R, J, t, G, s]."""
-    q, g, normaliser, mean = cut
+    q, g, top, log_total, mean = cut
     compute = call.compute
     r, j, groups, s, h = q.shape
     keys, values = (lax.dynamic_slice_in_dim(x, first, block, 2) for x in (k, v))
@@ -267,7 +288,7 @@ def _backward_block(
     flat_q, flat_g = (x.reshape(r, j, groups * s, h) for x in (q, g))
     wide, flat = (r, j, block, groups, s), (r, j, block, groups * s)
     capped = call.capped(dot("rjth,rjsh->rjts", keys, flat_q, compute)).reshape(wide)
-    weights = exp_where(allowed, masked(capped, allowed) - normaliser[:, :, None])
+    weights = weights_again(allowed, capped, top[:, :, None], log_total[:, :, None])
     kept = None
     if drop is not None:
         kept = drop.kept(place, first, block).transpose(0, 1, 4, 2, 3)
@@ -289,6 +310,13 @@ def _stretch(mask: MaskSpec, first: Array | int, count: int) -> MaskSpec:
 
 def _bands_joined(parts: list[Array], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def _added_at(total: Array | None, part: Array, seen: slice, shape: tuple[int, ...]) -> Array:
+    """``total``, or zeros of ``shape``, with ``part`` added where it was ``seen``. The first part of all needs no addition."""
+    if total is None:
+        return part if part.shape == shape else jnp.zeros(shape, part.dtype).at[..., seen].add(part)
+    return total.at[..., seen].add(part)
 
 
 def _over_blocks(function: Any, band: _Band, block: int, axis: int) -> tuple[Array, ...]:

@@ -13,8 +13,18 @@ import jax.numpy as jnp
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.scores import Call, dropped, exp_where, for_groups, grouped, masked
+from jaxft.attention.scores import (
+    Call,
+    dropped,
+    exp_where,
+    for_groups,
+    grouped,
+    highest,
+    masked,
+    weights_again,
+)
 from jaxft.layers import dot, recomputed_from
+from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
 
@@ -55,23 +65,23 @@ def _attend_fwd(
     bits = _kept(call, drop, k) if kept is None and drop is not None else kept
     logits = _capped(call, q, k)
     logits = masked(logits if bias is None else logits + bias, allowed)
-    top = logits.max(-1, keepdims=True)
+    top = highest(logits, bias is not None)
     weights = exp_where(allowed, logits - top)
     total = weights.sum(-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)  # a row that may see nothing
     out = dot("bnst,bnth->bnsh", dropped(weights / total, drop, bits), v, call.compute)
     out = out.astype(call.compute.activation_dtype)
-    return out, (q, k, v, mask, bias, drop, kept, out, top + jnp.log(total))
+    return out, (q, k, v, mask, bias, drop, kept, out, top, jnp.log(total))
 
 
 def _attend_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    q, k, v, mask, bias, drop, kept, out, normaliser = saved
+    q, k, v, mask, bias, drop, kept, out, top, log_total = saved
     (q, k, drop), g = recomputed_from((q, k, drop), g)
     bits = _kept(call, drop, k) if kept is None and drop is not None else kept
     compute = call.compute
     allowed = for_groups(mask.allowed(k.shape[2]), q.shape[2] // k.shape[2])
     capped = _capped(call, q, k)
-    weights = exp_where(allowed, masked(capped if bias is None else capped + bias, allowed) - normaliser)
+    weights = weights_again(allowed, capped if bias is None else capped + bias, top, log_total)
     dv = dot("bnst,bnsh->bnth", dropped(weights, drop, bits), g, compute)
     dweights = dropped(dot("bnsh,bnth->bnst", g, v, compute), drop, bits)
     # sum_t weights * dweights, without an S x T array
@@ -84,7 +94,7 @@ def _attend_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | N
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dbias, None, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(usual_promotion(_attend_fwd), usual_promotion(_attend_bwd))
 
 
 def _summed_to(grad: Array, like: Array) -> Array:

@@ -68,17 +68,16 @@ class Dropout:
 def make_dropout(
     key: Array, rate: float, batch: int, heads: int, length: int, bits: Literal["threefry", "hash"]
 ) -> Dropout:
-    """Of a whole batch of rows.
+    """The dropout of a whole batch of rows.
 
     Raises:
-      ValueError: the key is not one of jax's default kind, or rows are so long that places do not fit 32 bits.
+      ValueError: rows are so long that places do not fit 32 bits.
     """
     if length > 65536:
         raise ValueError(f"dropout of attention: rows of {length} tokens; at most 65536, for a place must fit 32 bits")
     data = jax.random.key_data(key)
-    if data.shape != (2,):
-        raise ValueError(f"dropout of attention needs a threefry key; this one holds {data.shape[-1]} words")
-    words = hash_words(key) if bits == "hash" else (data[0], data[1])
+    # Keys of other kinds (rbg) hold four words: hashed to two, they serve as a threefry key.
+    words = hash_words(key) if bits == "hash" or data.shape != (2,) else (data[0], data[1])
     rows = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
     return Dropout(words, rows, rate, length, bits)
 

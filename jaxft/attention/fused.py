@@ -7,7 +7,7 @@ What makes them fast:
   normalisers are one number per lane. In products with probabilities those are what the matrix unit holds, and only the H
   rows of the other operand stream through it: half the time of the usual order when H = 64. Projections give this layout at
   no cost (:mod:`jaxft.layers.heads`).
-* What may be seen is one addend per logit, made once for all heads of a row. So are the places that dropout hashes.
+* What may be seen is one bound per logit, made once for all heads of a row. So are the places that dropout hashes.
 * The logits of the next heads are asked for before the softmax of the last: matrix and vector units work at the same time.
 
 Bits of dropout are those of :mod:`jaxft.layers.bits`, made where they are used, in both directions. Prices of all sizes and
@@ -33,12 +33,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxft.attention.fused_blocks import LANES, Block, Dims, Sizes, Spec
 from jaxft.layers.bits import GOLDEN, mix
+from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
 
-_MASKED = np.float32(-1e30)
-_BLIND = np.float32(-5e29)  # a query whose largest logit is below this sees nothing
-_LOG2E, _LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2.0))
+_MASKED, _SEEN = np.finfo(np.float32).min, np.finfo(np.float32).max  # what logits are at most
+_LOG2E = np.float32(math.log2(math.e))
 _TOP_BIT = np.uint32(1 << 31)
 
 _AHEAD = 2**19  # logits that are asked for before they are needed
@@ -78,8 +78,8 @@ class _Step:
     first: Any
     ids: Any
     """[rows, 2, S], or None without segments."""
-    bias: Any
-    """[rows or 1, T, S]: 0 or -1e30; None if all may be seen."""
+    bound: Any
+    """[rows or 1, T, S]: what a logit is at most, the largest or the least float32; None if all may be seen."""
     places: Any
     """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
 
@@ -123,12 +123,12 @@ class _Step:
             for start in starts:
                 place = (lane + start) * self.spec.row_length + t
                 self.places[:, start : start + LANES] = lax.bitcast_convert_type(place, jnp.uint32) * GOLDEN
-        if self.bias is not None:
-            self.fill_bias(t - lane, starts)
+        if self.bound is not None:
+            self.fill_bound(t - lane, starts)
 
-    def fill_bias(self, ahead: Array, starts: range) -> None:
+    def fill_bound(self, ahead: Array, starts: range) -> None:
         """What may be seen; ``ahead`` [T, 128]: how many places a key is ahead of one of the first 128 queries."""
-        for row in range(self.bias.shape[0]):
+        for row in range(self.bound.shape[0]):
             ids = None if self.ids is None else self.ids[row]  # [2, S]
             keys = None if ids is None else jnp.broadcast_to(ids[1:2], ahead.shape[::-1]).T
             for start in starts:
@@ -136,7 +136,7 @@ class _Step:
                 if ids is not None:
                     allowed += [keys == ids[0:1, start : start + LANES], keys != 0]
                 seen = functools.reduce(jnp.logical_and, allowed)
-                self.bias[row, :, start : start + LANES] = jnp.where(seen, np.float32(0.0), _MASKED)
+                self.bound[row, :, start : start + LANES] = jnp.where(seen, _SEEN, _MASKED)
 
     def near(self, ahead: Array) -> list[Array]:
         """Conditions on how many places a key is ahead of a query."""
@@ -152,8 +152,9 @@ class _Step:
         else:
             cut = jnp.tanh(products * np.float32(self.spec.scale / cap))
             logits = cut * np.float32(cap * _LOG2E)
-        if self.bias is not None:
-            logits += self.bias[0 if self.ids is None else task.q[0], task.k[2], task.q[2]]
+        if self.bound is not None:
+            bound = self.bound[0 if self.ids is None else task.q[0], task.k[2], task.q[2]]
+            logits = jnp.minimum(logits, bound)
         return logits, cut
 
     def dropped(self, task: _Task, *arrays: Array) -> tuple[Array, ...]:
@@ -172,26 +173,40 @@ def _dot(x: Array, y: Array, *, over_last: bool = False) -> Array:
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(step: _Step, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+def _forward_kernel(step: _Step, q: Any, k: Any, v: Any, out: Any, top: Any, log_total: Any) -> None:
     def products(task: _Task) -> Array:
         return _dot(k[task.k].T, q[task.q])
 
     def softmax(task: _Task, ready: Array) -> None:
         logits, _ = step.exponents(task, ready)
-        top = logits.max(0, keepdims=True)
-        weights = jnp.exp2(logits - top)
+        most = logits.max(0, keepdims=True)
+        weights = jnp.exp2(logits - most)
         total = weights.sum(0, keepdims=True)
         (weights,) = step.dropped(task, weights)
         mixed = _dot(v[task.k], weights.astype(v.dtype))
-        sees = top > _BLIND
+        sees = most != _MASKED
         out[task.q] = (mixed * jnp.where(sees, step.spec.drop_scale / total, 0.0)).astype(out.dtype)
-        lse[task.q] = jnp.where(sees, (top + jnp.log2(total)) * _LN2, -_MASKED)
+        # Of a query that sees nothing, so that the backward pass finds no weight.
+        top[task.q] = jnp.where(sees, most, _SEEN)
+        # Not added up: float32 has no digits for the logarithm beside a large logit.
+        log_total[task.q] = jnp.log2(total)
 
     step.run(products, softmax)
 
 
 def _backward_kernel(
-    step: _Step, q: Any, k: Any, v: Any, out: Any, lse: Any, g: Any, dq: Any, dk: Any, dv: Any, sums: Any
+    step: _Step,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    top: Any,
+    log_total: Any,
+    g: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    sums: Any,
 ) -> None:
     drop_scale = step.spec.drop_scale  # of dweights: left out, and made up for in the results
     scale = np.float32(step.spec.scale) * drop_scale
@@ -204,7 +219,7 @@ def _backward_kernel(
         queries, grad = q[task.q], g[task.q]
         # sum_t weights * dweights
         mean = (out[task.q].astype(jnp.float32) * grad.astype(jnp.float32)).sum(0, keepdims=True) / drop_scale
-        weights = jnp.exp2(logits - lse[task.q] * _LOG2E)
+        weights = jnp.exp2(jnp.minimum(logits - top[task.q], np.float32(0.0)) - log_total[task.q])
         kept, dweights = step.dropped(task, weights, ready[1])
         dlogits = weights * (dweights - mean)
         if cut is not None:
@@ -241,7 +256,7 @@ def _call(
     grid = (b // sizes.rows, kv // sizes.heads)
     scratch: dict[str, Any] = {}
     if ids is not None or spec.causal or spec.window is not None:
-        scratch["bias"] = pltpu.VMEM((1 if ids is None else sizes.rows, s, s), jnp.float32)
+        scratch["bound"] = pltpu.VMEM((1 if ids is None else sizes.rows, s, s), jnp.float32)
     if drop:
         scratch["places"] = pltpu.VMEM((s, s), jnp.uint32)
     if kernel is _backward_kernel:
@@ -252,10 +267,10 @@ def _call(
         words_ref, ids_ref = next(given) if drop else None, None if ids is None else next(given)
         operands = [Block(next(given), h, s) for _ in (*arrays, *outs)]
         held = {name: next(given) for name in scratch}
-        bias, places = held.pop("bias", None), held.pop("places", None)
+        bound, places = held.pop("bound", None), held.pop("places", None)
         # Not inside the loop over heads: there, an interpreted kernel has no program_id.
         first = (pl.program_id(0) * sizes.rows * n) + pl.program_id(1) * (n // grid[1])
-        kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bias, places), *operands, *held.values())
+        kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bound, places), *operands, *held.values())
 
     def heads_of(x: Any) -> pl.BlockSpec:
         block = (x.shape[0] // grid[1], *x.shape[1:-1], sizes.rows * s)
@@ -287,34 +302,47 @@ def _unflat(x: Array, dims: Dims) -> Array:
     return x.reshape(-1, dims.size, dims.rows, dims.length).transpose(2, 0, 3, 1)
 
 
-def _fwd(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None) -> tuple[Array, Array]:
-    """Attention and its normaliser.
+def _fwd(
+    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None
+) -> tuple[Array, Array, Array]:
+    """Attention and its normaliser, in two parts.
 
     Args:
       q: [B, N, S, H]; S a multiple of 128. k, v: [B, K, S, H].
       ids: int32 [B, 2, S], of queries and of keys: equal ones may see each other; no one sees keys of 0. None: all.
       words: of dropout, uint32 [2, B, N], from :func:`jaxft.layers.bits.row_words`; not used at rate 0.
 
-    Returns: (out [B, N, S, H], log sum exp of the logits [N, 1, B S] float32). Of queries that see nothing: 0 and 1e30.
+    Returns: (out [B, N, S, H], the largest of a query's logits in base 2 [N, 1, B S] float32, log2 of the sum of exp2 beside
+      it). Of queries that see nothing: 0, and the largest float32.
     """
     (b, n, s, h), kv = q.shape, k.shape[1]
     if s % LANES or n % kv:
         raise ValueError(f"S={s}, N={n}, K={kv}: S must be a multiple of {LANES}, N one of K")
     dims = Dims(b, n, kv, s, h)
-    outs = [jax.ShapeDtypeStruct((n * h, b * s), q.dtype), jax.ShapeDtypeStruct((n, 1, b * s), jnp.float32)]
-    out, lse = _call(_forward_kernel, spec, dims, (_flat(q), _flat(k), _flat(v)), ids, words, outs)
-    return _unflat(out, dims), lse
+    number = jax.ShapeDtypeStruct((n, 1, b * s), jnp.float32)
+    outs = [jax.ShapeDtypeStruct((n * h, b * s), q.dtype), number, number]
+    out, top, log_total = _call(_forward_kernel, spec, dims, (_flat(q), _flat(k), _flat(v)), ids, words, outs)
+    return _unflat(out, dims), top, log_total
 
 
 def _bwd(
-    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None, out: Array, lse: Array, g: Array
+    spec: Spec,
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Array | None,
+    words: Array | None,
+    out: Array,
+    top: Array,
+    log_total: Array,
+    g: Array,
 ) -> tuple[Array, ...]:
     """Gradients of q, k and v, from what :func:`_fwd` took and gave and the gradient of ``out``."""
     (b, n, s, h), kv = q.shape, k.shape[1]
     dims = Dims(b, n, kv, s, h)
     flat = [_flat(x) for x in (q, k, v, out, g)]
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]]
-    arrays = (*flat[:4], lse, flat[4])
+    arrays = (*flat[:4], top, log_total, flat[4])
     return tuple(_unflat(x, dims) for x in _call(_backward_kernel, spec, dims, arrays, ids, words, outs))
 
 
@@ -325,13 +353,12 @@ def fused_attention(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None,
 
 
 def _attention_fwd(spec: Spec, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = _fwd(spec, *operands)
-    return out, (*operands, out, lse)
+    out, top, log_total = _fwd(spec, *operands)
+    return out, (*operands, out, top, log_total)
 
 
 def _attention_bwd(spec: Spec, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    q, k, v, ids, words, out, lse = saved
-    return (*_bwd(spec, q, k, v, ids, words, out, lse, g), None, None)
+    return (*_bwd(spec, *saved, g=g), None, None)
 
 
-fused_attention.defvjp(_attention_fwd, _attention_bwd)
+fused_attention.defvjp(usual_promotion(_attention_fwd), usual_promotion(_attention_bwd))

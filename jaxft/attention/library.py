@@ -25,24 +25,34 @@ Array = jax.Array
 
 def _arguments(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array | None) -> dict[str, Any]:
     """What both functions take: arrays [B, S, N, H] in the type of matmul operands, the mask as an array; of a plain causal
-    mask they are told instead: kernels then skip what none may see, and no array of that size exists."""
+    mask they are told instead: kernels then skip what none may see, and no array of that size exists. A bias takes the mask
+    in: theirs is a finite number, which a bias may be below. It stays float32: bfloat16 has no number for the least float32."""
     operand = call.compute.matmul_dtype
     q, k, v = (x.astype(operand).swapaxes(1, 2) for x in (q, k, v))
+    if bias is not None:
+        bias, _ = _seen_bias(bias, mask, q.shape[1])
+        return {"query": q, "key": k, "value": v, "bias": bias, "mask": None, "is_causal": False, "scale": call.scale}
     causal = mask.causal and mask.window is None
     allowed = (dataclasses.replace(mask, causal=False) if causal else mask).allowed(q.shape[1])
     if allowed is not None:  # broadcast here: kernels have failed on [B, 1, 1, T] (jax #28974)
         allowed = jnp.broadcast_to(allowed, (q.shape[0], 1, q.shape[1], k.shape[1]))
-    given = {
-        "bias": bias if bias is None else bias.astype(operand),
-        "mask": allowed,
-        "is_causal": causal,
-        "scale": call.scale,
-    }
-    return {"query": q, "key": k, "value": v, **given}
+    return {"query": q, "key": k, "value": v, "bias": None, "mask": allowed, "is_causal": causal, "scale": call.scale}
 
 
-def _finished(call: Call, out: Array, mask: MaskSpec) -> Array:
-    return nothing_where_blind(out.swapaxes(1, 2).astype(call.compute.activation_dtype), mask)
+def _seen_bias(bias: Array, mask: MaskSpec, length: int) -> tuple[Array, Array]:
+    """The bias, -inf where the mask hides a key, and [B or 1, N or 1, S, 1] whether a query sees any: others get zeros, of
+    which a softmax has a gradient."""
+    bias, allowed = bias.astype(jnp.float32), mask.allowed(length)
+    bias = bias if allowed is None else jnp.where(allowed, bias, -jnp.inf)
+    sees = (bias != -jnp.inf).any(-1, keepdims=True)
+    return jnp.where(sees, bias, 0.0), sees
+
+
+def _finished(call: Call, out: Array, mask: MaskSpec, bias: Array | None = None) -> Array:
+    out = out.swapaxes(1, 2).astype(call.compute.activation_dtype)
+    if bias is None:
+        return nothing_where_blind(out, mask)
+    return jnp.where(_seen_bias(bias, mask, out.shape[2])[1], out, jnp.zeros_like(out))
 
 
 def _no_dropout_no_cap(request: Request) -> str | None:
@@ -64,10 +74,9 @@ def jax_attention(
     given = _arguments(call, q, k, v, mask, bias)
     if (call.compute.platform or jax.default_backend()) == "cpu":
         # XLA's CPU backend (jaxlib 0.12) rounds sums of bf16 products to bf16 on the way. In float32 those products are exact.
-        wide = {name: given[name].astype(jnp.float32) for name in ("query", "key", "value")}
-        given |= wide | {"bias": None if bias is None else given["bias"].astype(jnp.float32)}
+        given |= {name: given[name].astype(jnp.float32) for name in ("query", "key", "value")}
     out = jax.nn.dot_product_attention(**given, implementation="xla")
-    return _finished(call, out, mask)
+    return _finished(call, out, mask, bias)
 
 
 def cudnn_refuses(request: Request) -> str | None:

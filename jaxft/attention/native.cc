@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -24,7 +25,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kKeys = 128;  // of a block, at most
-constexpr float kMasked = -1e30f;  // finite: no row, not even one that may see nothing, makes a nan
+constexpr float kMasked = std::numeric_limits<float>::lowest();  // finite: not even a row that may see nothing makes a nan
 
 template <class Operand>
 struct Call : Geometry {
@@ -47,7 +48,7 @@ void logits(const Block<Cols>& block, const typename Operand::Number* keys, cons
 
 template <class Operand, class Result, int Cols>
 void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64_t first, float* scratch,
-                   typename Result::Number* out, float* lse) {
+                   typename Result::Number* out, float* rows) {
   using B = Block<Cols>;
   const B block(call, batch, head, first);
   const int64_t size = call.size, tokens = std::min<int64_t>(kQueries, call.length - first);
@@ -71,12 +72,11 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
     for (int j = 0; j < Cols; ++j) highest[j] = most[j];
     for (int64_t i = 0; i < count; ++i)
       for (int j = 0; j < Cols; ++j) highest[j] = larger(highest[j], load(weights + i * kQueries + j * kLanes));
-    Vec shift[Cols], less[Cols], part[Cols];
+    Vec less[Cols], part[Cols];
     bool moved = false;
     for (int j = 0; j < Cols; ++j) {
       less[j] = exp2_of((most[j] - highest[j]) * c);
       for (int i = 0; i < kLanes; ++i) moved |= highest[j][i] != most[j][i];
-      shift[j] = highest[j] * c;
       most[j] = highest[j];
       part[j] = Vec{};
     }
@@ -85,8 +85,8 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
         Vec p[Operand::kPack]{};
         for (int64_t r = 0; r < Operand::kPack && i + r < count; ++r) {
           const Vec x = load(weights + (i + r) * kQueries + j * kLanes);
-          p[r] = exp2_of(x * c - shift[j]);
-          if (masked) p[r] = x < all(0.5f * kMasked) ? Vec{} : p[r];  // not where x is nan
+          p[r] = exp2_of((x - most[j]) * c);  // not x * c - most * c: the rounding of a large one is no small exponent
+          if (masked) p[r] = x == all(kMasked) ? Vec{} : p[r];
           part[j] += p[r];
           if (call.keep) p[r] = block.kept(t + i + r, j) ? p[r] * call.kept_scale() : Vec{};
         }
@@ -104,8 +104,10 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
   }
   for (int j = 0; j < Cols; ++j) {
     store(factor + j * kLanes, total[j] > Vec{} ? 1.0f / total[j] : Vec{});
-    for (int i = 0; i < kLanes && j * kLanes + i < tokens; ++i)
-      lse[of_query + j * kLanes + i] = total[j][i] > 0.0f ? most[j][i] * c + std::log2(total[j][i]) : 0.0f;
+    for (int i = 0; i < kLanes && j * kLanes + i < tokens; ++i) {
+      float* row = rows + 2 * (of_query + j * kLanes + i);
+      row[0] = most[j][i], row[1] = total[j][i] != 0.0f ? std::log2(total[j][i]) : 0.0f;
+    }
   }
   transpose_out<Result>(sums, factor, tokens, size, out + of_query * size);
 }
@@ -122,7 +124,7 @@ void with_columns(int64_t tokens, F&& f) {
 template <class Operand, class Result>
 struct Gradients {
   const typename Result::Number* out;
-  const float* lse;
+  const float* rows;  // of a query: its largest logit, still to be scaled, and log2 of the sum of exp2 beside it
   const typename Operand::Number* g;
   typename Result::Number *dq, *dk, *dv;
 };
@@ -135,11 +137,11 @@ struct Backward {
         panel(words<Operand>(call.size) * kQueries),
         sum_panel(call.size * kQueries),
         narrow(Operand::kPack > 1),
-        memory(blocks * (2 * panel + sum_panel + 2 * kQueries) + 2 * kKeys * kQueries +
+        memory(blocks * (2 * panel + sum_panel + 3 * kQueries) + 2 * kKeys * kQueries +
                narrow * (3 * blocks * sum_panel + 2 * call.length * call.size + kKeys * (kQueries + call.size))) {
     queries = memory.data, cotangents = queries + blocks * panel, sums = cotangents + blocks * panel;
-    mean = sums + blocks * sum_panel, lse = mean + blocks * kQueries;
-    weights = lse + blocks * kQueries, dlogits = weights + kKeys * kQueries;
+    mean = sums + blocks * sum_panel, top = mean + blocks * kQueries, log_total = top + blocks * kQueries;
+    weights = log_total + blocks * kQueries, dlogits = weights + kKeys * kQueries;
     if (!narrow) return;
     dlogit_words = dlogits + kKeys * kQueries, key_words = dlogit_words + kKeys * kQueries;
     query_words = key_words + kKeys * call.size, cotangent_words = query_words + blocks * sum_panel;
@@ -149,7 +151,7 @@ struct Backward {
   Memory memory;
   float *queries, *cotangents;  // blocks of [words of H][s]
   float* sums;                  // blocks of [H][s]
-  float *mean, *lse, *weights, *dlogits;
+  float *mean, *top, *log_total, *weights, *dlogits;
   // Only where numbers are narrower than words: words of numbers that lie in different rows, and sums in float32.
   float *dlogit_words, *key_words, *query_words, *cotangent_words, *dk, *dv;
 };
@@ -164,7 +166,8 @@ void backward_block(const Call<Operand>& call, Backward<Operand>& own, const Blo
   const int64_t size = call.size, width = words<Operand>(size), index = block.first / kQueries;
   const int64_t tokens = std::min<int64_t>(kQueries, call.length - block.first), of_rows = block.first / kPack * size;
   const float c = call.log_scale();
-  const float *lse = own.lse + index * kQueries, *mean = own.mean + index * kQueries;
+  const int64_t lane = index * kQueries;
+  const float *top = own.top + lane, *log_total = own.log_total + lane, *mean = own.mean + lane;
   float* right = kPack == 1 ? own.dlogits : own.dlogit_words;
   logits<Operand>(block, keys, own.queries + index * own.panel, t, count, masked, own.weights);
   product<Operand, Cols>(as_words<Operand>(values + t * size), width, 1, own.cotangents + index * own.panel, kQueries, own.dlogits,
@@ -175,8 +178,8 @@ void backward_block(const Call<Operand>& call, Backward<Operand>& own, const Blo
       for (int64_t r = 0; r < kPack && i + r < count; ++r) {
         float *w = own.weights + (i + r) * kQueries, *d = own.dlogits + (i + r) * kQueries;
         const Vec x = load(w + j * kLanes);
-        Vec p = exp2_of(x * c - load(lse + j * kLanes)), dp = load(d + j * kLanes);
-        if (masked) p = x < all(0.5f * kMasked) ? Vec{} : p;  // not where x is nan
+        Vec p = exp2_of((x - load(top + j * kLanes)) * c - load(log_total + j * kLanes)), dp = load(d + j * kLanes);
+        if (masked) p = x == all(kMasked) ? Vec{} : p;
         Vec kept = p;
         if (call.keep) {
           const Int stays = block.kept(t + i + r, j);
@@ -206,8 +209,10 @@ void backward_head(const Call<Operand>& call, const Gradients<Operand, Result>& 
     transpose_in(as_words<Operand>(cotangents + first * size), tokens, width, own.cotangents + index * own.panel);
     for (int64_t s = 0; s < kQueries; ++s) {
       float* at = own.mean + first + s;
-      *at = 0.0f, own.lse[first + s] = s < tokens ? grads.lse[row + first + s] : 0.0f;
+      *at = own.top[first + s] = own.log_total[first + s] = 0.0f;
       if (s >= tokens) continue;
+      const float* found = grads.rows + 2 * (row + first + s);
+      own.top[first + s] = found[0], own.log_total[first + s] = found[1];
       Vec sum{};
       const int64_t token = (first + s) * size;
       for (int64_t h = 0; h < size; h += kLanes)
@@ -356,7 +361,7 @@ struct Pass {
   }
 
   static ffi::Error Forward(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
-                            Ids query_ids, Ids key_ids, Words words, Words rows, Out out, Sums lse) {
+                            Ids query_ids, Ids key_ids, Words words, Words rows, Out out, Sums sums) {
     Rounder rounder;
     const auto call = call_of(rounder, q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
@@ -365,15 +370,16 @@ struct Pass {
     // Blocks of one head one after the other: its keys and values stay in the cache.
     const int64_t pieces = std::min<int64_t>(blocks, std::max<int64_t>(1, 4 * pool.num_threads() / std::max<int64_t>(heads, 1)));
     auto* to = of(out);
-    float* sums = lse->typed_data();
-    in_parallel(pool, heads * pieces, [&call, pieces, blocks, to, sums]() {
+    float* of_rows = sums->typed_data();
+    in_parallel(pool, heads * pieces, [&call, pieces, blocks, to, of_rows]() {
       const int64_t value_words = Operand::kPack > 1 ? kKeys * call.size : 0;
       auto memory = std::make_shared<Memory>((2 * call.size + kKeys + 1) * kQueries + value_words);
       return [=, &call](int64_t index) {
         const int64_t head = index / pieces, piece = index % pieces;
         for (int64_t i = piece * blocks / pieces; i < (piece + 1) * blocks / pieces; ++i)
           with_columns(call.length - i * kQueries, [&](auto cols) {
-            forward_block<Operand, Outer, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to, sums);
+            forward_block<Operand, Outer, cols.value>(call, head / call.heads, head % call.heads, i * kQueries, memory->data, to,
+                                                       of_rows);
           });
       };
     });
@@ -381,11 +387,11 @@ struct Pass {
   }
 
   static ffi::Error BackwardPass(ffi::ThreadPool pool, int64_t causal, int64_t window, float scale, int64_t keep, In q, In k, In v,
-                                 Ids query_ids, Ids key_ids, Words words, Words rows, In out, F32 lse, In g, Out dq, Out dk, Out dv) {
+                                 Ids query_ids, Ids key_ids, Words words, Words rows, In out, F32 sums, In g, Out dq, Out dk, Out dv) {
     Rounder rounder;
     const auto call = call_of(rounder, q, k, v, query_ids, key_ids, words, rows, causal, window, scale, keep);
     if (!fits(call)) return misfit();
-    const Gradients<Operand, Outer> grads{of(out), lse.typed_data(), operand(rounder, g), of(dq), of(dk), of(dv)};
+    const Gradients<Operand, Outer> grads{of(out), sums.typed_data(), operand(rounder, g), of(dq), of(dk), of(dv)};
     rounder.run(pool);
     in_parallel(pool, call.batch * call.key_heads, [&call, &grads]() {
       auto own = std::make_shared<Backward<Operand>>(call);

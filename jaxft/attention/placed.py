@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.sharding import AxisRules
+from jaxft.sharding import AxisRules, run_mesh
 
 Array = jax.Array
 QUERY_NAMES = ("batch", "act_heads", "length", None)
@@ -28,7 +28,9 @@ def split_alike(rules: AxisRules) -> bool:
 
 def split_evenly(rules: AxisRules, q: Array | jax.ShapeDtypeStruct, k: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether each device gets as many rows and heads as any other."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = run_mesh()
+    if mesh is None:
+        return True
     pairs = [(q.shape, rules.spec(QUERY_NAMES)), (k.shape, rules.spec(KEY_NAMES))]
     return all(
         size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0
@@ -39,7 +41,9 @@ def split_evenly(rules: AxisRules, q: Array | jax.ShapeDtypeStruct, k: Array | j
 
 def heads_split(rules: AxisRules) -> int:
     """Ways in which query heads are split over the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = run_mesh()
+    if mesh is None:
+        return 1
     return math.prod(mesh.shape[axis] for axis in _axes(rules.spec(QUERY_NAMES)[1]))
 
 
@@ -70,8 +74,7 @@ def on_each_device(
     drop: Dropout | None,
 ) -> Array:
     """``local(q, k, v, mask, drop)`` [B, N, S, H] of each device's part; heads split alike."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if run_mesh() is None:
         return local(q, k, v, mask, drop)
     specs = specs_of(rules, mask, drop)
     names = ("q", "k", "v", "mask", "drop")

@@ -22,10 +22,13 @@ def reference(
     logits = call.capped(jnp.einsum("bnsh,bnth->bnst", q, k, precision="highest") * call.exact_scale)
     logits = logits if bias is None else logits + bias
     allowed = mask.allowed(q.shape[2])
+    if bias is not None:
+        seen = logits != -jnp.inf
+        allowed = seen if allowed is None else allowed & seen
     if allowed is not None:
         some = allowed.any(-1, keepdims=True)
-        # A softmax of nothing has no gradient: rows that may see nothing pretend to see all, and are zeroed.
-        weights = jax.nn.softmax(jnp.where(allowed | ~some, logits, -jnp.inf), axis=-1) * (allowed & some)
+        # A softmax of nothing has no gradient: rows that may see nothing pretend to see all alike, and are zeroed.
+        weights = jax.nn.softmax(jnp.where(some, jnp.where(allowed, logits, -jnp.inf), 0.0), axis=-1) * (allowed & some)
     else:
         weights = jax.nn.softmax(logits, axis=-1)
     kept = None if drop is None else drop.kept(jnp.arange(q.shape[2]), 0, k.shape[2])

@@ -11,7 +11,7 @@ from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.placed import heads_split, split_alike, split_evenly
 from jaxft.attention.scores import Call
-from jaxft.sharding import CONTEXT
+from jaxft.sharding import CONTEXT, run_mesh
 
 Run = Callable[[Call, jax.Array, jax.Array, jax.Array, MaskSpec, Dropout | None], jax.Array]
 
@@ -80,8 +80,8 @@ def request_of(
       bits: where those of dropout come from; None: no dropout.
       local: of one device's arrays, whatever the mesh.
     """
-    rules, mesh = call.compute.rules, jax.sharding.get_abstract_mesh()
-    split = not (local or mesh.empty or mesh.size == 1)
+    rules, mesh = call.compute.rules, None if local else run_mesh()
+    split = mesh is not None
     return Request(
         platform=call.compute.platform or jax.default_backend(),
         length=q.shape[2],
@@ -97,7 +97,7 @@ def request_of(
         soft_cap=call.soft_cap is not None,
         bias=bias is not None,
         dropout=bits,
-        context=mesh.shape.get(CONTEXT, 1) if split else 1,
+        context=1 if mesh is None else mesh.shape[CONTEXT],
         split_alike=not split or split_alike(rules),
         split_evenly=not split or split_evenly(rules, q, k),
         heads_split=heads_split(rules) if split else 1,

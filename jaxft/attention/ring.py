@@ -20,8 +20,9 @@ from jax import lax
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec, allowed_between
 from jaxft.attention.placed import specs_of
-from jaxft.attention.scores import MASKED, Call, dropped, exp_where, for_groups, grouped, masked
+from jaxft.attention.scores import MASKED, Call, dropped, exp_where, for_groups, grouped, masked, weights_again
 from jaxft.layers import dot, recomputed_from
+from jaxft.layers.promotion import usual_promotion
 from jaxft.sharding import CONTEXT
 
 Array = jax.Array
@@ -37,29 +38,39 @@ def _ring_fwd(
     call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
     local = functools.partial(_forward, call)
-    out, normaliser = _on_stretches(call, local, ("q", "q_number"), q=q, k=k, v=v, mask=mask, drop=drop)
-    return out, (q, k, v, mask, drop, out, normaliser)
+    out, *sums = _on_stretches(call, local, ("q", "top", "log_total"), q=q, k=k, v=v, mask=mask, drop=drop)
+    return out, (q, k, v, mask, drop, out, *sums)
 
 
 def _ring_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    q, k, v, mask, drop, out, normaliser = saved
+    q, k, v, mask, drop, out, top, log_total = saved
     # Otherwise compilers find that the forward pass has sent the same round, and keep what every device got.
     (k, v), g = recomputed_from((k, v), g)
     local = functools.partial(_backward, call)
-    grads = _on_stretches(
-        call, local, ("q", "k", "v"), q=q, k=k, v=v, mask=mask, drop=drop, out=out, q_number=normaliser, g=g
-    )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "drop": drop,
+        "out": out,
+        "top": top,
+        "log_total": log_total,
+        "g": g,
+    }
+    grads = _on_stretches(call, local, ("q", "k", "v"), **arrays)
     return *grads, None, None
 
 
-ring.defvjp(_ring_fwd, _ring_bwd)
+ring.defvjp(usual_promotion(_ring_fwd), usual_promotion(_ring_bwd))
 
 
 def _on_stretches(call: Call, local: Callable[..., Any], results: tuple[str, ...], **arrays: Any) -> Any:
     """``local(**arrays)`` on each device's part of the arrays."""
     rules = call.compute.rules
     specs = specs_of(rules, arrays["mask"], arrays["drop"])
-    specs |= {"out": specs["q"], "g": specs["q"], "q_number": rules.spec(("batch", "act_heads", "length"))}
+    number = rules.spec(("batch", "act_heads", "length"))
+    specs |= {"out": specs["q"], "g": specs["q"], "top": number, "log_total": number}
     mapped = jax.shard_map(
         lambda arrays: local(**arrays),
         in_specs=({name: specs[name] for name in arrays},),
@@ -106,8 +117,8 @@ def _capped(call: Call, q: Array, k: Array) -> Array:
     return call.capped(dot("bnsh,bnth->bnst", call.scaled(q), k, call.compute))
 
 
-def _forward(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, Array]:
-    """(out [B, N, s, H], log of the normaliser [B, N, s]) of one device's queries."""
+def _forward(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, ...]:
+    """(out [B, N, s, H], largest logit [B, N, s], log of the sum of exp beside it) of one device's queries."""
     compute = call.compute
     rounds, queries = _Rounds(q, k, mask), grouped(q, k.shape[1])
     shape = queries.shape[:3]
@@ -128,8 +139,8 @@ def _forward(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dro
         out = out * fade + dot("bnst,bnth->bnsh", seen, values, compute)
         top = new_top
     total = jnp.where(total == 0.0, 1.0, total)  # a row that may see nothing
-    normaliser = (top + jnp.log(total)).reshape(q.shape[:3])
-    return (out / total).astype(compute.activation_dtype).reshape(q.shape), normaliser
+    sums = (x.reshape(q.shape[:3]) for x in (top, jnp.log(total)))
+    return (out / total).astype(compute.activation_dtype).reshape(q.shape), *sums
 
 
 def _backward(
@@ -140,14 +151,15 @@ def _backward(
     mask: MaskSpec,
     drop: Dropout | None,
     out: Array,
-    q_number: Array,
+    top: Array,
+    log_total: Array,
     g: Array,
 ) -> tuple[Array, Array, Array]:
     """Gradients of one device's queries, and of the keys and values that it lent."""
     compute = call.compute
     rounds = _Rounds(q, k, mask)
     queries, g = grouped(q, k.shape[1]), grouped(g, k.shape[1])
-    normaliser = grouped(q_number[..., None], k.shape[1])
+    top, log_total = (grouped(x[..., None], k.shape[1]) for x in (top, log_total))
     # sum_t weights * dweights, without an s x T array
     mean = (grouped(out, k.shape[1]).astype(jnp.float32) * g.astype(jnp.float32)).sum(-1, keepdims=True)
     dq = jnp.zeros(queries.shape, jnp.float32)
@@ -158,7 +170,7 @@ def _backward(
             met = rounds.passed_on(met)
         allowed = rounds.allowed(i, key_mask)
         capped = _capped(call, queries, keys)
-        weights = exp_where(allowed, masked(capped, allowed) - normaliser)
+        weights = weights_again(allowed, capped, top, log_total)
         kept = rounds.kept(i, drop)
         dvalues = dot("bnst,bnsh->bnth", dropped(weights, drop, kept), g, compute)
         dweights = dropped(dot("bnsh,bnth->bnst", g, values, compute), drop, kept)

@@ -17,7 +17,7 @@ from jaxft.attention.mask import MaskSpec
 from jaxft.layers import Compute
 
 Array = jax.Array
-MASKED = np.float32(-1e30)  # finite: exp underflows to 0, and a fully masked row has no nan
+MASKED = np.finfo(np.float32).min  # below every logit, and finite: a row that may see nothing makes no nan
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,23 @@ def exp_where(allowed: Array | None, exponent: Array) -> Array:
     """exp, 0 where not allowed (a row that may see nothing has no finite maximum to be small against)."""
     weights = jnp.exp(exponent)
     return weights if allowed is None else jnp.where(allowed, weights, 0.0)
+
+
+def highest(logits: Array, biased: bool) -> Array:
+    """The largest logit of each row, [..., 1]; ``MASKED`` where a bias is -inf for all that a row may see."""
+    top = logits.max(-1, keepdims=True)
+    return jnp.maximum(top, MASKED) if biased else top
+
+
+def weights_again(allowed: Array | None, logits: Array, top: Array, log_total: Array) -> Array:
+    """Probabilities of a backward pass, from logits that it computes again and what the forward pass found of their row.
+
+    Args:
+      top: the largest logit. log_total: log of the sum of exp(logit - top). Not added up: float32 has no digits for the
+        logarithm beside a logit of 1e8, nor beside a bias of the least finite float.
+    """
+    # Computed again, in another order of sums, a logit may come out above the largest.
+    return exp_where(allowed, jnp.minimum(masked(logits, allowed) - top, 0.0) - log_total)
 
 
 def masked(logits: Array, allowed: Array | None) -> Array:
