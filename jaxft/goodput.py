@@ -18,7 +18,6 @@ from jaxft.plan.chips import peak_of
 from jaxft.recipe import Recipe
 from jaxft.setup import Times
 
-
 _WIDTH = 100
 """Columns of the summary line."""
 

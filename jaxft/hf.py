@@ -149,8 +149,12 @@ def import_params(
     plan = _plan(weights, layout, ours)
     non_finite: list[str] = []
 
+    config: Any = jax.config
+    device = config.jax_default_device  # of the caller's thread
+
     def load(path: str) -> jax.Array:
-        return _load(_Stored(weights, plan, path, ours[path].shape, non_finite), place(path), dtype)
+        with jax.default_device(device):
+            return _load(_Stored(weights, plan, path, ours[path].shape, non_finite), place(path), dtype)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         arrays = dict(zip(plan.sources, pool.map(load, plan.sources), strict=True))
@@ -311,8 +315,8 @@ class StoredParam:
 def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
     """One parameter: each tensor is read once and copied into the part of each device of this process."""
     shape, stacked, path = stored.shape, _stacked(stored.rule), stored.weights.path
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
-    indices: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
+    whole = {None: (slice(None),) * len(shape)}
+    indices: dict[Any, Any] = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
     parts: dict[Any, np.ndarray] = {}
     keys = {device: _index_key(index, shape) for device, index in indices.items()}
     for device, index in indices.items():
@@ -328,7 +332,10 @@ def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
                 copy_rounded(part, tensor[index], name, path)
             elif index[0].start <= layer < index[0].stop:
                 copy_rounded(part[layer - index[0].start], tensor[index[1:]], name, path)
+    # Without a device the array is not committed to one: a step that is jitted over it compiles once, not again for its own results.
     arrays = [jax.device_put(parts[keys[device]], device) for device in indices]
+    if sharding is None:
+        return arrays[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

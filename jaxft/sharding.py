@@ -86,9 +86,8 @@ class AxisRules:
         return PartitionSpec(*entries)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """``x`` placed as its logical names say; unchanged where no mesh is set (one device, notebooks)."""
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        """``x`` placed as its logical names say; unchanged where no mesh of a run is set (one device, a mesh of one's own)."""
+        if run_mesh() is None:
             return x
         return jax.lax.with_sharding_constraint(x, self.spec(names, "activation"))
 
@@ -184,6 +183,18 @@ def _slices(devices: list[jax.Device], wanted: int) -> list[list[jax.Device]]:
             f"mesh.slices={wanted}, but the devices are of {len(there)} slices; set mesh.slices={len(there)}"
         )
     return [[device for device, number in zip(devices, numbers, strict=True) if number == one] for one in there]
+
+
+def run_mesh() -> AbstractMesh | None:
+    """The current mesh, if it is a run's: more than one device, axes ``MESH_AXES``, all of them left to the compiler.
+
+    None under any other: in their own loop, people have meshes of other axes, explicit ones, and code that runs on each device
+    (``shard_map``, ``pmap``). There arrays stay where they are, and placing them is up to whoever made the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_names) != set(MESH_AXES):
+        return None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
 def ways(mesh: Mesh | AbstractMesh, rules: AxisRules, name: str) -> int:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from jaxft.hlo.llo import COMPILE_ENV
 
+_USUAL: dict[str, Any] = {
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_transfer_guard": "allow",
+    "jax_disable_jit": False,
+}
+"""Switches for finding mistakes in one's own code, as a command needs them: its programs are compiled ahead, arrays go where it says."""
 _GOOGLE = "0x1ae0"  # PCI vendor of TPUs (and of network cards of Google Cloud)
 
 
@@ -24,6 +33,11 @@ def set_up_jax(cache: str | None) -> None:
     look_for_no_tpu()
     import jax
 
+    for name, usual in _USUAL.items():
+        found = getattr(jax.config, name)
+        if found is not None and found != usual:
+            print(f"{name.upper()}={found} is set aside: this command needs {usual}", file=sys.stderr)
+            jax.config.update(name, usual)
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -2,6 +2,7 @@
 
 from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.compute import Compute
+from jaxft.layers.entry import checked_call
 from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
 from jaxft.layers.heads import FromHeads, Projection, project, project_together, rows_of
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
@@ -12,9 +13,11 @@ from jaxft.layers.modules import (
     LayerNorm,
     Linear,
     RMSNorm,
+    declare,
     labelled,
     unlabel,
 )
+from jaxft.layers.promotion import usual_promotion
 from jaxft.layers.rotary import Rotary, rotate
 from jaxft.layers.stacks import apply_stack, stacked_params
 from jaxft.layers.vocabulary import TokenScore, score_tokens, vocabulary_logits
@@ -35,6 +38,8 @@ __all__ = [
     "TokenScore",
     "affine",
     "apply_stack",
+    "checked_call",
+    "declare",
     "dot",
     "dropout",
     "einsum",
@@ -54,5 +59,6 @@ __all__ = [
     "stacked_params",
     "subkey",
     "unlabel",
+    "usual_promotion",
     "vocabulary_logits",
 ]

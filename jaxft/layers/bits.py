@@ -39,12 +39,21 @@ def _lowbias32(x: Array) -> Array:
 
 
 def hash_words(key: Array) -> tuple[Array, Array]:
-    """Two uint32 words from a typed threefry key (or an array of keys): a bijection, different keys give different pairs."""
+    """Two uint32 words from a key (or an array of keys) of any kind.
+
+    Of threefry keys a bijection: different keys give different pairs. Keys of four words (``rbg``, ``unsafe_rbg``) are taken in two
+    at a time, the second two on top of what the first have given.
+    """
     data = jax.random.key_data(key)
-    if data.shape[-1] != 2:
-        raise ValueError(f"expected a threefry key of two words, got {data.shape[-1]}")
-    first = _lowbias32(data[..., 0] ^ GOLDEN)  # off 0, which lowbias32 leaves as it is
-    second = _lowbias32(data[..., 1] + first)
+    first, second = _pair(data[..., 0], data[..., 1])
+    for i in range(2, data.shape[-1], 2):
+        first, second = _pair(data[..., i] ^ first, data[..., i + 1] + second)
+    return first, second
+
+
+def _pair(first: Array, second: Array) -> tuple[Array, Array]:
+    first = _lowbias32(first ^ GOLDEN)  # off 0, which lowbias32 leaves as it is
+    second = _lowbias32(second + first)
     return _lowbias32(first ^ second), second
 
 

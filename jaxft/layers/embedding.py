@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
-from jaxft.sharding import AxisNames, AxisRules, ways
+from jaxft.layers.promotion import usual_promotion
+from jaxft.sharding import AxisNames, AxisRules, run_mesh, ways
 
 Array = jax.Array
 
@@ -85,20 +86,13 @@ def _look_up_bwd(compute: Compute, names: AxisNames, kept: tuple[Any, ...], g: A
     return mapped(g, ids), None
 
 
-_look_up.defvjp(_look_up_fwd, _look_up_bwd)
+_look_up.defvjp(usual_promotion(_look_up_fwd), usual_promotion(_look_up_bwd))
 
 
 def _spec_by_width(rules: AxisRules, names: AxisNames, g: Array, ids: Array, like: np.ndarray) -> PartitionSpec | None:
     """Where ``g`` [B, S, D] goes to be summed up: its width as the table's, tokens over the axes that are left. None: nowhere."""
-    mesh, table = jax.sharding.get_abstract_mesh(), dict(rules.table)
-    if (
-        mesh.empty
-        or mesh.size == 1
-        or ids.shape != g.shape[:-1]
-        or ids.ndim != 2
-        or names[0] is None
-        or names[1] is None
-    ):
+    mesh, table = run_mesh(), dict(rules.table)
+    if mesh is None or ids.shape != g.shape[:-1] or ids.ndim != 2 or names[0] is None or names[1] is None:
         return None
     parts = [ways(mesh, rules, name) for name in ("batch", "length")]
     if (

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.matmul import Activation, recomputed_from
+from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ def _gelu_bwd(x: Array, g: Array) -> tuple[Array]:
     return (g * (_normal_cdf(x) + x * density),)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+gelu.defvjp(usual_promotion(lambda x: (gelu(x), x)), usual_promotion(_gelu_bwd))
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -102,7 +103,9 @@ def _hash_dropout_bwd(rate: float, words: tuple[Array, Array], g: Array) -> tupl
     return _hash_dropout(rate, g, words), None
 
 
-_hash_dropout.defvjp(lambda rate, x, words: (_hash_dropout(rate, x, words), words), _hash_dropout_bwd)
+_hash_dropout.defvjp(
+    usual_promotion(lambda rate, x, words: (_hash_dropout(rate, x, words), words)), usual_promotion(_hash_dropout_bwd)
+)
 
 
 def keep_mask(key: Array, rate: float, shape: tuple[int, ...]) -> tuple[Array, np.float32]:
@@ -149,7 +152,7 @@ def _layer_norm_bwd(eps: float, kept: tuple[Array, ...], g: Array) -> tuple[Arra
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
-layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+layer_norm.defvjp(usual_promotion(_layer_norm_fwd), usual_promotion(_layer_norm_bwd))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -176,4 +179,4 @@ def _rms_norm_bwd(eps: float, kept: tuple[Array, ...], g: Array) -> tuple[Array,
     return dx.astype(x.dtype), (wide * normal).sum(tuple(range(x.ndim - 1))).astype(scale.dtype)
 
 
-rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+rms_norm.defvjp(usual_promotion(_rms_norm_fwd), usual_promotion(_rms_norm_bwd))

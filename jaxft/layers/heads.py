@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import affine
-from jaxft.layers.modules import Initializer, labelled
+from jaxft.layers.modules import Initializer, declare
 from jaxft.layers.stacks import unstack
 from jaxft.sharding import AxisNames
 
@@ -39,10 +39,10 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
         dtype = self.compute.param_dtype
-        kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
+        kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         if not self.biased:
             return kernel, None
-        return kernel, self.param("bias", labelled(nn.initializers.zeros, *self.names[1:]), self.shape[1:], dtype)
+        return kernel, declare(self, "bias", nn.initializers.zeros, self.names[1:], self.shape[1:], dtype)
 
 
 def project(
@@ -108,10 +108,10 @@ class FromHeads(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tokens_last: bool = False) -> Array:
         dtype, (b, n, s, h) = self.compute.param_dtype, x.shape
-        kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
+        kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         bias = None
         if self.biased:
-            bias = self.param("bias", labelled(nn.initializers.zeros, self.names[2]), self.shape[2:], dtype)
+            bias = declare(self, "bias", nn.initializers.zeros, self.names[2:], self.shape[2:], dtype)
         weight, matrix = _matrix(kernel, 2, self.names, self.compute)
         if tokens_last:
             flat = jax.lax.optimization_barrier(x.transpose(1, 3, 0, 2).reshape(n * h, b * s))

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxft.layers.compute import Compute
-from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules, ways
+from jaxft.layers.promotion import usual_promotion
+from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules, run_mesh, ways
 
 Array = jax.Array
 
@@ -90,10 +91,10 @@ class _Product(NamedTuple):
         Otherwise compilers keep what the forward pass has gathered, whole weights on each device, and were seen to hide less of
         the gathering. The placement has to be stated on both sides: it spreads through a barrier.
         """
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh = run_mesh()
         if self.recomputed or self.weight is None or "embed" not in self.weight:
             return w, g
-        if mesh.empty or ways(mesh, self.rules, "embed") == 1:
+        if mesh is None or ways(mesh, self.rules, "embed") == 1:
             return w, g
         w, g = lax.optimization_barrier((self.rules.constrain(w, *self.weight), g))
         return self.rules.constrain(w, *self.weight), g
@@ -160,7 +161,7 @@ def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tu
     return dx, dw.astype(w_like.dtype)
 
 
-_einsum.defvjp(_einsum_fwd, _einsum_bwd)
+_einsum.defvjp(usual_promotion(_einsum_fwd), usual_promotion(_einsum_bwd))
 
 
 def dot(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:
@@ -234,4 +235,4 @@ def _affine_bwd(
     return dx if act_vjp is None else act_vjp(dx)[0], dw, db
 
 
-_affine.defvjp(_affine_fwd, _affine_bwd)
+_affine.defvjp(usual_promotion(_affine_fwd), usual_promotion(_affine_bwd))

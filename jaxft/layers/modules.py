@@ -53,6 +53,21 @@ def labelled(init: Initializer, *names: str | None) -> Callable[..., Any]:
     return init_labelled
 
 
+def declare(
+    module: nn.Module, name: str, init: Initializer, names: AxisNames, shape: tuple[int, ...], dtype: Any
+) -> Any:
+    """A parameter of ``module``: :class:`Labelled` with its logical axis names, or, in a module of someone else's that ours is
+    a part of, a plain array, as Linen's own layers make them."""
+    return module.param(name, labelled(init, *names) if is_ours(module) else init, shape, dtype)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the outermost module is one of this package."""
+    while isinstance(module.parent, nn.Module):
+        module = module.parent
+    return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def unlabel(tree: Any) -> tuple[Any, Any]:
     """A tree of :class:`Labelled` leaves as (tree of values, tree of their axis names)."""
 
@@ -79,11 +94,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Array:
         dtype = self.compute.param_dtype
-        kernel = self.param("kernel", labelled(self.kernel_init, *self.names), self.shape, dtype)
+        kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         kernel = self.compute.rules.place_gradient(kernel, *self.names)
         bias = None
         if self.biased:
-            bias = self.param("bias", labelled(nn.initializers.zeros, self.names[1]), self.shape[1:], dtype)
+            bias = declare(self, "bias", nn.initializers.zeros, self.names[1:], self.shape[1:], dtype)
         letters = "ab"[: (x[0] if isinstance(x, tuple) else x).ndim - 1]
         return affine(f"{letters}d,de->{letters}e", x, kernel, bias, self.compute, self.act, self.names)
 
@@ -97,8 +112,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.compute.param_dtype
-        scale = self.param("scale", labelled(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
-        bias = self.param("bias", labelled(nn.initializers.zeros, "norm"), x.shape[-1:], dtype)
+        scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
+        bias = declare(self, "bias", nn.initializers.zeros, ("norm",), x.shape[-1:], dtype)
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -111,7 +126,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.compute.param_dtype
-        scale = self.param("scale", labelled(nn.initializers.ones, "norm"), x.shape[-1:], dtype)
+        scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
         return rms_norm(x, scale, self.eps)
 
 
@@ -125,9 +140,8 @@ class Embed(nn.Module):
     table_init: Initializer
 
     def setup(self) -> None:
-        self.embedding = self.param(
-            "embedding", labelled(self.table_init, *self.names), (self.rows, self.width), self.compute.param_dtype
-        )
+        shape = (self.rows, self.width)
+        self.embedding = declare(self, "embedding", self.table_init, self.names, shape, self.compute.param_dtype)
 
     def __call__(self, ids: Array) -> Array:
         return look_up(self.embedding, ids, self.names, self.compute)

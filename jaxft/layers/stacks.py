@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
+from jaxft.layers.modules import is_ours, unlabel
+from jaxft.layers.promotion import usual_promotion
 from jaxft.sharding import no_mesh
 
 Array = jax.Array
@@ -48,7 +50,7 @@ def _unstack_bwd(length: int, kept: None, g: tuple[Array, ...]) -> tuple[Array]:
     return (jnp.stack(g),)
 
 
-unstack.defvjp(_unstack_fwd, _unstack_bwd)
+unstack.defvjp(usual_promotion(_unstack_fwd), usual_promotion(_unstack_bwd))
 
 
 def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *example: Any) -> Any:
@@ -62,15 +64,20 @@ def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *examp
         quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
         with no_mesh():  # the example is too small to be split
             trees = jax.vmap(lambda k: quick.init(k, *example)["params"])(jax.random.split(key, length))
-        return nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
+        trees = nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
+        return trees if is_ours(parent) else unlabel(trees)[0]
 
     return parent.param(name, init)
 
 
-def apply_stack(layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any) -> Array:
+def apply_stack(
+    layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any, keep: bool = False
+) -> tuple[Array, Array | None]:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
+
+    Returns: (x after the last layer, with ``keep`` what went into the first and came out of each: [L + 1, ...]; else None).
     """
     compute: Compute = layer.compute
 
@@ -81,16 +88,20 @@ def apply_stack(layer: Any, params: Any, length: int, x: Array, key: Array | Non
         run = jax.checkpoint(run, policy=_POLICIES[compute.remat])
     if compute.layers == "scanned":
 
-        def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, None]:
+        def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, Array | None]:
             layer_params, index = item
-            return run(layer_params, x, subkey(key, index)), None
+            x = run(layer_params, x, subkey(key, index))
+            return x, x if keep else None
 
-        return lax.scan(body, x, (params, jnp.arange(length)))[0]
+        last, each = lax.scan(body, x, (params, jnp.arange(length)))
+        return last, None if each is None else jnp.concatenate([x[None], each])
+    states = [x]
     leaves, tree = jax.tree.flatten(params)
     for i, layer_leaves in enumerate(zip(*(unstack(length, leaf) for leaf in leaves), strict=True)):
         layer_leaves, x = _layer_by_layer(layer_leaves, x)
         x = run(tree.unflatten(layer_leaves), x, subkey(key, i))
-    return x
+        states.append(x)
+    return x, jnp.stack(states) if keep else None
 
 
 @jax.custom_vjp
@@ -106,4 +117,4 @@ def _layer_by_layer_bwd(kept: None, g: tuple[tuple[Array, ...], Array]) -> tuple
     return g[0], cpu_after(g[1], *g[0])
 
 
-_layer_by_layer.defvjp(lambda params, x: ((params, x), None), _layer_by_layer_bwd)
+_layer_by_layer.defvjp(lambda params, x: ((params, x), None), usual_promotion(_layer_by_layer_bwd))

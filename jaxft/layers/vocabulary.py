@@ -16,7 +16,8 @@ from jax import lax
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import dot, einsum
-from jaxft.sharding import ways
+from jaxft.layers.promotion import usual_promotion
+from jaxft.sharding import run_mesh, ways
 
 Array = jax.Array
 _NEVER = np.float32(-1e30)
@@ -52,8 +53,8 @@ def _aligned(table: Array, compute: Compute) -> Array:
 
     With other numbers, libtpu (0.0.52) sums up the gradient whole on each device instead of scattering it.
     """
-    rules, mesh = compute.rules, jax.sharding.get_abstract_mesh()
-    if compute.platform != "tpu" or mesh.empty or mesh.size == 1:
+    rules, mesh = compute.rules, run_mesh()
+    if compute.platform != "tpu" or mesh is None:
         return table
     if ways(mesh, rules, "embed") == 1 or ways(mesh, rules, "vocab") > 1:
         return table
@@ -83,8 +84,8 @@ def score_tokens(x: Array, table: Array, bias: Array | None, targets: Array, com
       UserError: the vocabulary is split over devices, whose parts a tile would have to gather.
     """
     assert compute.vocab_tile is not None
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    mesh = run_mesh()
+    ways = 1 if mesh is None else mesh.shape["tensor"]
     if ways > 1:
         raise UserError(
             f"model.vocab_tile={compute.vocab_tile}: mesh.tensor={ways} splits the vocabulary already; leave one of them out"
@@ -147,4 +148,4 @@ def _scored_bwd(compute: Compute, kept: tuple[Any, ...], g: tuple[Array, Any]) -
     return dx.astype(x.dtype), dtable, doffsets.reshape(-1)[:v].astype(bias.dtype), None
 
 
-_scored.defvjp(_scored_fwd, _scored_bwd)
+_scored.defvjp(usual_promotion(_scored_fwd), usual_promotion(_scored_bwd))

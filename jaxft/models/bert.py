@@ -26,12 +26,14 @@ from jaxft.layers import (
     Projection,
     TokenScore,
     apply_stack,
+    checked_call,
+    declare,
     dropout,
-    labelled,
     project_together,
     score_tokens,
     stacked_params,
     subkey,
+    usual_promotion,
     vocabulary_logits,
 )
 from jaxft.weights import Weights
@@ -117,6 +119,8 @@ class Output(NamedTuple):
     """float32; classification [B, C], next_sentence [B, 2], masked_lm [B, S (or M), V]; None without a head."""
     score: TokenScore | None = None
     """Of the masked-LM head, instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
+    hidden_states: Array | None = None
+    """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
 
 
 def _normal(config: Config) -> Any:
@@ -220,12 +224,12 @@ class MaskedLmHead(nn.Module):
         c = self.config
         x = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, _normal(c), name="dense")(hidden)
         x = LayerNorm(c.layer_norm_eps, self.compute, name="norm")(ACTIVATIONS[c.hidden_act](x))
-        bias = self.param("bias", labelled(nn.initializers.zeros, "vocab"), (c.vocab_size,), self.compute.param_dtype)
+        dtype = self.compute.param_dtype
+        bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (c.vocab_size,), dtype)
         if c.tie_word_embeddings:
             table = words
         else:
-            shape, init = (c.hidden_size, c.vocab_size), labelled(_normal(c), "embed", "vocab")
-            table = self.param("kernel", init, shape, self.compute.param_dtype).T
+            table = declare(self, "kernel", _normal(c), ("embed", "vocab"), (c.hidden_size, c.vocab_size), dtype).T
         if targets is not None and self.compute.vocab_tile is not None:
             return score_tokens(x, table, bias, targets, self.compute)
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
@@ -260,6 +264,7 @@ class Model(nn.Module):
     INPUTS = ("tokens", "mask", "types", "positions", "segments", "predict", "targets")
 
     @nn.compact
+    @usual_promotion
     def __call__(
         self,
         tokens: Array,
@@ -270,6 +275,8 @@ class Model(nn.Module):
         predict: Array | None = None,
         targets: Array | None = None,
         key: Array | None = None,
+        hidden_states: bool = False,
+        **unknown: Any,
     ) -> Output:
         """Runs the model.
 
@@ -281,11 +288,13 @@ class Model(nn.Module):
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
           predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
           targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
-          key: dropout key. None: deterministic.
+          key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
+          hidden_states: whether to give what went into the first layer and came out of each, too.
 
         Raises:
-          UserError: S is beyond the position table.
+          UserError: S is beyond the position table; an argument that there is not, two keys, or a mesh of explicit axes.
         """
+        key = checked_call(self, tokens, key, unknown, (*self.INPUTS, "key", "hidden_states"))
         c, (b, s) = self.config, tokens.shape
         if s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.max_position_embeddings}")
@@ -297,7 +306,7 @@ class Model(nn.Module):
         x = embeddings(tokens, types, positions, subkey(key, 0))
         layer = Layer(c, self.compute, parent=None)
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
-        hidden = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec)
+        hidden, states = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=hidden_states)
 
         pooled = None
         if self.head in ("classification", "next_sentence") or (self.head is None and c.pooler):
@@ -308,8 +317,8 @@ class Model(nn.Module):
         if self.head == "masked_lm":
             made = MaskedLmHead(c, self.compute, name="head")(seen, embeddings.token.embedding, targets)
             scored = isinstance(made, TokenScore)
-            return Output(hidden, pooled, None if scored else made, made if scored else None)
-        return Output(hidden, pooled, self._logits(pooled, subkey(key, 2)))
+            return Output(hidden, pooled, None if scored else made, made if scored else None, states)
+        return Output(hidden, pooled, self._logits(pooled, subkey(key, 2)), None, states)
 
     def _logits(self, pooled: Array | None, key: Array | None) -> Array | None:
         c = self.config

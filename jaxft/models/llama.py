@@ -28,13 +28,15 @@ from jaxft.layers import (
     Rotary,
     TokenScore,
     apply_stack,
-    labelled,
+    checked_call,
+    declare,
     project,
     rotate,
     rows_of,
     score_tokens,
     stacked_params,
     subkey,
+    usual_promotion,
     vocabulary_logits,
 )
 from jaxft.weights import Weights
@@ -125,6 +127,8 @@ class Output(NamedTuple):
     """float32 [B, S, V]; None without a head."""
     score: TokenScore | None = None
     """Instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
+    hidden_states: Array | None = None
+    """[L + 1, B, S, D], the embeddings and what each layer gives, the last one after the final norm; None unless asked for."""
 
 
 def _normal(config: Config) -> Any:
@@ -211,8 +215,8 @@ class CausalHead(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        c, init = self.config, labelled(_normal(self.config), "embed", "vocab")
-        return self.param("kernel", init, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
+        c, names = self.config, ("embed", "vocab")
+        return declare(self, "kernel", _normal(c), names, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
 
 
 class Model(nn.Module):
@@ -226,6 +230,7 @@ class Model(nn.Module):
     INPUTS = ("tokens", "mask", "positions", "segments", "targets")
 
     @nn.compact
+    @usual_promotion
     def __call__(
         self,
         tokens: Array,
@@ -234,6 +239,8 @@ class Model(nn.Module):
         segments: Array | None = None,
         targets: Array | None = None,
         key: Array | None = None,
+        hidden_states: bool = False,
+        **unknown: Any,
     ) -> Output:
         """Runs the model.
 
@@ -243,11 +250,13 @@ class Model(nn.Module):
           positions: [B, S] int32. None: 0..S-1 in each row.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
           targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
-          key: dropout key. None: deterministic.
+          key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
+          hidden_states: whether to give what went into the first layer and came out of each, too.
 
         Raises:
-          UserError: S is beyond ``max_position_embeddings``.
+          UserError: S is beyond ``max_position_embeddings``; an argument that there is not, two keys, or a mesh of explicit axes.
         """
+        key = checked_call(self, tokens, key, unknown, (*self.INPUTS, "key", "hidden_states"))
         c, (b, s) = self.config, tokens.shape
         if s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
@@ -262,14 +271,18 @@ class Model(nn.Module):
         layer = Layer(c, self.compute, parent=None)
         example = (x[:1], None, MaskSpec(causal=True), positions[:1])
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example)
-        x = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
+        stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
+        x, states = apply_stack(*stack, keep=hidden_states)
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
+        # The last one normalised, as the reference has it.
+        states = None if states is None else states.at[-1].set(hidden)
         if self.head is None:
-            return Output(hidden, None, None)
+            return Output(hidden, None, None, None, states)
         table = self._table(embed)
         if targets is not None and self.compute.vocab_tile is not None:
-            return Output(hidden, None, None, score_tokens(hidden, table, None, targets, self.compute))
-        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute, "length"))
+            score = score_tokens(hidden, table, None, targets, self.compute)
+            return Output(hidden, None, None, score, states)
+        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute, "length"), None, states)
 
     def _table(self, embed: Embed) -> Array:
         """[V, D]."""

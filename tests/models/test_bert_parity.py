@@ -275,3 +275,17 @@ def test_tokenizer_gives_the_reference_ids(minilm: Any) -> None:
     np.testing.assert_array_equal(batch["tokens"], expected["input_ids"])
     np.testing.assert_array_equal(batch["mask"], expected["attention_mask"])
     np.testing.assert_array_equal(batch["types"], expected["token_type_ids"])
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_states_of_all_layers_are_the_references(layers: Any, tmp_path: Path) -> None:
+    config = dataclasses.replace(bert.TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    theirs = reference(config, None)
+    model, params = ours_of(theirs, config, None, tmp_path / "hf")
+    batch = random_batch(config, 3)
+    states = theirs(**torch_inputs(batch), output_hidden_states=True).hidden_states
+    out = model.clone(compute=Compute(layers=layers)).apply({"params": params}, **batch, hidden_states=True)
+    assert len(out.hidden_states) == len(states) == config.num_hidden_layers + 1
+    real = np.asarray(batch["mask"] == 1)
+    for i, state in enumerate(states):
+        close(out.hidden_states[i][real], state[torch.tensor(real)], f"state {i}")

@@ -16,7 +16,7 @@ import pytest
 from jaxft import pretrained
 from jaxft.errors import UserError
 from jaxft.hf import export_tensors
-from jaxft.layers import Rotary
+from jaxft.layers import Compute, Rotary
 from jaxft.models import llama
 from jaxft.parity import random_batch
 from jaxft.pretrained import export_folder, load_params
@@ -268,3 +268,18 @@ def test_training_does_not_start_from_nan(tmp_path: Path) -> None:
     assert notes == ["warning: NaN or infinity in the weights: norm.weight"]
     with pytest.raises(UserError, match=r"training cannot start: NaN or infinity in the weights: norm\.weight"):
         load_params(source, model, notes.append, finite=True)
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_states_of_all_layers_are_the_references(layers: Any, tmp_path: Path) -> None:
+    theirs = reference(BASE, "causal_lm")
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"), lambda text: pytest.fail(text))
+    model = llama.Model(BASE, "causal_lm", Compute(layers=layers))
+    params = load_params(source, model, lambda text: pytest.fail(text))
+    tokens = np.random.default_rng(0).integers(1, BASE.vocab_size, (2, 9)).astype(np.int32)
+    states = theirs(torch.tensor(tokens.astype(np.int64)), output_hidden_states=True).hidden_states
+    out: Any = model.apply({"params": params}, jnp.asarray(tokens), hidden_states=True)
+    assert len(out.hidden_states) == len(states) == BASE.num_hidden_layers + 1
+    for i, state in enumerate(states):
+        close(out.hidden_states[i], state, f"state {i}")

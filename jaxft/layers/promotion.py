@@ -1,0 +1,26 @@
+"""jax's usual rules of promotion, whatever a user has set: ``jax_numpy_rank_promotion=raise`` and
+``jax_numpy_dtype_promotion=strict`` are there to find mistakes in one's own code, and ours relies on the usual ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def usual_promotion(function: F) -> F:
+    """``function``, in which ranks and types are promoted as jax does by default.
+
+    Both passes of a function with a gradient of its own need it: jax traces them later, outside of what called them.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **named)
+
+    return cast(F, wrapped)
