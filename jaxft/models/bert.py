@@ -361,7 +361,7 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: the file asks for something else than a BERT encoder with absolute positions.
     """
-    if hf.get("position_embedding_type", "absolute") != "absolute":
+    if hf.get("position_embedding_type") not in (None, "absolute"):
         raise UserError(
             f"config.json: position_embedding_type={hf['position_embedding_type']!r} is not supported (only 'absolute')"
         )
@@ -376,8 +376,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return {"model_type": "bert", **{name: getattr(config, name) for name in _SAME_NAME}}
 
 
-SUPERSEDED = ()
-"""Older keys of config.json for what :func:`config_to_hf` writes."""
+SUPERSEDED = ("is_decoder", "add_cross_attention", "position_embedding_type")
+"""Keys of config.json that exports leave out: all that is supported is the reference's default, which some files call null."""
 
 # What a task may need that a checkpoint need not have; initialised afresh, and said.
 _FRESH = ("head/*", "pooler/*")
