@@ -358,7 +358,8 @@ def _attention_fwd(spec: Spec, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
 
 
 def _attention_bwd(spec: Spec, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    return (*_bwd(spec, *saved, g=g), None, None)
+    q, k, v, ids, words, out, top, log_total = saved
+    return (*_bwd(spec, q, k, v, ids, words, out, top, log_total, g), None, None)
 
 
 fused_attention.defvjp(usual_promotion(_attention_fwd), usual_promotion(_attention_bwd))

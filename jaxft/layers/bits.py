@@ -45,16 +45,14 @@ def hash_words(key: Array) -> tuple[Array, Array]:
     at a time, the second two on top of what the first have given.
     """
     data = jax.random.key_data(key)
-    first, second = _pair(data[..., 0], data[..., 1])
+    first = _lowbias32(data[..., 0] ^ GOLDEN)  # off 0, which lowbias32 leaves as it is
+    second = _lowbias32(data[..., 1] + first)
+    first = _lowbias32(first ^ second)
     for i in range(2, data.shape[-1], 2):
-        first, second = _pair(data[..., i] ^ first, data[..., i + 1] + second)
+        first = _lowbias32(data[..., i] ^ first)
+        second = _lowbias32(data[..., i + 1] + first + second)
+        first = _lowbias32(first ^ second)
     return first, second
-
-
-def _pair(first: Array, second: Array) -> tuple[Array, Array]:
-    first = _lowbias32(first ^ GOLDEN)  # off 0, which lowbias32 leaves as it is
-    second = _lowbias32(second + first)
-    return _lowbias32(first ^ second), second
 
 
 def row_words(words: tuple[Array, Array], high: Array) -> tuple[Array, Array]:
