@@ -335,23 +335,12 @@ class Model(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
 
-_SAME_NAME = [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "initializer_range",
-    "layer_norm_eps",
-    "pad_token_id",
-    "tie_word_embeddings",
-]
+_SAME_NAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
+    *("tie_word_embeddings",),
+)
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -295,24 +295,11 @@ class Model(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
 
-_SAME_NAME = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_bias",
-    "mlp_bias",
-    "attention_dropout",
-    "pad_token_id",
-    "tie_word_embeddings",
-]
+_SAME_NAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range"),
+    *("rms_norm_eps", "attention_bias", "mlp_bias", "attention_dropout", "pad_token_id", "tie_word_embeddings"),
+)
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE_KEYS_OF = {"default": (), "linear": ("factor",), "llama3": _ROPE_KEYS}
 SUPERSEDED = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
