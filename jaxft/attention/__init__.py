@@ -35,7 +35,7 @@ def attend(
     """softmax(cap(scale q k^T) + bias) v with float32 softmax (Vaswani et al. 2017).
 
     ``compute.attention`` names the backend, or is ``auto``. Our own ones but ``reference`` keep no more for the backward
-    pass than inputs, output and one number per query (``xla`` with threefry bits: those of dropout too).
+    pass than inputs, output and two numbers per query (``xla`` with threefry bits: those of dropout too).
 
     Args:
       q: [B, N, S, H]. k, v: [B, K, S, H]; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
