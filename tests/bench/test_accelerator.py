@@ -42,6 +42,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_stage_finds_what_it_looks_for(rehearsed: Path) -> None:
     results = json.loads((rehearsed / "results.json").read_text())
     stages = results["stages"]
@@ -78,6 +79,7 @@ def test_every_stage_finds_what_it_looks_for(rehearsed: Path) -> None:
     assert resume["equal"]
 
 
+@pytest.mark.slow
 def test_the_table_names_each_result_beside_its_goal(rehearsed: Path) -> None:
     table = (rehearsed / "table.txt").read_text()
     assert table.startswith("A REHEARSAL on a CPU")
@@ -93,6 +95,7 @@ def test_the_table_names_each_result_beside_its_goal(rehearsed: Path) -> None:
     assert "WRONG" not in table
 
 
+@pytest.mark.slow
 def test_what_comes_back_is_few_files(rehearsed: Path) -> None:
     assert sorted(path.name for path in rehearsed.iterdir()) == ["log.txt", "results.json", "table.txt"]
 
