@@ -659,9 +659,12 @@ def test_rows_and_keys_have_words_of_their_own() -> None:
     assert not (a == b).any()
 
 
-def test_other_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="threefry"):
-        bits.hash_words(jax.random.key(0, impl="rbg"))
+def test_keys_of_four_words_count_each_of_them() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, (2000, 4), dtype=np.uint32)
+    words[1000:] = words[:1000]
+    words[np.arange(1000, 2000), np.arange(1000) % 4] ^= np.uint32(1)  # one bit of one word is another
+    pairs = np.stack(bits.hash_words(jax.random.wrap_key_data(jnp.asarray(words), impl="rbg")), axis=-1)
+    assert len(np.unique(pairs, axis=0)) == len(words)
 
 
 if __name__ == "__main__":  # the table of p-values, and which tests catch what

@@ -69,7 +69,7 @@ def test_help_names_the_main_keys() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("eval.metric=acc", "eval.metric='acc': the task has loss, "),
+        ("eval.metric=acc", "eval.metric='acc': the task has accuracy, "),
         ("task.name=masked_lm eval.metric=macro_f1", "eval.metric='macro_f1': the task has "),
         ("task.name=clasification", "task.name='clasification': did you mean 'classification'?"),
         ("model.family=brt", "brt"),

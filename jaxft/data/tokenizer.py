@@ -191,7 +191,9 @@ class Tokenizer:
         return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
 
     def _id_of(self, name: str) -> int | None:
-        """The id of a named token; where the files name none, of the one that BERT's vocabularies have for it."""
+        """The id of a named token; where the files do not speak of it, of the one that BERT's vocabularies have for it."""
+        if name in self._files.denied:
+            return None
         token = self._files.named.get(name, f"[{name.removesuffix('_token').upper()}]")
         return self._fast.token_to_id(token)
 

@@ -66,6 +66,8 @@ class Files:
     """Whether the model is fed token types; where not, all are 0."""
     stated_length: int | None
     """``model_max_length``, if it is a number that means something."""
+    denied: frozenset[str] = frozenset()
+    """Names of tokens that the files say there is none of."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -170,9 +172,9 @@ def _built(folder: Path, kind: Kind, stored: dict[str, Any]) -> Files:
     side = settings.get("truncation_side", built.truncation_side or "right")
     types = "token_type_ids" in settings.get("model_input_names", ["token_type_ids"] if kind.types else [])
     contents = {name: str(token) for name, token in named.items()}
-    return Files(
-        _plain(built.fast), contents, side, types, _length(settings.get("model_max_length", settings.get("max_len")))
-    )
+    length = _length(settings.get("model_max_length", settings.get("max_len")))
+    denied = frozenset(name for name in NAMED if name in settings and settings[name] is None)
+    return Files(_plain(built.fast), contents, side, types, length, denied)
 
 
 def _arguments(stored: dict[str, Any], has_json: bool) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _lowbias32(x: Array) -> Array:
 def hash_words(key: Array) -> tuple[Array, Array]:
     """Two uint32 words from a key (or an array of keys) of any kind.
 
-    Of threefry keys a bijection: different keys give different pairs. Keys of four words (``rbg``, ``unsafe_rbg``) are taken in two
+    A bijection of threefry keys: different keys give different pairs. Keys of four words (``rbg``, ``unsafe_rbg``) are taken in two
     at a time, the second two on top of what the first have given.
     """
     data = jax.random.key_data(key)

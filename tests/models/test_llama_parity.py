@@ -234,7 +234,9 @@ def test_a_tied_flag_and_the_stored_decoder(tied: bool, content: str, tmp_path: 
     source = open_source(str(tmp_path / "hf"), notes.append)
     model = llama.Model(source.config, "causal_lm")
     if not tied and content in ("absent", "alone"):
-        with pytest.raises(UserError, match=f"weights lack {decoder}" if content == "absent" else f"1 missing: {table}"):
+        with pytest.raises(
+            UserError, match=f"weights lack {decoder}" if content == "absent" else f"1 missing: {table}"
+        ):
             load_params(source, model, notes.append)
         return
     export_folder(
