@@ -84,7 +84,8 @@ def write_decoder_tokenizer(folder: Path) -> Path:
     tree = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
     (folder / "tokenizer.json").write_text(json.dumps(tree))
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}  # BertTokenizer would put its own marks around
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>", **generic}))
     return folder
 
 
