@@ -47,4 +47,4 @@ def stored_config(meta: dict[str, Any]) -> dict[str, Any]:
 def stored_metric(meta: dict[str, Any]) -> str:
     """The metric that chose the best checkpoint of the run that a checkpoint's ``meta`` is of."""
     before = meta["config"].get("eval", {}).get("metric")  # versions that did not write the other always had this one
-    return meta["progress"].get("metric") or before or "accuracy"
+    return meta.get("progress", {}).get("metric") or before or "accuracy"
