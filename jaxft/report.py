@@ -105,9 +105,10 @@ def report_text(
     """
     blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
-    head = "   ".join(f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics)
+    scores = [f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics]
+    head = _joined([*scores, f"rows {metrics['rows']:,}"], min(width, 100))
     names = [plain_label(label) for label in labels]
-    parts = [f"{head}   rows {metrics['rows']:,}"]
+    parts = [head]
     parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
     if "classes" in metrics:
         parts.append(_class_table([metrics["classes"][label] for label in labels], names, width))
@@ -116,6 +117,16 @@ def report_text(
     parts += _curves(log, width, wanted, blocks)
     text = "\n\n".join(part for part in parts if part)
     return text if blocks else in_ascii(text)
+
+
+def _joined(items: Sequence[str], width: int) -> str:
+    """Items three blanks apart, on as many lines as they need."""
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + 3 + len(item) > width:
+            lines.append("")
+        lines[-1] += f"   {item}" if lines[-1] else item
+    return "\n".join(lines)
 
 
 def _threshold_text(metrics: Mapping[str, Any]) -> str:

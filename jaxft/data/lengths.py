@@ -20,12 +20,12 @@ def lengths_text(split: Split, max_length: int) -> str:
     """Rows, tokens, lengths before truncation and what truncation cut, on one line."""
     lengths = whole_lengths(split)
     median, most, nearly_all = (int(np.percentile(lengths, share, method="higher")) for share in (50, 95, 99))
-    cut = f"{split.truncated} truncated to {max_length} tokens"
+    cut = f"{split.truncated} truncated to {max_length}"
     if split.truncated > 0:
         cut += f" ({split.truncated / len(split):.2%})"
     return (
-        f"{len(split)} rows, {split.lengths.sum()} tokens, length median {median}, 95 % {most}, 99 % {nearly_all}, "
-        f"max {lengths.max()}, {cut}"
+        f"{len(split)} rows, {split.lengths.sum()} tokens; median {median}, 95 % {most}, 99 % {nearly_all}, "
+        f"max {lengths.max()}; {cut}"
     )
 
 
@@ -40,12 +40,12 @@ def advice(split: Split, max_length: int, buckets: tuple[int, ...], limit: int |
     if split.truncated > _FEW * len(split):
         wanted = _rounded(int(np.percentile(lengths, 99, method="higher")))
         best = wanted if limit is None else min(wanted, limit)
-        share = f"{split.truncated / len(split):.1%} of the training rows are cut at {max_length} tokens"
+        share = f"{split.truncated / len(split):.1%} of rows cut at {max_length} tokens"
         if best <= max_length:
             return f"note: {share}, which is as many as the model can take"
         held = float((lengths <= best).mean())
-        of_limit = ", the model's limit," if best == limit else ""
-        return f"note: {share}; data.max_length={best}{of_limit} would hold {held:.1%} whole"
+        of_limit = " (the model's limit)" if best == limit else ""
+        return f"note: {share}; data.max_length={best}{of_limit} holds {held:.1%} whole"
     longest, fits = int(lengths.max()), _rounded(int(lengths.max()))
     if len(buckets) > 0 and bucket_of(min(longest, buckets[-1]), buckets) >= _SPARE * fits:
         return (

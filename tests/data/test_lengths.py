@@ -39,16 +39,16 @@ def test_lengths_are_those_before_truncation(folder: Path) -> None:
     assert split.lengths.tolist() == [2, 5, 16, 16, 16, 16, 16]
     assert split.truncated == 4
     assert lengths_text(split, 16) == (
-        "7 rows, 87 tokens, length median 17, 95 % 502, 99 % 502, max 502, 4 truncated to 16 tokens (57.14%)"
+        "7 rows, 87 tokens; median 17, 95 % 502, 99 % 502, max 502; 4 truncated to 16 (57.14%)"
     )
 
 
 def test_advice(folder: Path) -> None:
     split = encode_rows("train", _rows(*[10] * 90, *[40] * 10), None, Tokenizer(folder, 16))
-    cut = "note: 10.0% of the training rows are cut at 16 tokens"
-    assert advice(split, 16, make_buckets(None, 16), 512) == f"{cut}; data.max_length=48 would hold 100.0% whole"
+    cut = "note: 10.0% of rows cut at 16 tokens"
+    assert advice(split, 16, make_buckets(None, 16), 512) == f"{cut}; data.max_length=48 holds 100.0% whole"
     assert advice(split, 16, make_buckets(None, 16), 32) == (
-        f"{cut}; data.max_length=32, the model's limit, would hold 90.0% whole"
+        f"{cut}; data.max_length=32 (the model's limit) holds 90.0% whole"
     )
     assert advice(split, 16, make_buckets(None, 16), 16) == f"{cut}, which is as many as the model can take"
     few = encode_rows("train", _rows(*[10] * 199, 40), None, Tokenizer(folder, 16))
