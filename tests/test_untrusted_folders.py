@@ -112,8 +112,11 @@ def test_tokenizers_made_by_code_are_refused(
     damage(folder)
     data = write_csv(tmp_path / "rows.csv", rows(12))
     refusal(capsys, *COMMANDS[command](folder, data))
-    with pytest.raises(UserError):
-        jaxft.load(str(folder), note=lambda text: None)
+    if damage is _code_as_class:  # no vocabulary is left: the weights load, without a tokenizer
+        assert jaxft.load(str(folder), note=lambda text: None).tokenizer is None
+    else:
+        with pytest.raises(UserError):
+            jaxft.load(str(folder), note=lambda text: None)
     canary.check()
 
 
