@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Lines are folded to the terminal's width, which differs from machine to machine.
+os.environ["COLUMNS"] = "100"
 
 from hypothesis import settings
 

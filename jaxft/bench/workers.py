@@ -5,6 +5,7 @@ Taking turns, a change of the machine's speed hits all alike; apart, no one's me
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -43,6 +44,7 @@ class Worker:
         assert self._process.stdout is not None
         if seconds is not None and not select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
             self._process.kill()
+            self._process.wait()
             raise UserError(f"{self.name}: no answer in time: {self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
@@ -61,9 +63,13 @@ class Worker:
         return self.read()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, whether or not it still runs."""
         if self._process.poll() is None:
             self._process.communicate("")
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # a line that a dead process has not read
+                stream.close()
         if self._errors > 0:
             os.close(self._errors)
             self._errors = -1
