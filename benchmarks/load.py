@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path) -> None:
     import numpy as np
 
     from jaxft.initial import shapes_and_axes
-    from jaxft.models import bert
+    from jaxft.models.families import bert
     from jaxft.pretrained import export_folder
 
     model = bert.Model(bert.Config())

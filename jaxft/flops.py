@@ -14,6 +14,7 @@ from typing import Any, cast
 import jax
 import jax.extend as jex
 
+from jaxft.data.batch import Shape
 from jaxft.initial import initialisable
 from jaxft.recipe import Recipe
 from jaxft.sharding import no_mesh
@@ -35,8 +36,8 @@ class ModelFlops:
         return self.dense + self.attention
 
 
-def model_flops(recipe: Recipe, rows: int, length: int) -> ModelFlops:
-    """What a step on a batch of ``rows`` x ``length`` tokens is worth."""
+def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
+    """What a step on a batch of a shape is worth."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     model = initialisable(recipe.model)  # whose attention is products that can be seen; those of a kernel cannot
 
@@ -45,10 +46,10 @@ def model_flops(recipe: Recipe, rows: int, length: int) -> ModelFlops:
         return apply_model(model, params, batch, None)
 
     with no_mesh():
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(rows, length))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(shape))
         traced = jax.make_jaxpr(forward)(recipe.shapes, shapes, key)
     dense, attention = _counted(traced.jaxpr)
-    return ModelFlops(3 * dense, 3 * attention * (0.5 if recipe.model.CAUSAL else 1.0))
+    return ModelFlops(3 * dense, 3 * attention * (0.5 if recipe.model.facts.causal else 1.0))
 
 
 class UsefulFlops:
@@ -56,18 +57,17 @@ class UsefulFlops:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._known: dict[tuple[int, int], ModelFlops] = {}
+        self._known: dict[Shape, ModelFlops] = {}
 
-    def of(self, shape: tuple[int, ...], tokens: int) -> float:
-        """Of a step on a batch of ``shape`` (rows, length) with so many real tokens.
+    def of(self, shape: Shape, tokens: int) -> float:
+        """Of a step on a batch of a shape with so many real tokens.
 
         Attention is taken to shrink with the square of the share of real tokens: exact for rows of one length, too little
         for others and for packed rows, whose padding is none.
         """
-        rows, length = shape
-        if (rows, length) not in self._known:
-            self._known[rows, length] = model_flops(self._recipe, rows, length)
-        whole, share = self._known[rows, length], tokens / (rows * length)
+        if shape not in self._known:
+            self._known[shape] = model_flops(self._recipe, shape)
+        whole, share = self._known[shape], tokens / shape.tokens
         return share * whole.dense + share**2 * whole.attention
 
 

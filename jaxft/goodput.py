@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxft.data.batch import Shape
 from jaxft.files import write_atomic
 from jaxft.flops import UsefulFlops
 from jaxft.memory import device_bytes
@@ -107,7 +108,7 @@ class Lap:
     tokens: int = 0
     flops: float = 0.0
 
-    def add(self, rows: int, tokens: int, shape: tuple[int, ...]) -> None:
+    def add(self, rows: int, tokens: int, shape: Shape) -> None:
         """Counts a step."""
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
         if self.useful is not None:

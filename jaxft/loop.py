@@ -16,6 +16,7 @@ from jaxft import checkpoint, processes, tasks
 from jaxft.attention import choices, described
 from jaxft.config import RunConfig, to_tree
 from jaxft.config.stored import stored_metric, wrong_best
+from jaxft.data.batch import Shape
 from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.goodput import Goodput, Lap, Profile, lap_of
@@ -38,8 +39,8 @@ _SECONDS_BETWEEN_WORDS = 5.0
 class Programs:
     """Compiled steps by batch shape; shared by all seeds of a run."""
 
-    train: dict[tuple[int, ...], Any]
-    evaluate: dict[tuple[int, ...], Any]
+    train: dict[Shape, Any]
+    evaluate: dict[Shape, Any]
     init: Any
     shapes: TrainState
     """The state, as shapes with shardings."""
@@ -101,8 +102,8 @@ def _compile_programs(setup: Setup, note: Note) -> Programs:
     batches, held_out = setup.train_batches(0), setup.eval_batches()
     note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
 
-    jobs = {("train", s): (train, (state, setup.batch(*s), setup.seed())) for s in batches.shapes()}
-    jobs |= {("eval", s): (evaluate, (state.best_params, setup.batch(*s))) for s in held_out.shapes()}
+    jobs = {("train", s): (train, (state, setup.batch(s), setup.seed())) for s in batches.shapes()}
+    jobs |= {("eval", s): (evaluate, (state.best_params, setup.batch(s))) for s in held_out.shapes()}
 
     def compiled(job: tuple[Any, tuple[Any, ...]]) -> Any:
         function, arguments = job
@@ -136,7 +137,7 @@ def _all_compiled(compiled: Callable[[Any], T], jobs: dict[Any, Any], note: Note
 
 
 def _shown(batches: Batches) -> str:
-    return " ".join(f"{rows}x{length}" for rows, length in batches.shapes())
+    return " ".join(map(str, batches.shapes()))
 
 
 def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times) -> Result:
@@ -169,7 +170,7 @@ def _fit(
     interrupted, step, lap = False, start, lap_of(setup)
     goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
     best_metrics: dict[str, Any] | None = None
-    pending: tuple[int, Any, int, tuple[int, ...]] | None = None
+    pending: tuple[int, Any, int, Shape] | None = None
 
     sinks = _sinks(setup, out, start)
     with sinks, stop_on_signal() as stop:
@@ -177,10 +178,9 @@ def _fit(
         # A run that has stopped early stays stopped when it is resumed.
         last = start if _out_of_patience(config, progress) else total
         for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
-            placed = to_global(batch, setup.mesh, rules, config.train.batch_size)
+            placed = to_global(batch, setup.fields, setup.mesh, rules, config.train.batch_size)
             profile.before(step + 1)
-            # The global shape: `batch` holds only this process's rows.
-            shape = placed["tokens"].shape
+            shape = batches.shape_of(step)
             state, metrics = programs.train[shape](state, placed, seed_array)
             if profile.after(step + 1, metrics):
                 sinks.note(f"wrote a trace of steps {config.train.profile} to {out / 'profile'}")
@@ -284,7 +284,7 @@ def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
         "family": setup.family_name,
         "arch": to_tree(setup.model.config),
         "head": setup.model.head,
-        "labels": list(setup.task.labels),
+        "labels": list(setup.targets.labels),
         "train_rows": setup.train.digest(),
         "eval_rows": setup.held_out.digest(),
         "hf_config": {} if source is None else source.hf_config,
@@ -302,7 +302,7 @@ def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
 
 
 def _report_step(
-    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Any, rows: int, shape: tuple[int, ...]
+    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Any, rows: int, shape: Shape
 ) -> None:
     """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
     values = jax.device_get(metrics)
@@ -362,9 +362,10 @@ def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
     batches = setup.eval_batches()
 
     def parts() -> Iterator[Any]:
-        for batch in stream(batches, 0, batches.steps_per_epoch, setup.config.data.read_ahead):
-            placed = to_global(batch, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
-            yield programs.evaluate[placed["tokens"].shape](params, placed)
+        ahead = setup.config.data.read_ahead
+        for step, batch in enumerate(stream(batches, 0, batches.steps_per_epoch, ahead)):
+            placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
+            yield programs.evaluate[batches.shape_of(step)](params, placed)
 
     return setup.task.score(*tasks.collected(parts()))
 

@@ -24,6 +24,7 @@ from jaxft.errors import UserError
 from jaxft.hf import nested
 from jaxft.initial import initialisable, shapes_and_axes
 from jaxft.layers import Compute, labelled, unlabel
+from jaxft.models.contract import Facts
 from jaxft.optim import Leaf, leaves_of, map_paths, parameter_paths
 from jaxft.sharding import jitted
 
@@ -56,14 +57,9 @@ class Adapted:
         return self.base.compute
 
     @property
-    def CAUSAL(self) -> bool:
+    def facts(self) -> Facts:
         """Of the model."""
-        return self.base.CAUSAL
-
-    @property
-    def INPUTS(self) -> tuple[str, ...]:
-        """Of the model."""
-        return self.base.INPUTS
+        return self.base.facts
 
     def clone(self, *, compute: Compute) -> Adapted:
         """The same, computed otherwise."""

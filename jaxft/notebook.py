@@ -12,6 +12,7 @@ from jaxft.data.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
 from jaxft.errors import UserError, nearest
 from jaxft.hf import paths_of
 from jaxft.layers import Compute
+from jaxft.models.contract import classes_of
 from jaxft.pretrained import check_changes, export_folder, load_params
 from jaxft.source import Note, Source, open_source
 
@@ -48,7 +49,7 @@ class Loaded:
             raise UserError(
                 f"params are not of this model: {', '.join(other[:4])} differ; give the tree that load gave"
             )
-        if labels is not None and self.model.head != "classification":
+        if labels is not None and not self.source.family.HEADS[self.model.head].classes:
             raise UserError(f"labels: the model's head is {self.model.head}, which has no classes")
         export_folder(
             folder,
@@ -113,9 +114,9 @@ def load(
     params = load_params(source, model, note, fresh_head=fresh)
     tokenizer = None
     if has_tokenizer(source.folder):
-        limit = getattr(source.config, "max_position_embeddings", None)
-        tokenizer = Tokenizer(source.folder, max_length or limit, model.INPUTS, source.family_name)
-        check_vocabulary(tokenizer, source.config)
+        facts = model.facts
+        tokenizer = Tokenizer(source.folder, max_length or facts.limit, facts.inputs, source.family_name)
+        check_vocabulary(tokenizer, facts.inputs)
     else:
         note(f"{source.folder} has no tokenizer files: the tokenizer is None")
     return Loaded(model, params, tokenizer, source.labels if labels is None else tuple(labels), source)
@@ -138,23 +139,24 @@ def _needs_fresh_head(source: Source, head: str | None, labels: Sequence[str] | 
       labels: of its classes, if they were given.
       stored: refuse rather than make a head.
     """
-    if head != "classification":
+    heads = source.family.HEADS
+    if not heads[head].classes:
         if labels is not None or "num_labels" in source.changes:
+            have = " or ".join(f'head="{name}"' for name, one in heads.items() if one.classes)
             raise UserError(
-                f"{source.folder}: labels and num_labels are of classification heads, this is {head or 'none'}; for a "
-                'fresh one add head="classification"'
+                f"{source.folder}: labels and num_labels are of heads with classes, this is {head or 'none'}; for a fresh one "
+                f"add {have or 'none: the family has no such head'}"
             )
         return False
-    if source.head != "classification":
+    if source.head != head:
         return True
-    classes = source.stored.num_labels
-    wanted = source.config.num_labels
+    classes, wanted = source.classes, classes_of(source.config)
     if wanted == classes and (labels is None or source.labels in (None, tuple(labels))):
         return False
     if stored:
         names = f" ({', '.join(source.labels[:20])})" if source.labels else ""
         raise UserError(
             f"{source.folder}: the stored head has {classes} classes{names}, not those asked for ({wanted}); for a fresh head "
-            'add head="classification"'
+            f'add head="{head}"'
         )
     return True

@@ -135,13 +135,6 @@ def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], mask: np
     return [difference(f"{name} ({by})", ours[name], theirs[name], mask) for name in theirs if name in ours]
 
 
-def models_architecture(model: Any) -> str:
-    """The reference's class for a model."""
-    import importlib
-
-    return importlib.import_module(type(model).__module__).HEADS[model.head]
-
-
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> Difference:
     """Compares two arrays; [B, S, ...] ones only where ``mask`` [B, S] is set. NaN and infinity equal themselves."""
     if ours.ndim == 3:
@@ -151,20 +144,6 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray
     return Difference(
         name, float(apart.max()), float(np.abs(theirs, where=np.isfinite(theirs), out=np.zeros_like(theirs)).max())
     )
-
-
-def random_batch(config: Any, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens, types if the family has them, and ragged padding: the first row is full, the last has one token."""
-    rng = np.random.default_rng(seed)
-    length = min(48, config.max_position_embeddings)
-    lengths = np.linspace(length, 1, rows).astype(int)
-    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
-    low = min(5, config.vocab_size - 1)
-    batch = {"tokens": rng.integers(low, config.vocab_size, (rows, length)).astype(np.int32) * mask, "mask": mask}
-    kinds = getattr(config, "type_vocab_size", None)
-    if kinds is not None:
-        batch["types"] = (rng.integers(0, kinds, (rows, length)) * mask).astype(np.int32)
-    return batch
 
 
 def report_text(differences: list[Difference]) -> str:

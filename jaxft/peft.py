@@ -50,7 +50,9 @@ def write_adapter(
     tensors += [TensorOut(_PREFIX + out.name, out.shape, out.dtype, out.read) for out in stored]
     config = {
         "peft_type": "LORA",
-        "task_type": next((task for end, task in _TASKS.items() if family.HEADS[model.head].endswith(end)), None),
+        "task_type": next(
+            (task for end, task in _TASKS.items() if family.HEADS[model.head].suffix.endswith(end)), None
+        ),
         "base_model_name_or_path": base,
         "r": model.rank,
         "lora_alpha": model.alpha,
@@ -79,7 +81,11 @@ def _targets(modules: list[str], layout: Layout, bare: bool, model: Adapted) -> 
     others = {_module(rule, layout, bare) for rule in layout.rules} - set(modules)
     if not any(other.endswith(f".{end}") for other in others for end in ends):
         return ends
-    return [module.format(layer=layer) for module in modules for layer in range(model.config.num_hidden_layers)]
+    return [
+        module.format(layer=layer)
+        for module in modules
+        for layer in range(sum(stack.layers for stack in model.facts.stacks))
+    ]
 
 
 def _of_pair(module: str, rule: Rule, a: Any, b: Any) -> list[TensorOut]:

@@ -10,7 +10,6 @@ import glob
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hf import Imported, Layout, export_tensors, file_names, import_params, nested, paths_of, stored_params
 from jaxft.initial import init_some, shapes_and_axes, spread
+from jaxft.models.contract import Family, architecture_of, classes_of
 from jaxft.sharding import shardings_of
 from jaxft.source import SINGLE_LABEL, Note, Source
 from jaxft.weights import Weights, write_safetensors
@@ -127,8 +127,9 @@ def _completed(
     flat = paths_of(got.params)
     if got.fresh and seen.whole:
         absent = [rule.theirs for rule in seen.layout.rules if rule.ours in got.fresh]
+        stated = architecture_of(source.family, model.head, source.model_type)
         raise UserError(
-            f"{source.folder} should be a {source.family.HEADS[model.head]}, but its weights lack {', '.join(absent)}, and "
+            f"{source.folder} should be a {stated}, but its weights lack {', '.join(absent)}, and "
             "nothing is used that would be random: correct architectures in config.json, or train with model.head=fresh"
         )
     if got.fresh:
@@ -213,7 +214,7 @@ def _layer_shapes(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
 def export_folder(
     target: str | Path,
     source_config: dict[str, Any],
-    family: ModuleType,
+    family: Family,
     model: Any,
     params: Any,
     *,
@@ -266,7 +267,7 @@ def export_folder(
 
 def _exported_config(
     before: dict[str, Any],
-    family: ModuleType,
+    family: Family,
     model: Any,
     labels: Sequence[str] | None,
     problem_type: str | None,
@@ -274,18 +275,21 @@ def _exported_config(
 ) -> dict[str, Any]:
     stale = {"_name_or_path", "torch_dtype", "num_labels", *CODE_SETTINGS, *QUANTISATION_KEYS, *family.SUPERSEDED}
     config = {key: value for key, value in before.items() if key not in stale}
-    config |= family.config_to_hf(model.config)
-    config["architectures"] = [family.HEADS[model.head]]
+    kinds, stated = family.MODEL_TYPES, before.get("model_type")
+    kind = stated if stated in kinds else next(iter(kinds))
+    config |= {"model_type": kind, **family.config_to_hf(model.config)}
+    config["architectures"] = [architecture_of(family, model.head, kind)]
     config["dtype"] = dtype
     for key in ("id2label", "label2id", "problem_type"):
         config.pop(key, None)
-    if model.head == "classification":
-        classes = model.config.num_labels
+    classes = classes_of(model.config)
+    if family.HEADS[model.head].classes and classes is not None:
         names = labels or tuple(f"LABEL_{i}" for i in range(classes))
         if len(names) != classes:
             raise UserError(f"labels: {len(names)} names for a head of {classes} classes: {', '.join(names[:20])}")
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
+    if family.HEADS[model.head].classes == "rows" and classes is not None:
         # What a head is for does not follow from its shape: what the source leaves open stays open.
         if problem_type is None and not before and classes > 1:
             problem_type = SINGLE_LABEL

@@ -6,7 +6,6 @@ Shapes only, no arrays: a plan for hardware that is not there is made of the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,17 @@ from jax.sharding import Mesh
 
 from jaxft import lora, models, tasks
 from jaxft.config import ModelConfig, RunConfig
-from jaxft.data.loader import array_shapes
+from jaxft.data.batch import Fields, Shape, shaped
+from jaxft.data.labels import declared_labels
 from jaxft.errors import UserError
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
+from jaxft.models.contract import Facts, Family, classes_of, with_classes
 from jaxft.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.pretrained import check_changes
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,
-    batch_sharding,
     check_split,
     device_kind,
     jitted,
@@ -36,6 +36,7 @@ from jaxft.sharding import (
 from jaxft.source import Note, Source, make_config, open_source, refuse_other_problems
 from jaxft.state import TrainState, init_state, state_shardings
 from jaxft.step import make_train_step
+from jaxft.tasks import Targets, Task
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Recipe:
     mesh: Mesh
     family_name: str
     model: Any
-    task: Any
+    task: Task
+    targets: Targets
+    fields: Fields
+    """Of a batch."""
     shapes: Any
     """Shaped parameter tree."""
     axes: Any
@@ -64,13 +68,9 @@ class Recipe:
         """The state before step 0. Traceable."""
         return init_state(params, self.optimizer, self.config.optim.ema is not None)
 
-    def batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch, as shapes with shardings."""
-        rules = self.model.compute.rules
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, rules, len(shape)))
-            for name, (shape, dtype) in array_shapes(rows, length, self.config.data.packing != "none").items()
-        }
+        return shaped(self.fields, shape, self.mesh, self.model.compute.rules)
 
     def seed(self) -> jax.ShapeDtypeStruct:
         """The seed argument of the train step."""
@@ -108,19 +108,31 @@ def open_start(config: RunConfig, note: Note) -> Source | None:
     fresh, head = config.model.head == "fresh", tasks.task(config.task.name).Task.head
     if not fresh:
         source.stored_head()
-    if tasks.task(config.task.name).LABELLED and source.head == head and not fresh:
+    if source.head == head and not fresh and source.family.HEADS[head].classes == "rows":
         instead = "set model.head=fresh to train another on its encoder"
-        refuse_other_problems(source.hf_config, source.stored.num_labels, "it cannot be trained further", instead)
+        refuse_other_problems(source.hf_config, source.classes, "it cannot be trained further", instead)
     check_changes(source, None if fresh else head, note)
     return source
+
+
+def planned_targets(config: RunConfig, source: Source | None) -> tuple[Facts, Targets]:
+    """What a run's model is, and what stands for what it will learn, before any row is read: the labels that are declared, those of
+    the folder, or as many as its Config says."""
+    family, made = _family_and_config(config, source)
+    head = family.HEADS.get(tasks.task(config.task.name).Task.head)
+    if head is None or not head.classes:
+        return family.facts(made), Targets()
+    stored = source.labels if source is not None else None
+    numbered = tuple(map(str, range(classes_of(made) or 2)))
+    labels = declared_labels(config.data.labels)[0] or stored or numbered
+    return family.facts(made), Targets(labels, (1,) * len(labels))
 
 
 def make_recipe(
     config: RunConfig,
     mesh: Mesh,
     source: Source | None,
-    labels: tuple[str, ...],
-    counts: Sequence[int],
+    targets: Targets,
     tokenizer: Any,
     total_steps: int,
     platform: str,
@@ -129,8 +141,7 @@ def make_recipe(
 
     Args:
       source: where weights come from; None: random ones.
-      labels: of a labelled task, in the order of class ids.
-      counts: training rows per label.
+      targets: what is learnt of the training rows' labels.
       total_steps: for the schedule.
       platform: of the mesh's devices: ``cpu``, ``gpu`` or ``tpu``.
 
@@ -138,15 +149,16 @@ def make_recipe(
       UserError: anything in the configuration that cannot be built on this mesh.
     """
     rules = make_rules(config.mesh)
-    task = tasks.task(config.task.name).make_task(config.task, labels, tuple(counts), tokenizer)
-    tasks.metric_of(task, config.eval.metric)
+    module = tasks.task(config.task.name)
     compute = make_compute(config.model, platform, rules, device_kind(mesh))
-    family_name, base = _make_model(config, source, task.head, labels, compute)
+    family_name, base = _make_model(config, source, module.Task.head, targets.labels, compute)
+    task = module.make_task(config.task, targets, base.facts, tokenizer)
+    tasks.metric_of(task, config.eval.metric)
     model = lora.adapted(base, config.model.lora)
     shapes, axes = shapes_and_axes(model)
     check_split(mesh, rules, shapes, axes, config.mesh.replicate)
     schedule = make_schedule(config.optim, total_steps)
-    freeze = (*config.optim.freeze, *lora.frozen_paths(model, config.model.lora, bool(labels)))
+    freeze = (*config.optim.freeze, *lora.frozen_paths(model, config.model.lora, bool(targets.labels)))
     optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
     shardings = shardings_of(mesh, rules, shapes, axes)
     return Recipe(
@@ -155,6 +167,8 @@ def make_recipe(
         family_name=family_name,
         model=model,
         task=task,
+        targets=targets,
+        fields=module.fields(config, tokenizer.pad_id),
         shapes=shapes,
         axes=axes,
         shardings=shardings,
@@ -199,22 +213,26 @@ def make_compute(
     )
 
 
+def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family, Any]:
+    if source is not None:
+        return source.family, source.config
+    if config.model.family is None:
+        raise UserError("model.init is not set, so model.family and model.arch must say what to build")
+    family = models.family(config.model.family)
+    return family, make_config(family, config.model.arch)
+
+
 def _make_model(
-    config: RunConfig, source: Source | None, head: str, labels: tuple[str, ...], compute: Compute
+    config: RunConfig, source: Source | None, head: str | None, labels: tuple[str, ...], compute: Compute
 ) -> tuple[str, Any]:
-    classes: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
+    """The family's name, and the model."""
     if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
         raise UserError(
             f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {len(labels)} labels; leave it out"
         )
-    if source is None and config.model.family is None:
-        raise UserError("model.init is not set, so model.family and model.arch must say what to build")
+    family, made = _family_and_config(config, source)
     name = str(config.model.family) if source is None else source.family_name
-    family = models.family(name)
     if head not in family.HEADS:
         have = ", ".join(str(one) for one in family.HEADS if one is not None)
         raise UserError(f"task.name={config.task.name}: {name} has no head {head!r}, only: {have}")
-    if source is None:
-        return name, family.Model(make_config(family, {**config.model.arch, **classes}), head, compute)
-    # A decoded Config holds dataclasses, and is changed by its fields: it is no tree to be decoded.
-    return name, family.Model(dataclasses.replace(source.config, **classes), head, compute)
+    return name, family.Model(with_classes(made, len(labels)) if labels else made, head, compute)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxft import checkpoint
-from jaxft.config import RunConfig, decode, flat, to_tree
+from jaxft.config import RunConfig, flat, run_config, to_tree
 from jaxft.config.stored import stored_config
 from jaxft.errors import UserError
 from jaxft.optim import make_schedule
@@ -95,7 +95,7 @@ def _check_model(setup: Setup, meta: dict[str, Any], out: Path) -> None:
     """Raises UserError if the checkpoint's model is not the one that ``model.init`` and the data now lead to."""
     old, new = flat(meta["arch"], "arch"), flat(to_tree(setup.model.config), "arch")
     was = {"family": meta["family"], "head": meta["head"], "labels": list(meta["labels"])} | old
-    now = {"family": setup.family_name, "head": setup.model.head, "labels": list(setup.task.labels)} | new
+    now = {"family": setup.family_name, "head": setup.model.head, "labels": list(setup.targets.labels)} | new
     # Fields of the architecture that a later version added had the value that is now their default.
     for name in was.keys() & now.keys():
         if was[name] != now[name]:
@@ -108,7 +108,7 @@ def _check_model(setup: Setup, meta: dict[str, Any], out: Path) -> None:
 def _changes(meta: dict[str, Any], config: RunConfig, seed: int) -> Iterator[tuple[str, str, str]]:
     """(key, value in the checkpoint, value now) of all settings that differ, values as Python prints them."""
     # Keys that a run of an earlier version did not have yet had the value that is now their default.
-    old, new = flat(to_tree(decode(RunConfig, stored_config(meta)))), flat(to_tree(config))
+    old, new = flat(to_tree(run_config(stored_config(meta)))), flat(to_tree(config))
     if new["eval.metric"] is None:  # as the run was begun
         new["eval.metric"] = old["eval.metric"]
     # Not config.train.seed: with several seeds in one command it is not the one that this folder is of.
@@ -132,7 +132,7 @@ def changes_said(setup: Setup, meta: dict[str, Any], step: int, seed: int) -> It
             yield f"{key} was {was}, now {now}: the weights are the checkpoint's; architecture and rows are the same"
         elif key in _SOURCES and key not in ("data.eval", "data.eval_fraction"):
             yield f"{key} was {was}, now {now}: the training rows are the same"
-    before = steps_of(decode(RunConfig, stored_config(meta)), len(setup.train))
+    before = steps_of(run_config(stored_config(meta)), len(setup.train))
     if before != setup.total_steps:
         yield from _length_said(setup, before, step)
 

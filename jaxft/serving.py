@@ -6,7 +6,7 @@ import dataclasses
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,21 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import checkpoint, lora, models
-from jaxft.config import RunConfig, decode, load_config
+from jaxft import checkpoint, lora, models, tasks
+from jaxft.config import RunConfig, TaskConfig, load_config, run_config
 from jaxft.config.read import stored_tree
-from jaxft.config.stored import without_gone, wrong_best
+from jaxft.config.stored import as_today, wrong_best
+from jaxft.config.tasks import task_options
+from jaxft.data.batch import collate, text_shape
+from jaxft.data.examples import Encoded
 from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
-from jaxft.data.tokenizer import Tokenizer, check_types, check_vocabulary, pad_rows
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer, check_types, check_vocabulary
 from jaxft.errors import UserError
 from jaxft.layers import Compute
+from jaxft.models.contract import classes_of
 from jaxft.pretrained import load_params
 from jaxft.recipe import make_compute
+from jaxft.setup import settled
 from jaxft.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
-from jaxft.step import apply_model
+from jaxft.step import forward_of
+from jaxft.tasks.contract import Answer, TaskModule
 
 T = TypeVar("T")
+
+
+def _options_of(module: Any) -> TaskConfig:
+    """The usual options of a task: the model was not trained by a run of it here."""
+    name = module.__name__.removeprefix("jaxft.tasks.")
+    return task_options(name)(name=name)
 
 
 @dataclass(frozen=True)
@@ -43,15 +56,42 @@ class Served:
     params: Any
     tokenizer: Tokenizer
     labels: tuple[str, ...]
-    """Label names in the order of class ids; empty without a classification head."""
+    """Label names in the order of class ids; empty where the head has no classes."""
     hf_config: dict[str, Any]
 
     def refuse_other_problems(self, command: str) -> None:
         """Raises UserError if the model has a classification head that is not for one label of several."""
-        if self.model.head == "classification":
+        if models.family(self.family_name).HEADS[self.model.head].classes == "rows":
             instead = "jaxft.load gives its outputs as logits, and jaxft train with model.head=fresh makes another"
-            classes = self.model.config.num_labels
+            classes = classes_of(self.model.config)
             refuse_other_problems(self.hf_config, classes, f"jaxft {command} cannot answer with it", instead)
+
+    def task(self, **changes: Any) -> tuple[TaskModule, Any]:
+        """The module of the task that the model's head is for, and the task.
+
+        Args:
+          changes: to the task, for instance ``threshold=0.8``; None: none.
+
+        Raises:
+          UserError: no task scores this head, or the task has no such option.
+        """
+        module = tasks.task_of_head(self.model.head, self.config.task.name)
+        if module is None:
+            raise UserError(
+                f"the model has no head that a task scores (found: {self.model.head}): fine-tune it first (jaxft train)"
+            )
+        options = self.config.task if tasks.task(self.config.task.name) is module else _options_of(module)
+        if getattr(options, "class_weights", "none") == "balanced":
+            unweighted: dict[str, Any] = {"class_weights": "none"}
+            options = dataclasses.replace(options, **unweighted)
+        made: Any = module.make_task(options, tasks.Targets(self.labels), self.model.facts, self.tokenizer)
+        for name, value in changes.items():
+            if value is None:
+                continue
+            if name not in {field.name for field in dataclasses.fields(made)}:
+                raise UserError(f"--{name}: answers of {self.model.head} have none; leave it out")
+            made = dataclasses.replace(made, **{name: value})
+        return module, made
 
 
 def open_model(reference: str, overrides: list[str], note: Note, *, head: str | None = "stored") -> Served:
@@ -92,8 +132,8 @@ def _from_folder(
     model = source.family.Model(source.config, head, _compute(config))
     params = load_params(source, model, note)
     labels = source.labels or ()
-    if head == "classification" and not labels:
-        labels = tuple(f"LABEL_{i}" for i in range(source.config.num_labels))
+    if head is not None and source.family.HEADS[head].classes and not labels:
+        labels = tuple(f"LABEL_{i}" for i in range(classes_of(source.config) or 0))
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
     if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
@@ -114,7 +154,7 @@ def restored(
 ) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
     """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json."""
     params, meta = checkpoint.restore_params(folder)
-    config = _override(without_gone(meta["config"]), overrides)
+    config = _override(as_today(meta["config"]), overrides)
     _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
     model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
@@ -128,7 +168,7 @@ def restored(
     if config.model.lora.rank is not None:
         params = lora.merged(params, config.model.lora.alpha)
     hf_config = meta["hf_config"]
-    if config.data.train is not None and meta["head"] == "classification":
+    if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
         # config.json is that of the folder the run began from; its head may have been for something else.
         hf_config = hf_config | {"problem_type": SINGLE_LABEL}
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
@@ -142,7 +182,7 @@ def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:
 def _override(tree: dict[str, Any], overrides: list[str]) -> RunConfig:
     import tempfile
 
-    decode(RunConfig, tree)
+    run_config(tree)
     # Overrides work on run files; the stored configuration is one.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -159,29 +199,12 @@ def _served(
     labels: tuple[str, ...],
     hf_config: Any,
 ) -> Served:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = model.facts.limit
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
-    check_vocabulary(tokenizer, model.config, paired=config.data.text_pair is not None)
+    check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
     return Served(config, family, model, params, tokenizer, labels, hf_config)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says of one text."""
-
-    probabilities: np.ndarray
-    """[C] float32, in the order of the labels."""
-    truncated: bool
-
-    def label(self, threshold: float | None = None) -> int | None:
-        """The id of the label: the most probable one, or as a threshold on the second of two says; None for NaN."""
-        if np.isnan(self.probabilities).any():
-            return None
-        if threshold is None:
-            return int(self.probabilities.argmax())
-        return int(self.probabilities[1] >= np.float32(threshold))
 
 
 def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
@@ -194,43 +217,60 @@ def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
         raise UserError(f"--threshold {threshold}: must lie in 0..1")
 
 
-def make_classifier(served: Served, batch_size: int) -> Callable[[list[str], list[str] | None], list[Answer]]:
-    """``(texts, pairs or None) -> answers`` in the same order.
+def make_answerer(
+    served: Served, batch_size: int, **changes: Any
+) -> Callable[[Sequence[Row]], list[tuple[Answer, bool]]]:
+    """``rows -> answers`` in the same order, each with whether something of the row was cut off.
 
-    Rows are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
+    Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
     it is first needed.
 
+    Args:
+      changes: to the task, for instance ``threshold=0.8``.
+
     Raises:
-      UserError: the model has no classification head.
+      UserError: no task answers with the model's head, or not with these changes.
     """
-    if served.model.head != "classification":
-        raise UserError("the model has no classification head: fine-tune it first (jaxft train)")
+    module, task = served.task(**changes)
+    if not hasattr(task, "predictions"):
+        raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
     served.refuse_other_problems("predict")
+    config, tokenizer = settled(served.config, module), served.tokenizer
+    fields = module.fields(config, tokenizer.pad_id)
+    buckets = make_buckets(None, tokenizer.max_length or 512)
 
     @jax.jit
-    def probabilities(params: Any, batch: Any) -> jax.Array:
-        return jax.nn.softmax(apply_model(served.model, params, batch, None).logits, axis=-1)
+    def predictions(params: Any, batch: Any) -> Any:
+        return task.predictions(forward_of(served.model, params), batch)
 
-    limit = served.tokenizer.max_length or 512
-    buckets = make_buckets(None, limit)
-
-    def classify(texts: list[str], pairs: list[str] | None) -> list[Answer]:
-        check_types(served.tokenizer, served.model.config, paired=pairs is not None)
-        rows = served.tokenizer.encode(texts, pairs)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        answers: dict[int, Answer] = {}
+    def computed(encoded: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
+        lengths = [len(one.example["tokens"]) for one in encoded]
+        order, found = sorted(range(len(encoded)), key=lengths.__getitem__), {}
+        there = {name: f for name, f in fields.items() if f.value is not None or name in encoded[0].example}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             size = min(batch_size, 1 << (len(chosen) - 1).bit_length())
-            empty = [([], [], 0)] * (size - len(chosen))
-            members = [rows[i] for i in chosen] + empty
-            length = bucket_of(max(len(ids) for ids, _, _ in members), buckets)
-            batch = pad_rows([m[0] for m in members], [m[1] for m in members], length, served.tokenizer.pad_id)
-            found = np.asarray(probabilities(served.params, batch))
-            answers |= {i: Answer(found[k], rows[i][2] > 0) for k, i in enumerate(chosen)}
-        return [answers[i] for i in range(len(rows))]
+            shape = text_shape(size, bucket_of(lengths[chosen[-1]], buckets))
+            made = jax.device_get(
+                predictions(served.params, collate([encoded[i].example for i in chosen], there, shape))
+            )
+            found |= {i: {name: value[k] for name, value in made.items()} for k, i in enumerate(chosen)}
+        return [found[i] for i in range(len(encoded))]
 
-    return classify
+    def answers(rows: Sequence[Row]) -> list[tuple[Answer, bool]]:
+        if not rows:
+            return []
+        check_types(tokenizer, served.model.facts.inputs, paired=len(rows[0].values) == 2)
+        encoded = list(module.encode(rows, tokenizer, None, config))
+        parts: list[list[tuple[Encoded, dict[str, np.ndarray]]]] = [[] for _ in rows]
+        for one, outputs in zip(encoded, computed(encoded), strict=True):
+            parts[one.row].append((one, outputs))
+        return [
+            (task.answer(row.values, some), any(one.dropped for one, _ in some))
+            for row, some in zip(rows, parts, strict=True)
+        ]
+
+    return answers
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -17,22 +17,16 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import lora, models, tasks
 from jaxft.config import RunConfig
-from jaxft.data.encode import Split, encode_rows, hold_out, read_rows
-from jaxft.data.labels import (
-    declared_labels,
-    fits,
-    label_text,
-    look_alikes,
-    refuse_alike,
-    refuse_scores,
-    sorted_labels,
-)
+from jaxft.data.encode import hold_out, read_rows
+from jaxft.data.examples import Split, make_split
+from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import pack
 from jaxft.data.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.initial import init_params
+from jaxft.models.contract import Facts
 from jaxft.optim import make_schedule
 from jaxft.pretrained import load_params
 from jaxft.recipe import Recipe, make_recipe, open_start
@@ -85,7 +79,7 @@ class Setup(Recipe):
 
     def _batches(self, split: Split, size: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, size)
-        return Batches(split, size, self.buckets, self.tokenizer.pad_id, seed, part)
+        return Batches(split, size, self.buckets, seed, part)
 
     def start_params(self, seed: int, note: Note) -> Any:
         """The parameters before step 0, placed on the mesh."""
@@ -107,40 +101,43 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     """
     mesh, rules = make_mesh(config.mesh), make_rules(config.mesh)
     check_batch_shapes(config, mesh, rules)
-    task_module = tasks.task(config.task.name)
-    labelled = task_module.LABELLED
-    _check_rows(config, labelled)
+    module = tasks.task(config.task.name)
+    config = settled(config, module)
     with times.part("weights"):
         source = open_start(config, note)
         tokenizer = _tokenizer(config, source)
     with times.part("data"):
         if config.data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-        rows = read_rows(config.data.train, config.data, labelled=labelled, note=note)
-        labels, fresh_head = (), config.model.head == "fresh"
-        if labelled:  # before rows are held out: of scores, each label has one row
-            labels, fresh_head = _decide_labels(config, source, [row.values[-1] for row in rows], note)
+        columns = module.columns(config.data)
+        rows = read_rows(config.data.train, config.data, columns, note)
+        # Before rows are held out: of scores, each label has one row.
+        targets = module.study(rows, config, _stored_targets(config, source, module), note)
+        fresh_head = _fresh_head(config, source, module, targets, note)
         if config.data.eval is not None:
-            held = read_rows(config.data.eval, config.data, labelled=labelled, note=note)
+            held = read_rows(config.data.eval, config.data, columns, note)
         else:
             # The same rows for every train.seed: runs are compared on them.
-            rows, held = hold_out(rows, config.data.eval_fraction, seed=0, labelled=labelled)
-        known, split = labels if labelled else None, config.data.long_texts == "split"
-        how = {"split": split, "end_id": tokenizer.end_id if task_module.END_TOKEN else None}
-        renamed = declared_labels(config.data.labels)[1]
-        train = encode_rows("train", rows, known, tokenizer, renamed=renamed, **how)
-        held_out = encode_rows("eval", held, known, tokenizer, renamed=renamed, **how)
-    _report_data(train, held_out, labels, config, note)
+            label = next((i for i, column in enumerate(columns) if column.kind == "label"), None)
+            rows, held = hold_out(rows, config.data.eval_fraction, 0, label)
+        of_batch = module.fields(config, tokenizer.pad_id)
+        train, held_out = (
+            make_split(name, module.encode(part, tokenizer, targets, config), of_batch)
+            for name, part in (("train", rows), ("eval", held))
+        )
+    if targets.labels:
+        targets = dataclasses.replace(targets, counts=_counts(train, targets))
+    _report_data(train, held_out, targets, config, note)
     _advise(train, config, source, note)
     texts = train, held_out
     if config.data.packing != "none":
         train, held_out = (_packed(part, config, note) for part in (train, held_out))
 
     total = steps_of(config, len(train))
-    counts = [int(count) for count in np.bincount(train.labels, minlength=len(labels))]
-    recipe = make_recipe(config, mesh, source, labels, counts, tokenizer, total, mesh.devices.flat[0].platform)
-    check_lengths(config, recipe.model.config)
-    check_vocabulary(tokenizer, recipe.model.config, paired=config.data.text_pair is not None)
+    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
+    facts = recipe.model.facts
+    check_lengths(config, facts.limit)
+    check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
     _check_learnable(recipe.task, *texts, config, note)
     return Setup(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
@@ -166,12 +163,13 @@ def check_config(config: RunConfig) -> None:
     mesh = make_abstract_mesh(config.mesh, math.prod(size for size in sizes.values() if size != -1))
     check_batch_shapes(config, mesh, make_rules(config.mesh))
     module = tasks.task(config.task.name)
-    _check_rows(config, module.LABELLED)
-    labels = (declared_labels(config.data.labels)[0] or ("0", "1")) if module.LABELLED else ()
+    settled(config, module)
+    labels = declared_labels(config.data.labels)[0] or ("0", "1")
     # Weights are given by the names of labels, which are not known yet.
-    options = dataclasses.replace(config.task, class_weights="none") if module.LABELLED else config.task
-    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=30522, end_id=2)
-    tasks.metric_of(module.make_task(options, labels, (1,) * len(labels), tokenizer), config.eval.metric)
+    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
+    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
+    task = module.make_task(options, tasks.Targets(labels, (1,) * len(labels)), facts, stand_in_tokenizer())
+    tasks.metric_of(task, config.eval.metric)
     if config.model.family is not None:
         family = models.family(config.model.family)
         if config.model.init is None:
@@ -180,11 +178,26 @@ def check_config(config: RunConfig) -> None:
         make_schedule(config.optim, config.train.steps)
 
 
-def _check_rows(config: RunConfig, labelled: bool) -> None:
-    if labelled and config.data.long_texts == "split":
-        raise UserError(f"data.long_texts=split: rows of task {config.task.name} have one label each; use truncate")
-    if labelled and config.data.packing != "none":
-        raise UserError(f"data.packing: rows of task {config.task.name} have one label each; use none")
+def stand_in_tokenizer(vocab_size: int = 30522) -> Any:
+    """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
+    ids = {"pad_id": 0, "mask_id": 3, "end_id": 2, "special_ids": (0, 1, 2, 3)}
+    return SimpleNamespace(folder="", vocab_size=vocab_size, **ids)
+
+
+def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
+    """The configuration with ``data.long_texts`` as the task means ``auto``.
+
+    Raises:
+      UserError: the task cannot do with long texts, or with packing, what is asked for.
+    """
+    wanted, able, name = config.data.long_texts, module.LONG_TEXTS, config.task.name
+    if wanted not in ("auto", *able):
+        raise UserError(f"data.long_texts={wanted}: the task {name} has {' and '.join(able)}; use one of these")
+    if not module.PACKING and config.data.packing != "none":
+        raise UserError(f"data.packing={config.data.packing}: rows of the task {name} cannot share a row yet; use none")
+    if wanted == "auto":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, long_texts=able[0]))
+    return config
 
 
 def _steps_per_epoch(config: RunConfig, rows: int) -> int:
@@ -207,69 +220,72 @@ def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
     return Tokenizer(folder, config.data.max_length, model_type=name)
 
 
-def _decide_labels(
-    config: RunConfig, source: Source | None, values: Sequence[object], note: Note
-) -> tuple[tuple[str, ...], bool]:
-    """The label order, and whether the head must be fresh; ``values`` are the labels of the training rows."""
-    stored = source.labels if source is not None and source.head == "classification" else None
-    declared, found = declared_labels(config.data.labels)[0], sorted_labels(values)
-    labels = declared or found
-    if stored is not None and config.model.head == "task":
-        # The model's own spelling stays: "True" and "true" are one name.
-        same = tuple(map(label_text, stored)) == declared if declared else fits(found, stored)
-        labels = stored if same else labels
-    if labels is found:
-        refuse_scores(found, config.data.label)
-    for warning in look_alikes(values, labels):
-        note(f"warning: {warning}")
-    if source is None:
-        return labels, True
-    if source.head != "classification" or config.model.head == "fresh":
-        return labels, True
-    if stored is None and source.config.num_labels == len(labels) and declared:
+def _stored_targets(config: RunConfig, source: Source | None, module: tasks.TaskModule) -> tasks.Targets | None:
+    """What the head that is to be trained further was made for; None: there is none."""
+    if source is None or source.head != module.Task.head or config.model.head == "fresh":
+        return None
+    return tasks.Targets(source.labels or ())
+
+
+def _fresh_head(
+    config: RunConfig, source: Source | None, module: tasks.TaskModule, targets: tasks.Targets, note: Note
+) -> bool:
+    """Whether the head is made afresh: asked for, or because the folder's does not fit the labels; says why."""
+    if source is None or config.model.head == "fresh" or not targets.labels:
+        return config.model.head == "fresh"
+    if source.head != module.Task.head:
+        return True
+    stored, labels = source.labels, targets.labels
+    if stored is None and source.classes == len(labels) and declared_labels(config.data.labels)[0]:
         note(
             f"the checkpoint's head names no labels; its {len(labels)} classes are taken to be data.labels, in that order"
         )
-        return labels, False
+        return False
     if stored is None or stored != labels:
         note(
             f"the checkpoint's head has labels {_in_list(stored or ())}, the task {_in_list(labels)}: a fresh head is made"
         )
-        return labels, True
+        return True
     refuse_alike(stored, f"{source.folder}/config.json")
     note(f"the checkpoint's head is kept: labels {_in_list(labels)}")
-    return labels, False
+    return False
+
+
+def _counts(train: Split, targets: tasks.Targets) -> tuple[int, ...]:
+    """How often each class occurs; ids below 0 are none."""
+    ids = train.columns["labels"]
+    return tuple(int(count) for count in np.bincount(ids[ids >= 0], minlength=len(targets.labels)))
 
 
 def _in_list(names: Sequence[str]) -> str:
     return f"[{listed(map(repr, names))}]"
 
 
-def _report_data(train: Split, held_out: Split, labels: tuple[str, ...], config: RunConfig, note: Note) -> None:
+def _report_data(train: Split, held_out: Split, targets: tasks.Targets, config: RunConfig, note: Note) -> None:
     for split in (train, held_out):
         note(f"{split.name}: {lengths_text(split, config.data.max_length)}")
-    if not labels:
+    if not targets.labels:
         return
-    note(f"labels: {listed(labels)}")
-    counts = np.bincount(train.labels, minlength=len(labels))
-    for rows, said in ((0, "no training row has"), (1, "only one training row has")):
-        few = [label for label, count in zip(labels, counts, strict=True) if count == rows]
+    note(f"labels: {listed(targets.labels)}")
+    what = "row" if train.axis("labels") is None else "word"
+    for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
+        few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
         if few:
             note(f"warning: {said} label {listed(few)}")
 
 
-def _check_learnable(task: Any, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
+def _check_learnable(task: tasks.Task, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
     """Raises UserError if no loss can be of the training rows, as where each text is a single token; warns of held-out rows."""
-    if not task.learnable(train.tokens, train.offsets):
+    if not task.learnable(train):
         raise UserError(
             f"{config.data.train}: none of its {len(train)} texts has a token that {config.task.name} can predict: they are too short"
         )
-    if not task.learnable(held_out.tokens, held_out.offsets):
+    if not task.learnable(held_out):
         note(f"warning: no held-out text has a token that {config.task.name} can predict: there will be no scores")
 
 
 def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
-    limit = getattr(source.config, "max_position_embeddings", None) if source is not None else None
+    limit = source.family.facts(source.config).limit if source is not None else None
     buckets = buckets_of(config) if config.data.packing == "none" else ()
     if hint := advice(train, config.data.max_length, buckets, limit):
         note(hint)
@@ -280,7 +296,7 @@ def _packed(split: Split, config: RunConfig, note: Note) -> Split:
     packed = pack(split, length)
     note(
         f"{split.name}: packed {len(split)} texts into {len(packed)} rows of {length} tokens, "
-        f"{packed.offsets[-1] / (len(packed) * length):.1%} full"
+        f"{packed.offsets['length'][-1] / (len(packed) * length):.1%} full"
     )
     return packed
 
@@ -310,9 +326,8 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
             )
 
 
-def check_lengths(config: RunConfig, model_config: Any) -> None:
-    """Raises UserError if rows can be longer than the model's position table."""
-    limit = getattr(model_config, "max_position_embeddings", None)
+def check_lengths(config: RunConfig, limit: int | None) -> None:
+    """Raises UserError if rows can be longer than the model takes."""
     if limit is not None and config.data.max_length > limit:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"

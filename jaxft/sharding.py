@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("slice", "data", "fsdp")),
     ("length", ("context",)),
     ("predicted", ()),
+    ("target", ()),
     ("act_embed", ()),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),
@@ -251,9 +252,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, rules: AxisRules, ndim: int) -> NamedSharding:
-    """Of a batch's arrays: [B] or [B, S]."""
-    return NamedSharding(mesh, rules.spec(("batch", "length")[:ndim], "batch"))
+def batch_sharding(mesh: Mesh, rules: AxisRules, axes: Sequence[str | int]) -> NamedSharding:
+    """Where an array of a batch lies.
+
+    Args:
+      axes: a logical name per dimension; a number is a fixed size, which is not split.
+    """
+    return NamedSharding(mesh, rules.spec(tuple(None if isinstance(a, int) else a for a in axes), "batch"))
 
 
 LARGE = 16 * 2**20

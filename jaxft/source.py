@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from jaxft import models
 from jaxft.config import decode
 from jaxft.errors import UserError
 from jaxft.files import package_folder
+from jaxft.models.contract import Family, architecture_of, architectures, classes_of, head_of
 from jaxft.weights import Weights, open_weights
 from jaxft.weights.flax_names import under_pytorch_names
 from jaxft.weights.numbers import refuse_quantised
@@ -95,7 +95,7 @@ class Source:
 
     folder: Path
     hf_config: dict[str, Any]
-    family: ModuleType
+    family: Family
     family_name: str
     config: Any
     """The family's Config, changes applied."""
@@ -112,6 +112,18 @@ class Source:
     wrapper: str = ""
     """A prefix of all tensor names that is none of the family's (``module.``, say)."""
 
+    @property
+    def model_type(self) -> str:
+        """The reference's name for this kind of model; the family's own if config.json states none that it has."""
+        stated = self.hf_config.get("model_type")
+        return stated if stated in self.family.MODEL_TYPES else next(iter(self.family.MODEL_TYPES))
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the head of the weights tells apart; None: it has none."""
+        head = self.family.HEADS.get(self.head)
+        return classes_of(self.stored) if head is not None and head.classes else None
+
     def stored_head(self) -> str | None:
         """The head its weights have.
 
@@ -120,7 +132,8 @@ class Source:
         """
         if self.foreign is None:
             return self.head
-        have = ", ".join(f"{head} ({name})" for head, name in self.family.HEADS.items() if head is not None)
+        names = {head: architecture_of(self.family, head, self.model_type) for head in self.family.HEADS if head}
+        have = ", ".join(f"{head} ({name})" for head, name in names.items())
         raise UserError(
             f"{self.folder}: {self.foreign} is not supported: {self.family_name} here has the heads {have}; take the encoder "
             "alone (head=None, --head none), or train one of these heads on it with model.head=fresh"
@@ -162,7 +175,7 @@ def open_source(
         note("config.json ties the embeddings, but the weights have another decoder of their own: it is kept, untied")
     tree = {**stated, **said}
     labels, rows = _labels(hf_config), said.get("num_labels")
-    if head != "classification":
+    if head is None or not module.HEADS[head].classes:
         rows = None
         tree.pop("num_labels", None)  # of another head
     elif rows is not None:
@@ -196,7 +209,7 @@ def _compare_counts(hf_config: Mapping[str, Any], rows: int, note: Note) -> None
         note(f"config.json says {claimed} labels, the weights have {rows}: the weights are believed")
 
 
-def make_config(family: ModuleType, tree: dict[str, Any]) -> Any:
+def make_config(family: Family, tree: dict[str, Any]) -> Any:
     """A family's Config from a plain dict; UserError for unknown fields or wrong types."""
     return decode(family.Config, tree, "model.arch")
 
@@ -217,7 +230,7 @@ def open_folder(path: Path) -> Weights:
     return under_pytorch_names(weights) if weights.format == "flax msgpack" else weights
 
 
-def _wrapper_of(names: Sequence[str], family: ModuleType) -> str:
+def _wrapper_of(names: Sequence[str], family: Family) -> str:
     """The wrappers' names that begin all tensor names; "" if there are none."""
     prefix = family.hf_layout(family.TINY, None).prefix
     found = ""
@@ -237,22 +250,22 @@ def _wrapper_of(names: Sequence[str], family: ModuleType) -> str:
 def _family_name(hf_config: dict[str, Any], family: str | None, folder: Path, note: Note) -> str:
     stated = hf_config.get("model_type")
     if family is not None:
-        if stated not in (None, family, family.rpartition(".")[2]):
+        if stated not in (None, family, family.rpartition(".")[2], *models.family(family).MODEL_TYPES):
             note(f"config.json says model_type {stated!r}, family {family!r} is believed")
         return family
     if stated is not None:
         if "." in str(stated):  # a file's word is not imported
             raise UserError(f"{folder / 'config.json'}: model_type {stated!r} is not supported; set model.family")
-        return str(stated)
-    architectures = _architectures(hf_config)
+        return models.model_types().get(str(stated), str(stated))
+    named = _architectures(hf_config)
     for candidate in models.families():
-        heads = models.family(candidate).HEADS
-        stem = heads[None].removesuffix("Model")
-        if any(name in heads.values() or name.startswith(f"{stem}For") for name in architectures):
-            note(f"config.json has no model_type: {candidate!r} follows from architectures {architectures}")
+        family_ = models.family(candidate)
+        stems = tuple(f"{stem}For" for stem in family_.MODEL_TYPES.values())
+        if any(name in architectures(family_) or name.startswith(stems) for name in named):
+            note(f"config.json has no model_type: {candidate!r} follows from architectures {named}")
             return candidate
     raise UserError(
-        f"{folder / 'config.json'}: no model_type, and architectures {architectures} are not known; say which of "
+        f"{folder / 'config.json'}: no model_type, and architectures {named} are not known; say which of "
         f"{', '.join(models.families())} it is: jaxft convert --family, jaxft.load(..., family=), or model.family="
     )
 
@@ -265,18 +278,16 @@ def _architectures(hf_config: Mapping[str, Any]) -> list[str]:
 
 
 def _head(
-    hf_config: Mapping[str, Any], family: ModuleType, names: Collection[str], note: Note
+    hf_config: Mapping[str, Any], family: Family, names: Collection[str], note: Note
 ) -> tuple[str | None, str | None]:
     """The head that a folder has, and what it is called if the family has no such head."""
-    seen = family.head_of(names)
-    architectures = _architectures(hf_config)
-    if not architectures:
+    seen, named, known = head_of(names, family.HEADS), _architectures(hf_config), architectures(family)
+    if not named:
         return (seen, None) if seen in family.HEADS else (None, f"a head for {seen} (by its tensors)")
-    of_architecture = {name: head for head, name in family.HEADS.items()} | family.READ_AS
-    stated = next((name for name in architectures if name in of_architecture), None)
+    stated = next((name for name in named if name in known), None)
     if stated is None:
-        return None, architectures[0]
-    head = of_architecture[stated]
+        return None, named[0]
+    head = known[stated]
     if head is None and seen is not None:
         tensors = _head_tensors(family, names)
         if tensors:
@@ -287,7 +298,7 @@ def _head(
     return head, None
 
 
-def _head_tensors(family: ModuleType, names: Collection[str]) -> list[str]:
+def _head_tensors(family: Family, names: Collection[str]) -> list[str]:
     """The names that belong to a head of the family."""
     layouts = [family.hf_layout(family.TINY, head) for head in family.HEADS]
     roots = {

@@ -11,6 +11,7 @@ import optax
 
 from jaxft.optim import global_norm, update_count, update_ema
 from jaxft.state import TrainState
+from jaxft.tasks.contract import Forward, Task
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -20,13 +21,32 @@ _PREPARE = 0x7A5C  # the task's stream of random numbers, apart from that of dro
 
 def apply_model(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> Any:
     """The model's output on a batch."""
-    inputs = {name: batch[name] for name in model.INPUTS if name in batch}
+    inputs = {name: batch[name] for name in model.facts.inputs if name in batch}
     return model.apply({"params": params}, **inputs, key=key)
+
+
+def forward_of(model: Any, params: Any) -> Forward:
+    """The model's forward pass as tasks call it."""
+    return lambda batch, key: apply_model(model, params, batch, key)
+
+
+def _once(forward: Forward) -> Forward:
+    """The same, traced once for each batch: sums and outputs of one batch share its output."""
+    seen: list[tuple[Batch, Any, Any]] = []
+
+    def output_of(batch: Batch, key: jax.Array | None) -> Any:
+        for known, used, output in seen:
+            if known is batch and used is key:
+                return output
+        seen.append((batch, key, forward(batch, key)))
+        return seen[-1][2]
+
+    return output_of
 
 
 def make_train_step(
     model: Any,
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
     *,
@@ -54,7 +74,7 @@ def make_train_step(
         trained, join = _without(params, frozen)
 
         def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
-            sums = task.sums(apply_model(model, join(trained), batch, key), batch)
+            sums = task.sums(forward_of(model, join(trained)), batch, key)
             # What else is counted is for evaluations: left out here, the compiler drops it.
             return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
 
@@ -66,7 +86,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
-        weight = jnp.maximum(task.weight_of(batch), 1e-30)
+        weight = jnp.maximum(task.weight(batch), 1e-30)
         trained, sums = _accumulated(gradient_of, accumulation, state.params, batch, key, weight)
         norm = global_norm(trained)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
@@ -141,7 +161,7 @@ def _accumulated(
     return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
 
 
-def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
+def make_eval_step(model: Any, task: Task) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
     """``(params, batch) -> (sums over the batch, outputs per row)`` of the task.
 
     Rows of weight 0 add nothing to the sums, and each call gives the same.
@@ -149,7 +169,7 @@ def make_eval_step(model: Any, task: Any) -> Callable[[Any, Batch], tuple[Sums, 
 
     def eval_step(params: Any, batch: Batch) -> tuple[Sums, Batch]:
         batch = task.prepare(batch, jax.random.key(_PREPARE))
-        output = apply_model(model, params, batch, None)
-        return task.sums(output, batch), task.outputs(output, batch)
+        forward = _once(forward_of(model, params))
+        return task.sums(forward, batch, None), task.outputs(forward, batch)
 
     return eval_step

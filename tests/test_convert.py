@@ -390,7 +390,7 @@ def test_check_finds_a_fault_of_the_conversion(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     pytest.importorskip("torch")
-    from jaxft.models import bert
+    from jaxft.models.families import bert
 
     right = bert.hf_layout
 

@@ -23,7 +23,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_module_that_has_everything_is_taken(package: Path) -> None:
     (package / "task.py").write_text("from jaxft.tasks.classification import *\n")
-    (package / "family.py").write_text("from jaxft.models.bert import *\n")
+    (package / "family.py").write_text("from jaxft.models.families.bert import *\n")
     assert tasks.task(f"{package.name}.task").__name__ == f"{package.name}.task"
     assert models.family(f"{package.name}.family").__name__ == f"{package.name}.family"
     own = tasks.task(f"{package.name}.task")
@@ -57,7 +57,7 @@ def test_a_task_that_cannot_be_used_is_told_in_one_line(package: Path, code: str
 
 
 def test_a_family_that_cannot_be_used_is_told_in_one_line(package: Path) -> None:
-    (package / "family.py").write_text("from jaxft.models.bert import *\ndel hf_layout\n")
+    (package / "family.py").write_text("from jaxft.models.families.bert import *\ndel hf_layout\n")
     with pytest.raises(UserError, match=r"model\.family=.*lacks hf_layout; docs/add_a_model.md"):
         models.family(f"{package.name}.family")
 
@@ -88,7 +88,9 @@ def test_the_command_line_refuses_in_one_line(tmp_path: Path, capsys: pytest.Cap
 def test_what_a_model_folder_says_is_never_imported(
     package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    (package / "evil.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nfrom jaxft.models.bert import *\n")
+    (package / "evil.py").write_text(
+        f"open({str(tmp_path / 'imported')!r}, 'w')\nfrom jaxft.models.families.bert import *\n"
+    )
     folder = tiny.make_folder(tmp_path / "model", "classification", tiny.LABELS)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": f"{package.name}.evil"}))

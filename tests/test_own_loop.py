@@ -22,7 +22,7 @@ from jaxft.commands.platform import set_up_jax
 from jaxft.errors import UserError
 from jaxft.initial import init_params
 from jaxft.layers import Compute
-from jaxft.models import bert, llama
+from jaxft.models.families import bert, llama
 
 ROWS = 4
 MODELS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from jaxft.config import MeshConfig, OptimConfig
 from jaxft.errors import UserError
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
-from jaxft.models import bert
+from jaxft.models.families import bert
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
 from jaxft.optim.paths import leaves_of
 from jaxft.sharding import (

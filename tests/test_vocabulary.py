@@ -14,7 +14,7 @@ from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.initial import init_params
 from jaxft.layers import Compute, score_tokens, vocabulary_logits
-from jaxft.models import bert, llama
+from jaxft.models.families import bert, llama
 from jaxft.sharding import make_mesh
 from jaxft.step import apply_model
 from jaxft.tasks import causal_lm, masked_lm

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from jaxft import __main__
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
-from jaxft.models import bert
+from jaxft.models.families import bert
 from jaxft.pretrained import export_folder
 
 _TEXT = """

@@ -107,9 +107,8 @@ def settings_lines(config: RunConfig) -> list[str]:
 
 def model_lines(setup: Any) -> list[str]:
     """The network, what of it trains, and the devices that it lies on."""
-    names = {"num_hidden_layers": "{} layers", "hidden_size": "width {}", "num_attention_heads": "{} heads"}
-    config = setup.model.config
-    sizes = [text.format(getattr(config, name)) for name, text in names.items() if hasattr(config, name)]
+    stacks = setup.model.facts.stacks
+    sizes = [part for s in stacks for part in (f"{s.layers} layers", f"width {s.width}", f"{s.heads} heads")]
     head = [] if setup.model.head is None else [f"head {setup.model.head}"]
     rank = setup.config.model.lora.rank
     adapters = [] if rank is None else [f"adapters of rank {rank}"]

@@ -288,8 +288,9 @@ def _check(target: Path, got: Any, options: argparse.Namespace) -> int:
     """Compares what was written with the source, and says what was compared with what."""
     from jaxft import parity
     from jaxft.errors import UserError
+    from jaxft.models.contract import example_batch
 
-    batch = parity.random_batch(got.model.config, rows=4)
+    batch = example_batch(got.model.facts, rows=4)
     try:
         if got.source is not None and _reference_reads(got.source.folder):
             differences = _against_source(target, got, options, batch)
@@ -312,11 +313,12 @@ def _reference_reads(folder: Path) -> bool:
 def _against_source(target: Path, got: Any, options: argparse.Namespace, batch: Any) -> list[Any]:
     """The source, by transformers, against what was written, by jaxft and (a Hugging Face folder) by transformers."""
     from jaxft import parity
+    from jaxft.models.contract import architecture_of, classes_of
 
-    names = parity.models_architecture(got.model)
-    rows = getattr(got.model.config, "num_labels", None)
+    family, head = got.source.family, got.model.head
+    names = architecture_of(family, head, got.source.model_type)
     # config.json may say another number of labels; the weights are believed.
-    changes = {"num_labels": rows} if got.model.head == "classification" else {}
+    changes = {"num_labels": classes_of(got.model.config)} if family.HEADS[head].classes else {}
     source = parity.load_reference(got.source.folder, names, rounded_to=options.dtype, **changes)
     theirs = parity.outputs_of_reference(source, batch)
     ours = parity.outputs(*_written(target, got, options), batch)
@@ -348,7 +350,9 @@ def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: 
     if got.source is not None:
         params = load_params(got.source, got.model.clone(compute=Compute()), lambda text: None)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), _rounded(params, options.dtype))
-    reference = parity.load_reference(target, parity.models_architecture(got.model))
+    from jaxft.source import read_json
+
+    reference = parity.load_reference(target, read_json(target / "config.json")["architectures"][0])
     print(
         f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"
     )

@@ -106,7 +106,7 @@ def _name(value: str | ModuleType) -> str:
         raise UserError(
             "a task or family must lie in a module of its own, which later runs can import, not in a script"
         )
-    return value.__name__.removeprefix("jaxft.tasks.").removeprefix("jaxft.models.")
+    return value.__name__.removeprefix("jaxft.tasks.").removeprefix("jaxft.models.families.")
 
 
 def _resolved(config: RunConfig | str | Path | Mapping[str, Any] | None, overrides: list[str]) -> RunConfig:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from jaxft.commands.show_config import split_run_file
@@ -125,23 +124,14 @@ def _note(text: str) -> None:
 
 def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
-    from jaxft import tasks
-    from jaxft.data.labels import declared_labels
-    from jaxft.recipe import make_recipe, open_start
-    from jaxft.setup import check_lengths
+    from jaxft.recipe import make_recipe, open_start, planned_targets
+    from jaxft.setup import check_lengths, stand_in_tokenizer
 
     source = open_start(config, _note)
-    labels: tuple[str, ...] = ()
-    if tasks.task(config.task.name).LABELLED:
-        count = config.model.arch.get("num_labels", 2)
-        stored = source.labels if source is not None else None
-        labels = declared_labels(config.data.labels)[0] or stored or tuple(map(str, range(count)))
-    vocabulary = source.config.vocab_size if source is not None else config.model.arch.get("vocab_size", 30522)
-    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=vocabulary, end_id=2)
-    recipe = make_recipe(
-        config, mesh, source, labels, (1,) * len(labels), tokenizer, config.train.steps or 1000, platform
-    )
-    check_lengths(config, recipe.model.config)
+    facts, targets = planned_targets(config, source)
+    tokenizer = stand_in_tokenizer(facts.vocabulary or 0)
+    recipe = make_recipe(config, mesh, source, targets, tokenizer, config.train.steps or 1000, platform)
+    check_lengths(config, facts.limit)
     return recipe
 
 

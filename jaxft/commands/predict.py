@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import IO, Any
 
-_MOST_PROBABILITY_COLUMNS = 20
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
@@ -60,17 +58,17 @@ def run(options: argparse.Namespace) -> int:
     if options.top is not None and is_table(options.out):
         raise UserError(f"--top is for JSON Lines; {options.out} has a column for each of few labels")
     set_up_jax("~/.cache/jaxft/xla")
-    from jaxft.serving import check_threshold, make_classifier, open_model
+    from jaxft.serving import check_threshold, make_answerer, open_model
 
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))
-    classify = make_classifier(served, options.batch_size)
     check_threshold(options.threshold, served.labels)
+    answers = make_answerer(served, options.batch_size, threshold=options.threshold, top=options.top)
     rows = _rows_of(inputs[0], served.config.data) if inputs else _texts(options.text, options.pair)
     if options.out:
         with file_written_whole(Path(options.out)) as file:
-            counts = _answer(rows, classify, served, options, file)
+            counts = _answer(rows, answers, served, options, file)
     else:
-        counts = _answer(rows, classify, served, options, sys.stdout)
+        counts = _answer(rows, answers, served, options, sys.stdout)
     if counts.cut:
         limit = served.tokenizer.max_length
         print(
@@ -100,6 +98,8 @@ class _Input:
     """The whole row, by column; empty if the input has no columns."""
     names: tuple[str, ...] = ("text", "pair")
     """The columns of the texts."""
+    where: str = "--text"
+    """Where the row is, for messages."""
 
 
 def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
@@ -124,41 +124,34 @@ def _rows_of(reference: str, data: Any) -> Iterator[_Input]:
         check_texts(row, columns)
         values = dict(zip((*columns, *others), row.values, strict=True))
         texts = tuple(str(value) for value in row.values[: len(columns)])
-        yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"))
+        yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"), row.where)
 
 
-def _answer(rows: Iterator[_Input], classify: Any, served: Any, options: argparse.Namespace, file: IO[str]) -> _Counts:
+def _answer(rows: Iterator[_Input], answers: Any, served: Any, options: argparse.Namespace, file: IO[str]) -> _Counts:
     """Writes the answers."""
+    from jaxft.data.rows import Row
     from jaxft.data.write import is_table, row_writer
     from jaxft.files import is_unicode
     from jaxft.serving import chunks
 
-    counts, make = _Counts(), _table_row if is_table(options.out) else _record
+    counts, table = _Counts(), is_table(options.out)
     write = row_writer(options.out, file, ascii_only=not is_unicode(file))
     # Several batches at a time, so that texts of similar length can share one.
     for chunk in chunks(rows, 16 * options.batch_size):
-        pairs = [row.texts[1] for row in chunk] if len(chunk[0].texts) == 2 else None
-        for row, answer in zip(chunk, classify([row.texts[0] for row in chunk], pairs), strict=True):
-            write(make(row, answer, served, options))
+        made = answers([Row(row.texts, row.where) for row in chunk])
+        for row, (answer, cut) in zip(chunk, made, strict=True):
+            write(_table_row(row, answer) if table else _record(row, answer, served))
             counts.rows += 1
-            counts.cut += answer.truncated
-            counts.unsaid += answer.label(options.threshold) is None
+            counts.cut += cut
+            counts.unsaid += answer.unsaid
         file.flush()
     return counts
 
 
-def _table_row(row: _Input, answer: Any, served: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _table_row(row: _Input, answer: Any) -> dict[str, Any]:
     """The row's columns, then what is said of it."""
-    best = answer.label(options.threshold)
-    said: dict[str, Any] = {
-        "predicted": None if best is None else served.labels[best],
-        "probability": None if best is None else _rounded(answer.probabilities[best]),
-    }
-    if len(served.labels) <= _MOST_PROBABILITY_COLUMNS:
-        values = map(_rounded, answer.probabilities)
-        said |= {f"probability_{name}": value for name, value in zip(served.labels, values, strict=True)}
     given = row.columns or dict(zip(row.names, row.texts, strict=False))
-    return _beside(given, said) | said
+    return _beside(given, answer.cells) | answer.cells
 
 
 def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
@@ -172,23 +165,11 @@ def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
     return renamed
 
 
-def _rounded(probability: Any) -> float | None:
-    return None if math.isnan(probability) else round(float(probability), 6)
-
-
-def _record(row: _Input, answer: Any, served: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _record(row: _Input, answer: Any, served: Any) -> dict[str, Any]:
     """One JSON object: what is said of the row, its label if it has one, and its other columns."""
     from jaxft.data.labels import label_text
 
-    order = (-answer.probabilities).argsort(kind="stable")[: options.top]
-    best = answer.label(options.threshold)
-    said = {
-        "text": row.texts[0],
-        **({"pair": row.texts[1]} if len(row.texts) == 2 else {}),
-        "label": None if best is None else served.labels[best],
-        "probability": None if best is None else _rounded(answer.probabilities[best]),
-        "probabilities": {served.labels[i]: _rounded(answer.probabilities[i]) for i in order},
-    }
+    said = {"text": row.texts[0], **({"pair": row.texts[1]} if len(row.texts) == 2 else {}), **answer.record}
     label = served.config.data.label
     if label in row.columns:
         said["true"] = label_text(row.columns[label]) or None

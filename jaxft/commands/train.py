@@ -193,8 +193,8 @@ def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
     log = read_log(out / "log.jsonl")
     print()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
-    print(report_text(result.metrics, ready.task.labels, log, width))
-    written = write_report(out, result.metrics, ready.task.labels, log)
+    print(report_text(result.metrics, ready.targets.labels, log, width))
+    written = write_report(out, result.metrics, ready.targets.labels, log)
     peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:
@@ -228,7 +228,7 @@ def _export_adapter(ready: Any, result: Any, target: Path) -> None:
     if config.init is None:
         _note("no adapters are exported: without model.init there is no model to load them onto")
         return
-    frozen = set(lora.frozen_paths(model, config.lora, bool(ready.task.labels)))
+    frozen = set(lora.frozen_paths(model, config.lora, bool(ready.targets.labels)))
     own = {path: leaf for path, leaf in parameter_paths(result.params["base"]).items() if f"base/{path}" not in frozen}
     params = processes.fetch({"base": own, "lora": result.params["lora"]})
     if processes.is_first():
@@ -262,8 +262,8 @@ def _write_export(ready: Any, params: Any, target: Path) -> None:
             lora.base_of(ready.model),
             params,
             tokenizer=ready.tokenizer,
-            labels=ready.task.labels,
-            problem_type=SINGLE_LABEL if ready.task.labels else None,
+            labels=ready.targets.labels,
+            problem_type=SINGLE_LABEL if ready.targets.labels else None,
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
             note=_note,
@@ -311,7 +311,7 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
     with jax.set_mesh(ready.mesh):
         same = bool(jitted(equal, ready.mesh, replicated(ready.mesh))(exported, params))
     again = evaluate(ready, programs, params if base is ready.model else lora.unchanged(params, result.params))
-    labels = ready.task.labels
+    labels = ready.targets.labels
     named = source.labels or tuple(f"LABEL_{i}" for i in range(len(labels)))  # such names count as none
     # As JSON: a score of nothing is NaN, which is not equal to itself.
     if not same or to_json(again) != to_json(metrics) or named != labels:

@@ -7,7 +7,7 @@ command line are applied last. Decoding is strict: an unknown key or a value of 
 """
 
 from jaxft.config.decode import decode, flat, to_tree, to_yaml, to_yaml_line
-from jaxft.config.read import load_config
+from jaxft.config.read import load_config, run_config
 from jaxft.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "decode",
     "flat",
     "load_config",
+    "run_config",
     "to_tree",
     "to_yaml",
     "to_yaml_line",

@@ -132,8 +132,6 @@ def check_ranges(config: RunConfig) -> None:
             config.model.lora.rank,
             "adapters say what trains: leave out optim.freeze and optim.layer_decay",
         ),
-        (0 < config.task.mask_rate < 1, "task.mask_rate", config.task.mask_rate, "must lie between 0 and 1"),
-        (0 <= config.task.label_smoothing < 1, "task.label_smoothing", config.task.label_smoothing, "must lie in 0..1"),
         (
             all(size == -1 or size > 0 for size in dataclasses.astuple(config.mesh)[:5]),
             "mesh",

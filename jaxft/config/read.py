@@ -11,8 +11,9 @@ from jaxft.config.decode import decode
 from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
 from jaxft.config.scalars import Scalar, parse_yaml, settle, value_kind
-from jaxft.config.schema import RunConfig
-from jaxft.config.stored import GONE, without_gone
+from jaxft.config.schema import RunConfig, TaskConfig
+from jaxft.config.stored import GONE, as_today
+from jaxft.config.tasks import task_options
 from jaxft.config.typed import typed
 from jaxft.errors import UserError
 from jaxft.files import find_file
@@ -51,7 +52,9 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
 
 def stored_tree(path: Path) -> dict[str, Any]:
     """The plain tree of a configuration that a run wrote, with the keys that are gone since."""
-    return settle(RunConfig, _read_tree(path), "")
+    tree = _read_tree(path)
+    task = settle(task_options(_task_name(tree)), tree.get("task", {}), "task")
+    return settle(RunConfig, {name: value for name, value in tree.items() if name != "task"}, "") | {"task": task}
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -67,14 +70,14 @@ def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"{assignment!r}: expected key=value, for instance optim.learning_rate=1e-4")
-    value = typed(_kind_of(key, text), text, key)
+    value = typed(_kind_of(key, text, _task_name(tree)), text, key)
     for part in reversed(key.split(".")):
         value = {part: value}
     return _merge(tree, value)
 
 
-def _kind_of(key: str, text: str) -> Any:
-    """The declared type of a dotted key; Any inside mappings that take anything."""
+def _kind_of(key: str, text: str, task: str) -> Any:
+    """The declared type of a dotted key of a run with this task; Any inside mappings that take anything."""
     kind: Any = RunConfig
     done: list[str] = []
     for part in key.split("."):
@@ -85,7 +88,7 @@ def _kind_of(key: str, text: str) -> Any:
                 raise UserError(f"{'.'.join(done)} is gone: {GONE['.'.join(done)]}")
             if part not in kinds:
                 raise UserError(f"unknown config key {'.'.join(done)!r}: {meant(RunConfig, '.'.join(done), kinds)}")
-            kind = kinds[part]
+            kind = task_options(task) if kinds[part] is TaskConfig else kinds[part]
         else:
             kind = value_kind(kind) or Any
     if dataclasses.is_dataclass(kind) and not text.startswith("{"):
@@ -109,9 +112,28 @@ def load_config(
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_tree(find_file(str(path), "config file"))
-        tree = without_gone(tree) if stored else tree
-    for assignment in overrides:
+        tree = as_today(tree) if stored else tree
+    # The task first: it says what its other options are.
+    for assignment in sorted(overrides, key=lambda text: not text.startswith("task.name=")):
         tree = _override(tree, assignment)
-    config = decode(RunConfig, tree)
+    config = run_config(tree)
     check_ranges(config)
     return config
+
+
+def run_config(tree: dict[str, Any]) -> RunConfig:
+    """The configuration that a whole plain tree holds.
+
+    Raises:
+      UserError: an unknown key, or a value of the wrong type.
+    """
+    options = task_options(_task_name(tree))
+    rest = {section: value for section, value in tree.items() if section != "task"}
+    task = decode(options, tree.get("task", {}), "task")
+    return dataclasses.replace(decode(RunConfig, rest), task=task)
+
+
+def _task_name(tree: dict[str, Any]) -> str:
+    section = tree.get("task")
+    name = section.get("name", TaskConfig.name) if isinstance(section, dict) else TaskConfig.name
+    return str(name.value if isinstance(name, Scalar) else name)

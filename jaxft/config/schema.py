@@ -10,16 +10,16 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is learnt."""
+    """What is learnt. Each task adds options of its own (``jaxft/config/tasks``)."""
 
     name: str = "classification"
     """A module of ``jaxft.tasks``, or the dotted name of one of your own (docs/add_a_task.md)."""
-    label_smoothing: float = 0.0
-    """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """``balanced``: N / (C * count of the class in the training data). Or a weight per label name."""
-    mask_rate: float = 0.15
-    """Share of each text's tokens that masked_lm predicts."""
+
+
+def _usual_task() -> TaskConfig:
+    from jaxft.config.tasks import task_options
+
+    return task_options(TaskConfig.name)()
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,12 @@ class DataConfig:
     """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
     max_length: int = 128
     """Tokens kept per row, special tokens included. Longer rows are cut as ``long_texts`` says, counted and reported."""
-    long_texts: Literal["truncate", "split"] = "truncate"
-    """What becomes of a text beyond ``max_length``: its beginning, or several rows (tasks without labels only)."""
+    long_texts: Literal["auto", "truncate", "split", "windows"] = "auto"
+    """What becomes of a text beyond ``max_length``: its beginning; several rows (language models); or windows that overlap by
+    ``stride`` (tasks that label words, which see each word once, where it has the most context). ``auto``: windows for those,
+    else the beginning."""
+    stride: int | None = None
+    """Tokens that a window has in common with the one before. None: a quarter of ``max_length``."""
     buckets: tuple[int, ...] | None = None
     """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
     ``max_length``."""
@@ -279,7 +283,7 @@ class LogConfig:
 class RunConfig:
     """Everything that a run depends on."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: TaskConfig = field(default_factory=_usual_task)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+from jaxft.config.schema import TaskConfig
+from jaxft.config.tasks import task_options
 
 GONE = {
     "eval.mode": "the task says for each metric whether less (loss) or more (accuracy) is better; leave it out",
 }
 """Keys of earlier versions, and what a run file that still has one is told."""
 
+_ONCE_SHARED = ("label_smoothing", "class_weights", "mask_rate")  # options of tasks
 _LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with eval.mode had
 
 
@@ -20,6 +25,23 @@ def without_gone(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(kept.get(section), dict):
             kept[section] = {name: value for name, value in kept[section].items() if name != key}
     return kept
+
+
+def without_other_options(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the options of other tasks, which the section had when all tasks shared it."""
+    section = tree.get("task")
+    if not isinstance(section, dict):
+        return tree
+    name = section.get("name", TaskConfig.name)
+    options = task_options(str(getattr(name, "value", name)))
+    known = {field.name for field in dataclasses.fields(options)}
+    kept = {key: value for key, value in section.items() if key in known or key not in _ONCE_SHARED}
+    return tree | {"task": kept}
+
+
+def as_today(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration as today's versions read it."""
+    return without_other_options(without_gone(tree))
 
 
 def wrong_best(tree: dict[str, Any]) -> str | None:
@@ -40,7 +62,7 @@ def wrong_best(tree: dict[str, Any]) -> str | None:
 
 def stored_config(meta: dict[str, Any]) -> dict[str, Any]:
     """The configuration in a checkpoint's ``meta`` as today's versions write it, with ``eval.metric`` named."""
-    tree = without_gone(meta["config"])
+    tree = as_today(meta["config"])
     return tree | {"eval": tree.get("eval", {}) | {"metric": stored_metric(meta)}}
 
 

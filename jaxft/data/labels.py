@@ -109,6 +109,12 @@ def declared_labels(declared: Sequence[object] | Mapping[str, object] | None) ->
     return _distinct((renamed[label] for label in order), "names"), renamed
 
 
+def renamed_labels(declared: Sequence[object] | Mapping[str, object] | None, labels: Sequence[str]) -> dict[str, str]:
+    """By label of the data, the name of its class among ``labels``, for those that ``data.labels`` gives other names."""
+    names, renamed = declared_labels(declared)
+    return {label: labels[names.index(name)] for label, name in renamed.items()}
+
+
 def _distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     found = tuple(names)
     for i, name in enumerate(found):

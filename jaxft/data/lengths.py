@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxft.data.encode import Split
+from jaxft.data.examples import Split
 from jaxft.data.loader import bucket_of
 
 _FEW = 0.01  # of all rows: so many may be cut before a longer limit is proposed
@@ -13,7 +13,8 @@ _SPARE = 1.5  # times the longest text: padding beyond that is worth a word
 
 def whole_lengths(split: Split) -> np.ndarray:
     """[rows] tokens per row, those that were cut off included."""
-    return split.lengths if split.dropped is None else split.lengths + split.dropped
+    lengths = split.sizes("length")
+    return lengths if split.dropped is None else lengths + split.dropped
 
 
 def lengths_text(split: Split, max_length: int) -> str:
@@ -24,7 +25,7 @@ def lengths_text(split: Split, max_length: int) -> str:
     if split.truncated > 0:
         cut += f" ({split.truncated / len(split):.2%})"
     return (
-        f"{len(split)} rows, {split.lengths.sum()} tokens; median {median}, 95 % {most}, 99 % {nearly_all}, "
+        f"{len(split)} rows, {split.sizes('length').sum()} tokens; median {median}, 95 % {most}, 99 % {nearly_all}, "
         f"max {lengths.max()}; {cut}"
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -18,35 +18,32 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.data.encode import Split
-from jaxft.data.tokenizer import pad_rows, pad_to
+from jaxft.data.batch import Fields, HostBatch, Shape, collate, text_shape
+from jaxft.data.examples import Examples
 from jaxft.sharding import AxisRules, batch_sharding
 
 _WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
 
-HostBatch = dict[str, np.ndarray]
-
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Random access to the batches of a split: ``batches[step]``.
+    """Random access to the batches of a split, ``batches[step]``: its fields, padded; rows of weight 0 fill up an epoch's last one.
 
-    Batches are dicts of ``tokens``, ``mask``, ``types`` [B, S] int32, ``labels`` [B] int32 and ``weights`` [B] float32, of
-    packed splits also ``segments`` and ``positions`` [B, S] int32; rows of weight 0 fill up the last batch of an epoch.
+    Rows of similar length share a batch, by the axis ``length``; examples without one are all of one shape.
     """
 
-    split: Split
+    split: Examples
     batch_size: int
     buckets: tuple[int, ...]
-    pad_id: int
     seed: int | None
     """Of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
     part: tuple[int, int] | None = None
     """(first, last + 1): which rows of each batch this process makes; None: all."""
 
     def __post_init__(self) -> None:
-        if int(self.split.lengths.max()) > self.buckets[-1]:
-            raise ValueError(f"{self.split.name}: a row of {self.split.lengths.max()} tokens is beyond {self.buckets}")
+        longest = int(self.split.sizes("length").max())
+        if longest > self.buckets[-1]:
+            raise ValueError(f"{self.split.name}: a row of {longest} tokens is beyond {self.buckets}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,20 +55,14 @@ class Batches:
         return self.steps_per_epoch if self.seed is None else 1 << 40
 
     def __getitem__(self, step: int) -> HostBatch:
-        rows = self.rows_of(int(step))
-        length = bucket_of(int(self.split.lengths[rows].max()), self.buckets)
         first, last = self.part or (0, self.batch_size)
-        rows, share = rows[first:last], last - first
-        items = [self.split.row(i) for i in rows] + [(np.zeros(0, np.int32),) * 2 + (0,)] * (share - len(rows))
-        batch = pad_rows([item[0] for item in items], [item[1] for item in items], length, self.pad_id)
-        offsets = self.split.offsets
-        for name, value in (("segments", self.split.segments), ("positions", self.split.positions)):
-            if value is not None:
-                batch[name] = pad_to([value[offsets[i] : offsets[i + 1]] for i in rows], length)
-                batch[name] = np.pad(batch[name], ((0, share - len(rows)), (0, 0)))
-        weights = np.zeros(share, np.float32)
-        weights[: len(rows)] = 1.0
-        return batch | {"labels": np.array([item[2] for item in items], np.int32), "weights": weights}
+        shape = replace(self.shape_of(int(step)), rows=last - first)
+        return collate([self.split[i] for i in self.rows_of(int(step))[first:last]], self.split.fields, shape)
+
+    def shape_of(self, step: int) -> Shape:
+        """The padded shape of the global batch of a step."""
+        longest = int(self.split.sizes("length")[self.rows_of(step)].max())
+        return text_shape(self.batch_size, bucket_of(longest, self.buckets))
 
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
@@ -81,11 +72,11 @@ class Batches:
         window, within = divmod(index, _WINDOW)
         return _window(self, epoch, window)[within]
 
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The (rows, length) shapes that batches of this split can have."""
-        longest = bucket_of(int(self.split.lengths.max()), self.buckets)
-        shortest = bucket_of(int(self.split.lengths.min()), self.buckets)
-        return tuple((self.batch_size, length) for length in self.buckets if shortest <= length <= longest)
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that batches of this split can have."""
+        lengths = self.split.sizes("length")
+        shortest, longest = (bucket_of(int(size), self.buckets) for size in (lengths.min(), lengths.max()))
+        return tuple(text_shape(self.batch_size, length) for length in self.buckets if shortest <= length <= longest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,7 +86,7 @@ def _shuffled(rows: int, seed: int) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _by_length(batches: Batches) -> np.ndarray:
-    return np.argsort(batches.split.lengths, kind="stable")
+    return np.argsort(batches.split.sizes("length"), kind="stable")
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,7 +100,7 @@ def _window(batches: Batches, epoch: int, window: int) -> list[np.ndarray]:
     rng = np.random.default_rng([seed, epoch, window])
     # A stable sort keeps the shuffled order among equal lengths. The short batch, if any, is cut at a random place: were it
     # always the longest rows, the epoch would end with the hardest ones.
-    members = members[np.argsort(batches.split.lengths[members], kind="stable")]
+    members = members[np.argsort(batches.split.sizes("length")[members], kind="stable")]
     full, rest = divmod(len(members), size)
     sizes = [size] * full + ([rest] if rest else [])
     if rest:
@@ -143,23 +134,16 @@ def stream(batches: Batches, start: int, stop: int, read_ahead: int) -> Iterator
     return iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
 
 
-def array_shapes(rows: int, length: int, packed: bool) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and type of each array of a batch; see :class:`Batches`."""
-    of_tokens = ["tokens", "mask", "types", *(["segments", "positions"] if packed else [])]
-    shapes: dict[str, tuple[tuple[int, ...], type]] = dict.fromkeys(of_tokens, ((rows, length), np.int32))
-    return shapes | {"labels": ((rows,), np.int32), "weights": ((rows,), np.float32)}
-
-
 def local_rows(mesh: Mesh, rules: AxisRules, batch_size: int) -> tuple[int, int]:
     """(first, last + 1): the rows of a batch that this process's devices hold parts of."""
-    places = batch_sharding(mesh, rules, 1).addressable_devices_indices_map((batch_size,)).values()
+    places = batch_sharding(mesh, rules, ("batch",)).addressable_devices_indices_map((batch_size,)).values()
     bounds = [index[0].indices(batch_size)[:2] for index in places if index is not None]
     return min(first for first, _ in bounds), max(last for _, last in bounds)
 
 
-def to_global(batch: HostBatch, mesh: Mesh, rules: AxisRules, batch_size: int) -> dict[str, jax.Array]:
+def to_global(batch: HostBatch, fields: Fields, mesh: Mesh, rules: AxisRules, batch_size: int) -> dict[str, jax.Array]:
     """This process's rows (:func:`local_rows`) as part of global arrays, split as the rules say."""
-    shardings = {name: batch_sharding(mesh, rules, value.ndim) for name, value in batch.items()}
+    shardings = {name: batch_sharding(mesh, rules, fields[name].axes) for name in batch}
     if len(mesh.local_devices) == mesh.size:
         return jax.device_put(batch, shardings)
     first, _ = local_rows(mesh, rules, batch_size)

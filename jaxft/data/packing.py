@@ -6,7 +6,8 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from jaxft.data.encode import Split
+from jaxft.data.batch import Field
+from jaxft.data.examples import Split, offsets_of, spans_of
 
 
 def pack(split: Split, length: int) -> Split:
@@ -16,24 +17,19 @@ def pack(split: Split, length: int) -> Split:
     Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text). Which texts share a row depends on
     the texts alone, so that a packed split is read like any other: by (seed, step).
     """
-    lengths = split.lengths
+    lengths = split.sizes("length")
     order = np.argsort(-lengths, kind="stable")
     rows = _best_fit(lengths[order], length)
     members = [order[row] for row in rows]
     texts = np.concatenate(members)
-    spans = [np.arange(split.offsets[i], split.offsets[i + 1]) for i in texts]
-    index = np.concatenate(spans)
+    index = spans_of(split.offsets["length"], texts)
     numbers = np.concatenate([np.arange(1, len(row) + 1) for row in members])
-    return Split(
-        split.name,
-        split.tokens[index],
-        split.types[index],
-        np.concatenate([[0], np.cumsum([lengths[row].sum() for row in members])]),
-        np.zeros(len(members), np.int32),
-        split.truncated,
-        segments=np.repeat(numbers, lengths[texts]).astype(np.int32),
-        positions=np.concatenate([np.arange(n) for n in lengths[texts]]).astype(np.int32),
-    )
+    columns = {name: values[index] for name, values in split.columns.items()}
+    columns["segments"] = np.repeat(numbers, lengths[texts]).astype(np.int32)
+    columns["positions"] = np.concatenate([np.arange(n) for n in lengths[texts]]).astype(np.int32)
+    places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
+    offsets = offsets_of(np.array([lengths[row].sum() for row in members]))
+    return Split(split.name, {**split.fields, **places}, columns, {"length": offsets})
 
 
 def _best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data.batch import Fields
 from jaxft.data.cutting import count_dropped, cut_pairs
 from jaxft.data.tokenizer_files import has_tokenizer, read_files, save_files
 from jaxft.errors import UserError
@@ -213,19 +214,25 @@ def _at(values: list[int], kept: list[int] | None) -> list[int]:
     return values if kept is None else [values[i] for i in kept]
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: Any, *, paired: bool = False) -> None:
-    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have."""
-    if tokenizer.vocab_size > config.vocab_size:
+def check_vocabulary(tokenizer: Tokenizer, inputs: Fields, *, paired: bool = False) -> None:
+    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have.
+
+    Args:
+      inputs: of the model.
+      paired: rows are of two texts.
+    """
+    rows = inputs["tokens"].count
+    if rows is not None and tokenizer.vocab_size > rows:
         raise UserError(
-            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {config.vocab_size}: "
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {rows}: "
             "wrong tokenizer for these weights; set data.tokenizer"
         )
-    check_types(tokenizer, config, paired=paired)
+    check_types(tokenizer, inputs, paired=paired)
 
 
-def check_types(tokenizer: Tokenizer, config: Any, *, paired: bool) -> None:
+def check_types(tokenizer: Tokenizer, inputs: Fields, *, paired: bool) -> None:
     """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
-    rows, types = getattr(config, "type_vocab_size", None), tokenizer.count_types(paired=paired)
+    rows, types = inputs["types"].count if "types" in inputs else None, tokenizer.count_types(paired=paired)
     if rows is not None and types > rows:
         texts = "two texts" if paired else "one text"
         raise UserError(

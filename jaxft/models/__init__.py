@@ -1,40 +1,40 @@
-"""One module per model family. There is no registry: a family is found by the name of its module.
+"""Model families: what one is (``contract``), what several share (``encoder``, ``heads``), and one file each (``families``).
 
-A family module defines (see docs/add_a_model.md):
-
-- ``Config``: frozen dataclass of everything that changes the maths;
-- ``Model``: Linen module, ``Model(config, head, compute)``, ``head`` one of ``HEADS`` or None;
-- ``HEADS``: head name -> the reference's architecture name;
-- ``READ_AS``: further architecture names -> the head that is read of them;
-- ``config_from_hf`` / ``config_to_hf``: to and from the reference's config.json;
-- ``SUPERSEDED``: older keys of config.json for what ``config_to_hf`` writes, which an export leaves out;
-- ``config_of_weights(weights)``: what the tensors alone say about the Config;
-- ``hf_layout(config, head)``: the weight table, see :mod:`jaxft.hf`;
-- ``TINY``: a Config small enough for tests.
+There is no registry: a family is found by the name of its module, or by a ``model_type`` that it names.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from difflib import get_close_matches
-from types import ModuleType
 
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError
+from jaxft.models import families as _families
+from jaxft.models.contract import Family
+
+__all__ = ["families", "family", "model_types"]
 
 _NEEDED = (
-    *("Config", "Model", "HEADS", "READ_AS", "SUPERSEDED", "TINY", "Model.INPUTS", "Model.CAUSAL"),
-    *("config_from_hf", "config_to_hf", "config_of_weights", "head_of", "hf_layout"),
+    *("MODEL_TYPES", "HEADS", "SUPERSEDED", "Config", "Model", "Model.facts", "TINY"),
+    *("facts", "config_from_hf", "config_to_hf", "config_of_weights", "hf_layout"),
 )
 
 
 def families() -> tuple[str, ...]:
     """The names of all model families."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(_families.__path__)))
 
 
-def family(name: str) -> ModuleType:
+@functools.cache
+def model_types() -> dict[str, str]:
+    """Every ``model_type`` of a config.json that is supported, and its family."""
+    return {kind: name for name in families() for kind in _module(name).MODEL_TYPES}
+
+
+def family(name: str) -> Family:
     """The module of a family: by its name, by the reference's ``model_type``, or a dotted name of a module that is somewhere
     else. That is imported: only names that a user gave may come here with a dot.
 
@@ -42,11 +42,16 @@ def family(name: str) -> ModuleType:
       UserError: there is no such family.
     """
     if "." in name:
-        return outside_module("model.family", name, _NEEDED, "docs/add_a_model.md")
-    module = name.replace("-", "_")
-    if module not in families():
+        return outside_module("model.family", name, _NEEDED, "docs/add_a_model.md")  # type: ignore[return-value]
+    found = name if name in families() else model_types().get(name) or model_types().get(name.replace("_", "-"))
+    if found is None:
         # Names of other families are as near to ours as slips are (albert, roberta): only what is no longer can be a slip.
-        near = get_close_matches(module.lower(), [f for f in families() if len(f) >= len(module)], n=1, cutoff=0.8)
+        known = sorted({*families(), *model_types()})
+        near = get_close_matches(name.lower(), [one for one in known if len(one) >= len(name)], n=1, cutoff=0.8)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"model family {name!r} is not supported; there are: {', '.join(families())}{guess}")
-    return importlib.import_module(f"{__name__}.{module}")
+        raise UserError(f"model family {name!r} is not supported; there are: {', '.join(known)}{guess}")
+    return _module(found)
+
+
+def _module(name: str) -> Family:
+    return importlib.import_module(f"{_families.__name__}.{name}")  # type: ignore[return-value]

@@ -63,7 +63,7 @@ def _to_fit(plan: Plan, config: RunConfig) -> list[str]:
         options.append((resident * (1 - 1 / plan.topology.chips), "mesh.data=1 mesh.fsdp=-1"))
     if (config.optim.momentum_dtype or config.model.param_dtype) == "float32" and memory.optimizer > 0:
         options.append((memory.optimizer / 4, "optim.momentum_dtype=bfloat16"))
-    if not tasks.task(config.task.name).LABELLED and config.model.vocab_tile is None:
+    if tasks.task(config.task.name).PACKING and config.model.vocab_tile is None:
         options.append((0.2 * memory.activations, "model.vocab_tile=4096"))
     found += [f"{text}: {saved / _GIB:.2f} GiB" for saved, text in sorted(options, reverse=True) if saved > 0.01 * over]
     return found

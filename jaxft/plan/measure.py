@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxft.attention import choices, described
+from jaxft.data.batch import text_shape
 from jaxft.errors import UserError
 from jaxft.flops import ModelFlops, model_flops
 from jaxft.hlo import Collective, costs_of
@@ -150,7 +151,7 @@ def make_plan(
             ("parameters", state.params),
             ("optimizer", state.opt_state),
             ("average", () if state.ema is None else state.ema),
-            ("batch", recipe.batch(rows, length)),
+            ("batch", recipe.batch(text_shape(rows, length))),
         )
     }
     kept, gradients = activation_bytes(recipe, rows, length), bytes_of["parameters"]
@@ -177,7 +178,7 @@ def make_plan(
         memory=memory,
         collectives=(),
         traffic=traffic_of(recipe, rows, length),
-        useful=model_flops(recipe, rows, length),
+        useful=model_flops(recipe, text_shape(rows, length)),
         matmul_flops=None,
         est_seconds=None,
         llo=None,
@@ -214,7 +215,9 @@ def usable_bytes(topology: Topology) -> float | None:
 def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     start = time.perf_counter()
     with jax.set_mesh(recipe.mesh), choices() as seen:
-        lowered = recipe.train_program().lower(recipe.state, recipe.batch(plan.rows, plan.length), recipe.seed())
+        lowered = recipe.train_program().lower(
+            recipe.state, recipe.batch(text_shape(plan.rows, plan.length)), recipe.seed()
+        )
         program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start
     text = program.as_text()

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.data.batch import text_shape
 from jaxft.recipe import Recipe
 from jaxft.sharding import CONTEXT, ways
 
@@ -64,51 +65,52 @@ def _local_tokens(recipe: Recipe, rows: int, length: int) -> float:
 
 
 def _of_tensor(recipe: Recipe, rows: int, length: int) -> float:
-    n, config = recipe.mesh.shape["tensor"], recipe.model.config
-    compute = recipe.model.compute
+    n, compute = recipe.mesh.shape["tensor"], recipe.model.compute
     activation = np.dtype(compute.activation_dtype).itemsize
     tokens = _local_tokens(recipe, rows, length)
+    (stack,) = recipe.model.facts.stacks
     # Two per layer forwards, two backwards.
-    sent = 4 * config.num_hidden_layers * tokens
+    sent = 4 * stack.layers * tokens
     if ways(recipe.mesh, compute.rules, "vocab") > 1:
         # Looked up in the part of the table that each device has, and the gradient of the logits' input.
         sent += tokens + _predicted(recipe, rows, length)
-    return 2 * (n - 1) / n * sent * config.hidden_size * activation
+    return 2 * (n - 1) / n * sent * stack.width * activation
 
 
 def _predicted(recipe: Recipe, rows: int, length: int) -> float:
     """Tokens per device that meet the vocabulary."""
     prepared = jax.eval_shape(
-        recipe.task.prepare, recipe.batch(rows, length), jax.eval_shape(lambda: jax.random.key(0))
+        recipe.task.prepare, recipe.batch(text_shape(rows, length)), jax.eval_shape(lambda: jax.random.key(0))
     )
     local = _local_tokens(recipe, rows, length) / (rows * length)
     return prepared["targets"].size * local if "targets" in prepared else 0.0
 
 
 def _of_context(recipe: Recipe, rows: int, length: int) -> float:
-    n, config = recipe.mesh.shape[CONTEXT], recipe.model.config
+    n, (stack,) = recipe.mesh.shape[CONTEXT], recipe.model.facts.stacks
     compute, rules = recipe.model.compute, recipe.model.compute.rules
-    width = getattr(config, "key_heads", config.num_attention_heads) * config.head_size
+    width = stack.key_heads * stack.head_size
     one = _local_tokens(recipe, rows, length) * width / ways(recipe.mesh, rules, "act_kv_heads")
     kept = np.dtype(compute.activation_dtype).itemsize
     # Keys and values in n - 1 rounds, twice; their float32 gradients in n.
-    return config.num_hidden_layers * 2 * one * (2 * (n - 1) * kept + (n * 4 if n > 1 else 0))
+    return stack.layers * 2 * one * (2 * (n - 1) * kept + (n * 4 if n > 1 else 0))
 
 
 def activation_bytes(recipe: Recipe, rows: int, length: int) -> float:
     """What the backward pass keeps of the forward pass, per device: from the shapes of the traced gradient. An estimate: as
     if nothing of it were split over ``tensor``."""
     from jaxft.sharding import no_mesh
-    from jaxft.step import apply_model
+    from jaxft.step import forward_of
 
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def kept(params: Any, batch: Any, key: Any) -> Any:
         batch = recipe.task.prepare(batch, key)
-        return jax.vjp(lambda p: recipe.task.sums(apply_model(recipe.model, p, batch, key), batch)["loss"], params)[1]
+        return jax.vjp(lambda p: recipe.task.sums(forward_of(recipe.model, p), batch, key)["loss"], params)[1]
 
     def size(count: int) -> int:
-        shaped = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in recipe.batch(count, length).items()}
+        batch = recipe.batch(text_shape(count, length))
+        shaped = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in batch.items()}
         leaves = jax.tree.leaves(jax.eval_shape(kept, recipe.shapes, shaped, key))
         return sum(
             leaf.size * leaf.dtype.itemsize

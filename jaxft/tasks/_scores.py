@@ -16,7 +16,8 @@ _AHEAD = 2  # batches that the device may be at work on while an earlier one is 
 
 
 def collected(parts: Iterable[tuple[Any, Any]]) -> tuple[Arrays, Arrays]:
-    """Sums and outputs of all batches on the host: sums added up in float64, outputs of all real rows one after the other.
+    """Sums and outputs of all batches on the host: sums added up in float64, outputs that count (of ``weights`` above 0) one after
+    the other.
 
     Args:
       parts: ``(sums, outputs)`` of each batch; a batch is fetched and folded in soon after it comes, and not kept.

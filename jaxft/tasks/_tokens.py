@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import TaskConfig
-from jaxft.errors import UserError
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data.batch import Fields, text_fields
+from jaxft.data.encode import Column, encode_texts, text_columns
+from jaxft.data.examples import Encoded
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
-Array = jax.Array
-Direction = Literal["max", "min"]
-Batch = dict[str, Array]
-Sums = dict[str, Array]
+LONG_TEXTS: tuple[LongTexts, ...] = ("truncate", "split")
+PACKING = True
 
 
 class TokenTask:
@@ -25,21 +28,21 @@ class TokenTask:
     Their prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V.
     """
 
-    labels: tuple[str, ...] = ()
-
     @property
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
         return {"loss": "min", "perplexity": "min", "accuracy": "max"}
 
-    def weight_of(self, batch: Batch) -> Array:
+    def weight(self, batch: Batch) -> Array:
         """The number of predicted tokens of a prepared batch: what the summed loss is divided by."""
         return batch["target_weights"].sum()
 
-    def sums(self, output: Any, batch: Batch) -> Sums:
+    def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
         """``loss``, ``weight`` and ``correct`` summed over the predicted tokens of a prepared batch, and its ``rows``."""
+        output = forward(batch, key)
         targets, weights = batch["targets"], batch["target_weights"]
         if output.score is None:
+            assert output.logits is not None  # models with this head have one of the two
             loss, best = token_cross_entropy(output.logits, targets), output.logits.argmax(-1)
         else:
             loss, best = output.score
@@ -50,12 +53,12 @@ class TokenTask:
             "rows": batch["weights"].sum(),
         }
 
-    def outputs(self, output: Any, batch: Batch) -> Batch:
+    def outputs(self, forward: Forward, batch: Batch) -> Batch:
         """Nothing: the sums suffice."""
-        del output, batch
+        del forward, batch
         return {}
 
-    def score(self, sums: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
         """Mean loss in nats, its exponential, and the share of tokens guessed right; NaN if no token was predicted."""
         del outputs
         tokens = float(sums["weight"]) or math.nan
@@ -77,9 +80,25 @@ def token_cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(-1)
 
 
-def refuse_label_options(config: TaskConfig) -> None:
-    """Raises UserError if an option of labelled tasks is set."""
-    if config.label_smoothing or config.class_weights != "none":
-        raise UserError(
-            f"task.label_smoothing and task.class_weights are for labelled tasks; leave them out for {config.name}"
-        )
+def columns(data: DataConfig) -> tuple[Column, ...]:
+    """A text, and its pair if there is one."""
+    return text_columns(data)
+
+
+def study(rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+    """Nothing: texts are their own targets."""
+    del rows, config, stored, note
+    return Targets()
+
+
+def encode_all(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: RunConfig, end_id: int | None = None
+) -> Iterator[Encoded]:
+    """Each text as an example, or as several where ``data.long_texts=split``."""
+    paired, split = len(rows[0].values) == 2, config.data.long_texts == "split"
+    return encode_texts(rows, tokenizer, paired=paired, split=split, end_id=end_id)
+
+
+def fields(config: RunConfig, pad_id: int) -> Fields:
+    """Those of texts, several of which may share a row."""
+    return text_fields(pad_id, packed=config.data.packing != "none")

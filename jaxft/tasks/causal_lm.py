@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import TaskConfig
-from jaxft.tasks._tokens import TokenTask, refuse_label_options
+from jaxft.config import RunConfig, TaskConfig
+from jaxft.data.examples import Encoded, Split
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.models.contract import Facts
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks.contract import Array, Batch, Targets
 
-Array = jax.Array
-Batch = dict[str, Array]
-
-LABELLED = False
-END_TOKEN = True
+__all__ = ["LONG_TEXTS", "PACKING", "Task", "columns", "encode", "fields", "make_task", "study"]
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,18 @@ class Task(TokenTask):
         weights = ((following == there) & (there != 0)) * batch["weights"][:, None]
         return batch | {"targets": jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), "target_weights": weights}
 
-    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
-        """How many tokens of ragged texts have a token before them: text i is ``tokens[offsets[i]:offsets[i + 1]]``."""
-        del tokens
-        return int(np.maximum(np.diff(offsets) - 1, 0).sum())
+    def learnable(self, split: Split) -> int:
+        """How many tokens have a token before them in their text."""
+        return int(np.maximum(split.sizes("length") - 1, 0).sum())
 
 
-def make_task(config: TaskConfig, labels: Sequence[str], counts: Sequence[int], tokenizer: Any) -> Task:
-    """The task of a run; there are no labels to count.
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+    """Each text, which ends with the tokenizer's end token where there is room."""
+    del targets
+    return encode_all(rows, tokenizer, config, end_id=tokenizer.end_id)
 
-    Raises:
-      UserError: an option of labelled tasks is set.
-    """
-    del labels, counts, tokenizer
-    refuse_label_options(config)
+
+def make_task(options: TaskConfig, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+    """The task of a run."""
+    del options, targets, facts, tokenizer
     return Task()

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import TaskConfig
-from jaxft.errors import UserError, nearest
+from jaxft.config import DataConfig, RunConfig
+from jaxft.config.tasks.classification import Config
+from jaxft.data.batch import Field, Fields, text_fields
+from jaxft.data.encode import Column, encode_texts, label_column, text_columns
+from jaxft.data.examples import Encoded, Split
+from jaxft.data.labels import class_ids, renamed_labels
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.errors import UserError
+from jaxft.models.contract import Facts
+from jaxft.tasks._classes import class_names, class_weights
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
+from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
-Array = jax.Array
-Direction = Literal["max", "min"]
-Batch = dict[str, Array]
-Sums = dict[str, Array]
-
-LABELLED = True
-END_TOKEN = False
+LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
+PACKING = False
+SINGLE_LABEL = "single_label_classification"
+"""The ``problem_type`` of heads that give each text exactly one of several labels."""
 
 MOST_CONFUSION_CLASSES = 200
 """Beyond this many classes no confusion matrix is counted: of 3,000 it would take 36 MB for each batch."""
+_MOST_PROBABILITY_COLUMNS = 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Task:
     """One weight per class, or None for 1 each."""
     threshold: float | None = None
     """Of two classes: the second is predicted where its probability is at least this. None: the more probable one."""
+    top: int | None = None
+    """How many labels an answer has probabilities of, the most probable ones. None: all."""
 
     head = "classification"
 
@@ -56,24 +66,24 @@ class Task:
         del key
         return batch
 
-    def weight_of(self, batch: Batch) -> Array:
+    def weight(self, batch: Batch) -> Array:
         """The total weight of a batch: what the summed loss is divided by."""
         return _row_weights(batch, self.class_weights).sum()
 
-    def sums(self, output: Any, batch: Batch) -> Sums:
+    def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
         """``loss``, ``weight`` (scalars), ``true``, ``predicted`` and ``correct`` [C] rows per class summed over a batch.
 
         Up to ``MOST_CONFUSION_CLASSES`` classes also ``confusion`` [C true, C predicted]. Rows of weight 0 (padding of the last
         batch) add nothing.
         """
-        logits, labels = output.logits, batch["labels"]
+        logits, labels = _logits(forward, batch, key), batch["labels"]
         loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
         count = batch["weights"]
         true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
         counted = true * count[:, None]
         sums = {
             "loss": (loss * count).sum(),
-            "weight": self.weight_of(batch),
+            "weight": self.weight(batch),
             "true": counted.sum(0),
             "predicted": (predicted * count[:, None]).sum(0),
             "correct": (predicted * counted).sum(0),
@@ -82,13 +92,13 @@ class Task:
             sums["confusion"] = jnp.einsum("bt,bp->tp", counted, predicted, precision="highest")
         return sums
 
-    def outputs(self, output: Any, batch: Batch) -> Batch:
+    def outputs(self, forward: Forward, batch: Batch) -> Batch:
         """What the model says of each row: ``predicted`` [B] int32 and its ``probability`` [B] float32.
 
         Of two classes also ``positive``, the probability of the second, and ``margin``, by how much its logit is higher [B]: unlike
         the probability, it does not round to 1.
         """
-        logits = output.logits.astype(jnp.float32)
+        logits = _logits(forward, batch, None).astype(jnp.float32)
         probabilities, predicted = jax.nn.softmax(logits, axis=-1), self._predicted(logits)
         chosen = jax.nn.one_hot(predicted, len(self.labels))
         found = {"predicted": predicted, "probability": jnp.where(chosen > 0, probabilities, 0.0).sum(-1)}
@@ -101,12 +111,44 @@ class Task:
             return logits.argmax(-1)
         return (jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1] >= self.threshold).astype(jnp.int32)
 
-    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
-        """The number of rows."""
-        del tokens
-        return len(offsets) - 1
+    def predictions(self, forward: Forward, batch: Batch) -> Batch:
+        """``probabilities`` [B, C] float32 of each row."""
+        return {"probabilities": jax.nn.softmax(_logits(forward, batch, None), axis=-1)}
 
-    def score(self, sums: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+    def answer(self, texts: Sequence[Any], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
+        """The label of a text (or pair), its probability, and the probabilities of all labels; None instead of NaN."""
+        probabilities = parts[0][1]["probabilities"]
+        unsaid = bool(np.isnan(probabilities).any())
+        cut = None if self.threshold is None else np.float32(self.threshold)
+        best = int(probabilities.argmax() if cut is None else probabilities[1] >= cut)
+        label, probability = (None, None) if unsaid else (self.labels[best], _rounded(probabilities[best]))
+        order = (-probabilities).argsort(kind="stable")[: self.top]
+        by_label = {self.labels[i]: _rounded(probabilities[i]) for i in order}
+        cells = {"predicted": label, "probability": probability}
+        if len(self.labels) <= _MOST_PROBABILITY_COLUMNS:
+            cells |= {f"probability_{name}": _rounded(p) for name, p in zip(self.labels, probabilities, strict=True)}
+        record = {"label": label, "probability": probability, "probabilities": by_label}
+        return Answer(record, cells, unsaid)
+
+    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+        """For each row, its true label beside what the model says: see :class:`~jaxft.tasks.contract.Judging`."""
+        back = order.argsort()
+        found = (outputs[name][back].tolist() for name in ("labels", "predicted", "probability"))
+        for row, true, predicted, probability in zip(rows, *found, strict=True):
+            said = not math.isnan(probability)
+            yield {
+                **dict(zip(("text", "pair"), row[:-1], strict=False)),
+                "true": self.labels[true],
+                "predicted": self.labels[predicted] if said else None,
+                "probability": round(probability, 6) if said else None,
+                "right": said and true == predicted,
+            }
+
+    def learnable(self, split: Split) -> int:
+        """The number of rows."""
+        return len(split)
+
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
         """Accuracy, macro and micro F1, per-class precision/recall/F1, and the confusion matrix if it was counted.
 
         A class that is never predicted has precision 0; one without true rows has recall 0; macro F1 averages the classes
@@ -175,35 +217,58 @@ def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array
     return batch["weights"] * jnp.asarray(class_weights, jnp.float32)[batch["labels"]]
 
 
-def make_task(config: TaskConfig, labels: tuple[str, ...], counts: tuple[int, ...], tokenizer: Any) -> Task:
-    """The task of a run.
+def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:
+    logits = forward(batch, key).logits
+    assert logits is not None  # models with this head have logits
+    return logits
 
-    Args:
-      config: the ``task`` section.
-      labels: label names in the order of class ids.
-      counts: training rows per label, for balanced class weights.
-      tokenizer: not needed.
+
+def _rounded(probability: Any) -> float | None:
+    return None if math.isnan(probability) else round(float(probability), 6)
+
+
+def columns(data: DataConfig) -> tuple[Column, ...]:
+    """A text, its pair if there is one, and a label."""
+    return *text_columns(data), label_column(data)
+
+
+def study(rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+    """The labels of the training rows, and how often each occurs among them (held-out rows of the same source included)."""
+    labels = class_names([row.values[-1] for row in rows], config, stored, note)
+    return Targets(labels, (), SINGLE_LABEL)
+
+
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+    """An example per row: ``tokens``, ``types`` and, with targets, ``labels``: the id of its class.
+
+    Raises:
+      UserError: a label that is none of the classes.
+    """
+    encoded = encode_texts(rows, tokenizer, paired=len(rows[0].values) - (targets is not None) == 2)
+    if targets is None:
+        yield from encoded
+        return
+    renamed = renamed_labels(config.data.labels, targets.labels)
+    values, where = (row.values[-1] for row in rows), (row.where for row in rows)
+    ids = class_ids(values, where, targets.labels, renamed)
+    for one in encoded:
+        yield one._replace(example={**one.example, "labels": ids[one.row]})
+
+
+def fields(config: RunConfig, pad_id: int) -> Fields:
+    """Those of texts, and ``labels`` [B] int32."""
+    del config
+    return {**text_fields(pad_id), "labels": Field(("batch",))}
+
+
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+    """The task of a run.
 
     Raises:
       UserError: fewer than two labels, or class weights that do not name exactly the labels.
     """
-    del tokenizer
+    del facts, tokenizer
+    labels = targets.labels
     if len(labels) < 2:
         raise UserError(f"classification needs at least two labels, the training rows have {list(labels)}")
-    weights: tuple[float, ...] | None = None
-    if config.class_weights == "balanced":
-        empty = [label for label, count in zip(labels, counts, strict=True) if count == 0]
-        if empty:
-            raise UserError(f"task.class_weights=balanced: no training row has label {empty[0]!r}")
-        weights = tuple(sum(counts) / (len(labels) * count) for count in counts)
-    elif isinstance(config.class_weights, dict):
-        for name in config.class_weights:
-            if name not in labels:
-                raise UserError(f"task.class_weights.{name}: unknown label: {nearest(name, labels)}")
-        missing = [label for label in labels if label not in config.class_weights]
-        if missing:
-            raise UserError(f"task.class_weights: no weight for label {missing[0]!r}")
-        weights = tuple(config.class_weights[label] for label in labels)
-        if min(weights) < 0 or max(weights) == 0:
-            raise UserError(f"task.class_weights={config.class_weights}: weights must not be negative, nor all zero")
-    return Task(tuple(labels), config.label_smoothing, weights)
+    return Task(labels, options.label_smoothing, class_weights(options.class_weights, targets))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import TaskConfig
+from jaxft.config import RunConfig
+from jaxft.config.tasks.masked_lm import Config
+from jaxft.data.examples import Encoded, Split
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.tasks._tokens import TokenTask, refuse_label_options
+from jaxft.models.contract import Facts
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks.contract import Array, Batch, Targets
 
-Array = jax.Array
-Batch = dict[str, Array]
-
-LABELLED = False
-END_TOKEN = False
+__all__ = ["LONG_TEXTS", "PACKING", "Task", "columns", "encode", "fields", "make_task", "study"]
 _HIDDEN, _RANDOM = 0.8, 0.1  # of the predicted tokens; the rest stay as they are
 
 
@@ -64,10 +65,9 @@ class Task(TokenTask):
         weights = chosen * batch["weights"][:, None]
         return batch | {"tokens": shown, "predict": predict, "targets": targets, "target_weights": weights}
 
-    def learnable(self, tokens: np.ndarray, offsets: np.ndarray) -> int:
-        """How many tokens of ragged texts may be hidden: text i is ``tokens[offsets[i]:offsets[i + 1]]``."""
-        del offsets
-        return int((~np.isin(tokens, self.special_ids)).sum())
+    def learnable(self, split: Split) -> int:
+        """How many tokens may be hidden."""
+        return int((~np.isin(split.columns["tokens"], self.special_ids)).sum())
 
     def _candidates(self, batch: Batch) -> Array:
         special = jnp.isin(batch["tokens"], jnp.asarray(self.special_ids, jnp.int32))
@@ -80,16 +80,21 @@ class Task(TokenTask):
         return jnp.where(there > 0, wanted, 0)
 
 
-def make_task(config: TaskConfig, labels: Sequence[str], counts: Sequence[int], tokenizer: Any) -> Task:
-    """The task of a run; there are no labels to count.
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+    """Each text."""
+    del targets
+    return encode_all(rows, tokenizer, config)
+
+
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+    """The task of a run.
 
     Raises:
-      UserError: the tokenizer has no mask token, or an option of labelled tasks is set.
+      UserError: the tokenizer has no mask token.
     """
-    del labels, counts
-    refuse_label_options(config)
+    del targets, facts
     if tokenizer.mask_id is None:
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has no mask token, which masked_lm needs; set data.tokenizer"
         )
-    return Task(tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size, config.mask_rate)
+    return Task(tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxft.attention import MaskSpec, attend, tokens_last, tpu
 from jaxft.layers import Compute, unlabel
-from jaxft.models import bert, llama
+from jaxft.models.families import bert, llama
 
 from .cases import DIRECTIONS, HIDDEN, Case, both_passes
 

@@ -15,7 +15,7 @@ from jaxft.errors import UserError
 from jaxft.hf import import_params, paths_of
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import ACTIVATIONS, Compute
-from jaxft.models import bert
+from jaxft.models.families import bert
 from jaxft.notebook import load
 from jaxft.parity import random_batch
 from jaxft.pretrained import load_params

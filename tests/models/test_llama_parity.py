@@ -17,7 +17,7 @@ from jaxft import pretrained
 from jaxft.errors import UserError
 from jaxft.hf import export_tensors
 from jaxft.layers import Compute, Rotary
-from jaxft.models import llama
+from jaxft.models.families import llama
 from jaxft.parity import random_batch
 from jaxft.pretrained import export_folder, load_params
 from jaxft.source import open_source

@@ -19,7 +19,7 @@ from tiny import make_folder, refusal, rows, run, write_csv
 from jaxft.config import OptimConfig
 from jaxft.hf import export_tensors
 from jaxft.initial import init_params, shapes_and_axes
-from jaxft.models import bert
+from jaxft.models.families import bert
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.pretrained import export_folder
 from jaxft.state import init_state

@@ -6,15 +6,16 @@ Dims: B batch, S length, D model width, N query heads, K key/value heads, H head
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.data.batch import Field
 from jaxft.errors import UserError, nearest
 from jaxft.hf import Layout, Rule
 from jaxft.layers import (
@@ -39,13 +40,14 @@ from jaxft.layers import (
     usual_promotion,
     vocabulary_logits,
 )
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.heads import normal
 from jaxft.weights import Weights
 from jaxft.weights.numbers import has_own
 
 Array = jax.Array
 
-HEADS = {None: "LlamaModel", "causal_lm": "LlamaForCausalLM"}
-READ_AS: dict[str, str] = {}
+MODEL_TYPES = {"llama": "Llama"}
 
 
 @dataclass(frozen=True)
@@ -116,25 +118,6 @@ TINY = Config(
 )
 
 
-class Output(NamedTuple):
-    """What a forward pass gives."""
-
-    hidden: Array
-    """[B, S, D], after the final norm."""
-    pooled: None
-    """Decoders have none."""
-    logits: Array | None
-    """float32 [B, S, V]; None without a head."""
-    score: TokenScore | None = None
-    """Instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
-    hidden_states: Array | None = None
-    """[L + 1, B, S, D], the embeddings and what each layer gives, the last one after the final norm; None unless asked for."""
-
-
-def _normal(config: Config) -> Any:
-    return nn.initializers.normal(config.initializer_range)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -149,7 +132,7 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int, act_name: str, axis: str, turned: bool) -> Array:
             names = ("embed", axis, None)
-            projection = Projection((d, count, h), names, self.compute, _normal(c), c.attention_bias, name=name)()
+            projection = Projection((d, count, h), names, self.compute, normal(c), c.attention_bias, name=name)()
             y = project(x, projection, names, self.compute, last)
             y = rotate(y, positions, c.rope, last) if turned else y
             return rules.constrain(rows_of(y, b) if last else y, "batch", act_name, "length", None)
@@ -162,7 +145,7 @@ class Attention(nn.Module):
             (c.num_attention_heads, h, d),
             ("heads", None, "embed"),
             self.compute,
-            _normal(c),
+            normal(c),
             c.attention_bias,
             name="out",
         )
@@ -182,11 +165,11 @@ class Mlp(nn.Module):
         act = ACTIVATIONS[c.hidden_act]
 
         def wide(name: str) -> Array:
-            y = Linear((d, f), ("embed", "mlp"), self.compute, _normal(c), biased=c.mlp_bias, name=name)(x)
+            y = Linear((d, f), ("embed", "mlp"), self.compute, normal(c), biased=c.mlp_bias, name=name)(x)
             return rules.constrain(y, "batch", "length", "act_mlp")
 
         return Linear(
-            (f, d), ("mlp", "embed"), self.compute, _normal(c), biased=c.mlp_bias,
+            (f, d), ("mlp", "embed"), self.compute, normal(c), biased=c.mlp_bias,
             act=lambda pair: act(pair[0]) * pair[1], name="down",
         )((wide("gate"), wide("up")))  # fmt: skip
 
@@ -207,16 +190,41 @@ class Layer(nn.Module):
         return self.compute.rules.constrain(x, "batch", "length", "act_embed")
 
 
-class CausalHead(nn.Module):
-    """The untied vocabulary matrix."""
+class CausalLm(nn.Module):
+    """The vocabulary: the table of token embeddings, or a matrix of its own."""
 
     config: Config
     compute: Compute
 
     @nn.compact
-    def __call__(self) -> Array:
-        c, names = self.config, ("embed", "vocab")
-        return declare(self, "kernel", _normal(c), names, (c.hidden_size, c.vocab_size), self.compute.param_dtype)
+    def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
+        del key
+        c = self.config
+        if c.tie_word_embeddings:
+            table = seen.table
+        else:
+            shape, dtype = (c.hidden_size, c.vocab_size), self.compute.param_dtype
+            table = declare(self, "kernel", normal(c), ("embed", "vocab"), shape, dtype).T
+        assert table is not None
+        if seen.targets is not None and self.compute.vocab_tile is not None:
+            return score_tokens(seen.hidden, table, None, seen.targets, self.compute)
+        return vocabulary_logits(seen.hidden, table, None, self.compute, "length")
+
+
+def _causal_lm_rules(config: Config) -> tuple[Rule, ...]:
+    return () if config.tie_word_embeddings else (Rule("head/kernel", "lm_head.weight", "v d -> d v"),)
+
+
+HEADS: Mapping[str | None, Head] = {
+    None: Head("Model"),
+    "causal_lm": Head(
+        "ForCausalLM",
+        lambda c, compute, name: CausalLm(c, compute, name=name),
+        _causal_lm_rules,
+        # A head with tied embeddings has no tensor of its own: the decoder's prefix tells.
+        marks=("model.*",),
+    ),
+}
 
 
 class Model(nn.Module):
@@ -226,8 +234,9 @@ class Model(nn.Module):
     head: str | None = None
     compute: Compute = Compute()
 
-    CAUSAL = True
-    INPUTS = ("tokens", "mask", "positions", "segments", "targets")
+    @property
+    def facts(self) -> Facts:
+        return facts(self.config)
 
     @nn.compact
     @usual_promotion
@@ -256,14 +265,15 @@ class Model(nn.Module):
         Raises:
           UserError: S is beyond ``max_position_embeddings``; an argument that there is not, two keys, or a mesh of explicit axes.
         """
-        key = checked_call(self, tokens, key, unknown, (*self.INPUTS, "key", "hidden_states"))
+        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states"))
+        head = head_named("llama", self.head, HEADS)
         c, (b, s) = self.config, tokens.shape
         if s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
         positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments, causal=True)
 
-        embed = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, _normal(c), name="embed")
+        embed = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, normal(c), name="embed")
         x = embed(tokens)
         if c.pad_token_id is not None:
             x = jnp.where((tokens == c.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
@@ -276,21 +286,27 @@ class Model(nn.Module):
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
         # The last one normalised, as the reference has it.
         states = None if states is None else states.at[-1].set(hidden)
-        if self.head is None:
-            return Output(hidden, None, None, None, states)
-        table = self._table(embed)
-        if targets is not None and self.compute.vocab_tile is not None:
-            score = score_tokens(hidden, table, None, targets, self.compute)
-            return Output(hidden, None, None, score, states)
-        return Output(hidden, None, vocabulary_logits(hidden, table, None, self.compute, "length"), None, states)
+        if head.make is None:
+            return Output(hidden, hidden_states=states)
+        made = head.make(c, self.compute, "head")(Features(hidden, table=embed.embedding, targets=targets), None)
+        if isinstance(made, TokenScore):
+            return Output(hidden, score=made, hidden_states=states)
+        return Output(hidden, logits=made, hidden_states=states)
 
-    def _table(self, embed: Embed) -> Array:
-        """[V, D]."""
-        if self.head != "causal_lm":
-            raise UserError(f"llama has no head {self.head!r}: {nearest(str(self.head), [h for h in HEADS if h])}")
-        if self.config.tie_word_embeddings:
-            return embed.embedding
-        return CausalHead(self.config, self.compute, name="head")().T
+
+def facts(config: Config) -> Facts:
+    """What the rest of jaxft may know of a decoder."""
+    places = ("batch", "length")
+    inputs = {
+        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
+        "mask": Field(places, value=1),
+        "positions": Field(places, count=config.max_position_embeddings),
+        "segments": Field(places),
+        "targets": Field(places, count=config.vocab_size),
+    }
+    sizes = (config.hidden_size, config.num_attention_heads, config.key_heads, config.head_size)
+    stack = Stack("layers", config.num_hidden_layers, *sizes, causal=True)
+    return Facts(inputs, (stack,), config.max_position_embeddings)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
@@ -346,28 +362,18 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
-    """The reference's config.json of ``config``, without architecture."""
+    """The reference's config.json of ``config``, without model type and architecture."""
     rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     rope |= {key: getattr(config.rope, key) for key in _ROPE_KEYS_OF[config.rope.kind]}
     same = {name: getattr(config, name) for name in _SAME_NAME}
     sizes = {"num_key_value_heads": config.key_heads, "head_dim": config.head_size}
-    return {"model_type": "llama", **same, **sizes, "rope_parameters": rope}
+    return {**same, **sizes, "rope_parameters": rope}
 
 
 def hf_layout(config: Config, head: str | None) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
     leftovers = ("*rotary_emb.inv_freq", "lm_head.*")
     return Layout(_rules(config, head), "model.", (), leftovers, ("head/*",))
-
-
-def head_of(names: Collection[str]) -> str | None:
-    """The head that tensor names alone show; one with tied embeddings is told by its prefix. It may be one that
-    :data:`HEADS` does not have."""
-    if "score.weight" in names:
-        return "sequence_classification"
-    if "qa_outputs.weight" in names:
-        return "question_answering"
-    return "causal_lm" if any(name == "lm_head.weight" or name.startswith("model.") for name in names) else None
 
 
 def config_of_weights(weights: Weights) -> dict[str, Any]:
@@ -404,6 +410,4 @@ def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
         Rule("layers/mlp_norm/scale", f"{of_layer}.post_attention_layernorm.weight"),
         Rule("norm/scale", "model.norm.weight"),
     )
-    if head == "causal_lm" and not config.tie_word_embeddings:
-        rules += (Rule("head/kernel", "lm_head.weight", "v d -> d v"),)
-    return rules
+    return (*rules, *HEADS[head].rules(config))

@@ -1,0 +1,238 @@
+"""What a family of models is to the rest of jaxft (docs/add_a_model.md): facts, heads, one kind of output.
+
+Nothing outside a family's own file reads a field of its Config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxft.data.batch import Fields, HostBatch
+from jaxft.errors import UserError, nearest
+from jaxft.hf import Layout, Rule
+from jaxft.layers import Compute, TokenScore
+from jaxft.weights import Weights
+
+Array = jax.Array
+
+
+class Output(NamedTuple):
+    """What a forward pass gives. B rows, S tokens, D width, C classes, V vocabulary, L layers."""
+
+    hidden: Array
+    """[B, S, D], after the last layer and its norm."""
+    pooled: Array | None = None
+    """[B, D], one vector per row; None: the model makes none."""
+    logits: Array | None = None
+    """float32, what the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
+    score: TokenScore | None = None
+    """Of a vocabulary head instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
+    hidden_states: Array | None = None
+    """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
+
+
+class Features(NamedTuple):
+    """What a head may look at."""
+
+    hidden: Array
+    """[B, S, D]; [B, M, D] where positions to predict were given."""
+    pooled: Array | None = None
+    """[B, D]."""
+    table: Array | None = None
+    """[V, D], the embeddings of tokens."""
+    targets: Array | None = None
+    """[B, M] int32, what the head's logits are scored against."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one kind, one after the other."""
+
+    path: str
+    """Of their stacked parameters, for instance ``layers``."""
+    layers: int
+    width: int
+    heads: int
+    key_heads: int
+    head_size: int
+    causal: bool = False
+    """A token sees only those before it."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the rest of jaxft may know of a model."""
+
+    inputs: Fields
+    """What its forward pass takes, by name; ``count`` of a field bounds its ids."""
+    stacks: tuple[Stack, ...]
+    limit: int | None = None
+    """Tokens that a row may have; None: any number."""
+    processor: Literal["text", "image", "audio"] = "text"
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the table of tokens."""
+        return self.inputs["tokens"].count if "tokens" in self.inputs else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one."""
+        return all(stack.causal for stack in self.stacks)
+
+
+def _no_rules(config: Any) -> tuple[Rule, ...]:
+    del config
+    return ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a family can put on top of its encoder."""
+
+    suffix: str
+    """Of the reference's classes, for instance ``ForMaskedLM``."""
+    make: Callable[[Any, Compute, str], nn.Module] | None = None
+    """``(config, compute, name)`` to a module that maps (Features, dropout key or None) to logits, or to a TokenScore. None: the
+    bare encoder."""
+    rules: Callable[[Any], tuple[Rule, ...]] = _no_rules
+    """The head's rows of the weight table."""
+    marks: tuple[str, ...] = ()
+    """Patterns of tensor names; a file that has all of them has this head."""
+    classes: Literal["rows", "tokens"] | None = None
+    """What its outputs are classes of, as many as ``num_labels`` of the Config says, with names; None: no classes."""
+    pooled: bool = False
+    """It reads the pooled vector."""
+    read_as: tuple[str, ...] = ()
+    """Suffixes of further classes of the reference that are read as this head."""
+
+
+class Family(Protocol):
+    """A module of ``jaxft.models.families``, or of another package."""
+
+    @property
+    def MODEL_TYPES(self) -> Mapping[str, str]:
+        """``model_type`` of a config.json to the stem of the reference's classes; the first is the family's own."""
+        ...
+
+    @property
+    def HEADS(self) -> Mapping[str | None, Head]:
+        """By name; None is the bare encoder."""
+        ...
+
+    @property
+    def SUPERSEDED(self) -> tuple[str, ...]:
+        """Older keys of config.json for what ``config_to_hf`` writes, which an export leaves out."""
+        ...
+
+    @property
+    def Config(self) -> type:
+        """Frozen dataclass of everything that changes the maths; ``num_labels`` if a head has classes."""
+        ...
+
+    @property
+    def Model(self) -> type[nn.Module]:
+        """``Model(config, head, compute)``; its ``facts`` are those of its config."""
+        ...
+
+    @property
+    def TINY(self) -> Any:
+        """A Config that tests can afford."""
+        ...
+
+    def facts(self, config: Any) -> Facts:
+        """What the rest of jaxft may know of a model of this Config."""
+        ...
+
+    def config_from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
+        """Fields of Config that a config.json states; UserError for what is not supported."""
+        ...
+
+    def config_to_hf(self, config: Any) -> dict[str, Any]:
+        """The keys of config.json, without ``model_type``, ``architectures`` and names of labels."""
+        ...
+
+    def config_of_weights(self, weights: Weights) -> dict[str, Any]:
+        """Fields of Config that tensors alone show; believed over config.json."""
+        ...
+
+    def hf_layout(self, config: Any, head: str | None) -> Layout:
+        """The weight table, see :mod:`jaxft.hf`."""
+        ...
+
+
+FOREIGN_HEADS: Mapping[str, tuple[str, ...]] = {
+    "question_answering": ("qa_outputs.weight",),
+    "sequence_classification": ("score.weight",),
+}
+"""Heads of the reference that no family here has yet, and the tensors that show them."""
+
+
+def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | None:
+    """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported."""
+    marked = {name: head.marks for name, head in heads.items() if head.marks}
+    for name, marks in {**FOREIGN_HEADS, **marked}.items():
+        if all(any(fnmatch.fnmatchcase(tensor, mark) for tensor in names) for mark in marks):
+            return name
+    return None
+
+
+def head_named(family: str, name: str | None, heads: Mapping[str | None, Head]) -> Head:
+    """A family's head.
+
+    Raises:
+      UserError: the family has no such head.
+    """
+    if name not in heads:
+        raise UserError(f"{family} has no head {name!r}: {nearest(str(name), [head for head in heads if head])}")
+    return heads[name]
+
+
+def architecture_of(family: Family, head: str | None, model_type: str | None = None) -> str:
+    """The reference's class for a head, of a ``model_type`` of the family (None: its own)."""
+    own = next(iter(family.MODEL_TYPES))
+    return family.MODEL_TYPES[own if model_type is None else model_type] + family.HEADS[head].suffix
+
+
+def architectures(family: Family) -> dict[str, str | None]:
+    """Every class of the reference that the family reads, and the head that it is read as."""
+    return {
+        stem + suffix: name
+        for stem in family.MODEL_TYPES.values()
+        for name, head in family.HEADS.items()
+        for suffix in (head.suffix, *head.read_as)
+    }
+
+
+def classes_of(config: Any) -> int | None:
+    """How many classes the heads of a Config tell apart; None: no head of its family has classes."""
+    return getattr(config, "num_labels", None)
+
+
+def with_classes(config: Any, count: int) -> Any:
+    """The Config with another number of classes."""
+    return dataclasses.replace(config, num_labels=count)
+
+
+def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> HostBatch:
+    """Random tokens, types if the model takes them, and ragged padding: the first row is full, the last has one token."""
+    rng = np.random.default_rng(seed)
+    length = length if facts.limit is None else min(length, facts.limit)
+    lengths = np.linspace(length, 1, rows).astype(int)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    vocabulary = facts.vocabulary or 1
+    batch = {
+        "tokens": rng.integers(min(5, vocabulary - 1), vocabulary, (rows, length)).astype(np.int32) * mask,
+        "mask": mask,
+    }
+    if "types" in facts.inputs:
+        batch["types"] = (rng.integers(0, facts.inputs["types"].count or 1, (rows, length)) * mask).astype(np.int32)
+    return batch

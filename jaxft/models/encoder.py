@@ -1,0 +1,366 @@
+"""The encoder of BERT (Devlin et al. 2018) and of the families that kept it: embeddings, post-norm layers, pooler, head.
+
+A family adds what differs: its Config's defaults, where positions are looked up, its heads, and the names of its weights.
+
+Dims: B batch, S length, D model width, N heads, H head size, F MLP width, V vocabulary, L layers, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.data.batch import Field
+from jaxft.errors import UserError, nearest
+from jaxft.hf import Rule
+from jaxft.layers import (
+    ACTIVATIONS,
+    Compute,
+    Embed,
+    FromHeads,
+    LayerNorm,
+    Linear,
+    Projection,
+    TokenScore,
+    apply_stack,
+    checked_call,
+    dropout,
+    project_together,
+    stacked_params,
+    subkey,
+    usual_promotion,
+)
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.heads import dense_rules, norm_rules, normal
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Everything that changes the maths. Field names follow the reference's config.json where it has the field."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    """Dropout before the classifier; None: ``hidden_dropout_prob``."""
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    """Its embedding is never trained through look-ups, as with torch's ``padding_idx``."""
+    tie_word_embeddings: bool = True
+    """The masked-LM decoder is the word embedding table."""
+    pooler: bool = True
+    """Whether there is a pooler beside the bare encoder; heads that read its vector always have one."""
+    num_labels: int = 2
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a row may have."""
+        return self.max_position_embeddings
+
+    @property
+    def class_dropout(self) -> float:
+        """Before the classes."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    def places(self, tokens: Array, positions: Array | None) -> Array:
+        """Where each token's position is looked up: [B, S] int32.
+
+        Args:
+          tokens: [B, S] int32.
+          positions: [B, S] int32, from 0 in each text; None: in each row.
+        """
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+
+    def untrained_place(self) -> int | None:
+        """The row of the position table that look-ups never train; None: there is none."""
+        return None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its residual connection and norm."""
+
+    config: EncoderConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, mask: MaskSpec, key: Array | None) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
+
+        of_weights, of_output = subkey(key, 0), subkey(key, 1)
+        drops = key is not None and c.attention_probs_dropout_prob > 0.0
+        last = tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
+        names = ("embed", "heads", None)
+        projections = [
+            Projection((d, n, h), names, self.compute, normal(c), name=name)() for name in ("query", "key", "value")
+        ]
+        q, k, v = (
+            rules.constrain(y, "batch", "act_heads", "length", None)
+            for y in project_together(x, projections, names, self.compute, last)
+        )
+        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights)
+        out = FromHeads((n, h, d), ("heads", None, "embed"), self.compute, normal(c), name="out")(mixed, last)
+        out = dropout(out, c.hidden_dropout_prob, of_output, self.compute.dropout_bits)
+        return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
+
+
+class Mlp(nn.Module):
+    """Two affine maps with an activation between, with residual connection and norm."""
+
+    config: EncoderConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None) -> Array:
+        c, rules = self.config, self.compute.rules
+        d, f = c.hidden_size, c.intermediate_size
+        up = Linear((d, f), ("embed", "mlp"), self.compute, normal(c), name="up")(x)
+        up = rules.constrain(up, "batch", "length", "act_mlp")
+        act = ACTIVATIONS[c.hidden_act]
+        down = Linear((f, d), ("mlp", "embed"), self.compute, normal(c), act=act, name="down")(up)
+        down = dropout(down, c.hidden_dropout_prob, subkey(key, 0), self.compute.dropout_bits)
+        return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
+
+
+class Layer(nn.Module):
+    """One encoder layer: post-norm attention, then post-norm MLP."""
+
+    config: EncoderConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None, mask: MaskSpec) -> Array:
+        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0))
+        x = Mlp(self.config, self.compute, name="mlp")(x, subkey(key, 1))
+        return self.compute.rules.constrain(x, "batch", "length", "act_embed")
+
+
+class Embeddings(nn.Module):
+    """Sum of token, position and token-type vectors, normalised."""
+
+    config: EncoderConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        c = self.config
+
+        def table(rows: int, axis: str) -> Embed:
+            return Embed(rows, c.hidden_size, (axis, "embed"), self.compute, normal(c))
+
+        self.token = table(c.vocab_size, "vocab")
+        self.position = table(c.max_position_embeddings, "positions")
+        self.type = table(c.type_vocab_size, "types")
+        self.norm = LayerNorm(c.layer_norm_eps, self.compute)
+
+    def __call__(self, tokens: Array, types: Array, positions: Array, key: Array | None) -> Array:
+        words = self.token(tokens)
+        if self.config.pad_token_id is not None:
+            frozen = (tokens == self.config.pad_token_id)[..., None]
+            words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
+        places = self.position(positions)
+        if (untrained := self.config.untrained_place()) is not None:
+            places = jnp.where((positions == untrained)[..., None], jax.lax.stop_gradient(places), places)
+        x = words + self.type(types) + places
+        x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
+        return dropout(x, self.config.hidden_dropout_prob, key, self.compute.dropout_bits)
+
+
+class EncoderModel(nn.Module):
+    """The encoder, with a pooler and head as asked."""
+
+    config: EncoderConfig
+    head: str | None = None
+    compute: Compute = Compute()
+
+    HEADS: ClassVar[Mapping[str | None, Head]]
+
+    @property
+    def facts(self) -> Facts:
+        return facts(self.config)
+
+    @nn.compact
+    @usual_promotion
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        types: Array | None = None,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        predict: Array | None = None,
+        targets: Array | None = None,
+        key: Array | None = None,
+        hidden_states: bool = False,
+        **unknown: Any,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: [B, S] int32 ids.
+          mask: [B, S], 0 or False where a token is padding. None: nothing is.
+          types: [B, S] int32 token types (0 first text, 1 second). None: all 0.
+          positions: [B, S] int32. None: 0..S-1 in each row.
+          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
+          targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
+          key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
+          hidden_states: whether to give what went into the first layer and came out of each, too.
+
+        Raises:
+          UserError: S is beyond the position table; an argument that there is not, two keys, or a mesh of explicit axes.
+        """
+        c, (b, s) = self.config, tokens.shape
+        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states"))
+        head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
+        if s > c.limit:
+            raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
+        types = jnp.zeros((b, s), jnp.int32) if types is None else types
+        places = c.places(tokens, positions)
+        spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
+
+        embeddings = Embeddings(c, self.compute, name="embed")
+        x = embeddings(tokens, types, places, subkey(key, 0))
+        layer = Layer(c, self.compute, parent=None)
+        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
+        hidden, states = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=hidden_states)
+
+        pooled = None
+        if head.pooled or (head.make is None and c.pooler):
+            dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, normal(c), name="pooler")
+            pooled = jnp.tanh(dense(hidden[:, 0]))
+        if head.make is None:
+            return Output(hidden, pooled, hidden_states=states)
+        # Most tokens are not predicted: gathered first, they never meet the vocabulary.
+        seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
+        features = Features(seen, pooled, embeddings.token.embedding, targets)
+        made = head.make(c, self.compute, "head")(features, subkey(key, 2))
+        if isinstance(made, TokenScore):
+            return Output(hidden, pooled, score=made, hidden_states=states)
+        return Output(hidden, pooled, made, hidden_states=states)
+
+
+def facts(config: EncoderConfig) -> Facts:
+    """What the rest of jaxft may know of an encoder."""
+    places, predicted = ("batch", "length"), ("batch", "predicted")
+    inputs = {
+        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
+        "mask": Field(places, value=1),
+        "types": Field(places, count=config.type_vocab_size),
+        "positions": Field(places, count=config.limit),
+        "segments": Field(places),
+        "predict": Field(predicted),
+        "targets": Field(predicted, count=config.vocab_size),
+    }
+    heads, size = config.num_attention_heads, config.head_size
+    return Facts(
+        inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit
+    )
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face layout
+
+SAME_NAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
+    *("tie_word_embeddings",),
+)
+"""Keys of config.json that are fields of :class:`EncoderConfig`."""
+SUPERSEDED = ("is_decoder", "add_cross_attention", "position_embedding_type")
+"""Keys of config.json that exports leave out: all that is supported is the reference's default, which some files call null."""
+RENAMED = ((".gamma", ".weight"), (".beta", ".bias"))
+"""LayerNorm in the original TensorFlow port, still on the hub."""
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`EncoderConfig` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
+    which are the reference's.
+
+    Raises:
+      UserError: the file asks for something else than an encoder with absolute positions.
+    """
+    if hf.get("position_embedding_type") not in (None, "absolute"):
+        raise UserError(
+            f"config.json: position_embedding_type={hf['position_embedding_type']!r} is not supported (only 'absolute')"
+        )
+    for flag in ("is_decoder", "add_cross_attention"):
+        if hf.get(flag):
+            raise UserError(f"config.json: {flag}=true is not supported; this family here is an encoder")
+    return {name: hf[name] for name in SAME_NAME if name in hf}
+
+
+def config_to_hf(config: EncoderConfig) -> dict[str, Any]:
+    """The reference's config.json of ``config``, without model type, label names and architecture."""
+    return {name: getattr(config, name) for name in SAME_NAME}
+
+
+def encoder_rules(prefix: str, spares: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    """The encoder's rows of the weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is).
+
+    Args:
+      prefix: of the encoder in models with a head, for instance ``bert``.
+      spares: further names of the table of tokens.
+    """
+    of_layer, embed = f"{prefix}.encoder.layer.{{layer}}", f"{prefix}.embeddings"
+    return (
+        Rule("embed/token/embedding", f"{embed}.word_embeddings.weight", spares=spares),
+        Rule("embed/position/embedding", f"{embed}.position_embeddings.weight"),
+        Rule("embed/type/embedding", f"{embed}.token_type_embeddings.weight"),
+        *norm_rules("embed/norm", f"{embed}.LayerNorm"),
+        *(
+            rule
+            for name in ("query", "key", "value")
+            for rule in (
+                Rule(f"layers/attention/{name}/kernel", f"{of_layer}.attention.self.{name}.weight", "(n h) d -> d n h"),
+                Rule(f"layers/attention/{name}/bias", f"{of_layer}.attention.self.{name}.bias", "(n h) -> n h"),
+            )
+        ),
+        Rule("layers/attention/out/kernel", f"{of_layer}.attention.output.dense.weight", "d (n h) -> n h d"),
+        Rule("layers/attention/out/bias", f"{of_layer}.attention.output.dense.bias"),
+        *norm_rules("layers/attention/norm", f"{of_layer}.attention.output.LayerNorm"),
+        *dense_rules("layers/mlp/up", f"{of_layer}.intermediate.dense"),
+        *dense_rules("layers/mlp/down", f"{of_layer}.output.dense"),
+        *norm_rules("layers/mlp/norm", f"{of_layer}.output.LayerNorm"),
+    )
+
+
+def pooler_rules(prefix: str) -> tuple[Rule, ...]:
+    """The pooler's rows of the weight table."""
+    return dense_rules("pooler", f"{prefix}.pooler.dense")

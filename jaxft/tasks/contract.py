@@ -1,0 +1,172 @@
+"""What a task is to the rest of jaxft (docs/add_a_task.md): which columns it reads, how rows become examples, what is learnt of
+them, and how the model's answers are scored and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data.batch import Fields
+from jaxft.data.encode import Column
+from jaxft.data.examples import Encoded, Split
+from jaxft.data.rows import Row
+from jaxft.data.tokenizer import Tokenizer
+from jaxft.models.contract import Facts, Output
+
+Array = jax.Array
+Batch = dict[str, Array]
+Sums = dict[str, Array]
+Arrays = Mapping[str, np.ndarray]
+LongTexts = Literal["truncate", "split", "windows"]
+Direction = Literal["max", "min"]
+Note = Callable[[str], None]
+Forward = Callable[[Batch, Array | None], Output]
+"""The model's forward pass on a prepared batch, with a dropout key or without."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a task takes from the labels of its training rows; kept with the model, and read back to go on or to answer."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their ids; empty for tasks without classes."""
+    counts: tuple[int, ...] = ()
+    """How often each occurs in training; empty where that is not known."""
+    problem: str | None = None
+    """``problem_type`` of config.json, if the head's class has one."""
+
+
+class Answer(NamedTuple):
+    """What is said of one row."""
+
+    record: dict[str, Any]
+    """For JSON Lines."""
+    cells: dict[str, Any]
+    """For a table: plain values by column."""
+    unsaid: bool = False
+    """The model's numbers are NaN."""
+
+
+class Task(Protocol):
+    """What is learnt and how it is scored: a frozen, hashable value, part of jit's cache key."""
+
+    @property
+    def head(self) -> str:
+        """The model head that it trains."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Direction]:
+        """The scalars that ``eval.metric`` may name, and which way is better; the first is the default."""
+        ...
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """The batch that model and loss see, made on the device. Random choices follow from ``key`` and each row's content alone."""
+        ...
+
+    def weight(self, batch: Batch) -> Array:
+        """Scalar: what the summed loss of a prepared batch is divided by."""
+        ...
+
+    def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
+        """Sums over a prepared batch, ``loss`` and ``weight`` among them; never a mean. Rows of weight 0 add nothing."""
+        ...
+
+    def outputs(self, forward: Forward, batch: Batch) -> Batch:
+        """What scores need beyond sums: arrays [N, ...] with ``weights`` [N], 0 for entries that count nothing; often N is the
+        number of rows. ``{}`` where sums suffice."""
+        ...
+
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+        """The final numbers, on the host, from the sums and outputs of all batches. A score of nothing is NaN."""
+        ...
+
+    def learnable(self, split: Split) -> int:
+        """How many rows or tokens of a split the loss can be of; a run without any is refused."""
+        ...
+
+
+_Task = Task
+
+
+class Answering(Protocol):
+    """What a task has besides if ``jaxft predict`` answers with it."""
+
+    def predictions(self, forward: Forward, batch: Batch) -> Batch:
+        """What answers need, an array [B, ...] per name."""
+        ...
+
+    def answer(self, texts: Sequence[Any], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
+        """What is said of a row.
+
+        Args:
+          texts: as the row has them.
+          parts: its examples in order, and of each what :meth:`predictions` gave, unpadded along no axis.
+        """
+        ...
+
+
+class Judging(Protocol):
+    """What a task has besides if ``jaxft eval --rows`` can tell each row's answer beside what is right."""
+
+    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+        """A flat mapping for each row, in their order.
+
+        Args:
+          outputs: what :meth:`Task.outputs` gave of all batches.
+          rows: the values of the rows, as the task's columns say.
+          order: [examples] the example that each batch's rows were, one after the other.
+        """
+        ...
+
+
+class TaskModule(Protocol):
+    """A module of ``jaxft.tasks``, or of another package. Its options are a class of ``jaxft/config/tasks``, or its ``Config``."""
+
+    @property
+    def Task(self) -> Any:
+        """The class of its tasks; ``head`` is an attribute of the class."""
+        ...
+
+    @property
+    def LONG_TEXTS(self) -> tuple[LongTexts, ...]:
+        """The values of ``data.long_texts`` that it can do; the first is what ``auto`` means."""
+        ...
+
+    @property
+    def PACKING(self) -> bool:
+        """Whether several of its texts may share a row."""
+        ...
+
+    def columns(self, data: DataConfig) -> tuple[Column, ...]:
+        """The columns of labelled rows, texts first."""
+        ...
+
+    def study(self, rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+        """What there is to learn of the training rows.
+
+        Args:
+          stored: what the head that is to be trained further was made for.
+          note: called with a line for everything worth a word.
+        """
+        ...
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig
+    ) -> Iterator[Encoded]:
+        """The examples of rows, in their order; of rows without labels where ``targets`` is None."""
+        ...
+
+    def fields(self, config: RunConfig, pad_id: int) -> Fields:
+        """The fields of its batches."""
+        ...
+
+    def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> _Task:
+        """The task of a run; ``options`` are of its own type."""
+        ...
