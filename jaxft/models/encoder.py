@@ -194,10 +194,10 @@ class Embeddings(nn.Module):
         if self.config.pad_token_id is not None:
             frozen = (tokens == self.config.pad_token_id)[..., None]
             words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
-        places = self.position(positions)
+        kinds, places = self.type(types), self.position(positions)
         if (untrained := self.config.untrained_place()) is not None:
             places = jnp.where((positions == untrained)[..., None], jax.lax.stop_gradient(places), places)
-        x = words + self.type(types) + places
+        x = words + kinds + places
         x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
         return dropout(x, self.config.hidden_dropout_prob, key, self.compute.dropout_bits)
 
