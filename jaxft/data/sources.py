@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,8 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.lines import refuse_foreign
 from jaxft.data.listing import iter_classes, listed, suffix_of, unknown_format
-from jaxft.data.rows import ALL, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt, plain_value
+from jaxft.data.lists import Names, library_value, names_in, names_in_parquet, shortest
+from jaxft.data.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
 from jaxft.data.table import Form, iter_table
 from jaxft.data.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
@@ -131,11 +132,13 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                 refuse_foreign(first, str(path))
         with parquet.ParquetFile(path) as file:
             column_positions(file.schema_arrow.names, columns, str(path))
+            stored = names_in_parquet(file.schema_arrow.metadata)
+            names = [stored.get(name) if isinstance(name, Listed) else None for name in columns]
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns)):
                 for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     where = f"{path} row {number}"
-                    yield Row(tuple(map(plain_value, values, columns, [where] * len(columns))), where)
+                    yield Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
                     number += 1
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
@@ -145,13 +148,8 @@ def _values(column: Any) -> list[Any]:
     """A column of an Arrow table as Python values."""
     values = column.to_pylist()
     if str(column.type) in ("float", "halffloat"):
-        return [None if value is None else _shortest(np.float32(value)) for value in values]
+        return [None if value is None else shortest(np.float32(value)) for value in values]
     return values
-
-
-def _shortest(value: np.floating) -> float:
-    """The float64 of the shortest text that means ``value``: 0.1 of a float32 is 0.1, and not 0.10000000149011612."""
-    return float(np.format_float_scientific(value))
 
 
 def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -172,7 +170,7 @@ def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{reference}: cannot be read: {_first_line(error)} ({hint})") from error
     features = builder.info.features
     column_positions(list(features), columns, reference)
-    names = {c: features[c].int2str for c in columns if isinstance(features[c], tfds.features.ClassLabel)}
+    names = [names_in(features[column], tfds.features.ClassLabel) for column in columns]
     for number in range(len(source)):
         yield _library_row(source[number], columns, names, f"{reference} row {number}")
 
@@ -250,7 +248,7 @@ def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{reference}: the data set is empty: no rows in {empty}") from error
     dataset = _hf_split(dataset, split, reference)
     column_positions(dataset.column_names, columns, reference)
-    names = {c: dataset.features[c].int2str for c in columns if isinstance(dataset.features[c], library.ClassLabel)}
+    names = [names_in(dataset.features[column], library.ClassLabel) for column in columns]
     for number, record in enumerate(dataset.select_columns(list(columns)).with_format(None)):
         yield _library_row(record, columns, names, f"{reference} row {number}")
 
@@ -272,20 +270,9 @@ def _hf_split(loaded: Any, split: str, reference: str) -> Any:
     return loaded[split]
 
 
-_NameOf = Callable[[int], str]
-
-
-def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: dict[str, _NameOf], where: str) -> Row:
-    return Row(tuple(_library_value(record[column], column, names.get(column), where) for column in columns), where)
-
-
-def _library_value(value: Any, column: str, name_of: _NameOf | None, where: str) -> Value:
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy scalar
-        value = _shortest(value) if isinstance(value, np.floating) else value.item()
-    if name_of is None or value is None:
-        return plain_value(value, column, where)
-    # -1 is how both libraries mark the hidden labels of test splits.
-    return None if value == -1 else name_of(int(value))
+def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: list[Names], where: str) -> Row:
+    values = (record[column] for column in columns)
+    return Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,12 +11,22 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal
 
 from jaxft.data.lines import read_lines
-from jaxft.data.rows import ALL, MissingColumn, Row, column_positions, missing_column, refuse_blank
+from jaxft.data.rows import (
+    ALL,
+    Listed,
+    MissingColumn,
+    Row,
+    Value,
+    column_positions,
+    list_in_cell,
+    missing_column,
+    refuse_blank,
+)
 from jaxft.errors import UserError
 
 # Characters. The standard limit (131,072) refuses long documents; no limit at all would let one forgotten quote pull
@@ -77,6 +87,7 @@ def _rows(path: Path, columns: tuple[str, ...], form: Form, layout: _Layout, row
     if names or form.header:  # a file without a line has no rows, and no columns
         _refuse_missing(names, columns, where, form)
     positions = column_positions(names, columns, where) if names else []
+    lists = any(isinstance(name, Listed) for name in columns)
     blank = 0
     for number, cells in rows:
         if not cells:
@@ -89,7 +100,13 @@ def _rows(path: Path, columns: tuple[str, ...], form: Form, layout: _Layout, row
                 f"{path}:{number}: expected {len(names)} cells as in {as_in}, found {len(cells)}; "
                 f"correct the row (a separator or quote inside a text?){_more_of_quotes(layout, form)}"
             )
-        yield Row(tuple(cells[position] for position in positions), f"{path}:{number}")
+        values = tuple(cells[position] for position in positions)
+        at = f"{path}:{number}"
+        yield Row(tuple(map(_value, values, columns, repeat(at))) if lists else values, at)
+
+
+def _value(cell: str, name: str, where: str) -> Value:
+    return list_in_cell(cell, name, where) if isinstance(name, Listed) else cell
 
 
 def _more_of_quotes(layout: _Layout, form: Form) -> str:

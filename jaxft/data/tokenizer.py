@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,21 @@ import numpy as np
 from jaxft.data.batch import Fields
 from jaxft.data.cutting import count_dropped, cut_pairs
 from jaxft.data.tokenizer_files import has_tokenizer, read_files, save_files
+from jaxft.data.windows import Window, check_room, cut, whole_tokens
 from jaxft.errors import UserError
 
-__all__ = ["Tokenizer", "check_types", "check_vocabulary", "has_tokenizer", "pad_rows", "pad_to", "padded_length"]
+__all__ = [
+    "Tokenizer",
+    "Window",
+    "check_types",
+    "check_vocabulary",
+    "has_tokenizer",
+    "pad_rows",
+    "pad_to",
+    "padded_length",
+]
+
+_CHUNK = 1024  # rows tokenised at a time: enough to keep the library's threads busy
 
 
 class Tokenizer:
@@ -110,6 +123,34 @@ class Tokenizer:
             return [(part.ids, self._types_of(part), 0) for e in encodings for part in (e, *e.overflowing)]
         special = self._fast.num_special_tokens_to_add(False)
         return [(e.ids, self._types_of(e), count_dropped(e, special)) for e in encodings]
+
+    def windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
+    ) -> Iterator[Window]:
+        """Rows with each token's word and place in the text, in order; a row has one window, or several with ``stride``.
+
+        Args:
+          split_words: each row is a list of words. Tokenised as ``is_split_into_words=True`` and ``add_prefix_space=True`` say in
+            transformers: a word begins as it would in a text, after a blank.
+          stride: rows of more than ``max_length`` tokens become windows that have so many tokens in common with the one before; None:
+            the end of such rows is cut off (always the end: ``truncation_side`` of the files is not looked at).
+
+        Raises:
+          UserError: a window has no room for text, or would hold nothing new, or a text cannot be encoded.
+        """
+        check_room(self.max_length, self._fast.num_special_tokens_to_add(False), stride, str(self.folder))
+        return self._windows(texts, split_words, stride)
+
+    def _windows(self, texts: Sequence[Any], split_words: bool, stride: int | None) -> Iterator[Window]:
+        remaining, done = iter(texts), 0
+        while chunk := list(islice(remaining, _CHUNK)):
+            try:
+                rows = whole_tokens(self._fast, chunk, split_words=split_words, typed=self._files.types)
+            except Exception as error:  # tokenizers raises bare Exceptions
+                raise self._unencodable(error) from error
+            for row, tokens in enumerate(rows, start=done):
+                yield from cut(row, tokens, self.max_length, stride)
+            done += len(rows)
 
     def _encodings(self, texts: list[str]) -> list[Any]:
         try:
