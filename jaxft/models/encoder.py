@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.data.batch import Field
 from jaxft.errors import UserError, nearest
-from jaxft.hf import Rule
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -37,7 +36,7 @@ from jaxft.layers import (
     usual_promotion,
 )
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
-from jaxft.models.heads import dense_rules, norm_rules, normal
+from jaxft.models.heads import normal
 
 Array = jax.Array
 
@@ -292,75 +291,3 @@ def facts(config: EncoderConfig) -> Facts:
     return Facts(
         inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit
     )
-
-
-# ------------------------------------------------------------------------------------------------ Hugging Face layout
-
-SAME_NAME = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
-    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
-    *("tie_word_embeddings",),
-)
-"""Keys of config.json that are fields of :class:`EncoderConfig`."""
-SUPERSEDED = ("is_decoder", "add_cross_attention", "position_embedding_type")
-"""Keys of config.json that exports leave out: all that is supported is the reference's default, which some files call null."""
-RENAMED = ((".gamma", ".weight"), (".beta", ".bias"))
-"""LayerNorm in the original TensorFlow port, still on the hub."""
-
-
-def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`EncoderConfig` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
-    which are the reference's.
-
-    Raises:
-      UserError: the file asks for something else than an encoder with absolute positions.
-    """
-    if hf.get("position_embedding_type") not in (None, "absolute"):
-        raise UserError(
-            f"config.json: position_embedding_type={hf['position_embedding_type']!r} is not supported (only 'absolute')"
-        )
-    for flag in ("is_decoder", "add_cross_attention"):
-        if hf.get(flag):
-            raise UserError(f"config.json: {flag}=true is not supported; this family here is an encoder")
-    return {name: hf[name] for name in SAME_NAME if name in hf}
-
-
-def config_to_hf(config: EncoderConfig) -> dict[str, Any]:
-    """The reference's config.json of ``config``, without model type, label names and architecture."""
-    return {name: getattr(config, name) for name in SAME_NAME}
-
-
-def encoder_rules(prefix: str, spares: tuple[str, ...] = ()) -> tuple[Rule, ...]:
-    """The encoder's rows of the weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is).
-
-    Args:
-      prefix: of the encoder in models with a head, for instance ``bert``.
-      spares: further names of the table of tokens.
-    """
-    of_layer, embed = f"{prefix}.encoder.layer.{{layer}}", f"{prefix}.embeddings"
-    return (
-        Rule("embed/token/embedding", f"{embed}.word_embeddings.weight", spares=spares),
-        Rule("embed/position/embedding", f"{embed}.position_embeddings.weight"),
-        Rule("embed/type/embedding", f"{embed}.token_type_embeddings.weight"),
-        *norm_rules("embed/norm", f"{embed}.LayerNorm"),
-        *(
-            rule
-            for name in ("query", "key", "value")
-            for rule in (
-                Rule(f"layers/attention/{name}/kernel", f"{of_layer}.attention.self.{name}.weight", "(n h) d -> d n h"),
-                Rule(f"layers/attention/{name}/bias", f"{of_layer}.attention.self.{name}.bias", "(n h) -> n h"),
-            )
-        ),
-        Rule("layers/attention/out/kernel", f"{of_layer}.attention.output.dense.weight", "d (n h) -> n h d"),
-        Rule("layers/attention/out/bias", f"{of_layer}.attention.output.dense.bias"),
-        *norm_rules("layers/attention/norm", f"{of_layer}.attention.output.LayerNorm"),
-        *dense_rules("layers/mlp/up", f"{of_layer}.intermediate.dense"),
-        *dense_rules("layers/mlp/down", f"{of_layer}.output.dense"),
-        *norm_rules("layers/mlp/norm", f"{of_layer}.output.LayerNorm"),
-    )
-
-
-def pooler_rules(prefix: str) -> tuple[Rule, ...]:
-    """The pooler's rows of the weight table."""
-    return dense_rules("pooler", f"{prefix}.pooler.dense")

@@ -6,20 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.hf import Layout, Rule
-from jaxft.models import encoder
+from jaxft.hf import Layout
+from jaxft.models import encoder, encoder_files
 from jaxft.models.contract import Head
-from jaxft.models.heads import (
-    MaskedLm,
-    PooledClasses,
-    TokenClasses,
-    decoder_rules,
-    dense_rules,
-    norm_rules,
-    normal,
-)
+from jaxft.models.heads import PooledClasses, dense_rules, normal
 from jaxft.weights import Weights
-from jaxft.weights.numbers import has_own
 
 MODEL_TYPES = {"bert": "Bert"}
 
@@ -38,16 +29,8 @@ TINY = Config(
     max_position_embeddings=40,
 )
 
-SUPERSEDED = encoder.SUPERSEDED
-facts, config_from_hf, config_to_hf = encoder.facts, encoder.config_from_hf, encoder.config_to_hf
-
-
-def _masked_lm_rules(config: Config) -> tuple[Rule, ...]:
-    return (
-        *dense_rules("head/dense", "cls.predictions.transform.dense"),
-        *norm_rules("head/norm", "cls.predictions.transform.LayerNorm"),
-        *decoder_rules("cls.predictions.decoder", "cls.predictions.bias", tied=config.tie_word_embeddings),
-    )
+SUPERSEDED = encoder_files.SUPERSEDED
+facts, config_from_hf, config_to_hf = encoder.facts, encoder_files.config_from_hf, encoder_files.config_to_hf
 
 
 HEADS: Mapping[str | None, Head] = {
@@ -63,24 +46,10 @@ HEADS: Mapping[str | None, Head] = {
         classes="rows",
         pooled=True,
     ),
-    "token_classification": Head(
-        "ForTokenClassification",
-        lambda c, compute, name: TokenClasses(
-            c.hidden_size, c.num_labels, c.class_dropout, compute, normal(c), name=name
-        ),
-        lambda c: dense_rules("head/linear", "classifier"),
-        marks=("classifier.weight",),
-        classes="tokens",
-    ),
-    "masked_lm": Head(
-        "ForMaskedLM",
-        lambda c, compute, name: MaskedLm(
-            *(c.hidden_size, c.vocab_size, c.hidden_act, c.layer_norm_eps, c.tie_word_embeddings),
-            *(compute, normal(c)),
-            name=name,
-        ),
-        _masked_lm_rules,
-        marks=("cls.predictions.*",),
+    "token_classification": encoder_files.TOKEN_CLASSIFICATION,
+    "masked_lm": encoder_files.masked_lm(
+        *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+        *("cls.predictions.decoder", "cls.predictions.bias"),
         read_as=("ForPreTraining",),  # it has both heads of pre-training
     ),
     "next_sentence": Head(
@@ -99,31 +68,13 @@ class Model(encoder.EncoderModel):
     HEADS = HEADS
 
 
-# What a task may need that a checkpoint need not have; initialised afresh, and said.
-_FRESH = ("head/*", "pooler/*")
-# Known, harmless leftovers: buffers, and heads that the task does not use.
-_LEFTOVERS = (
-    *("*embeddings.position_ids", "*embeddings.token_type_ids", "*pooler.dense.*"),
-    *("cls.*", "classifier.*", "qa_outputs.*"),
-)
-
-
 def hf_layout(config: Config, head: str | None) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
-    # A tied decoder may be the only one of the two that a file has.
-    tied = ("cls.predictions.decoder.weight",) if head == "masked_lm" and config.tie_word_embeddings else ()
-    pooled = HEADS[head].pooled or (head is None and config.pooler)
-    pooler = encoder.pooler_rules("bert") if pooled else ()
-    rules = (*encoder.encoder_rules("bert", tied), *pooler, *HEADS[head].rules(config))
-    return Layout(rules, "bert.", encoder.RENAMED, _LEFTOVERS, _FRESH)
+    return encoder_files.hf_layout(
+        config, head, HEADS, "bert", decoder="cls.predictions.decoder.weight", others=("cls.*",)
+    )
 
 
 def config_of_weights(weights: Weights) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json."""
-    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in weights.names())}
-    if "classifier.weight" in weights.names():
-        said["num_labels"] = weights.shape("classifier.weight")[0]
-    # transformers ties the two only where they are equal, whatever config.json says.
-    if has_own(weights, "cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"):
-        said["tie_word_embeddings"] = False
-    return said
+    return encoder_files.config_of_weights(weights, ("classifier.weight",), "cls.predictions.decoder.weight")

@@ -1,0 +1,162 @@
+"""What the reference's files call the parts of an encoder (:mod:`jaxft.models.encoder`): config.json, weights, ready-made heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxft.errors import UserError
+from jaxft.hf import Layout, Rule
+from jaxft.layers import Compute
+from jaxft.models.contract import Head
+from jaxft.models.encoder import EncoderConfig
+from jaxft.models.heads import MaskedLm, TokenClasses, decoder_rules, dense_rules, norm_rules, normal
+from jaxft.weights import Weights
+from jaxft.weights.numbers import has_own
+
+SAME_NAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
+    *("tie_word_embeddings",),
+)
+"""Keys of config.json that are fields of :class:`EncoderConfig`."""
+SUPERSEDED = ("is_decoder", "add_cross_attention", "position_embedding_type")
+"""Keys of config.json that exports leave out: all that is supported is the reference's default, which some files call null."""
+RENAMED = ((".gamma", ".weight"), (".beta", ".bias"))
+"""LayerNorm in the original TensorFlow port, still on the hub."""
+
+
+def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`EncoderConfig` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
+    which are the reference's.
+
+    Raises:
+      UserError: the file asks for something else than an encoder with absolute positions.
+    """
+    if hf.get("position_embedding_type") not in (None, "absolute"):
+        raise UserError(
+            f"config.json: position_embedding_type={hf['position_embedding_type']!r} is not supported (only 'absolute')"
+        )
+    for flag in ("is_decoder", "add_cross_attention"):
+        if hf.get(flag):
+            raise UserError(f"config.json: {flag}=true is not supported; this family here is an encoder")
+    return {name: hf[name] for name in SAME_NAME if name in hf}
+
+
+def config_to_hf(config: EncoderConfig) -> dict[str, Any]:
+    """The reference's config.json of ``config``, without model type, label names and architecture."""
+    return {name: getattr(config, name) for name in SAME_NAME}
+
+
+def encoder_rules(prefix: str, spares: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    """The encoder's rows of the weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is).
+
+    Args:
+      prefix: of the encoder in models with a head, for instance ``bert``.
+      spares: further names of the table of tokens.
+    """
+    of_layer, embed = f"{prefix}.encoder.layer.{{layer}}", f"{prefix}.embeddings"
+    return (
+        Rule("embed/token/embedding", f"{embed}.word_embeddings.weight", spares=spares),
+        Rule("embed/position/embedding", f"{embed}.position_embeddings.weight"),
+        Rule("embed/type/embedding", f"{embed}.token_type_embeddings.weight"),
+        *norm_rules("embed/norm", f"{embed}.LayerNorm"),
+        *(
+            rule
+            for name in ("query", "key", "value")
+            for rule in (
+                Rule(f"layers/attention/{name}/kernel", f"{of_layer}.attention.self.{name}.weight", "(n h) d -> d n h"),
+                Rule(f"layers/attention/{name}/bias", f"{of_layer}.attention.self.{name}.bias", "(n h) -> n h"),
+            )
+        ),
+        Rule("layers/attention/out/kernel", f"{of_layer}.attention.output.dense.weight", "d (n h) -> n h d"),
+        Rule("layers/attention/out/bias", f"{of_layer}.attention.output.dense.bias"),
+        *norm_rules("layers/attention/norm", f"{of_layer}.attention.output.LayerNorm"),
+        *dense_rules("layers/mlp/up", f"{of_layer}.intermediate.dense"),
+        *dense_rules("layers/mlp/down", f"{of_layer}.output.dense"),
+        *norm_rules("layers/mlp/norm", f"{of_layer}.output.LayerNorm"),
+    )
+
+
+TOKEN_CLASSIFICATION = Head(
+    "ForTokenClassification",
+    lambda c, compute, name: TokenClasses(c.hidden_size, c.num_labels, c.class_dropout, compute, normal(c), name=name),
+    lambda c: dense_rules("head/linear", "classifier"),
+    marks=("classifier.weight",),
+    classes="tokens",
+)
+
+
+def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = None, **more: Any) -> Head:
+    """The masked-LM head, by the names of its tensors.
+
+    Args:
+      dense: of the affine map.
+      norm: of the norm behind it.
+      decoder: of the vocabulary matrix and its bias.
+      bias: the other name of that bias.
+      act: activation between affine map and norm; None: the one of the Config.
+      more: fields of the Head.
+    """
+
+    def make(c: Any, compute: Compute, name: str) -> MaskedLm:
+        sizes = (c.hidden_size, c.vocab_size, act or c.hidden_act, c.layer_norm_eps, c.tie_word_embeddings)
+        return MaskedLm(*sizes, compute, normal(c), name=name)
+
+    def rules(c: Any) -> tuple[Rule, ...]:
+        maps = (*dense_rules("head/dense", dense), *norm_rules("head/norm", norm))
+        return (*maps, *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
+
+    return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), **more)
+
+
+def hf_layout(
+    config: EncoderConfig,
+    head: str | None,
+    heads: Mapping[str | None, Head],
+    prefix: str,
+    *,
+    decoder: str,
+    others: tuple[str, ...],
+) -> Layout:
+    """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over.
+
+    Args:
+      prefix: of the encoder in models with a head, for instance ``bert``.
+      decoder: the masked-LM head's matrix over the vocabulary.
+      others: patterns of tensors of heads that the task does not use.
+    """
+    # A tied decoder may be the only one of the two that a file has.
+    tied = (decoder,) if head == "masked_lm" and config.tie_word_embeddings else ()
+    pooled = heads[head].pooled or (head is None and config.pooler)
+    pooler = dense_rules("pooler", f"{prefix}.pooler.dense") if pooled else ()
+    rules = (*encoder_rules(prefix, tied), *pooler, *heads[head].rules(config))
+    return Layout(rules, f"{prefix}.", RENAMED, (*_LEFTOVERS, *others), _FRESH)
+
+
+# What a task may need that a checkpoint need not have; initialised afresh, and said.
+_FRESH = ("head/*", "pooler/*")
+# Known, harmless leftovers: buffers, and heads that the task does not use.
+_LEFTOVERS = (
+    *("*embeddings.position_ids", "*embeddings.token_type_ids", "*pooler.dense.*"),
+    *("classifier.*", "qa_outputs.*"),
+)
+
+
+def config_of_weights(weights: Weights, classifiers: tuple[str, ...], decoder: str) -> dict[str, Any]:
+    """What tensors alone say about the Config; believed over config.json.
+
+    Args:
+      classifiers: names that the matrix of classes may have.
+      decoder: the masked-LM head's matrix over the vocabulary.
+    """
+    names = weights.names()
+    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in names)}
+    for name in classifiers:
+        if name in names:
+            said["num_labels"] = weights.shape(name)[0]
+    # transformers ties the two only where they are equal, whatever config.json says.
+    if has_own(weights, decoder, "embeddings.word_embeddings.weight"):
+        said["tie_word_embeddings"] = False
+    return said
