@@ -111,7 +111,8 @@ def report_text(
     parts = [head]
     parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
     if "classes" in metrics:
-        parts.append(_class_table([metrics["classes"][label] for label in labels], names, width))
+        table = metrics["classes"]
+        parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
     if "confusion" in metrics:
         parts.append(_confusion_text(metrics["confusion"], names, width))
     parts += _curves(log, width, wanted, blocks)

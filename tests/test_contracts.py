@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxft import models, tasks
 from jaxft.models.contract import Family
-from jaxft.models.families import bert, llama
-from jaxft.tasks import TaskModule, causal_lm, classification, masked_lm
+from jaxft.models.families import bert, llama, roberta
+from jaxft.tasks import TaskModule, causal_lm, classification, masked_lm, token_classification
 
-FAMILIES: tuple[Family, ...] = (bert, llama)
-TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm)
+FAMILIES: tuple[Family, ...] = (bert, llama, roberta)
+TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
 
 
 def test_all_are_listed() -> None:

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))
     check_threshold(options.threshold, served.labels)
     answers = make_answerer(served, options.batch_size, threshold=options.threshold, top=options.top)
-    rows = _rows_of(inputs[0], served.config.data) if inputs else _texts(options.text, options.pair)
+    rows = _rows_of(inputs[0], served) if inputs else _texts(options.text, options.pair)
     if options.out:
         with file_written_whole(Path(options.out)) as file:
             counts = _answer(rows, answers, served, options, file)
@@ -92,8 +92,8 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Input:
-    texts: tuple[str, ...]
-    """A text, or a pair."""
+    texts: tuple[Any, ...]
+    """A text, or a pair; or the words of a text."""
     columns: dict[str, Any]
     """The whole row, by column; empty if the input has no columns."""
     names: tuple[str, ...] = ("text", "pair")
@@ -111,19 +111,22 @@ def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
     yield from map(_Input, zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts), repeat({}))
 
 
-def _rows_of(reference: str, data: Any) -> Iterator[_Input]:
+def _rows_of(reference: str, served: Any) -> Iterator[_Input]:
     from jaxft.data.encode import check_texts
     from jaxft.data.rows import Carried
     from jaxft.data.sources import column_names, form_of, iter_rows
 
+    data = served.config.data
     form = form_of(data, lambda text: print(text, file=sys.stderr))
     names = column_names(reference, data.text, form)
-    columns = (data.text,) if not names or data.text_pair is None else (data.text, data.text_pair)
+    wanted = [column for column in served.task()[0].columns(data) if column.is_text]
+    wanted = wanted if names else wanted[:1]  # plain lines hold one text each
+    columns = tuple(column.name for column in wanted)
     others = [Carried(name) for name in names if name not in columns]
-    for row in iter_rows(reference, (*columns, *others), form):
-        check_texts(row, columns)
+    for row in iter_rows(reference, (*(column.wanted for column in wanted), *others), form):
+        check_texts(row, wanted)
         values = dict(zip((*columns, *others), row.values, strict=True))
-        texts = tuple(str(value) for value in row.values[: len(columns)])
+        texts = row.values[: len(columns)]
         yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"), row.where)
 
 
@@ -172,7 +175,8 @@ def _record(row: _Input, answer: Any, served: Any) -> dict[str, Any]:
     said = {"text": row.texts[0], **({"pair": row.texts[1]} if len(row.texts) == 2 else {}), **answer.record}
     label = served.config.data.label
     if label in row.columns:
-        said["true"] = label_text(row.columns[label]) or None
+        true = row.columns[label]
+        said["true"] = true if isinstance(true, list) else label_text(true) or None
     rest = {name: value for name, value in row.columns.items() if name not in (*row.names, label)}
     return said | _finite(_beside(rest, said))
 

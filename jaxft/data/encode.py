@@ -12,6 +12,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.examples import Encoded
 from jaxft.data.labels import label_text
+from jaxft.data.rows import Listed
 from jaxft.data.sources import Reference, Row, form_of, iter_rows, shown
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
@@ -23,8 +24,19 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "label"]
-    """``text``: a text. ``label``: one value."""
+    kind: Literal["text", "words", "label", "labels"]
+    """``text``: a text. ``words``: a text, or a list of words. ``label``: one value. ``labels``: a list of values, or of stretches of
+    characters with a label each."""
+
+    @property
+    def wanted(self) -> str:
+        """How a source is asked for it."""
+        return Listed(self.name) if self.kind in ("words", "labels") else self.name
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is what the model reads."""
+        return self.kind in ("text", "words")
 
 
 def text_columns(config: DataConfig) -> tuple[Column, ...]:
@@ -54,9 +66,9 @@ def read_rows(
       UserError: no rows, a text that is not text, no text that is not empty, or a missing label.
     """
     columns = (*text_columns(config), label_column(config)) if columns is None else columns
-    texts = tuple(column.name for column in columns if column.kind == "text")
-    labels = [(i, column.name) for i, column in enumerate(columns) if column.kind == "label"]
-    rows = list(iter_rows(reference, tuple(column.name for column in columns), form_of(config, note)))
+    texts = tuple(column for column in columns if column.is_text)
+    labels = [(i, column.name) for i, column in enumerate(columns) if not column.is_text]
+    rows = list(iter_rows(reference, tuple(column.wanted for column in columns), form_of(config, note)))
     if not rows:
         raise UserError(f"{shown(reference)}: the data set is empty")
     if config.missing_text == "skip":
@@ -64,9 +76,10 @@ def read_rows(
     for row in rows:
         check_texts(row, texts, cure="remove the row, or leave such rows out with data.missing_text=skip")
         for i, name in labels:
-            if label_text(row.values[i]) == "":
+            value = row.values[i]
+            if value is None or (not isinstance(value, list) and label_text(value) == ""):
                 raise UserError(f"{row.where}: column {name!r} is empty; every row needs a label")
-    if not any(str(text).strip() for row in rows for text in row.values[: len(texts)]):
+    if not any(_holds_text(text) for row in rows for text in row.values[: len(texts)]):
         raise UserError(
             f"{shown(reference)}: all of its {len(rows)} texts are empty (column {config.text!r}, data.text)"
         )
@@ -75,7 +88,7 @@ def read_rows(
 
 def _with_texts(rows: list[Row], texts: int, reference: str, note: Callable[[str], None] | None) -> list[Row]:
     def has_texts(row: Row) -> bool:
-        return not any(_is_missing(value) or value == "" or str(value).isspace() for value in row.values[:texts])
+        return all(_holds_text(value) for value in row.values[:texts])
 
     kept = [row for row in rows if has_texts(row)]
     if not kept:
@@ -85,19 +98,27 @@ def _with_texts(rows: list[Row], texts: int, reference: str, note: Callable[[str
     return kept
 
 
+def _holds_text(value: object) -> bool:
+    """Whether a cell has something to read: a text that is not blank, or words."""
+    return bool(value) if isinstance(value, list) else not _is_missing(value) and bool(str(value).strip())
+
+
 def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def check_texts(row: Row, columns: tuple[str, ...], cure: str = "every row needs one here") -> None:
-    """Raises UserError if a text column holds anything but text; ``cure``: what to do where there is none."""
+def check_texts(row: Row, columns: Sequence[Column], cure: str = "every row needs one here") -> None:
+    """Raises UserError if a column of texts holds anything but text, or words; ``cure``: what to do where there is none."""
     for value, column in zip(row.values, columns, strict=False):
         if _is_missing(value):
             raise UserError(
-                f"{row.where}: column {column!r} holds no text ({'null' if value is None else value}); {cure}"
+                f"{row.where}: column {column.name!r} holds no text ({'null' if value is None else value}); {cure}"
             )
-        if not isinstance(value, str):
-            raise UserError(f"{row.where}: column {column!r} holds {value!r}, which is not text; set data.text")
+        words = column.kind == "words" and isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not isinstance(value, str) and not words:
+            raise UserError(
+                f"{row.where}: column {column.name!r} holds {value!r:.80}, which is not text; set data.text"
+            )
 
 
 def encode_texts(

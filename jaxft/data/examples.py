@@ -123,14 +123,16 @@ def make_split(name: str, encoded: Iterable[Encoded], fields: Fields) -> Split:
     """The split of encoded rows.
 
     Args:
-      fields: of its batches; examples store those without a ``value`` of their own.
+      fields: that its batches may have: those that the examples store, and those with a ``value`` of their own.
     """
-    parts: dict[str, list[Any]] = {field: [] for field, kind in fields.items() if kind.value is None}
+    parts: dict[str, list[Any]] = {}
     dropped: list[int] = []
     for one in encoded:
+        parts = parts or {name: [] for name in fields if name in one.example}
         for field, values in parts.items():
             values.append(one.example[field])
         dropped.append(one.dropped)
+    fields = {name: field for name, field in fields.items() if name in parts or field.value is not None}
     columns, offsets = {}, {}
     for field, values in parts.items():
         kind = fields[field]

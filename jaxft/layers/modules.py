@@ -65,7 +65,7 @@ def is_ours(module: nn.Module) -> bool:
     """Whether the outermost module is one of this package, or the ``Model`` of a family from another one."""
     while isinstance(module.parent, nn.Module):
         module = module.parent
-    return hasattr(type(module), "INPUTS") or type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return hasattr(type(module), "facts") or type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def unlabel(tree: Any) -> tuple[Any, Any]:
