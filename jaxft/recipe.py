@@ -17,6 +17,7 @@ from jaxft import lora, models, tasks
 from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.batch import Fields, Shape, shaped
 from jaxft.data.labels import declared_labels
+from jaxft.data.packing import packed_fields
 from jaxft.errors import UserError
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
@@ -161,6 +162,7 @@ def make_recipe(
     freeze = (*config.optim.freeze, *lora.frozen_paths(model, config.model.lora, bool(targets.labels)))
     optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
     shardings = shardings_of(mesh, rules, shapes, axes)
+    fields = module.fields(config, tokenizer.pad_id)
     return Recipe(
         config=config,
         mesh=mesh,
@@ -168,7 +170,7 @@ def make_recipe(
         model=model,
         task=task,
         targets=targets,
-        fields=module.fields(config, tokenizer.pad_id),
+        fields=fields if config.data.packing == "none" else packed_fields(fields),
         shapes=shapes,
         axes=axes,
         shardings=shardings,

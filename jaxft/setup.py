@@ -127,7 +127,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         )
     if targets.labels:
         targets = dataclasses.replace(targets, counts=_counts(train, targets))
-    _report_data(train, held_out, targets, config, note)
+    _report_data(((train, len(rows)), (held_out, len(held))), targets, config, note)
     _advise(train, config, source, note)
     texts = train, held_out
     if config.data.packing != "none":
@@ -261,12 +261,13 @@ def _in_list(names: Sequence[str]) -> str:
     return f"[{listed(map(repr, names))}]"
 
 
-def _report_data(train: Split, held_out: Split, targets: tasks.Targets, config: RunConfig, note: Note) -> None:
-    for split in (train, held_out):
-        note(f"{split.name}: {lengths_text(split, config.data.max_length)}")
+def _report_data(splits: Sequence[tuple[Split, int]], targets: tasks.Targets, config: RunConfig, note: Note) -> None:
+    for split, rows in splits:
+        note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
     if not targets.labels:
         return
     note(f"labels: {listed(targets.labels)}")
+    train = splits[0][0]
     what = "row" if train.axis("labels") is None else "word"
     for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
         few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]

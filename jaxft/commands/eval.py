@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.encode import read_rows
     from jaxft.data.examples import make_split
     from jaxft.data.labels import declared_labels, label_text
+    from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.plots import lacking
     from jaxft.report import report_text, write_report
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     )
     sums, outputs = tasks.collected(parts)
     metrics = task.score(sums, outputs)
-    print(f"eval: {len(split)} rows, {split.truncated} truncated to {tokenizer.max_length} tokens")
+    print(f"eval: {counted(len(split), len(rows))}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.rows:
         order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import IO, Any
@@ -154,6 +156,7 @@ def _answer(rows: Iterator[_Input], answers: Any, served: Any, options: argparse
 def _table_row(row: _Input, answer: Any) -> dict[str, Any]:
     """The row's columns, then what is said of it."""
     given = row.columns or dict(zip(row.names, row.texts, strict=False))
+    given = {name: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for name, v in given.items()}
     return _beside(given, answer.cells) | answer.cells
 
 
@@ -170,15 +173,22 @@ def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
 
 def _record(row: _Input, answer: Any, served: Any) -> dict[str, Any]:
     """One JSON object: what is said of the row, its label if it has one, and its other columns."""
-    from jaxft.data.labels import label_text
-
     said = {"text": row.texts[0], **({"pair": row.texts[1]} if len(row.texts) == 2 else {}), **answer.record}
     label = served.config.data.label
     if label in row.columns:
-        true = row.columns[label]
-        said["true"] = true if isinstance(true, list) else label_text(true) or None
+        said["true"] = _as_given(row.columns[label])
     rest = {name: value for name, value in row.columns.items() if name not in (*row.names, label)}
     return said | _finite(_beside(rest, said))
+
+
+def _as_given(true: Any) -> Any:
+    """The label that a row has: a name, or the list or mapping that was carried along as JSON; None: it has none."""
+    from jaxft.data.labels import label_text
+
+    if isinstance(true, str) and true[:1] in ("[", "{"):
+        with suppress(ValueError):
+            return json.loads(true)
+    return label_text(true) or None
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

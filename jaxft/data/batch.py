@@ -64,18 +64,15 @@ def text_shape(rows: int, length: int) -> Shape:
     return Shape(rows, (("length", length),))
 
 
-def text_fields(pad_id: int, *, packed: bool = False) -> dict[str, Field]:
-    """The fields of rows of text.
-
-    Args:
-      pad_id: the id of padding tokens.
-      packed: several texts share a row.
-    """
+def text_fields(pad_id: int) -> dict[str, Field]:
+    """The fields of rows of text, padded with ``pad_id``."""
     places = ("batch", "length")
-    fields = {"tokens": Field(places, fill=pad_id), "mask": Field(places, value=1), "types": Field(places)}
-    if packed:
-        fields |= {"segments": Field(places), "positions": Field(places)}
-    return fields | {"weights": WEIGHTS}
+    return {
+        "tokens": Field(places, fill=pad_id),
+        "mask": Field(places, value=1),
+        "types": Field(places),
+        "weights": WEIGHTS,
+    }
 
 
 def shaped(fields: Fields, shape: Shape, mesh: Mesh, rules: AxisRules) -> dict[str, jax.ShapeDtypeStruct]:

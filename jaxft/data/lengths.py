@@ -17,17 +17,26 @@ def whole_lengths(split: Split) -> np.ndarray:
     return lengths if split.dropped is None else lengths + split.dropped
 
 
-def lengths_text(split: Split, max_length: int) -> str:
-    """Rows, tokens, lengths before truncation and what truncation cut, on one line."""
+def lengths_text(split: Split, max_length: int, rows: int | None = None) -> str:
+    """Rows, tokens, lengths before truncation and what truncation cut, on one line.
+
+    Args:
+      rows: that its examples are of; None: as many as there are examples.
+    """
     lengths = whole_lengths(split)
     median, most, nearly_all = (int(np.percentile(lengths, share, method="higher")) for share in (50, 95, 99))
     cut = f"{split.truncated} truncated to {max_length}"
     if split.truncated > 0:
         cut += f" ({split.truncated / len(split):.2%})"
     return (
-        f"{len(split)} rows, {split.sizes('length').sum()} tokens; median {median}, 95 % {most}, 99 % {nearly_all}, "
+        f"{counted(len(split), rows)}, {split.sizes('length').sum()} tokens; median {median}, 95 % {most}, 99 % {nearly_all}, "
         f"max {lengths.max()}; {cut}"
     )
+
+
+def counted(examples: int, rows: int | None) -> str:
+    """How many rows there are, and how many examples they make if that is another number."""
+    return f"{examples} rows" if rows in (None, examples) else f"{rows} rows in {examples} parts"
 
 
 def advice(split: Split, max_length: int, buckets: tuple[int, ...], limit: int | None) -> str | None:

@@ -6,8 +6,13 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from jaxft.data.batch import Field
+from jaxft.data.batch import Field, Fields
 from jaxft.data.examples import Split, offsets_of, spans_of
+
+
+def packed_fields(fields: Fields) -> Fields:
+    """The fields of batches whose rows hold several texts each, from those of rows of one text."""
+    return {**fields, **dict.fromkeys(("segments", "positions"), Field(("batch", "length")))}
 
 
 def pack(split: Split, length: int) -> Split:
@@ -27,9 +32,8 @@ def pack(split: Split, length: int) -> Split:
     columns = {name: values[index] for name, values in split.columns.items()}
     columns["segments"] = np.repeat(numbers, lengths[texts]).astype(np.int32)
     columns["positions"] = np.concatenate([np.arange(n) for n in lengths[texts]]).astype(np.int32)
-    places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
     offsets = offsets_of(np.array([lengths[row].sum() for row in members]))
-    return Split(split.name, {**split.fields, **places}, columns, {"length": offsets})
+    return Split(split.name, packed_fields(split.fields), columns, {"length": offsets})
 
 
 def _best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:

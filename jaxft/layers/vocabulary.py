@@ -17,7 +17,7 @@ from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import dot, einsum
 from jaxft.layers.promotion import usual_promotion
-from jaxft.sharding import run_mesh, ways
+from jaxft.sharding import run_mesh, ways, ways
 
 Array = jax.Array
 _NEVER = np.float32(-1e30)
@@ -85,10 +85,11 @@ def score_tokens(x: Array, table: Array, bias: Array | None, targets: Array, com
     """
     assert compute.vocab_tile is not None
     mesh = run_mesh()
-    ways = 1 if mesh is None else mesh.shape["tensor"]
-    if ways > 1:
+    parts = 1 if mesh is None else ways(mesh, compute.rules, "vocab")
+    if parts > 1:
         raise UserError(
-            f"model.vocab_tile={compute.vocab_tile}: mesh.tensor={ways} splits the vocabulary already; leave one of them out"
+            f"model.vocab_tile={compute.vocab_tile}: the mesh splits the vocabulary {parts} ways already (mesh.tensor); "
+            "leave one of them out"
         )
     bias = jnp.zeros(table.shape[0], jnp.float32) if bias is None else bias
     return TokenScore(*_scored(compute, x, table, bias, targets))

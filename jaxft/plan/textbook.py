@@ -65,7 +65,7 @@ def _local_tokens(recipe: Recipe, rows: int, length: int) -> float:
 
 
 def _of_tensor(recipe: Recipe, rows: int, length: int) -> float:
-    n, compute = recipe.mesh.shape["tensor"], recipe.model.compute
+    n, compute = ways(recipe.mesh, recipe.model.compute.rules, "act_mlp"), recipe.model.compute
     activation = np.dtype(compute.activation_dtype).itemsize
     tokens = _local_tokens(recipe, rows, length)
     (stack,) = recipe.model.facts.stacks

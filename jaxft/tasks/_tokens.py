@@ -100,5 +100,6 @@ def encode_all(
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
-    """Those of texts, several of which may share a row."""
-    return text_fields(pad_id, packed=config.data.packing != "none")
+    """Those of texts."""
+    del config
+    return text_fields(pad_id)

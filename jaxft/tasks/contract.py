@@ -164,7 +164,7 @@ class TaskModule(Protocol):
         ...
 
     def fields(self, config: RunConfig, pad_id: int) -> Fields:
-        """The fields of its batches."""
+        """The fields of its batches, of one text a row."""
         ...
 
     def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> _Task:
