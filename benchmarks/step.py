@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from jaxft.bench.machine import machine
@@ -153,25 +152,27 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     import numpy as np
 
     from jaxft.config import load_config
+    from jaxft.data.batch import text_shape
     from jaxft.flops import model_flops
     from jaxft.initial import init_params
     from jaxft.memory import device_bytes, release_freed
     from jaxft.plan.chips import peak_of
-    from jaxft.recipe import make_recipe
+    from jaxft.recipe import make_recipe, planned_targets
+    from jaxft.setup import stand_in_tokenizer
     from jaxft.sharding import jitted, make_mesh
 
     config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
     arch = config.model.arch
-    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(), vocab_size=arch["vocab_size"], end_id=2)
-    names = tuple(map(str, range(LABELS))) if "num_labels" in arch else ()
-    mesh = make_mesh(config.mesh)
-    recipe = make_recipe(config, mesh, None, names, (1,) * len(names), tokenizer, 1000, jax.default_backend())
+    _, targets = planned_targets(config, None)
+    mesh, tokenizer = make_mesh(config.mesh), stand_in_tokenizer(arch["vocab_size"])
+    recipe = make_recipe(config, mesh, None, targets, tokenizer, 1000, jax.default_backend())
+    shape = text_shape(options.rows, options.length)
     tokens, labels = data(arch["vocab_size"], options.rows, options.length)
     given = {"tokens": tokens, "labels": labels, "types": np.zeros_like(tokens)}
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, recipe.state)
         start = jitted(recipe.start, mesh, places, donate_argnums=0)
-        shapes = recipe.batch(options.rows, options.length)
+        shapes = recipe.batch(shape)
         batch = {
             name: jax.device_put(given.get(name, np.ones(leaf.shape)).astype(leaf.dtype), leaf.sharding)
             for name, leaf in shapes.items()
@@ -191,7 +192,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     stats = program.memory_analysis()
     extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
     about = {
-        "flops": model_flops(recipe, options.rows, options.length).total,
+        "flops": model_flops(recipe, shape).total,
         "peak_flops": peak_of(kind_of_device),
         "compile_seconds": compiled,
         "program_bytes": stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,

@@ -38,7 +38,9 @@ CASES = {
     "causal_lm-packed-mesh": (*LLAMA, *MESH, "task.name=causal_lm", "data.packing=best_fit", "model.remat=full"),
 }
 # Names of source lines, and the tables of them that newer versions of XLA write before the first computation.
-_NOISE = re.compile(r", metadata=\{[^}]*\}|, origin=\{[^}]*\}|^FileNames\n.*?^StackFrames\n.*?\n\n", re.MULTILINE | re.DOTALL)
+_NOISE = re.compile(
+    r", metadata=\{[^}]*\}|, origin=\{[^}]*\}|^FileNames\n.*?^StackFrames\n.*?\n\n", re.MULTILINE | re.DOTALL
+)
 
 
 def steps_of(case: str, root: Path, scratch: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,19 @@ from einops import rearrange
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hf import Layout, Rule, export_tensors, nested, paths_of
 from jaxft.lora import Adapted
+from jaxft.models.contract import Family
 from jaxft.weights import TensorOut, write_safetensors
 
 _PREFIX = "base_model.model."
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
     "ForCausalLM": "CAUSAL_LM",
 }  # by the end of the reference's class name
 
 
 def write_adapter(
-    target: Path, family: ModuleType, model: Adapted, params: Any, trained: tuple[str, ...], base: str
+    target: Path, family: Family, model: Adapted, params: Any, trained: tuple[str, ...], base: str
 ) -> None:
     """Writes a folder that ``peft.PeftModel.from_pretrained`` loads onto the model that the run started from.
 

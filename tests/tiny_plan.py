@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxft.config import load_config
 from jaxft.recipe import Recipe, make_recipe
+from jaxft.setup import stand_in_tokenizer
 from jaxft.sharding import make_mesh
+from jaxft.tasks import Targets
 
 LLAMA = {
     "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -43,8 +44,7 @@ def plan(*arguments: str, code: int = 0) -> tuple[str, str]:
 
 def recipe_of(base: dict[str, str], *changes: str, platform: str = "cpu") -> Recipe:
     config = load_config(None, options("train.steps=10", *changes, base=base))
-    tokenizer = SimpleNamespace(folder="", mask_id=3, special_ids=(0, 1, 2, 3), vocab_size=512, end_id=2)
-    return make_recipe(config, make_mesh(config.mesh), None, (), (), tokenizer, 10, platform)
+    return make_recipe(config, make_mesh(config.mesh), None, Targets(), stand_in_tokenizer(512), 10, platform)
 
 
 # The textbook's traffic against programs compiled for a real TPU topology. Those marked slow take half a minute each.

@@ -12,11 +12,13 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers, processors
 
-from jaxft.config import DataConfig
-from jaxft.data.encode import encode_rows, hold_out, read_rows
+from jaxft.config import DataConfig, RunConfig
+from jaxft.data.encode import hold_out, read_rows
+from jaxft.data.examples import Split, make_split
 from jaxft.data.rows import Row
 from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
+from jaxft.tasks import Targets, classification
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
 CLS, SEP, A, B, C = 2, 3, 4, 5, 6
@@ -39,15 +41,21 @@ def labelled(*labels: Any) -> list[Row]:
     return [Row(("a", label), f"f.csv:{i + 2}") for i, label in enumerate(labels)]
 
 
+def encoded(rows: list[Row], labels: tuple[str, ...], tokenizer: Tokenizer) -> Split:
+    config = RunConfig()
+    found = classification.encode(rows, tokenizer, Targets(labels), config)
+    return make_split("train", found, classification.fields(config, tokenizer.pad_id))
+
+
 def test_class_ids_follow_the_order_given(folder: Path) -> None:
-    split = encode_rows("train", labelled("x", "y", "z", "x"), ("z", "x", "y"), Tokenizer(folder, 8))
-    assert split.labels.tolist() == [1, 2, 0, 1]
-    assert split.labels.dtype == np.int32
+    split = encoded(labelled("x", "y", "z", "x"), ("z", "x", "y"), Tokenizer(folder, 8))
+    assert split.columns["labels"].tolist() == [1, 2, 0, 1]
+    assert split.columns["labels"].dtype == np.int32
 
 
 def test_unknown_label_says_where(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^f\.csv:3: unknown label 'anmal': did you mean 'animal'\?$"):
-        encode_rows("eval", labelled("animal", "anmal"), ("animal", "food"), Tokenizer(folder, 8))
+        encoded(labelled("animal", "anmal"), ("animal", "food"), Tokenizer(folder, 8))
 
 
 @pytest.mark.parametrize("empty", ["", "   "])
@@ -90,22 +98,22 @@ def test_empty_data_set(tmp_path: Path) -> None:
 def test_truncation_is_counted(folder: Path) -> None:
     texts = ["a", "a b c", "a b c d", "a b c d a", ""]
     rows = [Row((text, "x"), "") for text in texts]
-    split = encode_rows("train", rows, ("x", "y"), Tokenizer(folder, 5))
+    split = encoded(rows, ("x", "y"), Tokenizer(folder, 5))
     assert split.truncated == 2
-    assert split.lengths.tolist() == [3, 5, 5, 5, 2]
-    assert split.row(2)[0].tolist() == [CLS, A, B, C, SEP]
-    assert split.row(4)[0].tolist() == [CLS, SEP]
+    assert split.sizes("length").tolist() == [3, 5, 5, 5, 2]
+    assert split[2]["tokens"].tolist() == [CLS, A, B, C, SEP]
+    assert split[4]["tokens"].tolist() == [CLS, SEP]
 
 
 def test_text_pairs(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     path.write_text("one,two,y\na b,c,0\na,b c a b c,1\na,,0\n")
     rows = read_rows(str(path), DataConfig(text="one", text_pair="two", label="y"))
-    split = encode_rows("train", rows, ("0", "1"), Tokenizer(folder, 7))
-    assert split.row(0)[0].tolist() == [CLS, A, B, SEP, C, SEP]
-    assert split.row(0)[1].tolist() == [0, 0, 0, 0, 1, 1]
-    assert split.row(1)[0].tolist() == [CLS, A, SEP, B, C, A, SEP]
-    assert split.row(2)[0].tolist() == [CLS, A, SEP, SEP]
+    split = encoded(rows, ("0", "1"), Tokenizer(folder, 7))
+    assert split[0]["tokens"].tolist() == [CLS, A, B, SEP, C, SEP]
+    assert split[0]["types"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert split[1]["tokens"].tolist() == [CLS, A, SEP, B, C, A, SEP]
+    assert split[2]["tokens"].tolist() == [CLS, A, SEP, SEP]
     assert split.truncated == 1
 
 
@@ -113,9 +121,9 @@ def test_tokenising_in_chunks_changes_nothing(folder: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(2500)]
     rows = [Row((text, "x"), "") for text in texts]
-    split = encode_rows("train", rows, ("x",), Tokenizer(folder, 64))
+    split = encoded(rows, ("x",), Tokenizer(folder, 64))
     for i in (0, 1023, 1024, 2047, 2048, 2499):
-        assert split.row(i)[0].tolist() == [CLS, *(VOCABULARY.index(w) for w in texts[i].split()), SEP]
+        assert split[i]["tokens"].tolist() == [CLS, *(VOCABULARY.index(w) for w in texts[i].split()), SEP]
 
 
 def test_hold_out_is_stratified_and_deterministic() -> None:

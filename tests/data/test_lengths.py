@@ -10,7 +10,9 @@ import pytest
 from tiny import WORDS, write_tokenizer
 from tokenizers import Tokenizer as Fast
 
-from jaxft.data.encode import encode_rows
+from jaxft.data.batch import text_fields
+from jaxft.data.encode import encode_texts
+from jaxft.data.examples import Split, make_split
 from jaxft.data.lengths import advice, lengths_text, whole_lengths
 from jaxft.data.loader import make_buckets
 from jaxft.data.rows import Row
@@ -32,11 +34,15 @@ def _rows(*lengths: int) -> list[Row]:
     return [Row((_text(length, i),), "") for i, length in enumerate(lengths)]
 
 
+def _encoded(rows: list[Row], tokenizer: Tokenizer) -> Split:
+    return make_split("train", encode_texts(rows, tokenizer, paired=False), text_fields(tokenizer.pad_id))
+
+
 def test_lengths_are_those_before_truncation(folder: Path) -> None:
     words = [0, 3, 14, 15, 29, 30, 500]
-    split = encode_rows("train", _rows(*words), None, Tokenizer(folder, 16))
+    split = _encoded(_rows(*words), Tokenizer(folder, 16))
     assert whole_lengths(split).tolist() == [length + 2 for length in words]
-    assert split.lengths.tolist() == [2, 5, 16, 16, 16, 16, 16]
+    assert split.sizes("length").tolist() == [2, 5, 16, 16, 16, 16, 16]
     assert split.truncated == 4
     assert lengths_text(split, 16) == (
         "7 rows, 87 tokens; median 17, 95 % 502, 99 % 502, max 502; 4 truncated to 16 (57.14%)"
@@ -44,16 +50,16 @@ def test_lengths_are_those_before_truncation(folder: Path) -> None:
 
 
 def test_advice(folder: Path) -> None:
-    split = encode_rows("train", _rows(*[10] * 90, *[40] * 10), None, Tokenizer(folder, 16))
+    split = _encoded(_rows(*[10] * 90, *[40] * 10), Tokenizer(folder, 16))
     cut = "note: 10.0% of rows cut at 16 tokens"
     assert advice(split, 16, make_buckets(None, 16), 512) == f"{cut}; data.max_length=48 holds 100.0% whole"
     assert advice(split, 16, make_buckets(None, 16), 32) == (
         f"{cut}; data.max_length=32 (the model's limit) holds 90.0% whole"
     )
     assert advice(split, 16, make_buckets(None, 16), 16) == f"{cut}, which is as many as the model can take"
-    few = encode_rows("train", _rows(*[10] * 199, 40), None, Tokenizer(folder, 16))
+    few = _encoded(_rows(*[10] * 199, 40), Tokenizer(folder, 16))
     assert advice(few, 16, make_buckets(None, 16), 512) is None
-    short = encode_rows("train", _rows(*[10] * 9, 68), None, Tokenizer(folder, 512))
+    short = _encoded(_rows(*[10] * 9, 68), Tokenizer(folder, 512))
     assert advice(short, 512, (16, 512), 512) == (
         "note: the longest training row has 70 tokens and is padded to 512; "
         "data.max_length=80 (and data.buckets left out) would be less work"

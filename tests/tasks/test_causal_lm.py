@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import rows, run, write_tokenizer
 
-from jaxft.data.encode import Split
+from jaxft.data.batch import text_fields, text_shape
+from jaxft.data.examples import Split, offsets_of
 from jaxft.data.loader import Batches
 from jaxft.data.packing import pack
 from jaxft.tasks.causal_lm import Task
 
 
 def split_of(lengths: list[int]) -> Split:
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.arange(1, offsets[-1] + 1, dtype=np.int32)
-    return Split("train", tokens, 0 * tokens, offsets, np.zeros(len(lengths), np.int32), 0)
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    columns = {"tokens": tokens, "types": 0 * tokens}
+    return Split("train", text_fields(0), columns, {"length": offsets_of(np.array(lengths))})
 
 
 def test_targets_are_the_next_tokens_of_the_same_text() -> None:
@@ -37,7 +38,7 @@ def test_targets_are_the_next_tokens_of_the_same_text() -> None:
     packed = Task().prepare(batch | {"segments": jnp.asarray([[1, 1, 2, 2, 2, 0]])}, jax.random.key(0))
     np.testing.assert_array_equal(packed["target_weights"], [[1, 0, 1, 1, 0, 0]])
     nothing = Task().prepare(batch | {"weights": jnp.zeros(1)}, jax.random.key(0))
-    assert float(Task().weight_of(nothing)) == 0.0
+    assert float(Task().weight(nothing)) == 0.0
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,34 +46,31 @@ def test_targets_are_the_next_tokens_of_the_same_text() -> None:
 def test_packing_keeps_every_text_whole_and_once(lengths: list[int]) -> None:
     split = split_of(lengths)
     packed = pack(split, 16)
-    assert packed.segments is not None
-    assert packed.positions is not None
-    assert packed.lengths.max() <= 16
+    assert packed.sizes("length").max() <= 16
     texts = []
     for row in range(len(packed)):
-        span = slice(packed.offsets[row], packed.offsets[row + 1])
-        tokens, segments, positions = packed.tokens[span], packed.segments[span], packed.positions[span]
+        tokens, segments, positions = (packed[row][name] for name in ("tokens", "segments", "positions"))
         assert sorted(set(segments)) == list(range(1, segments.max() + 1))
         for number in range(1, segments.max() + 1):
             np.testing.assert_array_equal(positions[segments == number], np.arange((segments == number).sum()))
             texts.append(tuple(tokens[segments == number]))
-    expected = [tuple(split.tokens[a:b]) for a, b in zip(split.offsets, split.offsets[1:], strict=False)]
+    expected = [tuple(split[row]["tokens"]) for row in range(len(split))]
     assert sorted(texts) == sorted(expected)
     # No two rows could have been one: best fit never leaves that.
-    short = sorted(packed.lengths)[:2]
+    short = sorted(packed.sizes("length"))[:2]
     assert len(short) < 2 or sum(short) > 16
 
 
 def test_packing_is_tight_on_text_like_lengths() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.7, 5000).astype(int), 3, 128)
     packed = pack(split_of(lengths.tolist()), 128)
-    assert packed.offsets[-1] / (len(packed) * 128) > 0.99
+    assert packed.sizes("length").sum() / (len(packed) * 128) > 0.99
 
 
 def test_packed_batches() -> None:
     packed = pack(split_of([5, 9, 3, 16, 7, 4]), 16)
-    batches = Batches(packed, 4, (16,), 0, 0)
-    assert batches.shapes() == ((4, 16),)
+    batches = Batches(packed, 4, (16,), 0)
+    assert batches.shapes() == (text_shape(4, 16),)
     batch = batches[0]
     np.testing.assert_array_equal(batch["segments"] > 0, batch["mask"] == 1)
     assert sorted(batch["tokens"][batch["mask"] == 1]) == list(range(1, 45))

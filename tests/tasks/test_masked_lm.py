@@ -23,7 +23,7 @@ from jaxft.models.families import bert
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.pretrained import export_folder
 from jaxft.state import init_state
-from jaxft.step import apply_model, make_train_step
+from jaxft.step import apply_model, forward_of, make_train_step
 from jaxft.tasks._tokens import token_cross_entropy
 from jaxft.tasks.masked_lm import Task
 
@@ -85,7 +85,7 @@ def test_masks_follow_key_and_text_alone() -> None:
 def test_rows_of_specials_only_and_padding_rows_count_nothing() -> None:
     batch = batch_of([2, 10], 16)
     batch["weights"] = jnp.asarray([1.0, 0.0])
-    assert float(TASK.weight_of(TASK.prepare(batch, jax.random.key(0)))) == 0.0
+    assert float(TASK.weight(TASK.prepare(batch, jax.random.key(0)))) == 0.0
 
 
 def test_cross_entropy() -> None:
@@ -133,7 +133,7 @@ def test_loss_and_gradient_are_those_of_the_reference(model: Any, params: Any, t
     wanted.backward()
 
     def loss(params: Any) -> jax.Array:
-        sums = TASK.sums(apply_model(model, params, batch, None), batch)
+        sums = TASK.sums(forward_of(model, params), batch, None)
         return sums["loss"] / sums["weight"]
 
     ours, gradient = jax.value_and_grad(loss)(params)
