@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.config import DataConfig
+from jaxft.data.conll import SUFFIXES, iter_conll
 from jaxft.data.lines import refuse_foreign
 from jaxft.data.listing import iter_classes, listed, suffix_of, unknown_format
 from jaxft.data.lists import Names, library_value, names_in, names_in_parquet, shortest
@@ -35,8 +36,8 @@ Reference = str | tuple[str, ...]
 """What ``data.train`` and ``data.eval`` name: one source, or several that are read one after the other."""
 
 _ACCEPTED = (
-    ".csv, .tsv, .jsonl (.ndjson, .jsonlines) and .txt, each also .gz; .parquet; a folder or pattern of such files; "
-    "tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
+    ".csv, .tsv, .jsonl (.ndjson, .jsonlines), .conll (.conllu, .bio, .iob, .iob2) and .txt, each also .gz; .parquet; "
+    "a folder or pattern of such files; tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
 )
 _READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
     ".csv": lambda path, columns, form: iter_table(path, columns, form, ","),
@@ -46,6 +47,7 @@ _READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
     ".ndjson": lambda path, columns, _: iter_jsonl(path, columns),
     ".txt": lambda path, columns, _: iter_txt(path, columns),
     ".parquet": lambda path, columns, _: _iter_parquet(path, columns),
+    **dict.fromkeys(SUFFIXES, lambda path, columns, form: iter_conll(path, columns, form.note)),
 }
 # NAME may hold colons (a version), and so may the slices of SPLIT: imdb_reviews:1.0.0:train[:80%]+test[:10%]
 _TFDS = re.compile(r"tfds:(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\]]*\])+)")

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxft.errors import UserError
 
@@ -43,29 +43,38 @@ class Window(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """All tokens of a row."""
+    """All tokens of a row, with special tokens at both ends (words -1, offsets (-1, -1))."""
 
-    before: list[tuple[int, int]]
-    """Ids and types of the special tokens that precede the text."""
-    text: list[tuple[int, int, int, tuple[int, int]]]
-    """Ids, types, words and offsets of the others."""
-    after: list[tuple[int, int]]
-    """Ids and types of the special tokens that follow."""
+    ids: list[int]
+    types: list[int]
+    words: list[int]
+    offsets: list[tuple[int, int]]
+    begin: int
+    """Where its text begins."""
+    end: int
+    """Where its text ends."""
 
 
 def cut(row: int, tokens: Tokens, max_length: int | None, stride: int | None) -> Iterator[Window]:
     """The windows of one row; see :meth:`jaxft.data.tokenizer.Tokenizer.windows`."""
-    total, special = len(tokens.text), len(tokens.before) + len(tokens.after)
-    room = total if max_length is None else max_length - special
-    starts = [0]
-    if stride is not None and total > room:
-        starts = list(range(0, total - stride, room - stride))  # the last is the first whose window reaches the end
-    dropped = max(0, total - room) if stride is None else 0
-    before, after = ([(*mark, -1, (-1, -1)) for mark in marks] for marks in (tokens.before, tokens.after))
+    ids, types, words, offsets, begin, end = tokens
+    if max_length is None or len(ids) <= max_length:
+        yield Window(row, ids, types, words, offsets, 0, 0)
+        return
+    total, room = end - begin, max_length - (len(ids) - (end - begin))
+    # With a stride, the last window is the first that reaches the end.
+    starts = [0] if stride is None else range(0, total - stride, room - stride)
     for start in starts:
-        parts = [*before, *tokens.text[start : start + room], *after]
-        ids, types, words, offsets = zip(*parts, strict=True) if parts else ((), (), (), ())
-        yield Window(row, list(ids), list(types), list(words), list(offsets), start, dropped)
+        kept = [*range(begin), *range(begin + start, min(begin + start + room, end)), *range(end, len(ids))]
+        dropped = total - room if stride is None else 0
+        yield Window(row, _at(ids, kept), _at(types, kept), _at(words, kept), _at(offsets, kept), start, dropped)
+
+
+_T = TypeVar("_T")
+
+
+def _at(column: list[_T], places: list[int]) -> list[_T]:
+    return [column[place] for place in places]
 
 
 def check_room(max_length: int | None, special: int, stride: int | None, where: str) -> None:
@@ -118,17 +127,12 @@ def whole_tokens(fast: Any, texts: Sequence[Any], *, split_words: bool, typed: b
 def _tokens(text: str | None, encoding: Any, whole: bool, typed: bool) -> Tokens:
     ids, words, offsets = encoding.ids, encoding.word_ids, encoding.offsets
     types = encoding.type_ids if typed else [0] * len(ids)
-    marks = list(zip(ids, types, strict=True))
-    inside = [i for i, word in enumerate(words) if word is not None]
-    if not inside:
-        return Tokens(marks, [], [])
-    span = slice(inside[0], inside[-1] + 1)
-    words, offsets = words[span], offsets[span]
-    if text is not None:
-        words = _words(text, words, offsets, whole)
-    return Tokens(
-        marks[: span.start], list(zip(ids[span], types[span], words, offsets, strict=True)), marks[span.stop :]
-    )
+    begin = next((i for i, word in enumerate(words) if word is not None), len(words))
+    end = next((i for i in range(len(words), begin, -1) if words[i - 1] is not None), begin)
+    given = words[begin:end] if text is None else _words(text, words[begin:end], offsets[begin:end], whole)
+    for column, middle, filled in ((words, given, -1), (offsets, offsets[begin:end], (-1, -1))):
+        column[:] = [filled] * begin + middle + [filled] * (len(ids) - end)
+    return Tokens(ids, types, words, offsets, begin, end)
 
 
 # ---------------------------------------------------------------------------------- lists of words: how each of them begins
@@ -196,6 +200,8 @@ def _words(text: str, given: Sequence[int], offsets: Sequence[tuple[int, int]], 
       given: the words that the tokenizer tells.
       whole: it leaves texts in one piece: words begin at blanks.
     """
+    if not given:
+        return []
     groups: list[int] = []  # where each word begins
     seen: list[bool] = []  # whether it has a character that is not blank
     end = 0  # one past its last such character

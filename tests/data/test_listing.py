@@ -85,7 +85,7 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_folders_that_are_none_of_the_forms(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "empty: holds no data file (accepted: .csv" in _fails(str(tmp_path / "empty"))
+    assert "empty: holds no data file (accepted: .bio, .conll" in _fails(str(tmp_path / "empty"))
     _write(_shards(tmp_path / "two") / "a.tsv", "text\tlabel\n")
     assert "holds files of several formats; name one kind, or list them" in _fails(str(tmp_path / "two"))
     _write(tmp_path / "deep/train/pos/1.txt", "a")

@@ -244,4 +244,4 @@ def test_a_forgotten_quote_does_not_pull_a_large_file_into_memory(tmp_path: Path
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "data file" in _fails(tmp_path / "no.csv")
     (tmp_path / "folder.csv").mkdir()
-    assert "folder.csv: holds no data file (accepted: .csv, .jsonl" in _fails(tmp_path / "folder.csv")
+    assert "folder.csv: holds no data file (accepted: .bio, .conll" in _fails(tmp_path / "folder.csv")

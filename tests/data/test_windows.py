@@ -17,11 +17,19 @@ from jaxft.data.tagging import word_spans
 from jaxft.data.tokenizer import Tokenizer, Window
 from jaxft.errors import UserError
 
+
+def camembert(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pieces = json.loads(folders._unigram())["model"]["vocab"]
+    transformers.CamembertTokenizer(vocab=[tuple(piece) for piece in pieces]).save_pretrained(str(folder))
+
+
 KINDS: dict[str, Callable[[Path], None]] = {
     "bert": folders.bert,
     "roberta": folders.roberta,
     "gpt2": folders.gpt2,
     "xlmr": folders.xlmr,
+    "camembert": camembert,
     "llama": folders.llama,
     "words": folders.words,
 }
