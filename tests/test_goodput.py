@@ -17,6 +17,7 @@ from tiny import refusal, run
 from tiny_run import config_of, overrides
 
 from jaxft.commands import platform
+from jaxft.data.batch import text_shape
 from jaxft.flops import UsefulFlops, model_flops
 from jaxft.goodput import Lap, lap_of
 from jaxft.plan.chips import peak_of
@@ -82,14 +83,15 @@ def test_spans_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 def test_useful_flops_leave_padding_out_and_make_the_mfu(tmp_path: Path) -> None:
     ready = prepare(config_of(tmp_path), lambda _: None, Times())
-    whole, useful = model_flops(ready, 8, 12), UsefulFlops(ready)
-    assert useful.of((8, 12), 96) == pytest.approx(whole.total)
-    assert useful.of((8, 12), 48) == pytest.approx(whole.dense / 2 + whole.attention / 4)
+    shape, useful = text_shape(8, 12), UsefulFlops(ready)
+    whole = model_flops(ready, shape)
+    assert useful.of(shape, 96) == pytest.approx(whole.total)
+    assert useful.of(shape, 48) == pytest.approx(whole.dense / 2 + whole.attention / 4)
     lap = Lap(useful, 1e12)
-    lap.add(8, 96, (8, 12))
-    lap.add(8, 48, (8, 12))
+    lap.add(8, 96, shape)
+    lap.add(8, 48, shape)
     speeds = lap.speeds()
-    done = useful.of((8, 12), 96) + useful.of((8, 12), 48)
+    done = useful.of(shape, 96) + useful.of(shape, 48)
     assert speeds["mfu_percent"] == pytest.approx(100 * done / speeds["seconds"] / 1e12)
     assert lap_of(ready).peak is None
 

@@ -19,7 +19,7 @@ from jaxft.models.contract import Facts
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
-__all__ = ["LONG_TEXTS", "PACKING", "Task", "columns", "encode", "fields", "make_task", "study"]
+__all__ = ["LONG_TEXTS", "PACKING", "Config", "Task", "columns", "encode", "fields", "make_task", "study"]
 _HIDDEN, _RANDOM = 0.8, 0.1  # of the predicted tokens; the rest stay as they are
 
 
