@@ -47,12 +47,13 @@ def steps_of(case: str, root: Path, scratch: Path) -> dict[str, str]:
     """The programs of one case by name."""
     dumped = scratch / case
     devices = 8 if "mesh" in case else 1
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_dump_to={dumped} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*step.*"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_dump_to={dumped}"
+    flags += " --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*step.*"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     run = (
         *("train", f"data.train={scratch / 'rows.csv'}", f"data.tokenizer={scratch / 'tokenizer'}", "data.max_length=16"),
-        *(() if "packed" in case else ("data.buckets=[16]",)), *("train.batch_size=16", "eval.batch_size=16", "train.steps=2", "train.export=false"),
-        *("train.compilation_cache=null", f"train.out={scratch / 'runs' / case}", *CASES[case]),
+        *(() if "packed" in case else ("data.buckets=[16]",)), *("train.batch_size=16", "eval.batch_size=16"),
+        *("train.steps=2", "train.export=false", "train.compilation_cache=null", f"train.out={scratch / 'runs' / case}", *CASES[case]),
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "jaxft", *run], env=environment, cwd=root, capture_output=True, text=True
