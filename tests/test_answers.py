@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import make_folder, refusal, rows, run, write_csv
 
+from jaxft.models.contract import Output
 from jaxft.report import report_text, write_report
 from jaxft.tasks.classification import MOST_CONFUSION_CLASSES, Task
 
@@ -236,8 +237,8 @@ def test_no_matrix_is_made_of_many_classes(tmp_path: Path) -> None:
     count = MOST_CONFUSION_CLASSES + 100
     task, rng = Task(tuple(f"class {i}" for i in range(count))), np.random.default_rng(0)
     batch = {"labels": jax.ShapeDtypeStruct((8,), np.int32), "weights": jax.ShapeDtypeStruct((8,), np.float32)}
-    output: Any = type("Output", (), {"logits": jax.ShapeDtypeStruct((8, count), np.float32)})
-    jaxpr = jax.make_jaxpr(lambda logits, b: task.sums(type("O", (), {"logits": logits}), b))(output.logits, batch)
+    logits = jax.ShapeDtypeStruct((8, count), np.float32)
+    jaxpr = jax.make_jaxpr(lambda x, b: task.sums(lambda batch, key: Output(x, logits=x), b, None))(logits, batch)
     assert max(math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars) == 8 * count
     true = rng.integers(0, count, 5000)
     predicted = np.where(rng.random(5000) < 0.5, true, rng.integers(0, count, 5000))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from jaxft import models, tasks
-from jaxft.config import MeshConfig, OptimConfig
+from jaxft.config import MeshConfig, OptimConfig, RunConfig
+from jaxft.data.packing import packed_fields
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
+from jaxft.models.contract import with_classes
 from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
 from jaxft.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
 from jaxft.state import init_state, state_shardings
@@ -25,6 +27,7 @@ MADE = {
     "classification": lambda module: module.Task(("a", "b", "c")),
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
+    "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
 }
 CASES = [
     (family, name)
@@ -51,7 +54,7 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
 }
 
 
-def batches(packed: bool) -> list[dict[str, np.ndarray]]:
+def batches(task: str) -> list[dict[str, np.ndarray]]:
     rng, made = np.random.default_rng(0), []
     for step in range(5):
         lengths = rng.integers(3, LENGTH + 1, ROWS)
@@ -65,7 +68,11 @@ def batches(packed: bool) -> list[dict[str, np.ndarray]]:
             "labels": rng.integers(0, 3, ROWS).astype(np.int32),
             "weights": weights,
         }
-        if packed:
+        if task == "token_classification":
+            labels = np.where(mask, rng.integers(0, 3, mask.shape), -1).astype(np.int32)
+            places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)
+            batch |= {"labels": labels, "word": places, "counts": mask, "row": np.arange(ROWS, dtype=np.int32)}
+        if task == "causal_lm":  # packed
             second = np.arange(LENGTH) >= lengths[:, None] // 2
             batch["segments"] = np.where(mask, 1 + second, 0).astype(np.int32)
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
@@ -91,8 +98,8 @@ def trained(
     if heads is not None:
         names = [name for name in ("num_attention_heads", "num_key_value_heads") if hasattr(config, name)]
         config = dataclasses.replace(config, **dict.fromkeys(names, heads))
-    if task == "classification":
-        config = dataclasses.replace(config, num_labels=3)
+    if models.family(family).HEADS[module.Task.head].classes:
+        config = with_classes(config, 3)
     computed: dict[str, Any] = {"layers": "scanned", **how}
     model = models.family(family).Model(config, module.Task.head, Compute(**computed))
     shapes, axes = shapes_and_axes(model)
@@ -119,8 +126,10 @@ def trained(
         )
         step = jitted(made, mesh, (of_state, replicated(mesh)), donate_argnums=0)
         seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
-        for batch in batches(packed=task == "causal_lm"):
-            placed = {k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES, v.ndim)) for k, v in batch.items()}
+        fields = packed_fields(module.fields(RunConfig(), 0))
+        places_of = {name: batch_sharding(mesh, DEFAULT_RULES, field.axes) for name, field in fields.items()}
+        for batch in batches(task):
+            placed = {name: jax.device_put(batch[name], to) for name, to in places_of.items() if name in batch}
             state, metrics = step(state, placed, seed)
             log.append(jax.device_get(metrics))
     return jax.device_get(state.params), log

@@ -224,13 +224,13 @@ def test_evaluation_is_exact_with_an_uneven_last_batch(ready: Ready, whole: tupl
     assert len(split) % 8 != 0
     logits = []
     for i in range(len(split)):
-        tokens, types, _ = split.row(i)
+        tokens, types = split[i]["tokens"], split[i]["types"]
         width = 12 - len(tokens)
         row = [np.pad(x, (0, width))[None] for x in (tokens, np.ones_like(tokens), types)]
         logits.append(_apply(ready.setup.model)(params, *row)[0])
     scores = np.asarray(logits, np.float64)
     logp = scores - np.log(np.exp(scores).sum(1, keepdims=True))
-    true, predicted = split.labels, scores.argmax(1)
+    true, predicted = split.columns["labels"], scores.argmax(1)
     metrics = whole[0].result.metrics
     assert metrics["accuracy"] == (true == predicted).mean()
     assert metrics["loss"] == pytest.approx(-logp[np.arange(len(true)), true].mean(), rel=1e-6)
@@ -487,7 +487,7 @@ def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Pat
     assert "model.init was None, now 'weights': the weights are the checkpoint's" in said
     # Other rows, or another network, are another run.
     split = moved.setup.train
-    other = dataclasses.replace(split, labels=(split.labels + 1) % 3)
+    other = dataclasses.replace(split, columns={**split.columns, "labels": (split.columns["labels"] + 1) % 3})
     with pytest.raises(UserError, match=r"holds a run on other rows: elsewhere\.csv"):
         fit(Ready(dataclasses.replace(moved.setup, train=other), moved.programs), tmp_path / "new")
     meta["arch"]["hidden_size"] = 32
@@ -533,7 +533,7 @@ def assert_same_params(a: Any, b: Any) -> None:
 
 
 def _right(ready: Ready, params: Any, row: int) -> bool:
-    tokens, types, label = ready.setup.held_out.row(row)
+    tokens, types, label = (ready.setup.held_out[row][name] for name in ("tokens", "types", "labels"))
     padded = [np.pad(x, (0, 12 - len(tokens)))[None] for x in (tokens, np.ones_like(tokens), types)]
     return int(np.argmax(_apply(ready.setup.model)(params, *padded)[0])) == label
 

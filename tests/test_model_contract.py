@@ -17,7 +17,7 @@ from jaxft.config import MeshConfig
 from jaxft.hf import export_tensors, import_params, paths_of
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
-from jaxft.parity import random_batch
+from jaxft.models.contract import example_batch
 from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.weights import open_weights, write_safetensors
 
@@ -43,7 +43,7 @@ def result(out: Any) -> Any:
 
 @pytest.mark.parametrize(("family", "head"), HEADS)
 def test_every_parameter_is_labelled_and_every_label_is_in_the_table(family: str, head: str | None) -> None:
-    model = models.family(family).Model(tiny(family), head)
+    model: Any = models.family(family).Model(tiny(family), head)
     shapes, axes = shapes_and_axes(model)
     for path, leaf in paths_of(shapes).items():
         names: Any = axes
@@ -85,8 +85,8 @@ def test_execution_modes_give_the_same_values_and_gradients(family: str, layers:
 
 @functools.cache
 def _gradient(family: str, config: Any, compute: Compute) -> Any:
-    model = models.family(family).Model(config, None, compute)
-    params, batch = init_params(model, 0), random_batch(config, 3)
+    model: Any = models.family(family).Model(config, None, compute)
+    params, batch = init_params(model, 0), example_batch(model.facts, 3)
     # A random cotangent: the sum of squares of a normalised vector has no gradient to speak of.
     weights = np.random.default_rng(0).normal(size=(*batch["tokens"].shape, config.hidden_size)).astype(np.float32)
 
@@ -98,9 +98,9 @@ def _gradient(family: str, config: Any, compute: Compute) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
-    model = models.family(family).Model(tiny(family), None)
+    model: Any = models.family(family).Model(tiny(family), None)
     params = init_params(model, 0)
-    batch = random_batch(model.config, 2)
+    batch = example_batch(model.facts, 2)
     short = {name: value[:, :20] for name, value in batch.items()}
     short["mask"] = np.ones_like(short["mask"])
     padded = {name: np.pad(value, ((0, 0), (0, 9))) for name, value in short.items()}
@@ -112,7 +112,7 @@ def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_equal_separate_ones(family: str) -> None:
-    model = models.family(family).Model(tiny(family), None)
+    model: Any = models.family(family).Model(tiny(family), None)
     params = init_params(model, 0)
     rng = np.random.default_rng(0)
     first, second = (rng.integers(5, model.config.vocab_size, (1, n)).astype(np.int32) for n in (7, 12))
@@ -126,9 +126,9 @@ def test_packed_rows_equal_separate_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_padding_alone_are_finite(family: str) -> None:
-    model = models.family(family).Model(tiny(family), head_to_train(family))
+    model: Any = models.family(family).Model(tiny(family), head_to_train(family))
     params = init_params(model, 0)
-    batch = random_batch(model.config, 2)
+    batch = example_batch(model.facts, 2)
     batch = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
 
     def loss(p: Any) -> Any:
@@ -142,9 +142,9 @@ def test_rows_of_padding_alone_are_finite(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
-    model = models.family(family).Model(tiny(family), head_to_train(family), Compute())
+    model: Any = models.family(family).Model(tiny(family), head_to_train(family), Compute())
     params = init_params(model, 0)
-    batch = random_batch(model.config, 8)
+    batch = example_batch(model.facts, 8)
 
     def loss(p: Any, batch: Any) -> Any:
         return jnp.square(model.apply({"params": p}, **batch, key=jax.random.key(1)).logits).sum()
@@ -166,7 +166,7 @@ def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_operands_stay_near_float32(family: str) -> None:
     config = tiny(family)
-    batch = random_batch(config, 4)
+    batch = example_batch(models.family(family).facts(config), 4)
     exact, rounded = (
         models.family(family).Model(config, None, Compute(matmul_dtype=kind)) for kind in ("float32", "bfloat16")
     )
@@ -179,7 +179,7 @@ def test_bf16_operands_stay_near_float32(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_encoders_see_what_comes_later(family: str) -> None:
-    model = models.family(family).Model(tiny(family), None)
+    model: Any = models.family(family).Model(tiny(family), None)
     params = init_params(model, 0)
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, 20)).astype(np.int32)
     changed = tokens.copy()
@@ -187,5 +187,4 @@ def test_only_encoders_see_what_comes_later(family: str) -> None:
     before, after = (np.asarray(model.apply({"params": params}, x).hidden) for x in (tokens, changed))
     moved = np.abs(before - after).max(axis=(0, 2)) > 0
     assert moved[12:].any()
-    causal = "causal_lm" in models.family(family).HEADS
-    assert moved[:12].any() == (not causal)
+    assert moved[:12].any() == (not model.facts.causal)

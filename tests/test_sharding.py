@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxft.config import MeshConfig, OptimConfig
+from jaxft.config import MeshConfig, OptimConfig, RunConfig
 from jaxft.errors import UserError
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
@@ -32,12 +32,13 @@ from jaxft.sharding import (
 )
 from jaxft.state import init_state, state_shardings
 from jaxft.step import make_train_step
-from jaxft.tasks.classification import Task
+from jaxft.tasks.classification import Task, fields
 
 CONFIG = dataclasses.replace(bert.TINY, num_hidden_layers=2, num_labels=3, initializer_range=0.1)
 MODEL = bert.Model(CONFIG, "classification", Compute(layers="scanned"))
 SHAPES, AXES = shapes_and_axes(MODEL)
 TASK = Task(("a", "b", "c"))
+FIELDS = fields(RunConfig(), 0)
 NAMES = {path: leaf.axes for path, leaf in leaves_of(SHAPES, AXES).items()}
 
 
@@ -99,7 +100,9 @@ def trained(mesh: jax.sharding.Mesh) -> tuple[Any, list[dict[str, np.ndarray]]]:
         seed = jax.device_put(np.uint32(3), replicated(mesh))
         log = []
         for batch in batches():
-            placed = {k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES, v.ndim)) for k, v in batch.items()}
+            placed = {
+                k: jax.device_put(v, batch_sharding(mesh, DEFAULT_RULES, FIELDS[k].axes)) for k, v in batch.items()
+            }
             state, metrics = step(state, placed, seed)
             log.append(jax.device_get(metrics))
     return state, log

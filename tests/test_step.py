@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.config import OptimConfig, TaskConfig
+from jaxft.config import OptimConfig
+from jaxft.config.tasks.classification import Config
+from jaxft.data.batch import Field
 from jaxft.layers import dropout
+from jaxft.models.contract import Facts, Output
 from jaxft.optim import make_optimizer, make_schedule, parameter_paths, update_count
+from jaxft.setup import stand_in_tokenizer
 from jaxft.state import TrainState, init_state
 from jaxft.step import make_eval_step, make_train_step
+from jaxft.tasks import Targets
 from jaxft.tasks.classification import Task, cross_entropy, make_task
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon")
@@ -40,14 +45,10 @@ def _part(index: int) -> Any:
 AXES = _part(1)
 
 
-class Output(NamedTuple):
-    logits: jax.Array
-
-
 class Network:
     """Mean of embeddings through a residual tanh MLP: with every kind of parameter, and quick to compile."""
 
-    INPUTS = ("tokens", "mask", "types")
+    facts = Facts({name: Field(("batch", "length")) for name in ("tokens", "mask", "types")}, ())
 
     def __init__(self, rate: float = 0.0) -> None:
         self.rate = rate
@@ -58,7 +59,7 @@ class Network:
         x = words.sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
         for i in range(L):
             x = x + jnp.tanh(x @ p["layers"]["up"][i] + p["layers"]["bias"][i]) @ p["layers"]["down"][i]
-        return Output(dropout(x, self.rate, key) @ p["head"]["kernel"] + p["head"]["bias"])
+        return Output(x, logits=dropout(x, self.rate, key) @ p["head"]["kernel"] + p["head"]["bias"])
 
 
 def random_params(dtype: Any = jnp.float32) -> Any:
@@ -214,7 +215,7 @@ def test_loss_is_torch_cross_entropy(smoothing: float, weights: tuple[float, ...
     batch = {"labels": jnp.asarray(labels), "weights": jnp.ones(32)}
 
     def loss_of(x: jax.Array) -> jax.Array:
-        sums = task.sums(Output(x), batch)
+        sums = task.sums(lambda batch, key: Output(x, logits=x), batch, None)
         return sums["loss"] / sums["weight"]
 
     loss, gradient = jax.value_and_grad(loss_of)(jnp.asarray(logits))
@@ -234,7 +235,8 @@ def test_loss_of_bfloat16_logits_is_float32() -> None:
 
 
 def test_balanced_class_weights() -> None:
-    task = make_task(TaskConfig(class_weights="balanced"), LABELS, (10, 20, 30), None)
+    targets = Targets(LABELS, (10, 20, 30))
+    task = make_task(Config(class_weights="balanced"), targets, Network.facts, stand_in_tokenizer())
     assert task.class_weights == pytest.approx((2.0, 1.0, 2 / 3))
 
 
@@ -275,7 +277,7 @@ def test_logged_rate_is_the_applied_one() -> None:
 
 def _mean_loss(params: Any, batch: dict[str, np.ndarray]) -> jax.Array:
     output = Network().apply({"params": params}, batch["tokens"], batch["mask"], batch["types"], None)
-    sums = Task(LABELS).sums(output, jax.tree.map(jnp.asarray, batch))
+    sums = Task(LABELS).sums(lambda batch, key: output, jax.tree.map(jnp.asarray, batch), None)
     return sums["loss"] / sums["weight"]
 
 

@@ -17,8 +17,8 @@ from jaxft import pretrained
 from jaxft.errors import UserError
 from jaxft.hf import export_tensors
 from jaxft.layers import Compute, Rotary
+from jaxft.models.contract import architecture_of, example_batch
 from jaxft.models.families import llama
-from jaxft.parity import random_batch
 from jaxft.pretrained import export_folder, load_params
 from jaxft.source import open_source
 from jaxft.step import apply_model
@@ -61,8 +61,7 @@ def close(ours: Any, theirs: Any, what: str) -> None:
 def reference(config: llama.Config, head: str | None) -> Any:
     torch.manual_seed(0)
     tree = llama.config_to_hf(config)
-    tree.pop("model_type")
-    model = getattr(transformers, llama.HEADS[head])(
+    model = getattr(transformers, architecture_of(llama, head))(
         transformers.LlamaConfig(attn_implementation="eager", **tree)
     ).eval()
     with torch.no_grad():
@@ -82,7 +81,7 @@ def test_values_loss_and_gradients(variant: str, tmp_path: Path) -> None:
     model = llama.Model(config, "causal_lm")
     params = load_params(source, model, lambda text: pytest.fail(text))
 
-    batch = random_batch(config, 4) | {"weights": np.ones(4, np.float32)}
+    batch = example_batch(llama.facts(config), 4) | {"weights": np.ones(4, np.float32)}
     mask = batch["mask"].astype(bool)
     inputs = {"input_ids": batch["tokens"], "attention_mask": batch["mask"]}
     tensors = {name: torch.tensor(value.astype(np.int64)) for name, value in inputs.items()}
@@ -93,7 +92,7 @@ def test_values_loss_and_gradients(variant: str, tmp_path: Path) -> None:
     def loss(params: Any) -> tuple[jax.Array, Any]:
         prepared = Task().prepare(jax.tree.map(jnp.asarray, batch), jax.random.key(0))
         out = apply_model(model, params, prepared, None)
-        sums = Task().sums(out, prepared)
+        sums = Task().sums(lambda batch, key: out, prepared, None)
         return sums["loss"] / sums["weight"], out
 
     (value, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -116,7 +115,7 @@ def test_there_and_back(variant: str, head: str | None, tmp_path: Path) -> None:
     model = llama.Model(source.config, head)
     params = load_params(source, model, lambda text: pytest.fail(text))
     export_folder(tmp_path / "back", source.hf_config, llama, model, params, tokenizer_folder=None)
-    again = getattr(transformers, llama.HEADS[head]).from_pretrained(tmp_path / "back")
+    again = getattr(transformers, architecture_of(llama, head)).from_pretrained(tmp_path / "back")
     assert again.config.rope_parameters == theirs.config.rope_parameters
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_plan import BASE, BERT, LAYOUTS, LLAMA, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
 
+from jaxft.data.batch import text_shape
 from jaxft.flops import model_flops
 from jaxft.plan.chips import parse_topology
 from jaxft.plan.measure import DoesNotFit, largest_batch, make_plan
@@ -23,7 +24,7 @@ from jaxft.plan.measure import DoesNotFit, largest_batch, make_plan
 @pytest.mark.parametrize("layers", ["model.layers=unrolled", "model.layers=scanned", "model.remat=full"])
 def test_useful_flops_of_an_encoder(layers: str, platform: str) -> None:
     rows, length, d, f, v, n = 16, 40, 128, 256, 512, 3
-    found = model_flops(recipe_of(SMALL, layers, platform=platform), rows, length)
+    found = model_flops(recipe_of(SMALL, layers, platform=platform), text_shape(rows, length))
     tokens, predicted = rows * length, rows * round(0.15 * length)
     assert found.dense == 3 * 2 * (n * tokens * (4 * d * d + 2 * d * f) + predicted * (d * d + d * v))
     assert found.attention == 3 * n * 4 * rows * length**2 * d
@@ -31,7 +32,7 @@ def test_useful_flops_of_an_encoder(layers: str, platform: str) -> None:
 
 def test_useful_flops_of_a_decoder_are_of_half_the_attention() -> None:
     rows, length, d, f, v, n = 16, 64, 1024, 2816, 4096, 3
-    found = model_flops(recipe_of(BASE), rows, length)
+    found = model_flops(recipe_of(BASE), text_shape(rows, length))
     assert found.dense == 3 * 2 * rows * length * (n * (4 * d * d + 3 * d * f) + d * v)
     assert found.attention == 3 * n * 4 * rows * length**2 * d / 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import pytest
 from test_layouts import MADE, batches
 
 from jaxft import tasks
+from jaxft.models.contract import Output
 from jaxft.records import to_json
 from jaxft.tasks.classification import Task
 
@@ -23,15 +23,24 @@ TASKS["two classes"] = Task(("a", "b"))
 METRICS = [(name, metric) for name, task in TASKS.items() for metric in task.metrics]
 
 
+def labels_of(task: Any) -> tuple[str, ...]:
+    return getattr(task, "labels", ())
+
+
 def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
     """Scores of a model that gives the logit ``scale`` to the truth and 0 to all else, each row weighing ``rows``."""
-    task, batch = TASKS[name], batches(packed=name == "causal_lm")[0]
+    task, batch = TASKS[name], batches(name)[0]
     batch = {key: jnp.asarray(value) for key, value in batch.items()}
-    batch |= {"weights": batch["weights"] * rows, "labels": batch["labels"] % max(len(task.labels), 1)}
+    known = batch["labels"] % max(len(labels_of(task)), 1)
+    batch |= {"weights": batch["weights"] * rows, "labels": jnp.where(batch["labels"] < 0, -1, known)}
     batch = task.prepare(batch, jax.random.key(0))
     targets = batch.get("targets", batch["labels"])
-    output = SimpleNamespace(logits=scale * jax.nn.one_hot(targets, len(task.labels) or VOCAB), score=None)
-    return task.score(*tasks.collected([(task.sums(output, batch), task.outputs(output, batch))]))
+    logits = scale * jax.nn.one_hot(targets, len(labels_of(task)) or VOCAB)
+
+    def forward(batch: Any, key: Any) -> Output:
+        return Output(logits, logits=logits)
+
+    return task.score(*tasks.collected([(task.sums(forward, batch, None), task.outputs(forward, batch))]))
 
 
 @pytest.mark.parametrize(("name", "metric"), METRICS)
