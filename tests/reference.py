@@ -1,0 +1,116 @@
+"""The reference of the parity tests: models of `transformers` on torch, and what they give beside ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.hf import import_params, paths_of
+from jaxft.initial import shapes_and_axes
+from jaxft.layers import Compute
+from jaxft.models.contract import Family, architecture_of, example_batch
+from jaxft.source import open_folder
+from jaxft.tasks.classification import cross_entropy
+
+TOLERANCE = 2e-5
+
+
+def close(ours: Any, theirs: Any, what: str) -> None:
+    """Within 2e-5 of the largest value compared, or absolutely where all values are below 1."""
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs.detach())
+    assert ours.shape == theirs.shape, what
+    limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    worst = float(np.abs(ours - theirs).max())
+    assert worst <= limit, f"{what}: {worst:.2e} > {limit:.2e}"
+
+
+def make_reference(family: Family, config: Any, head: str | None, model_type: str, seed: int = 0) -> Any:
+    """A randomly initialised model of the reference in which no parameter has a value that could hide a mistake."""
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    torch.manual_seed(seed)
+    kind = getattr(transformers, architecture_of(family, head, model_type))
+    settings = kind.config_class(
+        num_labels=config.num_labels, attn_implementation="eager", **family.config_to_hf(config)
+    )
+    model = kind(settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Fresh biases are all 0 and fresh norm scales all 1: swapped or dropped ones would not be noticed. Nor would rows of
+            # padding that are 0.
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
+    return model
+
+
+def ours_of(family: Family, model: Any, config: Any, head: str | None, folder: Path) -> tuple[Any, Any]:
+    """Our model with the reference's parameters (or whatever stands in their place), through the files that users exchange."""
+    model.save_pretrained(folder)
+    mine: Any = family.Model(config, head, Compute())  # type: ignore[call-arg]
+    shapes, _ = shapes_and_axes(mine)
+    with open_folder(folder) as weights:
+        got = import_params(weights, family.hf_layout(config, head), shapes, lambda _: None, np.float32)
+    assert not got.fresh
+    return mine, got.params
+
+
+def torch_inputs(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A batch as the reference takes it."""
+    torch = pytest.importorskip("torch")
+    names = {"tokens": "input_ids", "mask": "attention_mask", "types": "token_type_ids"}
+    return {names[key]: torch.tensor(value.astype(np.int64)) for key, value in batch.items()}
+
+
+def mean_loss(logits: jax.Array, labels: np.ndarray) -> jax.Array:
+    """Mean cross-entropy over labels that are not -100, as the reference computes it."""
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), jnp.asarray(labels.reshape(-1))
+    loss = cross_entropy(flat, jnp.maximum(wanted, 0))
+    return jnp.where(wanted >= 0, loss, 0.0).sum() / (wanted >= 0).sum()
+
+
+def labels_for(logits_shape: tuple[int, ...], mask: np.ndarray) -> np.ndarray:
+    """Random labels of rows, or of tokens, some of which have none."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, logits_shape[-1], logits_shape[:-1])
+    if labels.ndim == 1:
+        return labels
+    chosen = (rng.random(mask.shape) < 0.5) & (mask == 1)
+    chosen[:, 0] = True
+    return np.where(chosen, labels, -100)
+
+
+def compare(family: Family, config: Any, head: str, model_type: str, folder: Path) -> None:
+    """Holds hidden states, logits, loss and the gradient of every parameter of a head against the reference's."""
+    torch = pytest.importorskip("torch")
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    seen = batch["mask"].astype(bool)
+    shape = jax.eval_shape(lambda: model.apply({"params": params}, **batch)).logits.shape
+    labels = labels_for(shape, batch["mask"])
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        out = model.apply({"params": params}, **batch)
+        return mean_loss(out.logits, labels), out
+
+    (loss, out), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    expected = theirs(**torch_inputs(batch), labels=torch.tensor(labels.astype(np.int64)), output_hidden_states=True)
+    expected.loss.backward()
+    close(out.hidden[seen], expected.hidden_states[-1][torch.tensor(seen)], "hidden states")
+    of_tokens = out.logits.ndim == 3
+    close(
+        *((out.logits[seen], expected.logits[torch.tensor(seen)]) if of_tokens else (out.logits, expected.logits)),
+        "logits",
+    )
+    close(loss, expected.loss, "loss")
+    # The reference's gradients, laid out as ours by the same table.
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    _, wanted = ours_of(family, theirs, config, head, folder / "gradients")
+    ours = paths_of(gradient)
+    for path, value in paths_of(wanted).items():
+        close(ours[path], torch.tensor(np.asarray(value)), f"gradient of {path}")
