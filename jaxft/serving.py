@@ -231,10 +231,10 @@ def make_answerer(
     Raises:
       UserError: no task answers with the model's head, or not with these changes.
     """
+    served.refuse_other_problems("predict")
     module, task = served.task(**changes)
     if not hasattr(task, "predictions"):
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
-    served.refuse_other_problems("predict")
     config, tokenizer = settled(served.config, module), served.tokenizer
     fields = module.fields(config, tokenizer.pad_id)
     buckets = make_buckets(None, tokenizer.max_length or 512)

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from jaxft.config.schema import TaskConfig
+from jaxft.config.tasks import task_options, tasks_with_options
 from jaxft.errors import nearest
 
 _OURS = {
@@ -55,10 +57,13 @@ _MEANT = {theirs: ours for ours, names in _OURS.items() for theirs in names.spli
 
 
 def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a config dataclass, in full."""
+    """Every key of a config dataclass, in full; of the section of tasks, those that any task has."""
     for name, kind in typing.get_type_hints(schema).items():
         yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(kind):
+        if kind is TaskConfig:
+            options = map(task_options, tasks_with_options())
+            yield from dict.fromkeys(key for one in options for key in keys_of(one, f"{prefix}{name}."))
+        elif dataclasses.is_dataclass(kind):
             yield from keys_of(kind, f"{prefix}{name}.")
 
 
@@ -69,14 +74,16 @@ def meant(root: Any, path: str, siblings: typing.Iterable[str]) -> str:
       root: the dataclass that ``path`` starts in.
       siblings: valid names where the last part of ``path`` stands.
     """
-    keys, last = list(keys_of(root)), path.rsplit(".", 1)[-1]
-    if path.count(".") and path in keys:  # a file: `train.steps: 3`
+    keys, last, siblings = list(keys_of(root)), path.rsplit(".", 1)[-1], list(siblings)
+    if path.count(".") and path in keys:
+        if path.partition(".")[0] not in siblings:
+            return f"another task has it; this one has {', '.join(siblings)}"
+        # a file: `train.steps: 3`
         section, _, name = path.rpartition(".")
         return f"write {section}: {{{name}: ...}}"
     ours = _MEANT.get(last.lower().replace("-", "_"))
     if ours in keys:
         return f"did you mean {ours!r}?"
-    siblings = list(siblings)
     if difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
         return nearest(last, siblings)
     elsewhere = [repr(key) for key in keys if "." in key and key.rsplit(".", 1)[1] == last]

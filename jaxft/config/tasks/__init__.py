@@ -11,6 +11,11 @@ from jaxft.config.outside import outside_module
 from jaxft.config.schema import TaskConfig
 
 
+def tasks_with_options() -> tuple[str, ...]:
+    """The tasks that have options besides their name."""
+    return tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def task_options(name: str) -> type[TaskConfig]:
     """The type of the ``task`` section for a task; of a task that there is not, the section that all have.
 
@@ -19,6 +24,6 @@ def task_options(name: str) -> type[TaskConfig]:
     """
     if "." in name:
         return getattr(outside_module("task.name", name, (), "docs/add_a_task.md"), "Config", TaskConfig)
-    if name not in {module.name for module in pkgutil.iter_modules(__path__)}:
+    if name not in tasks_with_options():
         return TaskConfig
     return importlib.import_module(f"{__name__}.{name}").Config
