@@ -18,49 +18,14 @@ import jax
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.models.layout import Layout, Rule, same_numbers
 from jaxft.patterns import their_shape, to_ours, to_theirs
+from jaxft.trees import nested, paths_of
 from jaxft.weights import TensorOut, Weights
-from jaxft.weights.numbers import copy_rounded, is_finite, is_float, same_numbers
+from jaxft.weights.numbers import copy_rounded, is_finite, is_float
 
 _THREADS = 2  # reading overlaps with rearranging; more threads hold more tensors in memory at once
 _SHOWN = 4  # names of each kind in an error message
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of our parameters and its place in the reference's checkpoint."""
-
-    ours: str
-    """Path in our tree, for instance ``layers/mlp/up/kernel``."""
-    theirs: str
-    """Tensor name in models with a head; ``{layer}`` stands for 0, 1, ..."""
-    pattern: str | None = None
-    """einops pattern of one tensor, theirs -> ours; None: as it is."""
-    copies: tuple[str, ...] = ()
-    """Names under which the reference stores the same tensor again; written on export, read where the first is missing."""
-    preferred: tuple[str, ...] = ()
-    """Names that the reference believes over ``theirs`` where a file has both; never written."""
-    spares: tuple[str, ...] = ()
-    """Names under which a file may hold the same tensor; read where ``theirs`` is missing, never written."""
-
-    def names(self) -> tuple[str, ...]:
-        """Names that the tensor may have in a file; the first one that is there is read."""
-        return (*self.preferred, self.theirs, *self.copies, *self.spares)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a family's tensors are named in checkpoint files."""
-
-    rules: tuple[Rule, ...]
-    prefix: str
-    """Of the encoder inside models with a head; absent in files of the bare encoder."""
-    aliases: tuple[tuple[str, str], ...] = ()
-    """(ending found in old files, ending in the rules)."""
-    leftovers: tuple[str, ...] = ()
-    """Patterns of tensors that may be there unused."""
-    fresh: tuple[str, ...] = ()
-    """Patterns of our paths that may be missing and are then initialised."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +42,6 @@ class Imported:
     """(name that the reference looks for, name that was read in its place)."""
     non_finite: list[str] = field(default_factory=list)
     """Names of tensors that hold NaN or infinity, as far as they have been read."""
-
-
-def paths_of(tree: Any) -> dict[str, Any]:
-    """A nested dict as {path: leaf}, levels joined by "/"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`paths_of`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 # ------------------------------------------------------------------------------------------------------------ import

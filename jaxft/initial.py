@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.hf import paths_of
 from jaxft.layers import unlabel
 from jaxft.sharding import no_mesh
+from jaxft.trees import paths_of
 
 
 def shapes_and_axes(model: Any) -> tuple[Any, Any]:

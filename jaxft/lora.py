@@ -21,12 +21,11 @@ from jax.sharding import Mesh
 
 from jaxft.config import LoraConfig
 from jaxft.errors import UserError
-from jaxft.hf import nested
 from jaxft.initial import initialisable, shapes_and_axes
 from jaxft.layers import Compute, labelled, unlabel
 from jaxft.models.contract import Facts
-from jaxft.optim import Leaf, leaves_of, map_paths, parameter_paths
 from jaxft.sharding import jitted
+from jaxft.trees import Leaf, leaves_of, map_paths, nested, paths_of
 
 Array = jax.Array
 
@@ -105,7 +104,7 @@ def frozen_paths(model: Any, config: LoraConfig, labelled_task: bool) -> tuple[s
     """
     if not isinstance(model, Adapted):
         return ()
-    paths = list(parameter_paths(shapes_and_axes(model.base)[0]))
+    paths = list(paths_of(shapes_and_axes(model.base)[0]))
     # A classifier starts from nothing: it has to be trained. A language model's head has been.
     patterns = (("head/*",) if labelled_task else ()) if config.train is None else config.train
     for pattern in patterns:
@@ -121,7 +120,7 @@ def base_of(model: Any) -> Any:
 
 def merged(params: Any, alpha: float) -> Any:
     """The model's own parameter tree with the adapters added in; each weight keeps its type."""
-    flat = parameter_paths(params["lora"])
+    flat = paths_of(params["lora"])
 
     def add(path: str, weight: Array) -> Array:
         if f"{path}/a" not in flat:

@@ -10,11 +10,11 @@ from typing import Any
 
 from jaxft.data.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
 from jaxft.errors import UserError, nearest
-from jaxft.hf import paths_of
 from jaxft.layers import Compute
 from jaxft.models.contract import classes_of
 from jaxft.pretrained import check_changes, export_folder, load_params
 from jaxft.source import Note, Source, open_source
+from jaxft.trees import paths_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import numpy as np
 from einops import rearrange
 
 from jaxft.files import folder_written_whole, write_atomic
-from jaxft.hf import Layout, Rule, export_tensors, nested, paths_of
+from jaxft.hf import export_tensors
 from jaxft.lora import Adapted
 from jaxft.models.contract import Family
+from jaxft.models.layout import Layout, Rule
+from jaxft.trees import nested, paths_of
 from jaxft.weights import TensorOut, write_safetensors
 
 _PREFIX = "base_model.model."

@@ -21,11 +21,13 @@ from jaxft.data.tokenizer import Tokenizer
 from jaxft.data.tokenizer_files import TOKENIZER_FILES, copy_files
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
-from jaxft.hf import Imported, Layout, export_tensors, file_names, import_params, nested, paths_of, stored_params
+from jaxft.hf import Imported, export_tensors, file_names, import_params, stored_params
 from jaxft.initial import init_some, shapes_and_axes, spread
 from jaxft.models.contract import Family, architecture_of, classes_of
+from jaxft.models.layout import Layout
 from jaxft.sharding import shardings_of
 from jaxft.source import SINGLE_LABEL, Note, Source
+from jaxft.trees import nested, paths_of
 from jaxft.weights import Weights, write_safetensors
 from jaxft.weights.beside import CODE_SETTINGS, take_over
 from jaxft.weights.numbers import QUANTISATION_KEYS, name_non_finite

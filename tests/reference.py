@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.hf import import_params, paths_of
+from jaxft.hf import import_params
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models.contract import Family, architecture_of, example_batch
 from jaxft.source import open_folder
 from jaxft.tasks.classification import cross_entropy
+from jaxft.trees import paths_of
 
 TOLERANCE = 2e-5
 

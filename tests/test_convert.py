@@ -18,7 +18,7 @@ from jaxft.commands.convert import parse_size
 from jaxft.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
-HEADS = (None, "classification", "masked_lm", "next_sentence")
+HEADS = (None, "classification", "token_classification", "masked_lm", "next_sentence")
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from tiny import WORDS, rows, run, write_csv, write_tokenizer
 
 import jaxft
 from jaxft import models, tasks
-from jaxft.hlo.llo import COMPILE_ENV
+from jaxft.commands.platform import COMPILE_ENV
 from jaxft.layers import Compute
 from jaxft.pretrained import export_folder, shapes_and_axes
 

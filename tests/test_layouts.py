@@ -16,10 +16,11 @@ from jaxft.data.packing import packed_fields
 from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
-from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
+from jaxft.optim import make_optimizer, make_schedule
 from jaxft.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
 from jaxft.state import init_state, state_shardings
 from jaxft.step import make_train_step
+from jaxft.trees import map_paths, paths_of
 
 ROWS, LENGTH = 16, 12
 # Made as a run would, with what a tokenizer and labelled rows would say.
@@ -144,8 +145,8 @@ def compare(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
     for a, b in zip(one[1], other[1], strict=True):
         for name in ("loss", "weight", "grad_norm", "learning_rate"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
-    found = parameter_paths(other[0])
-    for path, leaf in parameter_paths(one[0]).items():
+    found = paths_of(other[0])
+    for path, leaf in paths_of(one[0]).items():
         np.testing.assert_allclose(leaf, found[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 

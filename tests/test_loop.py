@@ -28,9 +28,9 @@ from jaxft.config import RunConfig, to_tree
 from jaxft.errors import UserError
 from jaxft.loop import Programs, Result
 from jaxft.metrics import read_log
-from jaxft.optim import parameter_paths
 from jaxft.setup import Setup, Times
 from jaxft.sharding import make_mesh
+from jaxft.trees import paths_of
 
 TOTAL = 30
 
@@ -573,7 +573,7 @@ def test_another_mesh_goes_on_with_the_same_data(
     begun = fit(ready, tmp_path, stop_at=17)
     ended = fit(sharded, tmp_path)
     assert begun.batches + ended.batches == whole[0].batches
-    wanted, found = parameter_paths(whole[0].result.params), parameter_paths(ended.result.params)
+    wanted, found = paths_of(whole[0].result.params), paths_of(ended.result.params)
     for path, leaf in wanted.items():
         if not path.endswith("key/bias"):  # its gradient is rounding alone
             np.testing.assert_allclose(found[path], leaf, atol=2e-5, err_msg=path)

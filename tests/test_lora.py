@@ -21,10 +21,10 @@ from jaxft.errors import UserError
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.loop import compile_programs, fit
-from jaxft.optim import map_paths, parameter_paths
 from jaxft.peft import write_adapter
 from jaxft.pretrained import export_folder
 from jaxft.setup import Times, prepare
+from jaxft.trees import map_paths, paths_of
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
 
@@ -48,7 +48,7 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
     tokens = jnp.arange(12).reshape(2, 6)
     ours = model.apply({"params": params}, tokens).hidden
     np.testing.assert_array_equal(ours, model.base.apply({"params": params["base"]}, tokens).hidden)
-    adapters = parameter_paths(params["lora"])
+    adapters = paths_of(params["lora"])
     assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in adapters.items())
 
 
@@ -66,8 +66,8 @@ def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
 
     merged = lora.merged(params, model.alpha)
     gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)
-    base, made, slopes = (parameter_paths(tree) for tree in (params["base"], merged, of_merged))
-    adapters, found = parameter_paths(params["lora"]), parameter_paths(gradient["lora"])
+    base, made, slopes = (paths_of(tree) for tree in (params["base"], merged, of_merged))
+    adapters, found = paths_of(params["lora"]), paths_of(gradient["lora"])
     scale = 6.0 / 3
     for path in base:
         if path not in model.targets:
@@ -104,13 +104,13 @@ def trained(folder: Path, out: str, *more: str) -> tuple[Any, Any]:
 
 def test_only_adapters_and_head_train_and_the_mesh_does_not_matter(tmp_path: Path) -> None:
     start, one = trained(tmp_path, "one")
-    before, after = parameter_paths(start), parameter_paths(one)
+    before, after = paths_of(start), paths_of(one)
     for path in before:
         moved = not np.array_equal(before[path], after[path])
         assert moved == path.startswith(("lora/", "base/head/")), path
     # Two ways of accumulation, four of fsdp, two of tensor parallelism: dropout bits of micro-batches are their own.
     _, many = trained(tmp_path, "many", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
-    found = parameter_paths(many)
+    found = paths_of(many)
     for path, leaf in after.items():
         np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
 
@@ -211,7 +211,7 @@ def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
     config = dataclasses.replace(kind.TINY, num_hidden_layers=2)
     model = lora.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
     params = filled(shapes_and_axes(model)[0])
-    trained = tuple(path for path in parameter_paths(params["base"]) if path.startswith("head/") and family == "bert")
+    trained = tuple(path for path in paths_of(params["base"]) if path.startswith("head/") and family == "bert")
     merged = lora.merged(params, model.alpha)
     # A classifier that was trained is not the base's.
     start = map_paths(lambda path, leaf: 0 * leaf if path in trained else leaf, params["base"])

@@ -17,8 +17,7 @@ from jaxft.errors import UserError
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models.families import bert
-from jaxft.optim import make_optimizer, make_schedule, map_paths, parameter_paths
-from jaxft.optim.paths import leaves_of
+from jaxft.optim import make_optimizer, make_schedule
 from jaxft.sharding import (
     DEFAULT_RULES,
     AxisRules,
@@ -33,6 +32,7 @@ from jaxft.sharding import (
 from jaxft.state import init_state, state_shardings
 from jaxft.step import make_train_step
 from jaxft.tasks.classification import Task, fields
+from jaxft.trees import leaves_of, map_paths, paths_of
 
 CONFIG = dataclasses.replace(bert.TINY, num_hidden_layers=2, num_labels=3, initializer_range=0.1)
 MODEL = bert.Model(CONFIG, "classification", Compute(layers="scanned"))
@@ -125,7 +125,7 @@ def test_same_course_on_every_mesh(single: Any, spread: Any) -> None:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
         assert a["tokens"] == b["tokens"]
     for field in ("params", "ema"):
-        wanted, found = (parameter_paths(getattr(state, field)) for state in (one, many))
+        wanted, found = (paths_of(getattr(state, field)) for state in (one, many))
         for path, leaf in wanted.items():
             # The key bias shifts all logits of a softmax alike: its gradient is 0 but for rounding, which Adam scales up.
             if path != "layers/attention/key/bias":
@@ -137,7 +137,7 @@ def test_parameters_and_moments_are_split(spread: Any) -> None:
     fsdp, tensor = MESHES[name].fsdp, MESHES[name].tensor
     ways: dict[str | None, int] = {"embed": fsdp, "heads": tensor, "mlp": tensor, "vocab": tensor}
     for tree in (state.params, state.ema, *_trees_like(state.params, state.opt_state)):
-        for path, leaf in parameter_paths(tree).items():
+        for path, leaf in paths_of(tree).items():
             split = int(np.prod([ways.get(axis, 1) for axis in NAMES[path]]))
             assert all(shard.data.size * split == leaf.size for shard in leaf.addressable_shards), path
 
@@ -153,7 +153,7 @@ def _trees_like(params: Any, state: Any) -> list[Any]:
 def test_fsdp_divides_the_bytes() -> None:
     mesh = make_mesh(MeshConfig(1, 8, 1))
     params = jax.device_put(START, shardings_of(mesh, DEFAULT_RULES, SHAPES, AXES))
-    leaves = parameter_paths(params)
+    leaves = paths_of(params)
     shardable = [path for path in leaves if "embed" in NAMES[path]]
     total = sum(leaf.nbytes for leaf in leaves.values())
     on_first = {path: leaf.addressable_shards[0].data.nbytes for path, leaf in leaves.items()}

@@ -16,12 +16,13 @@ from jaxft.config.tasks.classification import Config
 from jaxft.data.batch import Field
 from jaxft.layers import dropout
 from jaxft.models.contract import Facts, Output
-from jaxft.optim import make_optimizer, make_schedule, parameter_paths, update_count
+from jaxft.optim import make_optimizer, make_schedule, update_count
 from jaxft.setup import stand_in_tokenizer
 from jaxft.state import TrainState, init_state
 from jaxft.step import make_eval_step, make_train_step
 from jaxft.tasks import Targets
 from jaxft.tasks.classification import Task, cross_entropy, make_task
+from jaxft.trees import paths_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon")
 LABELS = ("a", "b", "c")
@@ -120,8 +121,8 @@ def run(trainer: Trainer, batches: list[dict[str, np.ndarray]], seed: int = 0) -
 
 def assert_same_course(a: TrainState, b: TrainState, start: Any, share: float = 2e-5) -> None:
     """Each parameter has moved by the same, to a share of its largest move."""
-    for path, begin in parameter_paths(start).items():
-        x, y, begin = (np.asarray(parameter_paths(t)[path], np.float64) for t in (a.params, b.params, start))
+    for path, begin in paths_of(start).items():
+        x, y, begin = (np.asarray(paths_of(t)[path], np.float64) for t in (a.params, b.params, start))
         assert np.abs(x - y).max() <= share * np.abs(x - begin).max(), path
 
 

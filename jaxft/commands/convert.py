@@ -253,7 +253,7 @@ def _rounded(params: Any, dtype: str | None) -> Any:
     import jax
     import numpy as np
 
-    from jaxft.hf import nested, paths_of
+    from jaxft.trees import nested, paths_of
     from jaxft.weights.numbers import copy_rounded
 
     if dtype is None:

@@ -11,11 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jaxft.commands.platform import COMPILE_ENV
 from jaxft.commands.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
-from jaxft.hlo.llo import COMPILE_ENV, llo_flags
+from jaxft.hlo.llo import llo_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

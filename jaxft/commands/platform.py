@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxft.hlo.llo import COMPILE_ENV
+COMPILE_ENV = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 
 _USUAL: dict[str, Any] = {
     "jax_numpy_dtype_promotion": "standard",

@@ -219,8 +219,8 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
 def _export_adapter(ready: Any, result: Any, target: Path) -> None:
     """Of a run with adapters: these alone, as peft stores them, beside the export that has them merged in."""
     from jaxft import lora, processes
-    from jaxft.optim import parameter_paths
     from jaxft.peft import write_adapter
+    from jaxft.trees import paths_of
 
     model, config = ready.model, ready.config.model
     if lora.base_of(model) is model:
@@ -229,7 +229,7 @@ def _export_adapter(ready: Any, result: Any, target: Path) -> None:
         _note("no adapters are exported: without model.init there is no model to load them onto")
         return
     frozen = set(lora.frozen_paths(model, config.lora, bool(ready.targets.labels)))
-    own = {path: leaf for path, leaf in parameter_paths(result.params["base"]).items() if f"base/{path}" not in frozen}
+    own = {path: leaf for path, leaf in paths_of(result.params["base"]).items() if f"base/{path}" not in frozen}
     params = processes.fetch({"base": own, "lora": result.params["lora"]})
     if processes.is_first():
         with _replaced(target) as fresh:

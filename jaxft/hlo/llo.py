@@ -24,13 +24,6 @@ OF_MATMUL = 0.93
 # The environment in which libtpu compiles on a machine without a TPU; it reads it once, when a process loads it. Without the
 # first, a second process that compiles at the same time fails on a lock file. The others keep it from asking the network what
 # TPU this is, and from a page of complaints; the type need not be that of the topology.
-COMPILE_ENV = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 
 _DELAY_SLOTS = 4  # bundles after a branch that run still
 _FILE = re.compile(r"(\d+)-(.+)-\d\d-final_bundles\.txt")

@@ -17,9 +17,8 @@ import numpy as np
 
 from jaxft.data.batch import Fields, HostBatch
 from jaxft.errors import UserError, nearest
-from jaxft.hf import Layout, Rule
 from jaxft.layers import Compute, TokenScore
-from jaxft.weights import Weights
+from jaxft.models.layout import Layout, Rule, Tensors
 
 Array = jax.Array
 
@@ -160,7 +159,7 @@ class Family(Protocol):
         """The keys of config.json, without ``model_type``, ``architectures`` and names of labels."""
         ...
 
-    def config_of_weights(self, weights: Weights) -> dict[str, Any]:
+    def config_of_weights(self, weights: Tensors) -> dict[str, Any]:
         """Fields of Config that tensors alone show; believed over config.json."""
         ...
 

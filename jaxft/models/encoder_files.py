@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxft.errors import UserError
-from jaxft.hf import Layout, Rule
 from jaxft.layers import Compute
 from jaxft.models.contract import Head
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.heads import MaskedLm, TokenClasses, decoder_rules, dense_rules, norm_rules, normal
-from jaxft.weights import Weights
-from jaxft.weights.numbers import has_own
+from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
 SAME_NAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -144,7 +142,7 @@ _LEFTOVERS = (
 )
 
 
-def config_of_weights(weights: Weights, classifiers: tuple[str, ...], decoder: str) -> dict[str, Any]:
+def config_of_weights(weights: Tensors, classifiers: tuple[str, ...], decoder: str) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json.
 
     Args:

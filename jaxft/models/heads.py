@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.hf import Rule
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -26,6 +25,7 @@ from jaxft.layers import (
     vocabulary_logits,
 )
 from jaxft.models.contract import Features
+from jaxft.models.layout import Rule
 
 Array = jax.Array
 

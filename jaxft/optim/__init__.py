@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxft.optim.ema import init_ema, update_ema
+    from jaxft.optim.freezing import decay_mask, frozen_mask
     from jaxft.optim.optimizers import global_norm, make_optimizer, map_state, update_count
-    from jaxft.optim.paths import Leaf, decay_mask, frozen_mask, leaves_of, map_paths, parameter_paths
     from jaxft.optim.schedules import make_schedule, warmup_steps_of
 
 _HOME = {
@@ -21,28 +21,20 @@ _HOME = {
     "make_optimizer": "optimizers",
     "map_state": "optimizers",
     "update_count": "optimizers",
-    "Leaf": "paths",
-    "decay_mask": "paths",
-    "leaves_of": "paths",
-    "frozen_mask": "paths",
-    "map_paths": "paths",
-    "parameter_paths": "paths",
+    "decay_mask": "freezing",
+    "frozen_mask": "freezing",
     "make_schedule": "schedules",
     "warmup_steps_of": "schedules",
 }
 
 __all__ = [
-    "Leaf",
     "decay_mask",
     "frozen_mask",
     "global_norm",
     "init_ema",
-    "leaves_of",
     "make_optimizer",
     "make_schedule",
-    "map_paths",
     "map_state",
-    "parameter_paths",
     "update_count",
     "update_ema",
     "warmup_steps_of",

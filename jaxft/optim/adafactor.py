@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.optim.paths import Leaf, PyTree, map_paths
+from jaxft.trees import Leaf, PyTree, map_paths
 
 _SQUARE_EPS = 1e-30
 """Epsilon 1 of the paper."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxft.optim.paths import PyTree
+from jaxft.trees import PyTree
 
 
 def init_ema(params: PyTree) -> PyTree:

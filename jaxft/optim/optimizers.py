@@ -26,8 +26,9 @@ import optax
 
 from jaxft.errors import UserError
 from jaxft.optim.adafactor import scale_by_adafactor
-from jaxft.optim.paths import Frozen, Leaf, PyTree, frozen_mask, leaves_of, map_paths, parameter_paths
+from jaxft.optim.freezing import Frozen, frozen_mask
 from jaxft.optim.schedules import Schedule
+from jaxft.trees import Leaf, PyTree, leaves_of, map_paths, paths_of
 
 if TYPE_CHECKING:
     from jaxft.config import OptimConfig
@@ -54,7 +55,7 @@ def make_optimizer(
     _check_ranges(config)
     leaves = leaves_of(params, axes)
     frozen = frozen_mask(params, axes, config.freeze)
-    by_path: dict[str, Frozen] = parameter_paths(frozen)
+    by_path: dict[str, Frozen] = paths_of(frozen)
     trained = {path: leaf for path, leaf in leaves.items() if by_path[path] is not True}
     partly = {path: rows for path, rows in by_path.items() if isinstance(rows, np.ndarray)}
     factors = _rate_factors(config.layer_decay, leaves, partly)

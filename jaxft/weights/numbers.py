@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxft.errors import UserError
-from jaxft.weights.contract import Weights
 from jaxft.weights.dtypes import FLOATS
 
 _CHUNK = 1 << 20  # elements looked at together: what is made on the way stays small beside the tensor
@@ -32,24 +30,6 @@ def name_non_finite(names: Sequence[str]) -> str:
     """The words for tensors that :func:`is_finite` denies."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"NaN or infinity in the weights: {', '.join(names[:4])}{more}"
-
-
-def same_numbers(weights: Weights, first: str, second: str) -> bool:
-    """Whether two tensors have one shape and equal numbers; reads no further than the first difference."""
-    shape = weights.shape(first)
-    if shape != weights.shape(second):
-        return False
-    if not shape:
-        return bool(np.array_equal(weights.read(first), weights.read(second)))
-    step = max(1, _CHUNK // math.prod(shape[1:]))
-    spans = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-    return all(np.array_equal(weights.read_rows(first, *s), weights.read_rows(second, *s)) for s in spans)
-
-
-def has_own(weights: Weights, copy: str, original: str) -> bool:
-    """Whether a checkpoint has a tensor whose name ends in ``copy`` that is not the one that ends in ``original``."""
-    copies, originals = ([n for n in weights.names() if n.endswith(ending)] for ending in (copy, original))
-    return len(copies) == len(originals) == 1 and not same_numbers(weights, copies[0], originals[0])
 
 
 def copy_rounded(out: np.ndarray, source: np.ndarray, name: str, path: Path | str) -> None:

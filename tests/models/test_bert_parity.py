@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.hf import import_params, paths_of
+from jaxft.hf import import_params
 from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import ACTIVATIONS, Compute
 from jaxft.models.contract import architecture_of, example_batch
@@ -21,6 +21,7 @@ from jaxft.notebook import load
 from jaxft.pretrained import load_params
 from jaxft.source import open_folder, open_source
 from jaxft.tasks.classification import cross_entropy
+from jaxft.trees import paths_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -19,10 +19,10 @@ from jaxft.optim import (
     init_ema,
     make_optimizer,
     map_state,
-    parameter_paths,
     update_count,
     update_ema,
 )
+from jaxft.trees import paths_of
 
 from .tiny_network import AXES, LAYOUT, NAMES, C, D, H, L, N, V, constant, make, nest, random_tree, train
 
@@ -37,14 +37,14 @@ def test_decay_is_decoupled_scheduled_and_by_axes(name: str) -> None:
     for _ in range(2):
         updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
         params = optax.apply_updates(params, updates)
-    for path, leaf in parameter_paths(params).items():
+    for path, leaf in paths_of(params).items():
         decays = name != "adam" and path.endswith(("kernel", "embedding"))
         factor = (1 - 0.1 * 0.5) * (1 - 0.2 * 0.5) if decays else 1.0
-        np.testing.assert_allclose(leaf, factor * parameter_paths(random_tree(0))[path], rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(leaf, factor * paths_of(random_tree(0))[path], rtol=1e-5, err_msg=path)
 
 
 def test_decay_mask_needs_two_names() -> None:
-    decaying = {path for path, decays in parameter_paths(decay_mask(random_tree(0), AXES)).items() if decays}
+    decaying = {path for path, decays in paths_of(decay_mask(random_tree(0), AXES)).items() if decays}
     assert decaying == {path for path in LAYOUT if path.endswith(("kernel", "embedding"))}
 
 
@@ -52,7 +52,7 @@ def test_decay_mask_needs_two_names() -> None:
 def test_frozen_parameters_stay_and_have_no_moments(name: str) -> None:
     optimizer = make(name=name, weight_decay=0.1, clip_norm=1.0, freeze=("embed/*", "layers/0-1/*", "*/bias"))
     after, state = train(optimizer)
-    before = parameter_paths(random_tree(0))
+    before = paths_of(random_tree(0))
     for path, leaf in after.items():
         if path.startswith("embed/") or path.endswith("bias"):
             np.testing.assert_array_equal(leaf, before[path], err_msg=path)
@@ -80,7 +80,7 @@ def test_frozen_gradients_do_not_count_in_the_clip_norm() -> None:
 
 
 def test_frozen_layers_that_add_up_are_a_frozen_stack() -> None:
-    mask = parameter_paths(frozen_mask(random_tree(0), AXES, ["layers/0/*", "layers/1-2/mlp/*"]))
+    mask = paths_of(frozen_mask(random_tree(0), AXES, ["layers/0/*", "layers/1-2/mlp/*"]))
     assert mask["layers/mlp/up/kernel"] is True
     assert mask["embed/norm/scale"] is False
     np.testing.assert_array_equal(mask["layers/attention/query/bias"], [True, False, False])
@@ -107,7 +107,7 @@ def test_freeze_patterns_that_cannot_be_meant(pattern: str, message: str) -> Non
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_layer_decay_scales_each_layer(name: str) -> None:
-    before = parameter_paths(random_tree(0))
+    before = paths_of(random_tree(0))
     plain, _ = train(make(name=name, weight_decay=0.1), 1)
     scaled, _ = train(make(name=name, weight_decay=0.1, layer_decay=0.5), 1)
     for path in LAYOUT:
@@ -220,7 +220,7 @@ def test_first_moments_can_be_stored_in_half_the_bytes(name: str) -> None:
     assert sizes[0] - sizes[1] == momentum // 2
     ours, _ = train(make(name=name, momentum_dtype="bfloat16"), 6)
     exact, _ = train(make(name=name), 6)
-    start = parameter_paths(random_tree(0))
+    start = paths_of(random_tree(0))
     for path, leaf in ours.items():
         moved, error = (
             np.abs(np.asarray(x, np.float64) - np.asarray(y)).mean()

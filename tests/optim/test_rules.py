@@ -10,10 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.optim import (
-    decay_mask,
-    parameter_paths,
-)
+from jaxft.optim import decay_mask
+from jaxft.trees import paths_of
 
 from .tiny_network import AXES, LAYOUT, L, make, random_tree, train
 
@@ -24,17 +22,15 @@ def train_torch(
     make_torch: Callable[[list[dict[str, Any]]], Any], decay: float, steps: int, clip: float | None
 ) -> dict:
     torch = pytest.importorskip("torch")
-    flat = {
-        path: torch.nn.Parameter(torch.tensor(np.array(leaf))) for path, leaf in parameter_paths(random_tree(0)).items()
-    }
-    decays = parameter_paths(decay_mask(random_tree(0), AXES))
+    flat = {path: torch.nn.Parameter(torch.tensor(np.array(leaf))) for path, leaf in paths_of(random_tree(0)).items()}
+    decays = paths_of(decay_mask(random_tree(0), AXES))
     groups = [
         {"params": [p for path, p in flat.items() if decays[path] is on], "weight_decay": decay * on}
         for on in (True, False)
     ]
     optimizer = make_torch(groups)
     for step in range(steps):
-        for path, grad in parameter_paths(random_tree(1 + step)).items():
+        for path, grad in paths_of(random_tree(1 + step)).items():
             flat[path].grad = torch.tensor(np.array(grad))
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(list(flat.values()), clip)
@@ -76,10 +72,10 @@ def test_lion_by_formula() -> None:
     ours, _ = train(make(name="lion", beta1=0.9, beta2=0.99, weight_decay=0.1), 4)
     expected = {}
     for path, (_, axes) in LAYOUT.items():
-        p, m = (np.asarray(parameter_paths(random_tree(0))[path], np.float64), 0.0)
+        p, m = (np.asarray(paths_of(random_tree(0))[path], np.float64), 0.0)
         decay = 0.1 * (sum(a not in (None, "layers") for a in axes) >= 2)
         for step in range(4):
-            g = np.asarray(parameter_paths(random_tree(1 + step))[path], np.float64)
+            g = np.asarray(paths_of(random_tree(1 + step))[path], np.float64)
             p = p - 0.01 * (np.sign(0.9 * m + 0.1 * g) + decay * p)
             m = 0.99 * m + 0.01 * g
         expected[path] = p
@@ -90,7 +86,7 @@ def test_adafactor_equals_transformers_layer_by_layer() -> None:
     torch = pytest.importorskip("torch")
     adafactor = pytest.importorskip("transformers.optimization").Adafactor
     ours, _ = train(make(name="adafactor", weight_decay=0.1), 5)
-    decays = parameter_paths(decay_mask(random_tree(0), AXES))
+    decays = paths_of(decay_mask(random_tree(0), AXES))
 
     def apart(path: str, leaf: Any) -> list[np.ndarray]:
         """The matrices and vectors that a model without stacking would have."""
@@ -100,7 +96,7 @@ def test_adafactor_equals_transformers_layer_by_layer() -> None:
             return [x.reshape(int(np.prod(x.shape[: MATRICES[path]])), -1) for x in layers]
         return [x if decays[path] else x.reshape(-1) for x in layers]
 
-    for path, leaf in parameter_paths(random_tree(0)).items():
+    for path, leaf in paths_of(random_tree(0)).items():
         theirs = [torch.nn.Parameter(torch.tensor(x.copy())) for x in apart(path, leaf)]
         optimizer = adafactor(
             theirs,
@@ -111,7 +107,7 @@ def test_adafactor_equals_transformers_layer_by_layer() -> None:
             eps=(1e-30, 1e-3),
         )
         for step in range(5):
-            for p, grad in zip(theirs, apart(path, parameter_paths(random_tree(1 + step))[path]), strict=True):
+            for p, grad in zip(theirs, apart(path, paths_of(random_tree(1 + step))[path]), strict=True):
                 p.grad = torch.tensor(grad.copy())
             optimizer.step()
         for got, p in zip(apart(path, ours[path]), theirs, strict=True):
@@ -124,7 +120,7 @@ def test_muon_equals_optax_on_separate_matrices() -> None:
     update = jax.jit(reference.update)
     for path, inputs in MATRICES.items():
         for layer in range(L):
-            view = lambda seed: parameter_paths(random_tree(seed))[path][layer]
+            view = lambda seed: paths_of(random_tree(seed))[path][layer]
             shape = view(0).shape
             flat = lambda x: x.reshape(int(np.prod(shape[:inputs])), -1)
             p: Any = flat(view(0))
@@ -138,7 +134,7 @@ def test_muon_equals_optax_on_separate_matrices() -> None:
 def test_muon_takes_hidden_matrices_only_and_orthogonalises_each() -> None:
     muon, _ = train(make(1.0, name="muon"), 1)
     adamw, _ = train(make(1.0, name="adamw"), 1)
-    before = parameter_paths(random_tree(0))
+    before = paths_of(random_tree(0))
     for path in LAYOUT:
         if path not in MATRICES:
             np.testing.assert_allclose(muon[path], adamw[path], rtol=1e-6, err_msg=path)

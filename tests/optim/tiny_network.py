@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from jaxft.config import OptimConfig
-from jaxft.optim import make_optimizer, parameter_paths
+from jaxft.optim import make_optimizer
+from jaxft.trees import paths_of
 
 NAMES = ("adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon")
 L, D, N, H, F, V, C = 3, 8, 2, 6, 10, 7, 4
@@ -70,4 +71,4 @@ def train(
     for step in range(steps):
         updates, state = update(random_tree(1 + step, dtype), state, params)
         params = optax.apply_updates(params, updates)
-    return parameter_paths(params), state
+    return paths_of(params), state

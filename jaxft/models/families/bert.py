@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.hf import Layout
 from jaxft.models import encoder, encoder_files
 from jaxft.models.contract import Head
 from jaxft.models.heads import PooledClasses, dense_rules, normal
-from jaxft.weights import Weights
+from jaxft.models.layout import Layout, Tensors
 
 MODEL_TYPES = {"bert": "Bert"}
 
@@ -75,6 +74,6 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     )
 
 
-def config_of_weights(weights: Weights) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json."""
     return encoder_files.config_of_weights(weights, ("classifier.weight",), "cls.predictions.decoder.weight")

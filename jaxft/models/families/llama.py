@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.data.batch import Field
 from jaxft.errors import UserError, nearest
-from jaxft.hf import Layout, Rule
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -42,8 +41,7 @@ from jaxft.layers import (
 )
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
 from jaxft.models.heads import normal
-from jaxft.weights import Weights
-from jaxft.weights.numbers import has_own
+from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
 Array = jax.Array
 
@@ -376,7 +374,7 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     return Layout(_rules(config, head), "model.", (), leftovers, ("head/*",))
 
 
-def config_of_weights(weights: Weights) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json."""
     # transformers ties the two only where they are equal, whatever config.json says.
     return {"tie_word_embeddings": False} if has_own(weights, "lm_head.weight", "embed_tokens.weight") else {}

@@ -12,11 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxft.errors import UserError
-from jaxft.hf import Layout
 from jaxft.models import encoder, encoder_files
 from jaxft.models.contract import Array, Head
 from jaxft.models.heads import FirstTokenClasses, dense_rules, normal
-from jaxft.weights import Weights
+from jaxft.models.layout import Layout, Tensors
 
 MODEL_TYPES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
 
@@ -99,7 +98,7 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     )
 
 
-def config_of_weights(weights: Weights) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json."""
     return encoder_files.config_of_weights(
         weights, ("classifier.out_proj.weight", "classifier.weight"), "lm_head.decoder.weight"

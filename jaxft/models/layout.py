@@ -1,0 +1,90 @@
+"""Where a family's parameters lie in the reference's checkpoint: one table of rules, run forwards to import and backwards to export.
+
+A rule says where one of our parameters lives there and how it is rearranged (an einops pattern, theirs -> ours). Names with
+``{layer}`` stand for one tensor per layer; ours is their stack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+_CHUNK = 1 << 20  # elements looked at together: what is made on the way stays small beside the tensor
+
+
+class Tensors(Protocol):
+    """An open checkpoint, as far as a family may ask it what its tensors say of the model."""
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of its first axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our parameters and its place in the reference's checkpoint."""
+
+    ours: str
+    """Path in our tree, for instance ``layers/mlp/up/kernel``."""
+    theirs: str
+    """Tensor name in models with a head; ``{layer}`` stands for 0, 1, ..."""
+    pattern: str | None = None
+    """einops pattern of one tensor, theirs -> ours; None: as it is."""
+    copies: tuple[str, ...] = ()
+    """Names under which the reference stores the same tensor again; written on export, read where the first is missing."""
+    preferred: tuple[str, ...] = ()
+    """Names that the reference believes over ``theirs`` where a file has both; never written."""
+    spares: tuple[str, ...] = ()
+    """Names under which a file may hold the same tensor; read where ``theirs`` is missing, never written."""
+
+    def names(self) -> tuple[str, ...]:
+        """Names that the tensor may have in a file; the first one that is there is read."""
+        return (*self.preferred, self.theirs, *self.copies, *self.spares)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family's tensors are named in checkpoint files."""
+
+    rules: tuple[Rule, ...]
+    prefix: str
+    """Of the encoder inside models with a head; absent in files of the bare encoder."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(ending found in old files, ending in the rules)."""
+    leftovers: tuple[str, ...] = ()
+    """Patterns of tensors that may be there unused."""
+    fresh: tuple[str, ...] = ()
+    """Patterns of our paths that may be missing and are then initialised."""
+
+
+def same_numbers(weights: Tensors, first: str, second: str) -> bool:
+    """Whether two tensors have one shape and equal numbers; reads no further than the first difference."""
+    shape = weights.shape(first)
+    if shape != weights.shape(second):
+        return False
+    if not shape:
+        return bool(np.array_equal(weights.read(first), weights.read(second)))
+    step = max(1, _CHUNK // math.prod(shape[1:]))
+    spans = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    return all(np.array_equal(weights.read_rows(first, *s), weights.read_rows(second, *s)) for s in spans)
+
+
+def has_own(weights: Tensors, copy: str, original: str) -> bool:
+    """Whether a checkpoint has a tensor whose name ends in ``copy`` that is not the one that ends in ``original``."""
+    copies, originals = ([n for n in weights.names() if n.endswith(ending)] for ending in (copy, original))
+    return len(copies) == len(originals) == 1 and not same_numbers(weights, copies[0], originals[0])
