@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxft.hlo.llo import COMPILE_ENV, llo_flags
+from jaxft.commands.platform import COMPILE_ENV
+from jaxft.hlo.llo import llo_flags
 
 BACKENDS = ("fused", "splash", "flash", "blockwise", "xla", "jax")
 TOKENS, HEADS, SIZE = 16384, 12, 64
