@@ -17,7 +17,7 @@ from jaxft import models
 from jaxft.config import decode
 from jaxft.errors import UserError
 from jaxft.files import package_folder
-from jaxft.models.contract import Family, architecture_of, architectures, classes_of, head_of
+from jaxft.models.contract import TIED, Family, architecture_of, architectures, classes_of, head_of
 from jaxft.weights import Weights, open_weights
 from jaxft.weights.flax_names import under_pytorch_names
 from jaxft.weights.numbers import refuse_quantised
@@ -169,9 +169,7 @@ def open_source(
         seen = WithoutPrefix(weights, wrapper) if wrapper else weights
         said = module.config_of_weights(seen)
         head, foreign = _head(hf_config, module, seen.names(), note)
-    if said.get("tie_word_embeddings") is False and stated.get(
-        "tie_word_embeddings", module.Config.tie_word_embeddings
-    ):
+    if said.get(TIED) is False and stated.get(TIED, getattr(module.Config, TIED, False)):
         note("config.json ties the embeddings, but the weights have another decoder of their own: it is kept, untied")
     tree = {**stated, **said}
     labels, rows = _labels(hf_config), said.get("num_labels")

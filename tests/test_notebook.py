@@ -115,7 +115,8 @@ def test_old_folders_that_do_not_say_what_they_are(tmp_path: Path, capsys: Captu
     (source / "tokenizer_config.json").unlink()
     message = refused(source)
     assert (
-        "say which of bert, llama, roberta it is: jaxft convert --family, jaxft.load(..., family=), or model.family=" in message
+        "say which of bert, llama, roberta it is: jaxft convert --family, jaxft.load(..., family=), or model.family="
+        in message
     )
     loaded = jaxft.load(source, family="bert")
     assert loaded.model.head == "classification"

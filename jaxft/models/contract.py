@@ -211,6 +211,10 @@ def architectures(family: Family) -> dict[str, str | None]:
     }
 
 
+TIED = "tie_word_embeddings"
+"""The field of a Config, where its family has the choice, that makes the table of tokens the vocabulary matrix too."""
+
+
 def classes_of(config: Any) -> int | None:
     """How many classes the heads of a Config tell apart; None: no head of its family has classes."""
     return getattr(config, "num_labels", None)

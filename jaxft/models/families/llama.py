@@ -5,7 +5,6 @@ Dims: B batch, S length, D model width, N query heads, K key/value heads, H head
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +41,7 @@ from jaxft.layers import (
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
 from jaxft.models.heads import normal
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
+from jaxft.models.rotary_files import SUPERSEDED_KEYS, rotary_from_hf, rotary_to_hf
 
 Array = jax.Array
 
@@ -314,10 +314,7 @@ _SAME_NAME = (
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range"),
     *("rms_norm_eps", "attention_bias", "mlp_bias", "attention_dropout", "pad_token_id", "tie_word_embeddings"),
 )
-_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE_KEYS_OF = {"default": (), "linear": ("factor",), "llama3": _ROPE_KEYS}
-SUPERSEDED = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-"""Older keys of config.json for what :func:`config_to_hf` writes; the reference would believe some of them."""
+SUPERSEDED = SUPERSEDED_KEYS
 
 
 def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
@@ -327,45 +324,16 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: the file asks for rotary positions of a kind that is not supported, or leaves out what the kind needs.
     """
-    return {name: hf[name] for name in _SAME_NAME if name in hf} | {"rope": _rope_from_hf(hf)}
-
-
-def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`Rotary`, by the rules of `modeling_rope_utils.py` of transformers 5.24."""
-    # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first. Where a file has
-    # both, the reference reads rope_scaling alone.
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_scaling={rope!r} is not an object of keys and values")
-    rope = {"rope_theta": hf.get("rope_theta", Rotary.theta), **rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in tuple(_ROPE_KEYS_OF):
-        raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")
-    if any(tree.get("partial_rotary_factor") not in (None, 1) for tree in (hf, rope)):
-        raise UserError("config.json: partial_rotary_factor is not supported")
-    if kind == "llama3":
-        rope.setdefault(
-            "original_max_position_embeddings", hf.get("max_position_embeddings", Config.max_position_embeddings)
-        )
-        if "original_max_position_embeddings" in hf:
-            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    for key in ("rope_theta", *_ROPE_KEYS_OF[kind]):
-        value: Any = rope.get(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            stated = f"{value!r}, not a number above 0" if key in rope else "missing"
-            raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {stated}")
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise UserError("config.json: rope_type='llama3' needs a low_freq_factor below its high_freq_factor")
-    return {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS_OF[kind]}
+    return {name: hf[name] for name in _SAME_NAME if name in hf} | {
+        "rope": rotary_from_hf(hf, Config.max_position_embeddings)
+    }
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The reference's config.json of ``config``, without model type and architecture."""
-    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    rope |= {key: getattr(config.rope, key) for key in _ROPE_KEYS_OF[config.rope.kind]}
     same = {name: getattr(config, name) for name in _SAME_NAME}
     sizes = {"num_key_value_heads": config.key_heads, "head_dim": config.head_size}
-    return {**same, **sizes, "rope_parameters": rope}
+    return {**same, **sizes, "rope_parameters": rotary_to_hf(config.rope)}
 
 
 def hf_layout(config: Config, head: str | None) -> Layout:

@@ -1,0 +1,56 @@
+"""What config.json calls rotary positions, in the layouts of transformers 4 and 5."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jaxft.errors import UserError
+from jaxft.layers import Rotary
+
+_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_KEYS_OF = {"default": (), "linear": ("factor",), "llama3": _ROPE_KEYS}
+SUPERSEDED_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Older keys of config.json for what :func:`rotary_to_hf` writes; the reference would believe some of them."""
+
+
+def rotary_from_hf(hf: dict[str, Any], usual_limit: int) -> dict[str, Any]:
+    """The fields of :class:`~jaxft.layers.Rotary` that a config.json states, by the rules of `modeling_rope_utils.py` of
+    transformers 5.24.
+
+    Args:
+      hf: the file.
+      usual_limit: ``max_position_embeddings`` where the file has none.
+
+    Raises:
+      UserError: rotary positions of a kind that is not supported, or without what the kind needs.
+    """
+    # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first. Where a file has
+    # both, the reference reads rope_scaling alone.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_scaling={rope!r} is not an object of keys and values")
+    rope = {"rope_theta": hf.get("rope_theta", Rotary.theta), **rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in tuple(_ROPE_KEYS_OF):
+        raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")
+    if any(tree.get("partial_rotary_factor") not in (None, 1) for tree in (hf, rope)):
+        raise UserError("config.json: partial_rotary_factor is not supported")
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings", usual_limit))
+        if "original_max_position_embeddings" in hf:
+            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    for key in ("rope_theta", *_ROPE_KEYS_OF[kind]):
+        value: Any = rope.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            stated = f"{value!r}, not a number above 0" if key in rope else "missing"
+            raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {stated}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError("config.json: rope_type='llama3' needs a low_freq_factor below its high_freq_factor")
+    return {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS_OF[kind]}
+
+
+def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
+    """``rope_parameters`` of a config.json."""
+    keys = _ROPE_KEYS_OF[rotary.kind]
+    return {"rope_type": rotary.kind, "rope_theta": rotary.theta, **{key: getattr(rotary, key) for key in keys}}
