@@ -49,6 +49,8 @@ NEEDED = (
 )
 LEAST_SECONDS = 20
 """A stage is not started with less."""
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""A rehearsal measures nothing: half of its CPU time would go to making its programs fast."""
 READY = "{ready}"
 """In a stage's command: three quarters of the seconds that it has, in which its contenders must have compiled."""
 
@@ -128,8 +130,8 @@ def stages(options: argparse.Namespace, topology: str, scratch: Path) -> list[St
 def _step_command(options: argparse.Namespace, case: StepCase) -> tuple[str, ...]:
     torch = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
     theirs = ("torch-bf16-compile", "torch-bf16-autocast")
-    if options.rehearse:
-        theirs = theirs[:1]
+    if options.rehearse:  # torch's start costs as much as all that it is asked
+        theirs = theirs[:1] if case is REHEARSED[0] else ()
     contenders = [*(theirs if torch else ()), "jaxft-auto"]
     command = [
         *(sys.executable, str(ROOT / "benchmarks/step.py"), "--sizes", case.size, "--rows", str(case.rows)),
@@ -241,7 +243,8 @@ def environment_of(target: Path | None, rehearse: bool, scratch: Path) -> dict[s
     made = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONPYCACHEPREFIX": str(scratch / "pycache"),
+        # What is installed has its bytecode; what was unpacked has none, and gets it in a folder that goes again.
+        **({"PYTHONPYCACHEPREFIX": str(scratch / "pycache")} if target else {"PYTHONDONTWRITEBYTECODE": "1"}),
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "HF_HUB_OFFLINE": "1",
@@ -249,7 +252,10 @@ def environment_of(target: Path | None, rehearse: bool, scratch: Path) -> dict[s
         # Stages and their workers share the device's memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    return made | ({"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"} if rehearse else {})
+    if rehearse:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
+        made |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags}
+    return made
 
 
 _ABOUT = """
@@ -264,11 +270,10 @@ print(json.dumps(about | {"device": device.device_kind, "platform": device.platf
 def look_at(environment: dict[str, str]) -> dict[str, Any]:
     """What the machine has; ends with one line if something that the stages need is not there."""
     tried = f"import importlib\nfor name in {NEEDED!r}:\n importlib.import_module(name)"
-    for script in (tried, _ABOUT):
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SystemExit(f"this Python cannot run the stages: {last}; --wheels FOLDER brings what is missing")
+    done = subprocess.run([sys.executable, "-c", tried + _ABOUT], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SystemExit(f"this Python cannot run the stages: {last}; --wheels FOLDER brings what is missing")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -172,7 +172,7 @@ def main() -> None:
     if options.worker:
         return worker()
     if options.rehearse:
-        options.lengths, options.tokens, options.heads, options.turns, options.count = [32, 64], 128, 2, 2, 1
+        options.lengths, options.tokens, options.heads, options.turns, options.count = [32], 64, 2, 1, 1
     measure(options)
 
 

@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
 def command(out: Path, tokenizer: Path, steps: int, width: int) -> list[str]:
     """The run's command line."""
     arch = {
-        "vocab_size": 8192, "hidden_size": width, "num_hidden_layers": 2 if width < 64 else 4, "num_attention_heads": max(1, width // 64),
+        "vocab_size": 8192, "hidden_size": width, "num_hidden_layers": 1 if width < 64 else 4, "num_attention_heads": max(1, width // 64),
         "intermediate_size": 4 * width, "max_position_embeddings": 64,
     }  # fmt: skip
     rows = 32 if steps < 50 else 64
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="a tiny model and few steps, on the CPU")
     options = parser.parse_args()
     out = Path(options.out)
-    steps, width = (24, 32) if options.rehearse else (200, 512)
+    steps, width = (12, 32) if options.rehearse else (200, 512)
     environment = dict(os.environ) | ({"JAX_PLATFORMS": "cpu"} if options.rehearse else {})
     same_order = "--xla_cpu_multi_thread_eigen=false" if options.rehearse else "--xla_gpu_deterministic_ops=true"
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {same_order}".strip()

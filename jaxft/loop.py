@@ -163,7 +163,7 @@ def _fit(
     with times.part("weights"):
         state, progress, start = _start(setup, programs, out, seed, note, store)
     note(f"time to first step: {times.text()}")
-    meta = run_meta(setup, seed)
+    meta = run_meta(setup, out, seed)
     rules = setup.model.compute.rules
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
     batches, total = setup.train_batches(seed), setup.total_steps
@@ -275,7 +275,7 @@ def _score_best_anew(
     progress.best_value, progress.bad_evals = value if math.isfinite(value) else None, 0
 
 
-def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
+def run_meta(setup: Setup, out: Path, seed: int) -> dict[str, Any]:
     """What a checkpoint says about itself: enough to go on, and to serve the model without the run's files."""
     source = setup.source
     return {
@@ -288,7 +288,8 @@ def run_meta(setup: Setup, seed: int) -> dict[str, Any]:
         "train_rows": setup.train.digest(),
         "eval_rows": setup.held_out.digest(),
         "hf_config": {} if source is None else source.hf_config,
-        "tokenizer": str(setup.tokenizer.folder),
+        **checkpoint.tokenizer_place(setup.tokenizer.folder, out),
+        "tokenizer_digest": setup.tokenizer.digest(),
         "max_length": setup.config.data.max_length,
     }
 

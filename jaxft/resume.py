@@ -79,9 +79,13 @@ def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out:
             f"give the old value to go on with it, or another train.out to begin anew"
         )
     if rows_known and meta["train_rows"] != setup.train.digest():
+        what = f"{setup.config.data.train} (or its tokenizer) has changed"
+        give = "the rows it was trained on, wherever they lie,"
+        if _other_tokenizer(setup, meta):
+            what = f"the tokenizer in {setup.tokenizer.folder} gives other ids than the one it was begun with"
+            give = "that tokenizer (data.tokenizer)"
         raise UserError(
-            f"{out} holds a run on other rows: {setup.config.data.train} (or its tokenizer) has changed; "
-            "give the rows it was trained on, wherever they lie, to go on with it, or another train.out to begin anew"
+            f"{out} holds a run on other rows: {what}; give {give} to go on with it, or another train.out to begin anew"
         )
     _check_model(setup, meta, out)
     if setup.total_steps < step:
@@ -89,6 +93,11 @@ def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out:
             f"{out} holds a run that has done {step} steps, it cannot end at {setup.total_steps}; "
             f"set train.steps={step} or more (or train.epochs) to go on with it, or another train.out to begin anew"
         )
+
+
+def _other_tokenizer(setup: Setup, meta: dict[str, Any]) -> bool:
+    """Whether the tokenizer means something else than when the checkpoint was made; earlier versions' do not say."""
+    return meta.get("tokenizer_digest") not in (None, setup.tokenizer.digest())
 
 
 def _check_model(setup: Setup, meta: dict[str, Any], out: Path) -> None:
@@ -132,6 +141,11 @@ def changes_said(setup: Setup, meta: dict[str, Any], step: int, seed: int) -> It
             yield f"{key} was {was}, now {now}: the weights are the checkpoint's; architecture and rows are the same"
         elif key in _SOURCES and key not in ("data.eval", "data.eval_fraction"):
             yield f"{key} was {was}, now {now}: the training rows are the same"
+    if _other_tokenizer(setup, meta):
+        yield (
+            f"warning: {setup.tokenizer.folder}: the tokenizer has changed since this run was begun: the training rows have "
+            "the same ids, other texts may not"
+        )
     before = steps_of(run_config(stored_config(meta)), len(setup.train))
     if before != setup.total_steps:
         yield from _length_said(setup, before, step)

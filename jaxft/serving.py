@@ -25,7 +25,7 @@ from jaxft.data.examples import Encoded
 from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer, check_types, check_vocabulary
+from jaxft.data.tokenizer import Tokenizer, check_types, check_vocabulary, has_tokenizer
 from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.models.contract import classes_of
@@ -158,12 +158,8 @@ def restored(
     _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
     model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
-    tokenizer = folder / meta["tokenizer"]  # absolute, or inside the checkpoint
-    if config.data.tokenizer is not None:
-        tokenizer = resolve_folder(config.data.tokenizer)
-    elif not tokenizer.is_dir() and config.model.init is not None:
-        note(f"{tokenizer} is gone; the tokenizer of {config.model.init} is used")
-        tokenizer = resolve_folder(config.model.init)
+    named = any(override.startswith("data.tokenizer=") for override in overrides)
+    tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
     params = jax.tree.map(jnp.asarray, params)
     if config.model.lora.rank is not None:
         params = lora.merged(params, config.model.lora.alpha)
@@ -172,6 +168,26 @@ def restored(
         # config.json is that of the folder the run began from; its head may have been for something else.
         hf_config = hf_config | {"problem_type": SINGLE_LABEL}
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
+
+
+def _tokenizer_of(folder: Path, meta: dict[str, Any], config: RunConfig, note: Note, *, named: bool) -> Path:
+    """The tokenizer's folder of a checkpoint: as ``named`` by the user, where the run had it, or what the run named then."""
+    if named and config.data.tokenizer is not None:
+        found: Path | None = resolve_folder(config.data.tokenizer)
+    else:
+        found = checkpoint.find_tokenizer(meta, folder)
+    if found is None:
+        reference = config.data.tokenizer or config.model.init
+        if reference is None:
+            raise UserError(f"{folder}: its tokenizer, {meta['tokenizer']}, is gone; put it back there")
+        note(f"{meta['tokenizer']} is gone; the tokenizer of {reference} is used")
+        found = resolve_folder(reference)
+    then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
+    if then is not None and has_tokenizer(found) and Tokenizer(found, model_type=meta["family"]).digest() != then:
+        note(
+            f"warning: {found}: the tokenizer has changed since the run: it gives other ids than the model was trained on"
+        )
+    return found
 
 
 def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:

@@ -20,12 +20,13 @@ import jax
 import numpy as np
 import pytest
 from quick_xla import quick_flags
-from tiny_run import ARCH, config_of, overrides
+from tiny_run import ARCH, config_of, overrides, write_tokenizer
 
-from jaxft import initial, loop, resume, setup
+from jaxft import initial, loop, resume, serving, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
+from jaxft.data.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.loop import Programs, Result
 from jaxft.metrics import read_log
@@ -502,6 +503,58 @@ def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Pat
         resume.check_goes_on(moved.setup, meta, TOTAL, 0, tmp_path)
 
 
+def with_tokenizer(ready: Ready, folder: Path, change: tuple[str, str] = ("", "")) -> Ready:
+    """The same run with a tokenizer in a folder of its own, with a change of its text."""
+    text = (write_tokenizer(folder) / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace(*change) if change[0] else text)
+    return Ready(dataclasses.replace(ready.setup, tokenizer=Tokenizer(folder, 12, model_type="bert")), ready.programs)
+
+
+def test_a_tokenizer_that_has_changed_is_said(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    meta = moved_on(ready, whole, tmp_path / "run")
+    same = with_tokenizer(ready, tmp_path / "elsewhere").setup
+    assert list(resume.changes_said(same, meta, TOTAL, 0)) == []
+    # A word that no row has.
+    other = with_tokenizer(ready, tmp_path / "other", ('"word19"', '"word99"')).setup
+    (line,) = resume.changes_said(other, meta, TOTAL, 0)
+    assert line.startswith(f"warning: {tmp_path}/other: the tokenizer has changed since this run was begun")
+    # Other ids of the training rows are another run.
+    turned = {**other.train.columns, "tokens": other.train.columns["tokens"][::-1]}
+    rows = dataclasses.replace(other.train, columns=turned)
+    with pytest.raises(
+        UserError, match=r"other rows: the tokenizer in .*other gives other ids .*; give that tokenizer"
+    ):
+        resume.check_goes_on(dataclasses.replace(other, train=rows), meta, TOTAL, 0, tmp_path)
+    # Checkpoints of earlier versions do not know.
+    del meta["tokenizer_digest"]
+    assert list(resume.changes_said(other, meta, TOTAL, 0)) == []
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_run_folder_that_moved_has_its_tokenizer(ready: Ready, tmp_path: Path, inside: bool) -> None:
+    place = tmp_path / ("old/words" if inside else "words")
+    fit(with_tokenizer(ready, place), tmp_path / "old", stop_at=3)
+    (tmp_path / "old").rename(tmp_path / "new")
+    now = tmp_path / ("new/words" if inside else "words")
+    for named in ("new", "new/checkpoints", "new/checkpoints/3"):
+        notes: list[str] = []
+        assert serving.restored(tmp_path / named, [], notes.append)[4] == now
+        assert notes == []
+    # Changed since, which is said, or gone: then what the configuration names.
+    path = now / "tokenizer.json"
+    path.write_text(path.read_text().replace('"word19"', '"word99"'))
+    serving.restored(tmp_path / "new", [], notes.append)
+    assert notes == [
+        f"warning: {now}: the tokenizer has changed since the run: it gives other ids than the model was trained on"
+    ]
+    shutil.rmtree(now)
+    named = str(ready.setup.config.data.tokenizer)
+    assert serving.restored(tmp_path / "new", [], notes.append)[4] == Path(named)
+    assert notes[1:] == [f"{place} is gone; the tokenizer of {named} is used"]
+    asked = write_tokenizer(tmp_path / "asked")
+    assert serving.restored(tmp_path / "new", [f"data.tokenizer={asked}"], notes.append)[4] == asked
+
+
 @pytest.mark.parametrize("what", ["rows", "metric"])
 def test_the_best_so_far_is_scored_anew_when_scores_change(
     ready: Ready, whole: tuple[Run, Path], tmp_path: Path, what: str
@@ -623,7 +676,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tiny_run import ARCH, config_of, overrides
+from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft import loop, pretrained, resume, setup
 from jaxft.__main__ import main
 import jax

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxft.checkpoint.beside import find_tokenizer, tokenizer_place
     from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
     from jaxft.checkpoint.params import is_checkpoint, restore_params, save_params
     from jaxft.checkpoint.store import Checkpoints, Restored, step_folders
@@ -21,11 +22,13 @@ _HOME = {
     "LeafSpec": "manifest",
     "Manifest": "manifest",
     "Restored": "store",
+    "find_tokenizer": "beside",
     "is_checkpoint": "params",
     "read_manifest": "manifest",
     "restore_params": "params",
     "save_params": "params",
     "step_folders": "store",
+    "tokenizer_place": "beside",
 }
 
 __all__ = [
@@ -35,11 +38,13 @@ __all__ = [
     "LeafSpec",
     "Manifest",
     "Restored",
+    "find_tokenizer",
     "is_checkpoint",
     "read_manifest",
     "restore_params",
     "save_params",
     "step_folders",
+    "tokenizer_place",
 ]
 
 

@@ -15,15 +15,13 @@ import numpy as np
 
 from jaxft import processes
 from jaxft.checkpoint import layout
+from jaxft.checkpoint.beside import RUN_SUBFOLDER
 from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
 from jaxft.checkpoint.store import load_checked, step_folders, with_versions
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
 
 logger = logging.getLogger("jaxft.checkpoint")
-
-RUN_SUBFOLDER = "checkpoints"
-"""Where a run folder has its checkpoints."""
 
 
 def save_params(folder: Path, params: Any, meta: dict[str, Any], files: Mapping[str, Path] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,6 +29,17 @@ __all__ = [
 ]
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the library's threads busy
+
+# Letters and marks that normalizers, splitters and added tokens are known to treat each in its own way.
+_KINDS_OF_TEXT = (
+    "The quick Brown FOX, over 12 lazy dogs' tails.",
+    "  two  blanks,\ttab\nline\r\n\u00a0end ",
+    "na\u00efve E\u0301COLE \u0130stanbul stra\u00dfe \ufb01ne \u2167 \u200bx\ufeff",
+    "\u6771\u4eac \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f642",
+    "[MASK] [SEP]<mask>  </s><s> <unk> [UNK]x",
+    "e.g. http://a.b/c_d?e=1 1,000.5 state-of-the-art don't\u2019t",
+    "",
+)
 
 
 class Tokenizer:
@@ -238,6 +251,24 @@ class Tokenizer:
             return None
         token = self._files.named.get(name, f"[{name.removesuffix('_token').upper()}]")
         return self._fast.token_to_id(token)
+
+    def digest(self) -> str:
+        """A hash of what this tokenizer means: its tokens and their ids, and what it makes of texts of many kinds."""
+        self._fast.no_truncation()
+        try:
+            rows = [self._meant(text, pair) for pair in (None, _KINDS_OF_TEXT[0]) for text in _KINDS_OF_TEXT]
+        finally:
+            self._truncate(self._files.truncation_side)
+        tokens = sorted(self._fast.get_vocab(with_added_tokens=True).items())
+        said = json.dumps([tokens, self.special_ids, self.mask_id, self.end_id, self._files.truncation_side, rows])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _meant(self, text: str, pair: str | None) -> Any:
+        try:
+            row = self._fast.encode(text, pair)
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions; not every vocabulary has all letters
+            return str(error)
+        return [row.ids, self._types_of(row)]
 
     def save(self, folder: Path, max_length: int | None = None) -> None:
         """Writes tokenizer files to ``folder``, which may hold a config.json, that give the ids of this tokenizer.

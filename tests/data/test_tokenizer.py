@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,22 @@ def test_types_beyond_the_table_are_refused(tmp_path: Path, capsys: Capture) -> 
         loaded.apply({"params": params}, **tokenizer("the cat", "a dog"))
     with pytest.raises(UserError, match="position 40 is not in the table of 32 rows"):
         loaded.apply({"params": params}, **tokenizer("cat"), positions=jnp.asarray([[0, 1, 40]]))
+
+
+def test_the_digest_is_of_what_a_tokenizer_means(folder: Path, tmp_path: Path) -> None:
+    made = Tokenizer(folder)
+    digest = made.digest()
+    (tmp_path / "saved").mkdir()
+    made.save(tmp_path / "saved", max_length=8)
+    assert Tokenizer(tmp_path / "saved", max_length=5).digest() == digest
+    cut = Tokenizer(folder, max_length=3)
+    assert cut.digest() == digest
+    assert len(cut.encode(["cat dog cat dog"])[0][0]) == 3  # and cuts as before
+    settings = {"do_lower_case": False, "truncation_side": "left", "mask_token": "cat", "extra_special_tokens": ["cat"]}
+    digests = {digest}
+    for name, value in settings.items():
+        change(Path(shutil.copytree(folder, tmp_path / name)) / "tokenizer_config.json", **{name: value})
+        digests.add(Tokenizer(tmp_path / name).digest())
+    write_tokenizer(tmp_path / "more", ("zebra",))
+    digests.add(Tokenizer(tmp_path / "more").digest())
+    assert len(digests) == 6

@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
         {"num_labels": 4, "problem_type": "multi_label_classification"},
         False,
     ),
-    "bert-tokens": ("BertForTokenClassification", {"num_labels": 3}, False),
+    "bert-tokens": ("BertForTokenClassification", {"num_labels": 3}, True),
     "bert-spans": ("BertForQuestionAnswering", {}, False),
     "bert-choices": ("BertForMultipleChoice", {}, False),
     "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}, False),

@@ -79,16 +79,18 @@ def _computed(reference: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _jaxft(folder: Path, architecture: str | None = None) -> tuple[str, Any, Callable[[Any], dict[str, Any]]]:
-    """(architecture, config, batch -> outputs) of a folder, by jaxft."""
+    """(architecture, facts, batch -> outputs) of a folder, by jaxft."""
     from jaxft import parity
     from jaxft.layers import Compute
+    from jaxft.models.contract import architecture_of
     from jaxft.pretrained import load_params
     from jaxft.source import open_source
 
     source = open_source(str(folder), lambda text: None)
     model = source.family.Model(source.config, source.head, Compute())
     params = load_params(source, model, lambda text: None)
-    return source.family.HEADS[source.head], source.config, lambda batch: parity.outputs(model, params, batch)
+    architecture = architecture_of(source.family, source.head, source.model_type)
+    return architecture, model.facts, lambda batch: parity.outputs(model, params, batch)
 
 
 def _convert(folder: Path, target: Path) -> str:
@@ -107,19 +109,20 @@ def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> st
     """None where all agree within the tolerance, else what does not."""
     from jaxft import parity
     from jaxft.errors import UserError
+    from jaxft.models.contract import example_batch
     from zoo import folders
 
     target = folder.with_name(folder.name + ".converted")
     _convert(folder, target)
     stored = folders.made(model).architecture
     try:
-        architecture, config, from_target = _jaxft(target)
+        architecture, facts, from_target = _jaxft(target)
     except UserError as error:
         return f"jaxft does not read what it wrote: {error}"
     same = {"BertForPreTraining": "BertForMaskedLM"}  # the masked-LM half of it, by design
     if architecture != same.get(stored, stored):
         return f"a {stored} was taken for a {architecture}"
-    batch = parity.random_batch(config, 3)
+    batch = example_batch(facts, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

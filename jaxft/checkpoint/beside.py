@@ -1,0 +1,31 @@
+"""Where the tokenizer of a training checkpoint lies, also after the run's folder has been moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+RUN_SUBFOLDER = "checkpoints"
+"""Of a run's folder: where its step folders lie."""
+
+
+def tokenizer_place(tokenizer: Path, run: Path) -> dict[str, str]:
+    """What the meta of a run's checkpoints says of the tokenizer's folder: where it is, and where in the run's folder."""
+    tokenizer, run = tokenizer.resolve(), run.resolve()
+    inside = {"tokenizer_inside": tokenizer.relative_to(run).as_posix()} if tokenizer.is_relative_to(run) else {}
+    return {"tokenizer": str(tokenizer), **inside}
+
+
+def find_tokenizer(meta: dict[str, Any], folder: Path) -> Path | None:
+    """The tokenizer's folder of a checkpoint, if it still is there.
+
+    Args:
+      meta: of the checkpoint.
+      folder: the checkpoint, or the run's folder, as the user named it: both may have moved.
+    """
+    folder = folder.absolute()
+    found = [folder / meta["tokenizer"]]  # absolute, or inside the checkpoint
+    if "tokenizer_inside" in meta:
+        run = next((place for place in (folder, *folder.parents[:2]) if (place / RUN_SUBFOLDER).is_dir()), folder)
+        found.insert(0, run / meta["tokenizer_inside"])
+    return next((place for place in found if place.is_dir()), None)
