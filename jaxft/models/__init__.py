@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 from difflib import get_close_matches
+from typing import cast
 
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError
@@ -42,7 +43,7 @@ def family(name: str) -> Family:
       UserError: there is no such family.
     """
     if "." in name:
-        return outside_module("model.family", name, _NEEDED, "docs/add_a_model.md")  # type: ignore[return-value]
+        return cast(Family, outside_module("model.family", name, _NEEDED, "docs/add_a_model.md"))
     found = name if name in families() else model_types().get(name) or model_types().get(name.replace("_", "-"))
     if found is None:
         # Names of other families are as near to ours as slips are (albert, roberta): only what is no longer can be a slip.
@@ -54,4 +55,4 @@ def family(name: str) -> Family:
 
 
 def _module(name: str) -> Family:
-    return importlib.import_module(f"{_families.__name__}.{name}")  # type: ignore[return-value]
+    return cast(Family, importlib.import_module(f"{_families.__name__}.{name}"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import cast
 
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
@@ -57,7 +58,7 @@ def task(name: str) -> TaskModule:
       UserError: there is no such task.
     """
     if "." in name:
-        return outside_module("task.name", name, _NEEDED, "docs/add_a_task.md")  # type: ignore[return-value]
+        return cast(TaskModule, outside_module("task.name", name, _NEEDED, "docs/add_a_task.md"))
     if name not in tasks():
         raise UserError(f"task.name={name!r}: {nearest(name, tasks())}")
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return cast(TaskModule, importlib.import_module(f"{__name__}.{name}"))

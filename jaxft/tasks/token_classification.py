@@ -331,7 +331,8 @@ def _windows(
         found: dict[int, list[Window]] = {number: [] for number in chunk}
         for split in (False, True):
             chosen = [number for number in chunk if isinstance(texts[number], list) == split]
-            made = tokenizer.windows([texts[number] for number in chosen], split_words=split, stride=stride)  # type: ignore[arg-type]
+            of_kind: list[Any] = [texts[number] for number in chosen]
+            made = tokenizer.windows(of_kind, split_words=split, stride=stride)
             for window in made:
                 found[chosen[window.row]].append(window)
         yield from found.items()
