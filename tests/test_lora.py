@@ -48,8 +48,8 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
     tokens = jnp.arange(12).reshape(2, 6)
     ours = model.apply({"params": params}, tokens).hidden
     np.testing.assert_array_equal(ours, model.base.apply({"params": params["base"]}, tokens).hidden)
-    adapters = paths_of(params["lora"])
-    assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in adapters.items())
+    thin = paths_of(params["lora"])
+    assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in thin.items())
 
 
 @pytest.mark.parametrize("family", models.families())
@@ -67,13 +67,13 @@ def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
     merged = lora.merged(params, model.alpha)
     gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)
     base, made, slopes = (paths_of(tree) for tree in (params["base"], merged, of_merged))
-    adapters, found = paths_of(params["lora"]), paths_of(gradient["lora"])
+    thin, found = paths_of(params["lora"]), paths_of(gradient["lora"])
     scale = 6.0 / 3
     for path in base:
         if path not in model.targets:
             np.testing.assert_array_equal(base[path], made[path])
             continue
-        a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
+        a, b = thin[f"{path}/a"], thin[f"{path}/b"]
         for layer in range(2):
             left, right = a[layer].reshape(-1, 3), b[layer].reshape(3, -1)
             wanted = base[path][layer] + scale * (left @ right).reshape(base[path].shape[1:])
