@@ -1,17 +1,39 @@
-"""Eight virtual CPU devices for the whole suite, whatever the machine has."""
+"""Eight virtual CPU devices for the whole suite, whatever the machine has; and an end to what compiled programs pile up."""
 
 import os
+from pathlib import Path
+
+from quick_xla import quick_flags
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Most of the suite's time is spent compiling programs that run once: LLVM need not polish them.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += f" {quick_flags()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Lines are folded to the terminal's width, which differs from machine to machine.
 os.environ["COLUMNS"] = "100"
 
+import gc
+import sys
+
 from hypothesis import settings
 
 settings.register_profile("jaxft", database=None, deadline=None, derandomize=True)
 settings.load_profile("jaxft")
+
+_STATM = Path("/proc/self/statm")
+_GROWTH = 600 * 2**20
+_most = 1200 * 2**20
+
+
+def _resident() -> int:
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if _STATM.exists() else 0
+
+
+def pytest_runtest_logfinish() -> None:
+    """Programs are kept as long as the process lives: let go of them between two tests once they take much memory."""
+    global _most
+    if "jax" in sys.modules and _resident() > _most:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        _most = max(_most, _resident() + _GROWTH)

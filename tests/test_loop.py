@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from quick_xla import quick_flags
 from tiny_run import ARCH, config_of, overrides
 
 from jaxft import initial, loop, resume, setup
@@ -641,7 +642,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
     def start(*outs: str) -> subprocess.Popen[str]:
         arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path), *outs]
         # One device, quick compilation.
-        flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        flags = {"XLA_FLAGS": quick_flags()}
         return subprocess.Popen(arguments, env=os.environ | flags, stdout=subprocess.PIPE, text=True)
 
     checkpoints = tmp_path / "killed" / "checkpoints"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from quick_xla import quick_flags
 from tiny_run import overrides
 
 from jaxft.processes import detect
@@ -155,7 +156,7 @@ def training(folder: Path) -> list[str]:
 
 
 def real_env(env: dict[str, str]) -> dict[str, str]:
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    flags = {"XLA_FLAGS": quick_flags(), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     return env | flags | {"PYTHON": sys.executable}
 
 

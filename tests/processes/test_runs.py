@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_xla import quick_flags
 from safetensors.numpy import load_file
 from tiny_run import overrides
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 ENV = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
     "JAX_PLATFORMS": "cpu",
     "PYTHON": sys.executable,
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick_flags(),
 }
 LOCAL = str(ROOT / "launch" / "local.sh")
 
