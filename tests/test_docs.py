@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import tiny
+from quick_xla import quick_flags
 
 PAGE = Path(__file__).parent.parent / "docs/python.md"
 
@@ -50,8 +51,7 @@ def test_the_page_on_python_runs(tmp_path: Path) -> None:
     (tmp_path / "page.txt").write_text("\0".join(code))
     root = str(PAGE.parent.parent)
     # One device, whatever this suite has.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_flags(), "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
