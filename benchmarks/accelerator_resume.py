@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.files import write_atomic
-from jaxft.metrics import read_log
+from jaxft.reporting.sinks import read_log
 
 DATA = Path(__file__).parent.parent / "configs/data/wordnet8"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxft.commands.platform import COMPILE_ENV
-from jaxft.hlo.llo import llo_flags
+from jaxft.machine.platform import COMPILE_ENV
+from jaxft.planning.hlo.llo import llo_flags
 
 BACKENDS = ("fused", "splash", "flash", "blockwise", "xla", "jax")
 TOKENS, HEADS, SIZE = 16384, 12, 64
@@ -44,11 +44,11 @@ def price(
 
     from jaxft.attention import MaskSpec, attend, tokens_last
     from jaxft.errors import UserError
-    from jaxft.hlo import costs_of
-    from jaxft.hlo.llo import ChipSpeed, llo_cycles
     from jaxft.layers import Compute, rows_of
-    from jaxft.plan.chips import parse_topology
-    from jaxft.plan.measure import devices_of
+    from jaxft.machine.chips import parse_topology
+    from jaxft.planning.hlo import costs_of
+    from jaxft.planning.hlo.llo import ChipSpeed, llo_cycles
+    from jaxft.planning.measure import devices_of
 
     chips = parse_topology(topology)
     place = SingleDeviceSharding(devices_of(chips)[0])

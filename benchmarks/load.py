@@ -22,8 +22,9 @@ from pathlib import Path
 _JAXFT = """
 import json, resource, sys, time
 import jax, numpy, jaxft
-from jaxft import checkpoint, pretrained, source
-from jaxft.data import tokenizer
+from jaxft import checkpoint
+from jaxft.hub import pretrained, source
+from jaxft.data.processors import tokenizer
 jax.devices()
 jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -66,9 +67,9 @@ def make_checkpoint(folder: Path) -> None:
     import jax
     import numpy as np
 
-    from jaxft.initial import shapes_and_axes
+    from jaxft.hub.pretrained import export_folder
     from jaxft.models.families import bert
-    from jaxft.pretrained import export_folder
+    from jaxft.models.initial import shapes_and_axes
 
     model = bert.Model(bert.Config())
     rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """What the loop costs besides the compiled step: share of wall time spent outside of it.
 
-Runs `jaxft.loop.fit` on a run file, blocks on each compiled step so that its time can be told from the rest, and sums up what
+Runs `jaxft.training.loop.fit` on a run file, blocks on each compiled step so that its time can be told from the rest, and sums up what
 passes between two steps: waiting for the batch, placing it, fetching and logging numbers. Blocking takes away the overlap that
 a real run has, so this is an upper bound; "as it is" is the throughput of the same run left alone, one step in flight.
 
@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxft import loop, setup
 from jaxft.config import load_config
+from jaxft.training import loop, setup
 
 FIRST, STEPS = 10, 80
 

@@ -153,13 +153,13 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
 
     from jaxft.config import load_config
     from jaxft.data.batch import text_shape
-    from jaxft.flops import model_flops
-    from jaxft.initial import init_params
-    from jaxft.memory import device_bytes, release_freed
-    from jaxft.plan.chips import peak_of
-    from jaxft.recipe import make_recipe, planned_targets
-    from jaxft.setup import stand_in_tokenizer
-    from jaxft.sharding import jitted, make_mesh
+    from jaxft.machine.chips import peak_of
+    from jaxft.machine.memory import device_bytes, release_freed
+    from jaxft.models.initial import init_params
+    from jaxft.parallel.sharding import jitted, make_mesh
+    from jaxft.training.flops import model_flops
+    from jaxft.training.recipe import make_recipe, planned_targets
+    from jaxft.training.setup import stand_in_tokenizer
 
     config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
     arch = config.model.arch

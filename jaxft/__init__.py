@@ -16,25 +16,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxft.commands.from_python import Trained, train
+    from jaxft.cli.from_python import Trained, train
     from jaxft.config import RunConfig, load_config
     from jaxft.errors import UserError
+    from jaxft.hub.pretrained import export_folder
+    from jaxft.inference.load import Loaded, load
     from jaxft.layers import Compute
-    from jaxft.notebook import Loaded, load
-    from jaxft.pretrained import export_folder
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Compute": "layers",
-    "Loaded": "notebook",
+    "Loaded": "inference.load",
     "RunConfig": "config",
-    "Trained": "commands.from_python",
+    "Trained": "cli.from_python",
     "UserError": "errors",
-    "export_folder": "pretrained",
-    "load": "notebook",
+    "export_folder": "hub.pretrained",
+    "load": "inference.load",
     "load_config": "config",
-    "train": "commands.from_python",
+    "train": "cli.from_python",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The command line, ``jaxft COMMAND``. Thin: each command lives in ``jaxft.commands``.
+"""The command line, ``jaxft COMMAND``. Thin: each command lives in ``jaxft.cli``.
 
 Problems that the user can fix are printed as one line and end with exit code 2; nothing half-written is left behind.
 """
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
         # Only the command asked for is imported: `jaxft --help` stays quick.
-        module = importlib.import_module(f"jaxft.commands.{given[0].replace('-', '_')}")
+        module = importlib.import_module(f"jaxft.cli.{given[0].replace('-', '_')}")
         parser = _Parser(prog=f"jaxft {given[0]}", description=COMMANDS[given[0]].capitalize() + ".")
         module.add_arguments(parser)
         # Intermixed: key=value pairs may stand before and after options.
@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    from jaxft.commands.console import drop_output, no_interrupt, show_anything
+    from jaxft.cli.console import drop_output, no_interrupt, show_anything
     from jaxft.errors import UserError
 
     show_anything()
@@ -103,7 +103,7 @@ def _output_is_lost() -> bool:
 
 def _end_if_compiling() -> None:
     """Ends the process if a compiler is still at work: Python would wait for it, or crash."""
-    from jaxft.threads import still_working
+    from jaxft.machine.threads import still_working
 
     if still_working():
         with suppress(OSError):

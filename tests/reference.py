@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.hf import import_params
-from jaxft.initial import shapes_and_axes
+from jaxft.hub.convert import import_params
+from jaxft.hub.source import open_folder
 from jaxft.layers import Compute
 from jaxft.models.contract import Family, architecture_of, example_batch
-from jaxft.source import open_folder
+from jaxft.models.initial import shapes_and_axes
 from jaxft.tasks.classification import cross_entropy
 from jaxft.trees import paths_of
 

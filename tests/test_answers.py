@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import make_folder, refusal, rows, run, write_csv
 
 from jaxft.models.contract import Output
-from jaxft.report import report_text, write_report
+from jaxft.reporting.report import report_text, write_report
 from jaxft.tasks.classification import MOST_CONFUSION_CLASSES, Task
 
 Capture = pytest.CaptureFixture[str]

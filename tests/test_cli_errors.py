@@ -255,7 +255,7 @@ def test_wrong_usage_is_one_line_too(capsys: Capture, arguments: list[str], mess
 def test_messages_of_many_lines_and_errors_of_the_system_are_one_line(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxft.commands import show_config
+    from jaxft.cli import show_config
     from jaxft.errors import UserError
 
     def fail(error: Exception) -> None:

@@ -10,8 +10,8 @@ import pytest
 from tiny import refusal, run
 
 from jaxft.__main__ import COMMANDS
-from jaxft.commands.completion import choices, script
-from jaxft.commands.train import MAIN_KEYS
+from jaxft.cli.completion import choices, script
+from jaxft.cli.train import MAIN_KEYS
 
 Capture = pytest.CaptureFixture[str]
 KEYS = dict(choices())

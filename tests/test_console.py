@@ -16,12 +16,13 @@ import pytest
 from tiny import rows, write_csv
 from tiny_run import overrides
 
-from jaxft import __main__, setup
-from jaxft.commands import console
+from jaxft import __main__
+from jaxft.cli import console
 from jaxft.config import RunConfig, load_config
 from jaxft.files import is_unicode
-from jaxft.report import report_text
-from jaxft.threads import as_completed, still_working
+from jaxft.machine.threads import as_completed, still_working
+from jaxft.reporting.report import report_text
+from jaxft.training import setup
 
 USUAL = ["train.steps=2", "train.export=false", "eval.every=2"]
 
@@ -183,8 +184,9 @@ def test_threads_give_results_as_they_come_and_errors_when_all_is_quiet() -> Non
 
 CHILD = """
 import sys, threading, time
-from jaxft import __main__, threads
-from jaxft.commands import train
+from jaxft import __main__
+from jaxft.machine import threads
+from jaxft.cli import train
 def run(options):
     print("compiling", flush=True)
     for _ in threads.as_completed(lambda item: time.sleep(60), [0, 1, 2], 2):

@@ -13,12 +13,12 @@ from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.tasks import task_options
 from jaxft.data.batch import collate, text_shape
-from jaxft.initial import shapes_and_axes
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, example_batch, head_of, with_classes
 from jaxft.models.families import bert, llama, roberta
+from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
-from jaxft.setup import stand_in_tokenizer
 from jaxft.tasks import Targets, TaskModule, causal_lm, classification, masked_lm, token_classification
+from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import paths_of
 
 FAMILIES: tuple[Family, ...] = (bert, llama, roberta)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import make_folder, refusal, run
 
-from jaxft.commands.convert import parse_size
+from jaxft.cli.convert import parse_size
 from jaxft.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -163,7 +163,7 @@ def test_targets(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxft import pretrained
+    from jaxft.hub import pretrained
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "config.json")
@@ -468,7 +468,8 @@ def test_peak_memory_of_loading(tmp_path: Path) -> None:
 _CONVERT = """
 import resource, sys
 import jax, jaxft
-from jaxft import __main__, checkpoint, pretrained
+from jaxft import __main__, checkpoint
+from jaxft.hub import pretrained
 from jaxft.checkpoint import params
 jax.devices()
 jax.jit(lambda: jax.numpy.zeros(3))().block_until_ready()

@@ -16,7 +16,7 @@ from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.layers.embedding import look_up
-from jaxft.sharding import make_mesh, no_mesh
+from jaxft.parallel.sharding import make_mesh, no_mesh
 
 NAMES = ("vocab", "embed")
 MESHES: dict[str, dict[str, Any]] = {

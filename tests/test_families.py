@@ -16,9 +16,9 @@ from tiny import WORDS, rows, run, write_csv, write_tokenizer
 
 import jaxft
 from jaxft import models, tasks
-from jaxft.commands.platform import COMPILE_ENV
+from jaxft.hub.pretrained import export_folder, shapes_and_axes
 from jaxft.layers import Compute
-from jaxft.pretrained import export_folder, shapes_and_axes
+from jaxft.machine.platform import COMPILE_ENV
 
 Capture = pytest.CaptureFixture[str]
 FAMILIES = models.families()

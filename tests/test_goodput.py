@@ -16,12 +16,12 @@ import pytest
 from tiny import refusal, run
 from tiny_run import config_of, overrides
 
-from jaxft.commands import platform
 from jaxft.data.batch import text_shape
-from jaxft.flops import UsefulFlops, model_flops
-from jaxft.goodput import Lap, lap_of
-from jaxft.plan.chips import peak_of
-from jaxft.setup import Times, prepare
+from jaxft.machine import platform
+from jaxft.machine.chips import peak_of
+from jaxft.training.flops import UsefulFlops, model_flops
+from jaxft.training.goodput import Lap, lap_of
+from jaxft.training.setup import Times, prepare
 
 
 def test_a_profiled_run_leaves_a_trace_and_its_time_by_cause(

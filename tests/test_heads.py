@@ -14,7 +14,7 @@ from tiny import make_folder, refusal, rows, run, write_csv
 
 import jaxft
 from jaxft import models
-from jaxft.source import open_source
+from jaxft.hub.source import open_source
 
 Capture = pytest.CaptureFixture[str]
 PROBLEMS = [("regression", 1), ("multi_label_classification", 3), (None, 1), ("single_label_classification", 1)]

@@ -13,13 +13,13 @@ import pytest
 from jaxft import models, tasks
 from jaxft.config import MeshConfig, OptimConfig, RunConfig
 from jaxft.data.packing import packed_fields
-from jaxft.initial import shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
-from jaxft.optim import make_optimizer, make_schedule
-from jaxft.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
-from jaxft.state import init_state, state_shardings
-from jaxft.step import make_train_step
+from jaxft.models.initial import shapes_and_axes
+from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import init_state, state_shardings
+from jaxft.training.step import make_train_step
 from jaxft.trees import map_paths, paths_of
 
 ROWS, LENGTH = 16, 12

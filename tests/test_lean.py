@@ -11,7 +11,7 @@ import tiny
 import tiny_run
 from test_report import CONFUSION, LABELS, log_of, metrics_of
 
-from jaxft.report import report_text, write_report
+from jaxft.reporting.report import report_text, write_report
 
 OPTIONAL = ("matplotlib", "PIL", "plotext", "pyarrow", "tensorflow_datasets", "datasets", "wandb", "tensorboardX")
 

@@ -22,16 +22,18 @@ import pytest
 from quick_xla import quick_flags
 from tiny_run import ARCH, config_of, overrides, write_tokenizer
 
-from jaxft import initial, loop, resume, serving, setup
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.loop import Programs, Result
-from jaxft.metrics import read_log
-from jaxft.setup import Setup, Times
-from jaxft.sharding import make_mesh
+from jaxft.inference import predict
+from jaxft.models import initial
+from jaxft.parallel.sharding import make_mesh
+from jaxft.reporting.sinks import read_log
+from jaxft.training import loop, resume, setup
+from jaxft.training.loop import Programs, Result
+from jaxft.training.setup import Setup, Times
 from jaxft.trees import paths_of
 
 TOTAL = 30
@@ -538,21 +540,21 @@ def test_a_run_folder_that_moved_has_its_tokenizer(ready: Ready, tmp_path: Path,
     now = tmp_path / ("new/words" if inside else "words")
     for named in ("new", "new/checkpoints", "new/checkpoints/3"):
         notes: list[str] = []
-        assert serving.restored(tmp_path / named, [], notes.append)[4] == now
+        assert predict.restored(tmp_path / named, [], notes.append)[4] == now
         assert notes == []
     # Changed since, which is said, or gone: then what the configuration names.
     path = now / "tokenizer.json"
     path.write_text(path.read_text().replace('"word19"', '"word99"'))
-    serving.restored(tmp_path / "new", [], notes.append)
+    predict.restored(tmp_path / "new", [], notes.append)
     assert notes == [
         f"warning: {now}: the tokenizer has changed since the run: it gives other ids than the model was trained on"
     ]
     shutil.rmtree(now)
     named = str(ready.setup.config.data.tokenizer)
-    assert serving.restored(tmp_path / "new", [], notes.append)[4] == Path(named)
+    assert predict.restored(tmp_path / "new", [], notes.append)[4] == Path(named)
     assert notes[1:] == [f"{place} is gone; the tokenizer of {named} is used"]
     asked = write_tokenizer(tmp_path / "asked")
-    assert serving.restored(tmp_path / "new", [f"data.tokenizer={asked}"], notes.append)[4] == asked
+    assert predict.restored(tmp_path / "new", [f"data.tokenizer={asked}"], notes.append)[4] == asked
 
 
 @pytest.mark.parametrize("what", ["rows", "metric"])
@@ -677,7 +679,8 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_run import ARCH, config_of, overrides, write_tokenizer
-from jaxft import loop, pretrained, resume, setup
+from jaxft.training import loop, resume, setup
+from jaxft.hub import pretrained
 from jaxft.__main__ import main
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2] + "/cache")

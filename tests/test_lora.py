@@ -15,15 +15,16 @@ from safetensors.numpy import load_file
 from tiny import refusal, run
 from tiny_run import overrides
 
-from jaxft import lora, models
+from jaxft import models
 from jaxft.config import LoraConfig, load_config
 from jaxft.errors import UserError
-from jaxft.initial import init_params, shapes_and_axes
+from jaxft.hub.peft import write_adapter
+from jaxft.hub.pretrained import export_folder
 from jaxft.layers import Compute
-from jaxft.loop import compile_programs, fit
-from jaxft.peft import write_adapter
-from jaxft.pretrained import export_folder
-from jaxft.setup import Times, prepare
+from jaxft.models import adapters
+from jaxft.models.initial import init_params, shapes_and_axes
+from jaxft.training.loop import compile_programs, fit
+from jaxft.training.setup import Times, prepare
 from jaxft.trees import map_paths, paths_of
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
@@ -43,7 +44,7 @@ def filled(tree: Any) -> Any:
 
 @pytest.mark.parametrize("family", models.families())
 def test_fresh_adapters_change_nothing(family: str) -> None:
-    model = lora.adapted(model_of(family), ALL)
+    model = adapters.adapted(model_of(family), ALL)
     params = init_params(model, 0)
     tokens = jnp.arange(12).reshape(2, 6)
     ours = model.apply({"params": params}, tokens).hidden
@@ -54,7 +55,7 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", models.families())
 def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
-    model = lora.adapted(model_of(family), ALL)
+    model = adapters.adapted(model_of(family), ALL)
     params = filled(shapes_and_axes(model)[0])
     tokens = jnp.arange(12).reshape(2, 6)
 
@@ -64,7 +65,7 @@ def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
     def loss_of_merged(base: Any) -> jax.Array:
         return (model.base.apply({"params": base}, tokens).hidden ** 2).sum()
 
-    merged = lora.merged(params, model.alpha)
+    merged = adapters.merged(params, model.alpha)
     gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)
     base, made, slopes = (paths_of(tree) for tree in (params["base"], merged, of_merged))
     thin, found = paths_of(params["lora"]), paths_of(gradient["lora"])
@@ -198,8 +199,8 @@ def test_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], chan
 
 def test_patterns_are_checked_without_a_run() -> None:
     with pytest.raises(UserError, match="matches no kernel"):
-        lora.adapted(model_of("bert"), dataclasses.replace(ALL, targets=("layers/attention/query/bias",)))
-    assert lora.adapted(model_of("bert"), LoraConfig()) == model_of("bert")
+        adapters.adapted(model_of("bert"), dataclasses.replace(ALL, targets=("layers/attention/query/bias",)))
+    assert adapters.adapted(model_of("bert"), LoraConfig()) == model_of("bert")
 
 
 HEAD = {"bert": "classification", "llama": "causal_lm"}
@@ -209,10 +210,10 @@ def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
     """An adapted model with all numbers filled: its base, its adapter and the merged model, in folders."""
     kind = models.family(family)
     config = dataclasses.replace(kind.TINY, num_hidden_layers=2)
-    model = lora.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
+    model = adapters.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
     params = filled(shapes_and_axes(model)[0])
     trained = tuple(path for path in paths_of(params["base"]) if path.startswith("head/") and family == "bert")
-    merged = lora.merged(params, model.alpha)
+    merged = adapters.merged(params, model.alpha)
     # A classifier that was trained is not the base's.
     start = map_paths(lambda path, leaf: 0 * leaf if path in trained else leaf, params["base"])
     for name, tree in (("base", start), ("merged", merged)):

@@ -17,7 +17,7 @@ import pytest
 
 from jaxft.config import LogConfig
 from jaxft.errors import UserError
-from jaxft.metrics import Clock, Sinks, open_sinks, read_log
+from jaxft.reporting.sinks import Clock, Sinks, open_sinks, read_log
 
 OFF = LogConfig(progress="off")
 
@@ -263,7 +263,7 @@ def test_clock_counts_waiting_and_leaves_pauses_out() -> None:
 
 
 def test_imports_are_cheap() -> None:
-    code = "import sys, jaxft.metrics, jaxft.report; print([n for n in {names} if n in sys.modules])"
+    code = "import sys, jaxft.reporting.sinks, jaxft.reporting.report; print([n for n in {names} if n in sys.modules])"
     names = ("matplotlib", "plotext", "tqdm", "tensorboardX", "wandb", "jax", "numpy")
     done = subprocess.run([sys.executable, "-c", code.format(names=names)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

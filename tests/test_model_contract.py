@@ -14,13 +14,13 @@ import pytest
 
 from jaxft import models
 from jaxft.config import MeshConfig
-from jaxft.hf import export_tensors, import_params
-from jaxft.initial import init_params, shapes_and_axes
+from jaxft.hub.convert import export_tensors, import_params
+from jaxft.hub.weights import open_weights, write_safetensors
 from jaxft.layers import Compute
 from jaxft.models.contract import example_batch
-from jaxft.sharding import DEFAULT_RULES, make_mesh, shardings_of
+from jaxft.models.initial import init_params, shapes_and_axes
+from jaxft.parallel.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.trees import paths_of
-from jaxft.weights import open_weights, write_safetensors
 
 FAMILIES = models.families()
 HEADS = [(family, head) for family in FAMILIES for head in models.family(family).HEADS]

@@ -161,7 +161,7 @@ def test_names_with_a_wrapper_of_training(tmp_path: Path, family: str, wrapper: 
 
 
 def test_names_of_hub_models_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxft import source
+    from jaxft.hub import source
 
     asked: list[str] = []
     monkeypatch.setattr(source, "_from_hub", lambda name: asked.append(name) or tmp_path)

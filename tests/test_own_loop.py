@@ -17,12 +17,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import make_folder, rows, run, write_csv
 
 import jaxft
-from jaxft.attention.compiled import unavailable
-from jaxft.commands.platform import set_up_jax
+from jaxft.attention.native.compiled import unavailable
 from jaxft.errors import UserError
-from jaxft.initial import init_params
 from jaxft.layers import Compute
+from jaxft.machine.platform import set_up_jax
 from jaxft.models.families import bert, llama
+from jaxft.models.initial import init_params
 
 ROWS = 4
 MODELS: dict[str, Any] = {

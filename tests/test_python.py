@@ -86,7 +86,7 @@ def test_several_seeds(run: jaxft.Trained, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
-    from jaxft.data.tokenizer import Tokenizer
+    from jaxft.data.processors.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxft import plots
 from jaxft.errors import UserError
-from jaxft.plots import Series, score_series, smoothed
-from jaxft.report import report_text, schedule_png, schedule_text, seeds_text, write_report, write_seeds
+from jaxft.reporting import plots
+from jaxft.reporting.plots import Series, score_series, smoothed
+from jaxft.reporting.report import report_text, schedule_png, schedule_text, seeds_text, write_report, write_seeds
 from jaxft.tasks.classification import Task
 
 LABELS = ("bad", "fair", "good")
@@ -70,7 +70,7 @@ def test_text_holds_the_right_numbers() -> None:
 
 @pytest.mark.parametrize("labels", [("日本語", "한국어", "plain"), ("", "two\nlines", "x" * 200)])
 def test_odd_labels_keep_the_table_aligned(labels: tuple[str, ...]) -> None:
-    from jaxft.report import _cells
+    from jaxft.reporting.report import _cells
 
     text = report_text(metrics_of(CONFUSION, labels), labels, [])
     assert len({_cells(line) for line in text.splitlines()[2:6]}) == 1

@@ -14,11 +14,10 @@ from jax.sharding import PartitionSpec
 
 from jaxft.config import MeshConfig, OptimConfig, RunConfig
 from jaxft.errors import UserError
-from jaxft.initial import init_params, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.models.families import bert
-from jaxft.optim import make_optimizer, make_schedule
-from jaxft.sharding import (
+from jaxft.models.initial import init_params, shapes_and_axes
+from jaxft.parallel.sharding import (
     DEFAULT_RULES,
     AxisRules,
     batch_sharding,
@@ -29,9 +28,10 @@ from jaxft.sharding import (
     sharding_of,
     shardings_of,
 )
-from jaxft.state import init_state, state_shardings
-from jaxft.step import make_train_step
 from jaxft.tasks.classification import Task, fields
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import init_state, state_shardings
+from jaxft.training.step import make_train_step
 from jaxft.trees import leaves_of, map_paths, paths_of
 
 CONFIG = dataclasses.replace(bert.TINY, num_hidden_layers=2, num_labels=3, initializer_range=0.1)

@@ -16,12 +16,12 @@ from jaxft.config.tasks.classification import Config
 from jaxft.data.batch import Field
 from jaxft.layers import dropout
 from jaxft.models.contract import Facts, Output
-from jaxft.optim import make_optimizer, make_schedule, update_count
-from jaxft.setup import stand_in_tokenizer
-from jaxft.state import TrainState, init_state
-from jaxft.step import make_eval_step, make_train_step
 from jaxft.tasks import Targets
 from jaxft.tasks.classification import Task, cross_entropy, make_task
+from jaxft.training.optim import make_optimizer, make_schedule, update_count
+from jaxft.training.setup import stand_in_tokenizer
+from jaxft.training.state import TrainState, init_state
+from jaxft.training.step import make_eval_step, make_train_step
 from jaxft.trees import paths_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon")

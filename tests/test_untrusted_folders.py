@@ -15,7 +15,7 @@ import pytest
 from tiny import LABELS, make_folder, refusal, rows, run, write_csv
 
 import jaxft
-from jaxft.data.sources import iter_rows
+from jaxft.data.sources.read import iter_rows
 from jaxft.errors import UserError
 
 Capture = pytest.CaptureFixture[str]

@@ -12,13 +12,13 @@ import pytest
 
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError
-from jaxft.initial import init_params
 from jaxft.layers import Compute, score_tokens, vocabulary_logits
 from jaxft.models.families import bert, llama
-from jaxft.sharding import make_mesh
-from jaxft.step import apply_model
+from jaxft.models.initial import init_params
+from jaxft.parallel.sharding import make_mesh
 from jaxft.tasks import causal_lm, masked_lm
 from jaxft.tasks._tokens import token_cross_entropy
+from jaxft.training.step import apply_model
 
 B, M, D, V = 2, 5, 8, 23
 

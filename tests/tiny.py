@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxft import __main__
-from jaxft.initial import shapes_and_axes
+from jaxft.hub.pretrained import export_folder
 from jaxft.layers import Compute
 from jaxft.models.families import bert
-from jaxft.pretrained import export_folder
+from jaxft.models.initial import shapes_and_axes
 
 _TEXT = """
 [PAD] [UNK] [CLS] [SEP] [MASK] red green blue yellow cat dog bird fish tree house road the a small big runs sleeps

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import jax
 
+from jaxft.attention.backends.scores import Call
 from jaxft.attention.choice import NAMES, Choice, choices, choose, described, note
 from jaxft.attention.dropout import make_dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, request_of
-from jaxft.attention.scores import Call
 from jaxft.layers import Compute
 
 __all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described", "tokens_last"]

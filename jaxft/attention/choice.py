@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 
-from jaxft.attention import blockwise, dense, library, native, reference, ring, tpu
-from jaxft.attention.all_to_all import all_to_all_refuses, with_whole_rows
+from jaxft.attention import native
+from jaxft.attention.backends import blockwise, dense, library, reference, ring
+from jaxft.attention.backends.all_to_all import all_to_all_refuses, with_whole_rows
+from jaxft.attention.backends.scores import Call
 from jaxft.attention.dropout import Dropout
+from jaxft.attention.fused import tpu
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.placed import on_each_device
 from jaxft.attention.request import Backend, Request, Run, each_device, first_of, request_of, whole_rows
-from jaxft.attention.scores import Call
 from jaxft.errors import UserError, nearest
 
 Array = jax.Array

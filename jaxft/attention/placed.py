@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.sharding import AxisRules, run_mesh
+from jaxft.parallel.sharding import AxisRules, run_mesh
 
 Array = jax.Array
 QUERY_NAMES = ("batch", "act_heads", "length", None)

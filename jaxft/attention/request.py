@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import jax
 
+from jaxft.attention.backends.scores import Call
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.placed import heads_split, split_alike, split_evenly
-from jaxft.attention.scores import Call
-from jaxft.sharding import CONTEXT, run_mesh
+from jaxft.parallel.sharding import CONTEXT, run_mesh
 
 Run = Callable[[Call, jax.Array, jax.Array, jax.Array, MaskSpec, Dropout | None], jax.Array]
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxft.bench.attention import PASSES, Result, from_json, to_json
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
-from jaxft.plots import lacking
+from jaxft.reporting.plots import lacking
 
 ANCHOR = "torch-sdpa"
 _HEAD = ("contender", "pass", "ms", "min", "max", "GFLOP/s", "of peak", "MiB", "compile s")
@@ -73,7 +73,7 @@ def _label(result: Result) -> str:
 
 def write_results(folder: Path, about: dict[str, Any], results: Sequence[Result]) -> list[Path]:
     """``attention.json``, ``attention.csv`` and ``attention.png`` (time and memory against length, where there
-    are several and :func:`jaxft.plots.lacking` has nothing against it)."""
+    are several and :func:`jaxft.reporting.plots.lacking` has nothing against it)."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [folder / "attention.json", folder / "attention.csv"]
     tree = {"machine": about, "results": [to_json(r) for r in results]}
@@ -118,7 +118,7 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def _plot(path: Path, about: dict[str, Any], results: Sequence[Result]) -> Path:
-    from jaxft.plots import curves_by_name_png
+    from jaxft.reporting.plots import curves_by_name_png
 
     def milliseconds(passes: str) -> Callable[[Result], float | None]:
         return lambda result: getattr(result, passes).median

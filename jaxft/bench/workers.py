@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import UserError
-from jaxft.memory import release_freed
+from jaxft.machine.memory import release_freed
 
 
 class Worker:

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import processes
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.beside import RUN_SUBFOLDER
 from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
 from jaxft.checkpoint.store import load_checked, step_folders, with_versions
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
+from jaxft.machine import processes
 
 logger = logging.getLogger("jaxft.checkpoint")
 

@@ -17,7 +17,6 @@ import jax
 import orbax.checkpoint
 
 import jaxft
-from jaxft import processes
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.manifest import (
     NAME,
@@ -31,6 +30,7 @@ from jaxft.checkpoint.manifest import (
 )
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder
+from jaxft.machine import processes
 
 logger = logging.getLogger("jaxft.checkpoint")
 

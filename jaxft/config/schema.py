@@ -205,7 +205,7 @@ class MeshConfig:
     axes: Literal["auto", "explicit"] = "auto"
     """jax's axis types of the mesh: whether shardings are part of array types outside the step."""
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Rows of the table of logical axes (jaxft/sharding.py) to replace, for instance ``{vocab: []}``."""
+    """Rows of the table of logical axes (jaxft/parallel/sharding.py) to replace, for instance ``{vocab: []}``."""
     replicate: tuple[str, ...] = ()
     """Glob patterns over paths of large parameters that may lie whole on every device though the mesh splits others."""
 

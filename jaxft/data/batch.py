@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.sharding import AxisRules, batch_sharding
+from jaxft.parallel.sharding import AxisRules, batch_sharding
 
 HostBatch = dict[str, np.ndarray]
 Example = Mapping[str, np.ndarray]

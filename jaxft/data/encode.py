@@ -12,9 +12,9 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.examples import Encoded
 from jaxft.data.labels import label_text
-from jaxft.data.rows import Listed
-from jaxft.data.sources import Reference, Row, form_of, iter_rows, shown
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.read import Reference, Row, form_of, iter_rows, shown
+from jaxft.data.sources.rows import Listed
 from jaxft.errors import UserError
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the tokenizer's threads busy

@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
     dropped: int = 0
     """Tokens of the row that were cut off and are in no other example."""
     origin: Any = None
-    """What a task needs to answer in the row's own terms, for instance a :class:`~jaxft.data.tokenizer.Window`."""
+    """What a task needs to answer in the row's own terms, for instance a :class:`~jaxft.data.processors.tokenizer.Window`."""
 
 
 class Examples(Protocol):

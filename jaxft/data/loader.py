@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxft.data.batch import Fields, HostBatch, Shape, collate, text_shape
 from jaxft.data.examples import Examples
-from jaxft.sharding import AxisRules, batch_sharding
+from jaxft.parallel.sharding import AxisRules, batch_sharding
 
 _WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
 

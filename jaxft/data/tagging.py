@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxft.data.labels import label_text
-from jaxft.data.windows import Window, stripped
+from jaxft.data.processors.windows import Window, stripped
 from jaxft.errors import UserError
 
 Scheme = Literal["BIO", "BIOES"]

@@ -6,17 +6,7 @@ from jaxft.layers.entry import checked_call
 from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
 from jaxft.layers.heads import FromHeads, Projection, project, project_together, rows_of
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
-from jaxft.layers.modules import (
-    Embed,
-    Initializer,
-    Labelled,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    declare,
-    labelled,
-    unlabel,
-)
+from jaxft.layers.modules import Embed, Initializer, Labelled, LayerNorm, Linear, RMSNorm, declare, labelled, unlabel
 from jaxft.layers.promotion import usual_promotion
 from jaxft.layers.rotary import Rotary, rotate
 from jaxft.layers.stacks import apply_stack, stacked_params

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxft.sharding import DEFAULT_RULES, AxisRules
+from jaxft.parallel.sharding import DEFAULT_RULES, AxisRules
 
 
 @dataclass(frozen=True)

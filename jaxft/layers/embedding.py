@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
 from jaxft.layers.promotion import usual_promotion
-from jaxft.sharding import AxisNames, AxisRules, run_mesh, ways
+from jaxft.parallel.sharding import AxisNames, AxisRules, run_mesh, ways
 
 Array = jax.Array
 

@@ -22,7 +22,7 @@ from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import affine
 from jaxft.layers.modules import Initializer, declare
 from jaxft.layers.stacks import unstack
-from jaxft.sharding import AxisNames
+from jaxft.parallel.sharding import AxisNames
 
 Array = jax.Array
 

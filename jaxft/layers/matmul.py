@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.promotion import usual_promotion
-from jaxft.sharding import DEFAULT_RULES, AxisNames, AxisRules, run_mesh, ways
+from jaxft.parallel.sharding import DEFAULT_RULES, AxisNames, AxisRules, run_mesh, ways
 
 Array = jax.Array
 

@@ -16,7 +16,7 @@ from jaxft.layers.compute import Compute
 from jaxft.layers.embedding import look_up
 from jaxft.layers.functions import layer_norm, rms_norm
 from jaxft.layers.matmul import affine
-from jaxft.sharding import AxisNames
+from jaxft.parallel.sharding import AxisNames
 
 Array = jax.Array
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]

@@ -17,7 +17,7 @@ from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
 from jaxft.layers.modules import is_ours, unlabel
 from jaxft.layers.promotion import usual_promotion
-from jaxft.sharding import no_mesh
+from jaxft.parallel.sharding import no_mesh
 
 Array = jax.Array
 

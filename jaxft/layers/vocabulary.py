@@ -17,7 +17,7 @@ from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import dot, einsum
 from jaxft.layers.promotion import usual_promotion
-from jaxft.sharding import run_mesh, ways
+from jaxft.parallel.sharding import run_mesh, ways
 
 Array = jax.Array
 _NEVER = np.float32(-1e30)

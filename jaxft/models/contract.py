@@ -164,7 +164,7 @@ class Family(Protocol):
         ...
 
     def hf_layout(self, config: Any, head: str | None) -> Layout:
-        """The weight table, see :mod:`jaxft.hf`."""
+        """The weight table, see :mod:`jaxft.hub.convert`."""
         ...
 
 

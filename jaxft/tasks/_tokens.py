@@ -14,8 +14,8 @@ from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Fields, text_fields
 from jaxft.data.encode import Column, encode_texts, text_columns
 from jaxft.data.examples import Encoded
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate", "split")

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxft.config import RunConfig, TaskConfig
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets

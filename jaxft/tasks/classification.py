@@ -17,8 +17,8 @@ from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.labels import class_ids, renamed_labels
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._classes import class_names, class_weights

@@ -15,8 +15,8 @@ from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Fields
 from jaxft.data.encode import Column
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts, Output
 
 Array = jax.Array

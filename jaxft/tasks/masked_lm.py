@@ -12,8 +12,8 @@ import numpy as np
 from jaxft.config import RunConfig
 from jaxft.config.tasks.masked_lm import Config
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study

@@ -24,10 +24,10 @@ from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.labels import class_ids, label_text, renamed_labels
-from jaxft.data.rows import Row
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.windows import Window
+from jaxft.data.sources.rows import Row
 from jaxft.data.tagging import Scheme, continuations, counting, entities_of, label_pieces, tags_of_spans, word_spans
-from jaxft.data.tokenizer import Tokenizer
-from jaxft.data.windows import Window
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._classes import class_names

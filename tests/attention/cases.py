@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxft.attention import MaskSpec, attend
-from jaxft.attention.compiled import unavailable
+from jaxft.attention.native.compiled import unavailable
 from jaxft.layers import Compute
 
 DIRECTIONS: dict[str, dict[str, Any]] = {

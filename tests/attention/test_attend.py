@@ -17,7 +17,7 @@ from jaxft.attention.dropout import make_dropout
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.sharding import make_mesh, make_rules
+from jaxft.parallel.sharding import make_mesh, make_rules
 
 B, N, S, H = 3, 2, 11, 8
 

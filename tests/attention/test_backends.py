@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.attention import MaskSpec, attend, blockwise
+from jaxft.attention import MaskSpec, attend
+from jaxft.attention.backends import blockwise
 from jaxft.config import MeshConfig
 from jaxft.layers import Compute
-from jaxft.sharding import make_mesh
+from jaxft.parallel.sharding import make_mesh
 
 from .cases import NATIVE, Case, all_cases, both_passes, few_cases
 

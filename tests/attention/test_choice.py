@@ -14,7 +14,7 @@ from jaxft.attention import choice as module
 from jaxft.config import MeshConfig, ModelConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.sharding import make_mesh
+from jaxft.parallel.sharding import make_mesh
 
 CPU = Request("cpu", length=128, heads=4, key_heads=4, size=64, operands="float32")
 TPU = dataclasses.replace(CPU, platform="tpu", operands="bfloat16")

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.attention import MaskSpec, attend, blockwise, tpu
-from jaxft.attention.compiled import unavailable
+from jaxft.attention import MaskSpec, attend
+from jaxft.attention.backends import blockwise
+from jaxft.attention.fused import tpu
+from jaxft.attention.native.compiled import unavailable
 from jaxft.config import MeshConfig
 from jaxft.layers import Compute
-from jaxft.sharding import make_mesh
+from jaxft.parallel.sharding import make_mesh
 
 from .exact import LEAST, Truth, allowed, pairwise, whole_numbers
 

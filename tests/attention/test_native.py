@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxft.attention import MaskSpec, attend, choose
-from jaxft.attention.compiled import multiplies_bfloat16, unavailable
+from jaxft.attention.native.compiled import multiplies_bfloat16, unavailable
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.sharding import make_mesh
+from jaxft.parallel.sharding import make_mesh
 
 from .cases import DIRECTIONS
 from .test_choice import CPU
@@ -223,7 +223,7 @@ def test_what_it_refuses(change: dict[str, Any], reason: str) -> None:
 def test_without_a_compiler_auto_goes_on_and_says_why(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
     program = (
         "from jaxft.attention import Request, choose\n"
-        "from jaxft.attention.compiled import unavailable\n"
+        "from jaxft.attention.native.compiled import unavailable\n"
         "print(unavailable())\n"
         "print(choose(Request('cpu', 128, 4, 4, 64, 'float32')).backend.name)\n"
     )
@@ -240,7 +240,7 @@ def test_without_a_compiler_auto_goes_on_and_says_why(variables: dict[str, str],
 
 @needs_compiler
 def test_a_library_is_compiled_once(tmp_path: Path) -> None:
-    program = "from jaxft.attention.compiled import unavailable; print(unavailable())"
+    program = "from jaxft.attention.native.compiled import unavailable; print(unavailable())"
     # That the library is found again is seen without optimising it, which takes most of the time.
     compiler = tmp_path / "quick"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or "c++"} "$@" -O0\n')

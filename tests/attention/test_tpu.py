@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxft.attention import MaskSpec, attend, tokens_last, tpu
+from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.attention.fused import tpu
 from jaxft.layers import Compute, unlabel
 from jaxft.models.families import bert, llama
 

@@ -13,8 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import OptimConfig
-from jaxft.optim import make_optimizer
-from jaxft.state import TrainState, init_state
+from jaxft.training.optim import make_optimizer
+from jaxft.training.state import TrainState, init_state
 
 AXES = {
     "embed": {"kernel": ("vocab", "embed")},

@@ -11,8 +11,8 @@ from tiny import LABELS, make_folder, refusal
 
 from jaxft.config import DataConfig
 from jaxft.data.encode import read_rows
-from jaxft.data.rows import Carried, Listed
-from jaxft.data.sources import Form, column_names, iter_rows
+from jaxft.data.sources.read import Form, column_names, iter_rows
+from jaxft.data.sources.rows import Carried, Listed
 from jaxft.errors import UserError
 
 CONLL_2003 = """-DOCSTART- -X- -X- O

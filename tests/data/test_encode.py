@@ -15,8 +15,8 @@ from tokenizers import models, pre_tokenizers, processors
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.encode import hold_out, read_rows
 from jaxft.data.examples import Split, make_split
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.tasks import Targets, classification
 

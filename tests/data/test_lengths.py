@@ -15,8 +15,8 @@ from jaxft.data.encode import encode_texts
 from jaxft.data.examples import Split, make_split
 from jaxft.data.lengths import advice, lengths_text, whole_lengths
 from jaxft.data.loader import make_buckets
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 
 
 @pytest.fixture(scope="module")

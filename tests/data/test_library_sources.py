@@ -14,7 +14,7 @@ import pytest
 
 from jaxft.config import DataConfig
 from jaxft.data.encode import read_rows
-from jaxft.data.sources import Row, iter_rows
+from jaxft.data.sources.read import Row, iter_rows
 from jaxft.errors import UserError
 
 
@@ -114,7 +114,7 @@ def test_tfds_slices_of_a_split(tiny_tfds: Path) -> None:
 
 def test_tfds_never_imports_tensorflow(tiny_tfds: Path) -> None:
     program = (
-        "import sys; from jaxft.data.sources import iter_rows; "
+        "import sys; from jaxft.data.sources.read import iter_rows; "
         "assert 'pyarrow' not in sys.modules and 'tensorflow_datasets' not in sys.modules; "
         f"print(len(list(iter_rows('tfds:{tiny_tfds}:train', ('text',)))), 'tensorflow' in sys.modules)"
     )

@@ -12,7 +12,7 @@ import pytest
 
 from jaxft.config import DataConfig, load_config
 from jaxft.data.encode import read_rows
-from jaxft.data.sources import Form, Reference, iter_rows
+from jaxft.data.sources.read import Form, Reference, iter_rows
 from jaxft.errors import UserError
 
 

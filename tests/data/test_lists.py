@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from jaxft.config import DataConfig
-from jaxft.data.rows import Carried, Listed, list_in_cell
-from jaxft.data.sources import column_names, form_of, iter_rows
+from jaxft.data.sources.read import column_names, form_of, iter_rows
+from jaxft.data.sources.rows import Carried, Listed, list_in_cell
 from jaxft.errors import UserError
 
 WORDS = [["EU", "rejects", "German"], ["é"], []]

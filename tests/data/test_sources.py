@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data.sources import Form, Row, iter_rows
+from jaxft.data.sources.read import Form, Row, iter_rows
 from jaxft.errors import UserError
 
 TEXT_LABEL = ("text", "label")

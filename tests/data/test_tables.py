@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
 from jaxft.data.encode import read_rows
-from jaxft.data.sources import Form, iter_rows
+from jaxft.data.sources.read import Form, iter_rows
 from jaxft.errors import UserError
 
 ROWS = [('he said "great"', "x"), ("a, b; c|d", "y"), ("plain", "x")]

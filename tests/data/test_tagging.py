@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 from tiny import write_tokenizer
 
+from jaxft.data.processors.tokenizer import Tokenizer, Window
 from jaxft.data.tagging import continuations, counting, entities_of, label_pieces, tags_of_spans, word_spans
-from jaxft.data.tokenizer import Tokenizer, Window
 from jaxft.errors import UserError
 
 # "New York is big" and the place of each word

@@ -14,8 +14,8 @@ import pytest
 from tiny import LABELS, WORDS, make_folder, refusal, rows, run, write_csv, write_tokenizer
 
 import jaxft
-from jaxft.data import tokenizer_classes
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors import tokenizer_classes
+from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -53,7 +53,7 @@ def test_classes_are_those_of_the_reference() -> None:
 def test_the_usual_folder_is_read_without_transformers(folder: Path) -> None:
     script = (
         "import sys; sys.modules['transformers'] = None; from pathlib import Path; "
-        "from jaxft.data.tokenizer import Tokenizer; "
+        "from jaxft.data.processors.tokenizer import Tokenizer; "
         f"print(Tokenizer(Path({str(folder)!r}), 8).encode(['The CAT'])[0][0])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

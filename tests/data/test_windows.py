@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import write_tokenizer
 from zoo import tokenizer_folders as folders
 
+from jaxft.data.processors.tokenizer import Tokenizer, Window
 from jaxft.data.tagging import word_spans
-from jaxft.data.tokenizer import Tokenizer, Window
 from jaxft.errors import UserError
 
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from jaxft.data.sources import iter_rows
+from jaxft.data.sources.read import iter_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs/data/wordnet8"
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.hlo.costs import Collective, Costs, costs_of
+from jaxft.planning.hlo.costs import Collective, Costs, costs_of
 
 L, B, D, F = 5, 16, 64, 256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxft.hlo.costs import costs_of
+from jaxft.planning.hlo.costs import costs_of
 
 PROGRAM = """HloModule m, num_partitions=16
 

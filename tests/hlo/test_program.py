@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.hlo.costs import costs_of, where_of
-from jaxft.hlo.program import Shape, read_program, shapes_in
+from jaxft.planning.hlo.costs import costs_of, where_of
+from jaxft.planning.hlo.program import Shape, read_program, shapes_in
 
 
 def program(body: str, before: str = "", header: str = "num_partitions=8") -> str:

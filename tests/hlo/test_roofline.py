@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.hlo.costs import costs_of
-from jaxft.hlo.roofline import OpBound, Peaks, roofline_of
+from jaxft.planning.hlo.costs import costs_of
+from jaxft.planning.hlo.roofline import OpBound, Peaks, roofline_of
 
 # Round numbers: seconds are bytes, or FLOPs over 1000, 100 or 10.
 PEAKS = Peaks(bf16=1000.0, tf32=100.0, float32=10.0, bytes_per_second=1.0)

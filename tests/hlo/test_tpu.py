@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from jaxft.commands.platform import COMPILE_ENV
 from jaxft.errors import UserError
-from jaxft.hlo.costs import Costs, costs_of
-from jaxft.hlo.llo import Bundles, ChipSpeed, LloPrice, bundles_in, llo_cycles, llo_flags
+from jaxft.machine.platform import COMPILE_ENV
+from jaxft.planning.hlo.costs import Costs, costs_of
+from jaxft.planning.hlo.llo import Bundles, ChipSpeed, LloPrice, bundles_in, llo_cycles, llo_flags
 
 V5E = ChipSpeed(clock_hz=1.5e9, hbm_bytes_per_second=819e9, flops_per_second=197e12)
 

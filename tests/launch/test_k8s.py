@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jaxft.config import load_config
-from jaxft.processes import detect
+from jaxft.machine.processes import detect
 
 from .conftest import Recorder
 

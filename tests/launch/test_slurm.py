@@ -17,7 +17,7 @@ import pytest
 from quick_xla import quick_flags
 from tiny_run import overrides
 
-from jaxft.processes import detect
+from jaxft.machine.processes import detect
 
 from .conftest import Recorder
 

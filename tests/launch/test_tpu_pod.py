@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.processes import detect
+from jaxft.machine.processes import detect
 
 from .conftest import Recorder
 

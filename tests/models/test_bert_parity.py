@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.hf import import_params
-from jaxft.initial import init_params, shapes_and_axes
+from jaxft.hub.convert import import_params
+from jaxft.hub.pretrained import load_params
+from jaxft.hub.source import open_folder, open_source
+from jaxft.inference.load import load
 from jaxft.layers import ACTIVATIONS, Compute
 from jaxft.models.contract import architecture_of, example_batch
 from jaxft.models.families import bert
-from jaxft.notebook import load
-from jaxft.pretrained import load_params
-from jaxft.source import open_folder, open_source
+from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.tasks.classification import cross_entropy
 from jaxft.trees import paths_of
 

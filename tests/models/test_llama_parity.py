@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import pretrained
 from jaxft.errors import UserError
-from jaxft.hf import export_tensors
+from jaxft.hub import pretrained
+from jaxft.hub.convert import export_tensors
+from jaxft.hub.pretrained import export_folder, load_params
+from jaxft.hub.source import open_source
 from jaxft.layers import Compute, Rotary
 from jaxft.models.contract import architecture_of, example_batch
 from jaxft.models.families import llama
-from jaxft.pretrained import export_folder, load_params
-from jaxft.source import open_source
-from jaxft.step import apply_model
 from jaxft.tasks.causal_lm import Task
+from jaxft.training.step import apply_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,11 +13,11 @@ import pytest
 from reference import close, compare, make_reference, ours_of, torch_inputs
 
 from jaxft.errors import UserError
-from jaxft.initial import init_params
+from jaxft.inference.load import load
 from jaxft.layers import Compute
 from jaxft.models.contract import architecture_of, example_batch
 from jaxft.models.families import roberta
-from jaxft.notebook import load
+from jaxft.models.initial import init_params
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import pytest
 
 from jaxft.config import OptimConfig
 from jaxft.errors import UserError
-from jaxft.optim import (
+from jaxft.training.optim import (
     decay_mask,
     frozen_mask,
     global_norm,

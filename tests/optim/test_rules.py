@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.optim import decay_mask
+from jaxft.training.optim import decay_mask
 from jaxft.trees import paths_of
 
 from .tiny_network import AXES, LAYOUT, L, make, random_tree, train

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft.config import OptimConfig
 from jaxft.errors import UserError
-from jaxft.optim.schedules import make_schedule, warmup_steps_of
+from jaxft.training.optim.schedules import make_schedule, warmup_steps_of
 
 TOTAL = 50
 PEAK = 3e-3

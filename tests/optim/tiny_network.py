@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxft.config import OptimConfig
-from jaxft.optim import make_optimizer
+from jaxft.training.optim import make_optimizer
 from jaxft.trees import paths_of
 
 NAMES = ("adamw", "adam", "sgd", "momentum", "nesterov", "adafactor", "lion", "muon")

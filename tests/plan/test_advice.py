@@ -10,11 +10,11 @@ import pytest
 from tiny_plan import SMALL, options, plan, recipe_of
 
 from jaxft.config import load_config
-from jaxft.hlo import Collective
-from jaxft.plan.advice import advice_for
-from jaxft.plan.chips import parse_topology
-from jaxft.plan.measure import Memory, Plan, make_plan
-from jaxft.plan.table import plan_text
+from jaxft.machine.chips import parse_topology
+from jaxft.planning.advice import advice_for
+from jaxft.planning.hlo import Collective
+from jaxft.planning.measure import Memory, Plan, make_plan
+from jaxft.planning.table import plan_text
 
 _MIB = 2**20
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.plan.chips import CHIPS, parse_topology
+from jaxft.machine.chips import CHIPS, parse_topology
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import pytest
 from tiny_plan import BERT, LAYOUTS, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
 
 from jaxft.config import load_config
-from jaxft.hlo.costs import costs_of
-from jaxft.hlo.roofline import Peaks, roofline_of
-from jaxft.plan.advice import advice_for
-from jaxft.plan.chips import parse_topology
-from jaxft.plan.gpus import Gpu
-from jaxft.plan.measure import Plan, make_plan
-from jaxft.plan.table import plan_json, plan_text
+from jaxft.machine.chips import parse_topology
+from jaxft.machine.gpus import Gpu
+from jaxft.planning.advice import advice_for
+from jaxft.planning.hlo.costs import costs_of
+from jaxft.planning.hlo.roofline import Peaks, roofline_of
+from jaxft.planning.measure import Plan, make_plan
+from jaxft.planning.table import plan_json, plan_text
 
 
 @pytest.mark.slow

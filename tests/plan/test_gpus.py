@@ -7,9 +7,9 @@ import re
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.plan.chips import parse_topology, peak_of
-from jaxft.plan.gpus import GPUS, target_config
-from jaxft.plan.measure import MEMORY_SHARE, usable_bytes
+from jaxft.machine.chips import parse_topology, peak_of
+from jaxft.machine.gpus import GPUS, target_config
+from jaxft.planning.measure import MEMORY_SHARE, usable_bytes
 
 H100 = GPUS["h100"]
 

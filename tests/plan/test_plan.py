@@ -15,9 +15,9 @@ import pytest
 from tiny_plan import BASE, BERT, LAYOUTS, LLAMA, SMALL, as_in_the_textbook, no_whole_weights, options, plan, recipe_of
 
 from jaxft.data.batch import text_shape
-from jaxft.flops import model_flops
-from jaxft.plan.chips import parse_topology
-from jaxft.plan.measure import DoesNotFit, largest_batch, make_plan
+from jaxft.machine.chips import parse_topology
+from jaxft.planning.measure import DoesNotFit, largest_batch, make_plan
+from jaxft.training.flops import model_flops
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # whose attention is a kernel

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.processes import Cluster, detect
-from jaxft.processes.cluster import expand_nodes
+from jaxft.machine.processes import Cluster, detect
+from jaxft.machine.processes.cluster import expand_nodes
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "node0:8476", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 SLURM = {

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.processes.cluster import Cluster
-from jaxft.processes.roll_call import roll_call
+from jaxft.machine.processes.cluster import Cluster
+from jaxft.machine.processes.roll_call import roll_call
 
 SAYS = {"version of jaxft": "1", "command": "train a.yaml"}
 HERE = socket.gethostname()
@@ -73,7 +73,7 @@ def test_processes_of_their_own() -> None:
     """The same between real processes; the first comes last."""
     port = free_port()
     program = (
-        "import sys; from jaxft.processes.cluster import Cluster; from jaxft.processes.roll_call import roll_call; "
+        "import sys; from jaxft.machine.processes.cluster import Cluster; from jaxft.machine.processes.roll_call import roll_call; "
         f"print(sorted(roll_call(Cluster('environment', '127.0.0.1:{port}', 3, int(sys.argv[1])), {{}}, 20.0)))"
     )
     others = [

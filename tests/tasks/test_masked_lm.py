@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from tiny import make_folder, refusal, rows, run, write_csv
 
 from jaxft.config import OptimConfig
-from jaxft.hf import export_tensors
-from jaxft.initial import init_params, shapes_and_axes
+from jaxft.hub.convert import export_tensors
+from jaxft.hub.pretrained import export_folder
 from jaxft.models.families import bert
-from jaxft.optim import make_optimizer, make_schedule
-from jaxft.pretrained import export_folder
-from jaxft.state import init_state
-from jaxft.step import apply_model, forward_of, make_train_step
+from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.tasks._tokens import token_cross_entropy
 from jaxft.tasks.masked_lm import Task
+from jaxft.training.optim import make_optimizer, make_schedule
+from jaxft.training.state import init_state
+from jaxft.training.step import apply_model, forward_of, make_train_step
 
 VOCAB = 96
 TASK = Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=VOCAB)

@@ -14,7 +14,7 @@ from test_layouts import MADE, batches
 
 from jaxft import tasks
 from jaxft.models.contract import Output
-from jaxft.records import to_json
+from jaxft.reporting.records import to_json
 from jaxft.tasks.classification import Task
 
 VOCAB = 96

@@ -16,8 +16,8 @@ from tiny import WORDS, make_folder, refusal, run, write_tokenizer
 from jaxft.config import DataConfig, RunConfig
 from jaxft.config.tasks.token_classification import Config
 from jaxft.data.examples import make_split
-from jaxft.data.rows import Row
-from jaxft.data.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Output
 from jaxft.tasks import Targets, token_classification

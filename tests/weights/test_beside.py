@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.errors import UserError
-from jaxft.weights import beside
+from jaxft.hub.weights import beside
 
 
 def fill(folder: Path, files: dict[str, str | bytes]) -> Path:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.weights import open_weights
-from jaxft.weights.flax_names import under_pytorch_names
+from jaxft.hub.weights import open_weights
+from jaxft.hub.weights.flax_names import under_pytorch_names
 
 OWN_FOLDER = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -264,7 +264,7 @@ def test_conv_kernels_and_refusals(tmp_path):
 
 
 def test_only_flax_files_are_renamed(tmp_path):
-    from jaxft.weights import TensorOut, write_safetensors
+    from jaxft.hub.weights import TensorOut, write_safetensors
 
     ones = np.ones(2, np.float32)
     write_safetensors(tmp_path, [TensorOut("scale", (2,), ones.dtype, lambda: ones)])

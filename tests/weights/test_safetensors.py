@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.weights import TensorOut, open_weights, write_safetensors
-from jaxft.weights.dtypes import SAFETENSORS
+from jaxft.hub.weights import TensorOut, open_weights, write_safetensors
+from jaxft.hub.weights.dtypes import SAFETENSORS
 
 OWN_FOLDER = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

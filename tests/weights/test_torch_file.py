@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.weights import open_weights
+from jaxft.hub.weights import open_weights
 
 OWN_FOLDER = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FLOATS = np.arange(6, dtype=np.float32)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxft.errors import UserError
-from jaxft.weights import open_weights
+from jaxft.hub.weights import open_weights
 
 from .test_torch_file import FLOATS, MALFORMED, RUNS_CODE, named, number, numbers, opened, refusal, state_dict, text
 

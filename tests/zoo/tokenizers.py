@@ -308,7 +308,7 @@ def _dropout(folder: Path) -> None:
 
 def judge(folder: Path) -> str | None:
     """What differs between the ids of jaxft and those of AutoTokenizer; then between these and what jaxft's export gives."""
-    from jaxft.data.tokenizer import Tokenizer
+    from jaxft.data.processors.tokenizer import Tokenizer
 
     try:
         reference = _reference(folder)
@@ -338,7 +338,7 @@ def _reference(folder: Path) -> Any:
 
 
 def _difference(reference: Any, folder: Path) -> str | None:
-    from jaxft.data.tokenizer import Tokenizer
+    from jaxft.data.processors.tokenizer import Tokenizer
 
     named = Tokenizer(folder)
     for name, theirs, ours in (

@@ -80,11 +80,11 @@ def _computed(reference: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _jaxft(folder: Path, architecture: str | None = None) -> tuple[str, Any, Callable[[Any], dict[str, Any]]]:
     """(architecture, facts, batch -> outputs) of a folder, by jaxft."""
-    from jaxft import parity
+    from jaxft.hub import parity
+    from jaxft.hub.pretrained import load_params
+    from jaxft.hub.source import open_source
     from jaxft.layers import Compute
     from jaxft.models.contract import architecture_of
-    from jaxft.pretrained import load_params
-    from jaxft.source import open_source
 
     source = open_source(str(folder), lambda text: None)
     model = source.family.Model(source.config, source.head, Compute())
@@ -95,7 +95,7 @@ def _jaxft(folder: Path, architecture: str | None = None) -> tuple[str, Any, Cal
 
 def _convert(folder: Path, target: Path) -> str:
     """What `jaxft convert` prints."""
-    from jaxft.commands import convert
+    from jaxft.cli import convert
 
     parser = argparse.ArgumentParser()
     convert.add_arguments(parser)
@@ -107,8 +107,8 @@ def _convert(folder: Path, target: Path) -> str:
 
 def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> str | None:
     """None where all agree within the tolerance, else what does not."""
-    from jaxft import parity
     from jaxft.errors import UserError
+    from jaxft.hub import parity
     from jaxft.models.contract import example_batch
     from zoo import folders
 
@@ -151,7 +151,7 @@ def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> st
 
 
 def _again(target: Path, architecture: str, batch: dict[str, Any]) -> dict[str, Any]:
-    from jaxft import parity
+    from jaxft.hub import parity
 
     reference = parity.load_reference(target, architecture)
     if reference.made_up and not any("pooler" in name for name in reference.made_up):

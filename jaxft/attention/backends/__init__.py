@@ -1,0 +1,1 @@
+"""Attention in jax's own operations, by other libraries, and over devices."""

@@ -1,0 +1,141 @@
+"""Training from Python: :func:`train` does what ``jaxft train`` does, and says what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxft.config import RunConfig, load_config, to_tree
+from jaxft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What :func:`train` gives."""
+
+    folder: Path
+    """The run's: config, log, checkpoints, report, export."""
+    config: RunConfig
+    """As resolved."""
+    metrics: dict[str, Any]
+    """Of the best parameters on the held-out rows; of several seeds, the means; empty where the run was stopped."""
+    interrupted: bool = False
+    """Whether it was told to stop: the same call goes on from there."""
+    seeds: dict[int, Trained] = field(default_factory=dict)
+    """By seed, where ``train.seeds`` asks for several."""
+
+    @functools.cached_property
+    def served(self) -> Any:
+        """The best model, opened as ``jaxft predict`` opens it: ``model``, ``params``, ``tokenizer``, ``labels``."""
+        from jaxft.inference.predict import open_model
+
+        return open_model(str(self.folder), [], lambda text: None)
+
+    @property
+    def model(self) -> Any:
+        """The best model; adapters merged in."""
+        return self.served.model
+
+    @property
+    def params(self) -> Any:
+        """Its parameters."""
+        return self.served.params
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.served.tokenizer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of class ids; empty without classes."""
+        return self.served.labels
+
+
+def train(
+    config: RunConfig | str | Path | Mapping[str, Any] | None = None,
+    task: str | ModuleType | None = None,
+    *,
+    family: str | ModuleType | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Trained:
+    """Fine-tunes as ``jaxft train`` does: same folder, same log, resumed if the folder holds a part of this run.
+
+    Args:
+      config: a run file, its content as nested dicts, or a :class:`jaxft.RunConfig`; None: the defaults.
+      task: ``task.name``: one of jaxft's, or a module of one's own (docs/add_a_task.md), itself or by its dotted name.
+      family: ``model.family``, likewise (docs/add_a_model.md).
+      overrides: ``key=value`` pairs, which win.
+      quiet: print nothing.
+
+    Raises:
+      UserError: anything in configuration, data or model folder that cannot work.
+
+    Example:
+      >>> run = jaxft.train("configs/runs/wordnet8_minilm.yaml", overrides=["train.steps=50"])
+      >>> run.metrics["accuracy"], run.folder / "export"
+    """
+    named = [
+        f"{key}={_name(value)}" for key, value in (("task.name", task), ("model.family", family)) if value is not None
+    ]
+    resolved = _resolved(config, [*named, *overrides])
+    from jaxft.cli import train as command
+
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        code = command._run(resolved)
+    return _result(resolved, interrupted=code == 130)
+
+
+def _name(value: str | ModuleType) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, ModuleType):
+        raise UserError(f"{value!r}: give a module, or its dotted name; a run keeps the name, to find it again")
+    if value.__name__ == "__main__":
+        raise UserError(
+            "a task or family must lie in a module of its own, which later runs can import, not in a script"
+        )
+    return value.__name__.removeprefix("jaxft.tasks.").removeprefix("jaxft.models.families.")
+
+
+def _resolved(config: RunConfig | str | Path | Mapping[str, Any] | None, overrides: list[str]) -> RunConfig:
+    if config is None or isinstance(config, str | Path):
+        return load_config(None if config is None else str(config), overrides)
+    if not isinstance(config, RunConfig | Mapping):
+        raise UserError(f"config: expected a run file, nested dicts or a RunConfig, found {type(config).__name__}")
+    tree = to_tree(config) if isinstance(config, RunConfig) else dict(config)
+    with tempfile.TemporaryDirectory() as folder:  # a run file is what is read strictly, and overridden
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+        return load_config(str(path), overrides)
+
+
+def _result(config: RunConfig, *, interrupted: bool) -> Trained:
+    out = Path(config.train.out)
+    if interrupted:
+        return Trained(out, config, {}, interrupted=True)
+    if not config.train.seeds:
+        return Trained(out, config, _read(out / "metrics.json"))
+    seeds = {
+        seed: Trained(out / f"seed{seed}", config, _read(out / f"seed{seed}/metrics.json"))
+        for seed in config.train.seeds
+    }
+    means: dict[str, Any] = {}
+    if len(seeds) > 1:
+        means = {name: found["mean"] for name, found in _read(out / "seeds.json")["metrics"].items()}
+    return Trained(out, config, means or dict(next(iter(seeds.values())).metrics), seeds=seeds)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Raw values to arrays: text to token ids."""

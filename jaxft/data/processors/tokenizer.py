@@ -1,0 +1,350 @@
+"""Text to token ids, with the fast `tokenizers` library alone: importing `transformers` costs seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft.data.batch import Fields
+from jaxft.data.processors.cutting import count_dropped, cut_pairs
+from jaxft.data.processors.tokenizer_files import has_tokenizer, read_files, save_files
+from jaxft.data.processors.windows import Window, check_room, cut, whole_tokens
+from jaxft.errors import UserError
+
+__all__ = [
+    "Tokenizer",
+    "Window",
+    "check_types",
+    "check_vocabulary",
+    "has_tokenizer",
+    "pad_rows",
+    "pad_to",
+    "padded_length",
+]
+
+_CHUNK = 1024  # rows tokenised at a time: enough to keep the library's threads busy
+
+# Letters and marks that normalizers, splitters and added tokens are known to treat each in its own way.
+_KINDS_OF_TEXT = (
+    "The quick Brown FOX, over 12 lazy dogs' tails.",
+    "  two  blanks,\ttab\nline\r\n\u00a0end ",
+    "na\u00efve E\u0301COLE \u0130stanbul stra\u00dfe \ufb01ne \u2167 \u200bx\ufeff",
+    "\u6771\u4eac \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f642",
+    "[MASK] [SEP]<mask>  </s><s> <unk> [UNK]x",
+    "e.g. http://a.b/c_d?e=1 1,000.5 state-of-the-art don't\u2019t",
+    "",
+)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer read from a folder.
+
+    Calling it gives model inputs: ``tokenizer(["one text", "another"])`` or ``tokenizer(texts, pairs)`` returns a dict of
+    [B, S] int32 arrays ``tokens``, ``mask`` and ``types`` (those that the model takes), padded to the longest row.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_length: int | None = None,
+        inputs: Collection[str] | None = None,
+        model_type: str | None = None,
+    ) -> None:
+        """Reads the tokenizer in ``folder``; rows are truncated to ``max_length`` tokens (None: never).
+
+        Args:
+          folder: with the tokenizer's files.
+          max_length: tokens kept per row.
+          inputs: what a call gives of ``tokens``, ``mask`` and ``types``: what the model takes; None: all.
+          model_type: of the model, for folders whose config.json does not say.
+
+        Raises:
+          UserError: there is no tokenizer, or its files are malformed.
+        """
+        self.folder = folder
+        self.max_length = max_length
+        self._inputs = inputs
+        self._files = read_files(folder, model_type)
+        self._fast = self._files.fast
+        self.pad_id = self._id_of("pad_token") or 0
+        self._truncate(self._files.truncation_side)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that this tokenizer can produce."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    def decode(self, ids: Any, *, special: bool = False) -> Any:
+        """Text of token ids [S], or a list of texts of [B, S]; without special tokens (padding among them) unless ``special``."""
+        rows, left_out = np.asarray(ids), set() if special else set(self.special_ids)
+        kept = [[i for i in row if i not in left_out] for row in np.atleast_2d(rows).tolist()]
+        found = self._fast.decode_batch(kept, skip_special_tokens=False)
+        return found if rows.ndim == 2 else found[0]
+
+    def spans(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Where each token comes from, in the same rows and columns that calling the tokenizer gives.
+
+        Returns:
+          ``offsets`` [B, S, 2] int32: its first character and the one after its last, in its own text; ``words`` [B, S] int32: the
+          how-manieth word of that text it is of, counted from 0 as the tokenizer splits words; ``sources`` [B, S] int32: 0 in the
+          first text, 1 in its pair. All -1 for special tokens and padding.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        pairs = [pairs] if isinstance(pairs, str) else pairs
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        rows = self._fast.encode_batch(inputs)  # the fast form that encode() uses does not count characters
+        width = padded_length(max(map(len, rows), default=1), length, buckets)
+        out = {name: np.full((len(rows), width), -1, np.int32) for name in ("words", "sources")}
+        offsets = np.full((len(rows), width, 2), -1, np.int32)
+        for i, row in enumerate(rows):
+            for j, source in enumerate(row.sequence_ids):
+                if source is not None:
+                    word = row.word_ids[j]
+                    out["words"][i, j], out["sources"][i, j] = -1 if word is None else word, source
+                    offsets[i, j] = row.offsets[j]
+        return {"offsets": offsets, **out}
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, split: bool = False
+    ) -> list[tuple[list[int], list[int], int]]:
+        """Per row: token ids, token types, and how many tokens were cut off.
+
+        Args:
+          split: what is cut off of single texts becomes rows of its own, right after; a row is then never said to be cut.
+        """
+        if pairs is not None:
+            rows = ((e.ids, self._types_of(e), kept, cut) for e, kept, cut in self._cut_pairs(texts, pairs))
+            return [(_at(ids, kept), _at(types, kept), cut) for ids, types, kept, cut in rows]
+        if split:  # the parts of a text come in its own order, whatever side would be cut off
+            self._truncate("right")
+        encodings = self._encodings(list(texts))
+        if split:
+            self._truncate(self._files.truncation_side)
+            return [(part.ids, self._types_of(part), 0) for e in encodings for part in (e, *e.overflowing)]
+        special = self._fast.num_special_tokens_to_add(False)
+        return [(e.ids, self._types_of(e), count_dropped(e, special)) for e in encodings]
+
+    def windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
+    ) -> Iterator[Window]:
+        """Rows with each token's word and place in the text, in order; a row has one window, or several with ``stride``.
+
+        Args:
+          split_words: each row is a list of words. Tokenised as ``is_split_into_words=True`` and ``add_prefix_space=True`` say in
+            transformers: a word begins as it would in a text, after a blank.
+          stride: rows of more than ``max_length`` tokens become windows that have so many tokens in common with the one before; None:
+            the end of such rows is cut off (always the end: ``truncation_side`` of the files is not looked at).
+
+        Raises:
+          UserError: a window has no room for text, or would hold nothing new, or a text cannot be encoded.
+        """
+        check_room(self.max_length, self._fast.num_special_tokens_to_add(False), stride, str(self.folder))
+        return self._windows(texts, split_words, stride)
+
+    def _windows(self, texts: Sequence[Any], split_words: bool, stride: int | None) -> Iterator[Window]:
+        remaining, done = iter(texts), 0
+        while chunk := list(islice(remaining, _CHUNK)):
+            try:
+                rows = whole_tokens(self._fast, chunk, split_words=split_words, typed=self._files.types)
+            except Exception as error:  # tokenizers raises bare Exceptions
+                raise self._unencodable(error) from error
+            for row, tokens in enumerate(rows, start=done):
+                yield from cut(row, tokens, self.max_length, stride)
+            done += len(rows)
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        try:
+            return self._fast.encode_batch_fast(texts)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+
+    def _cut_pairs(self, texts: Sequence[str], pairs: Sequence[str]) -> list[Any]:
+        try:
+            return list(cut_pairs(self._fast, texts, pairs))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+
+    def _unencodable(self, error: Exception) -> UserError:
+        limit = "" if self.max_length is None else f" in {self.max_length} tokens"
+        return UserError(f"{self.folder}: the tokenizer cannot encode a text{limit}: {error}")
+
+    def _types_of(self, encoding: Any) -> list[int]:
+        return encoding.type_ids if self._files.types else [0] * len(encoding)
+
+    def _truncate(self, side: str) -> None:
+        """Makes rows of at most ``max_length`` tokens, cut off at ``side``."""
+        if self.max_length is None:
+            return
+        try:
+            self._fast.enable_truncation(self.max_length, direction=side)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"data.max_length={self.max_length}: {error}") from error
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        length: int | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Model inputs for a few texts (or pairs), padded to the longest.
+
+        Args:
+          length: pad to so many tokens instead: a jitted function is compiled once.
+          buckets: pad to the least of these that the longest row fits: once for each.
+
+        Raises:
+          UserError: a row is longer than that (``max_length`` truncates).
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        pairs = [pairs] if isinstance(pairs, str) else pairs
+        rows = self.encode(texts, pairs)
+        width = padded_length(max((len(ids) for ids, _, _ in rows), default=1), length, buckets)
+        made = pad_rows([ids for ids, _, _ in rows], [types for _, types, _ in rows], width, self.pad_id)
+        return {name: array for name, array in made.items() if self._inputs is None or name in self._inputs}
+
+    def count_types(self, *, paired: bool) -> int:
+        """One more than the largest token type in rows of one text, or of two."""
+        row = self._fast.encode("", "" if paired else None)
+        return max(self._types_of(row), default=0) + 1
+
+    @property
+    def stated_length(self) -> int | None:
+        """The ``model_max_length`` that the tokenizer's files state, if it is a number that means something."""
+        return self._files.stated_length
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id of the mask token, if the tokenizer has one."""
+        return self._id_of("mask_token")
+
+    @property
+    def end_id(self) -> int | None:
+        """The id of the token that ends a text, if the tokenizer has one."""
+        return self._id_of("eos_token")
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of tokens that are not text: start, separator, end, padding and mask tokens."""
+        marked = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        named = {self._id_of(f"{name}_token") for name in ("cls", "sep", "pad", "mask", "bos", "eos")}
+        unknown = self._id_of("unk_token")  # stands for a word
+        return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
+
+    def _id_of(self, name: str) -> int | None:
+        """The id of a named token; where the files do not speak of it, of the one that BERT's vocabularies have for it."""
+        if name in self._files.denied:
+            return None
+        token = self._files.named.get(name, f"[{name.removesuffix('_token').upper()}]")
+        return self._fast.token_to_id(token)
+
+    def digest(self) -> str:
+        """A hash of what this tokenizer means: its tokens and their ids, and what it makes of texts of many kinds."""
+        self._fast.no_truncation()
+        try:
+            rows = [self._meant(text, pair) for pair in (None, _KINDS_OF_TEXT[0]) for text in _KINDS_OF_TEXT]
+        finally:
+            self._truncate(self._files.truncation_side)
+        tokens = sorted(self._fast.get_vocab(with_added_tokens=True).items())
+        said = json.dumps([tokens, self.special_ids, self.mask_id, self.end_id, self._files.truncation_side, rows])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _meant(self, text: str, pair: str | None) -> Any:
+        try:
+            row = self._fast.encode(text, pair)
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions; not every vocabulary has all letters
+            return str(error)
+        return [row.ids, self._types_of(row)]
+
+    def save(self, folder: Path, max_length: int | None = None) -> None:
+        """Writes tokenizer files to ``folder``, which may hold a config.json, that give the ids of this tokenizer.
+
+        Files are copied as they are if, beside that config.json, they mean the same; else tokenizer.json is written anew, with
+        a class that takes it as it is.
+
+        Args:
+          max_length: becomes ``model_max_length``; None: as stated before.
+        """
+        save_files(self.folder, self._files, folder, max_length)
+
+
+def _at(values: list[int], kept: list[int] | None) -> list[int]:
+    return values if kept is None else [values[i] for i in kept]
+
+
+def check_vocabulary(tokenizer: Tokenizer, inputs: Fields, *, paired: bool = False) -> None:
+    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have.
+
+    Args:
+      inputs: of the model.
+      paired: rows are of two texts.
+    """
+    rows = inputs["tokens"].count
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {rows}: "
+            "wrong tokenizer for these weights; set data.tokenizer"
+        )
+    check_types(tokenizer, inputs, paired=paired)
+
+
+def check_types(tokenizer: Tokenizer, inputs: Fields, *, paired: bool) -> None:
+    """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
+    rows, types = inputs["types"].count if "types" in inputs else None, tokenizer.count_types(paired=paired)
+    if rows is not None and types > rows:
+        texts = "two texts" if paired else "one text"
+        raise UserError(
+            f"{tokenizer.folder}: rows of {texts} have token types up to {types - 1}, the model's table of types has "
+            f"type_vocab_size={rows} rows: this model does not tell texts apart"
+        )
+
+
+def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
+    """Ragged rows as [B, S] int32 arrays ``tokens``, ``mask`` and ``types``; S is ``length`` or that of the longest row."""
+    width = max(map(len, tokens), default=1) if length is None else length
+    out = {name: np.zeros((len(tokens), width), np.int32) for name in ("tokens", "mask", "types")}
+    out["tokens"][:] = pad_id
+    for i, (ids, kinds) in enumerate(zip(tokens, types, strict=True)):
+        out["tokens"][i, : len(ids)] = ids
+        out["types"][i, : len(ids)] = kinds
+        out["mask"][i, : len(ids)] = 1
+    return out
+
+
+def padded_length(longest: int, length: int | None, buckets: Sequence[int] | None) -> int:
+    """The width of rows of which the longest has so many tokens.
+
+    Raises:
+      UserError: it does not fit, or both are given.
+    """
+    if length is not None and buckets is not None:
+        raise UserError(f"length={length}, buckets={list(buckets)}: give one of the two")
+    widths = sorted(buckets) if buckets is not None else [longest if length is None else length]
+    found = next((width for width in widths if width >= longest), None)
+    if found is None:
+        raise UserError(
+            f"a row has {longest} tokens, more than {widths[-1] if widths else 0}; load the tokenizer with max_length to truncate"
+        )
+    return found
+
+
+def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Ragged int rows as [B, length] int32, padded with 0."""
+    out = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

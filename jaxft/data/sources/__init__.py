@@ -1,0 +1,1 @@
+"""Rows out of files and libraries, whatever their format, and rows into files."""

@@ -1,0 +1,282 @@
+"""Where rows come from: one function, :func:`iter_rows`, for every form of ``data.train`` and ``data.eval``.
+
+Nothing heavy is imported until a reference needs it, and TensorFlow never is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.sources.conll import SUFFIXES, iter_conll
+from jaxft.data.sources.lines import refuse_foreign
+from jaxft.data.sources.listing import iter_classes, listed, suffix_of, unknown_format
+from jaxft.data.sources.lists import Names, library_value, names_in, names_in_parquet, shortest
+from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
+from jaxft.data.sources.table import Form, iter_table
+from jaxft.data.sources.tfds_features import refuse_foreign_features
+from jaxft.errors import UserError, nearest
+from jaxft.files import find_file
+
+__all__ = ["Form", "Reference", "Row", "Value", "column_names", "form_of", "iter_rows", "shown"]
+
+Reference = str | tuple[str, ...]
+"""What ``data.train`` and ``data.eval`` name: one source, or several that are read one after the other."""
+
+_ACCEPTED = (
+    ".csv, .tsv, .jsonl (.ndjson, .jsonlines), .conll (.conllu, .bio, .iob, .iob2) and .txt, each also .gz; .parquet; "
+    "a folder or pattern of such files; tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
+)
+_READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
+    ".csv": lambda path, columns, form: iter_table(path, columns, form, ","),
+    ".tsv": lambda path, columns, form: iter_table(path, columns, form, "\t"),
+    ".jsonl": lambda path, columns, _: iter_jsonl(path, columns),
+    ".jsonlines": lambda path, columns, _: iter_jsonl(path, columns),
+    ".ndjson": lambda path, columns, _: iter_jsonl(path, columns),
+    ".txt": lambda path, columns, _: iter_txt(path, columns),
+    ".parquet": lambda path, columns, _: _iter_parquet(path, columns),
+    **dict.fromkeys(SUFFIXES, lambda path, columns, form: iter_conll(path, columns, form.note)),
+}
+# NAME may hold colons (a version), and so may the slices of SPLIT: imdb_reviews:1.0.0:train[:80%]+test[:10%]
+_TFDS = re.compile(r"tfds:(?P<name>.+):(?P<split>(?:[^:\[\]]|\[[^\]]*\])+)")
+_PARQUET_BATCH = 1024
+
+
+def shown(reference: Reference) -> str:
+    """A reference as messages name it."""
+    return reference if isinstance(reference, str) else ", ".join(reference)
+
+
+def form_of(config: DataConfig, note: Callable[[str], None] | None = None) -> Form:
+    """How the tables of a run are to be read; ``note`` is told what was found out about each."""
+    return Form(config.header, config.quotes, *((note,) if note else ()))
+
+
+def iter_rows(reference: Reference, columns: tuple[str, ...], form: Form | None = None) -> Iterator[Row]:
+    """The values of ``columns``, in that order, of every row that ``reference`` names, lazily: files in the order given, those of a
+    folder or pattern in the order of their names, rows in file order.
+
+    A ``ClassLabel`` of tfds or of the ``datasets`` library comes as its name, and as None where it is -1 ("hidden").
+
+    Raises:
+      UserError: at the call, or when the row that shows it is reached: nothing to read there, a missing column, a
+        malformed row.
+    """
+    form = form or Form()
+    if not isinstance(reference, str):
+        return chain.from_iterable(iter_rows(one, columns, form) for one in reference)
+    if reference == "-":
+        return iter_txt(None, columns)
+    if reference.startswith("tfds:"):
+        return _iter_tfds(reference, columns)
+    if reference.startswith("hf:"):
+        return _iter_hf(reference, columns)
+    listings = listed(reference, set(_READERS), _ACCEPTED, form.note)
+    for path in (path for listing in listings for path in listing.files):
+        if suffix_of(path) not in _READERS:
+            raise unknown_format(str(path), _ACCEPTED)
+    parts = [
+        part
+        for listing in listings
+        for part in (
+            *(_READERS[suffix_of(path)](path, columns, form) for path in listing.files),
+            *([iter_classes(listing.classes, columns)] if listing.classes else []),
+        )
+    ]
+    return parts[0] if len(parts) == 1 else chain.from_iterable(parts)
+
+
+def column_names(reference: str, column: str, form: Form) -> tuple[str, ...]:
+    """The columns of a source, in its order; JSON Lines: the keys of the first object. Plain lines have none.
+
+    Args:
+      column: one that should be among them; it tells what separates the cells of a table.
+
+    Raises:
+      UserError: there is nothing to read there.
+    """
+    if reference == "-" or reference.removesuffix(".gz").endswith(".txt"):
+        return ()
+    try:
+        next(iter(iter_rows(reference, (column, ALL), dataclasses.replace(form, note=lambda _: None))), None)
+    except MissingColumn as error:
+        return tuple(name for name in error.present if name)
+    return ()
+
+
+def _imported(module: str, package: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        hint = f"try: pip install {package}"
+        raise UserError(f"{reference}: needs the Python package {package!r} ({error}); {hint}") from error
+
+
+def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    parquet = _imported("pyarrow.parquet", "pyarrow", str(path))
+    from pyarrow import ArrowException
+
+    try:
+        with open(path, "rb") as raw:
+            if (first := raw.read(256))[:4] != b"PAR1":
+                refuse_foreign(first, str(path))
+        with parquet.ParquetFile(path) as file:
+            column_positions(file.schema_arrow.names, columns, str(path))
+            stored = names_in_parquet(file.schema_arrow.metadata)
+            names = [stored.get(name) if isinstance(name, Listed) else None for name in columns]
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns)):
+                for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
+                    where = f"{path} row {number}"
+                    yield Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
+                    number += 1
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """A column of an Arrow table as Python values."""
+    values = column.to_pylist()
+    if str(column.type) in ("float", "halffloat"):
+        return [None if value is None else shortest(np.float32(value)) for value in values]
+    return values
+
+
+def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    match = _TFDS.fullmatch(reference)
+    if match is None:
+        raise UserError(f"{reference!r}: expected tfds:NAME:SPLIT, for instance tfds:imdb_reviews:train[:80%]")
+    tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
+    builder = _tfds_builder(tfds, match["name"], reference)
+    try:
+        source = builder.as_data_source(split=match["split"])
+    except (ValueError, NotImplementedError) as error:
+        # An unknown split or slice, or data prepared in TFDS's default format, which only TensorFlow can read.
+        hint = "prepared data must be in the array_record format"
+        if str(getattr(builder.info.file_format, "value", "")) == "array_record":
+            hint = "splits: " + ", ".join(
+                f"{name} ({split.num_examples} rows)" for name, split in builder.info.splits.items()
+            )
+        raise UserError(f"{reference}: cannot be read: {_first_line(error)} ({hint})") from error
+    features = builder.info.features
+    column_positions(list(features), columns, reference)
+    names = [names_in(features[column], tfds.features.ClassLabel) for column in columns]
+    for number in range(len(source)):
+        yield _library_row(source[number], columns, names, f"{reference} row {number}")
+
+
+def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
+    """A builder whose data lie on disk in random-access format."""
+    folder = Path(name).expanduser()
+    if (folder / "dataset_info.json").is_file():
+        refuse_foreign_features(folder / "features.json", reference)
+        return tfds.builder_from_directory(folder)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise UserError(
+            f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json){_inner(folder)}"
+        )
+    for path in Path(tfds.core.constants.DATA_DIR, re.split("[/:]", name)[0]).expanduser().rglob("features.json"):
+        refuse_foreign_features(path, reference)
+    builder = _registered_builder(tfds, name, reference)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS talks while it prepares; our stdout may be predictions
+            builder.download_and_prepare()
+    except ImportError as error:
+        raise UserError(f"{reference}: TFDS cannot prepare it here: {error}; install that package") from error
+    except (OSError, tfds.download.DownloadError) as error:  # requests' errors are OSErrors
+        host = re.search(r"host='([^']+)'|https?://([^/\s]+)", str(error))
+        problem = f"cannot download from {host[1] or host[2]}" if host else f"cannot be prepared: {_first_line(error)}"
+        raise UserError(
+            f"{reference}: {problem}; go online, or prepare it elsewhere with file_format='array_record', copy the "
+            "folder that holds its dataset_info.json, and use tfds:FOLDER:SPLIT"
+        ) from error
+    return builder
+
+
+def _inner(folder: Path) -> str:
+    """A hint at the folders of prepared data sets below ``folder``, if there are any."""
+    found = sorted(path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/dataset_info.json"))
+    return f"; did you mean tfds:{found[-1]}:SPLIT?" if found else ""
+
+
+def _registered_builder(tfds: ModuleType, name: str, reference: str) -> Any:
+    def build() -> Any:
+        return tfds.builder(name, file_format="array_record")
+
+    not_found = tfds.core.registered.DatasetNotFoundError
+    try:
+        try:
+            return build()
+        except not_found:
+            # Most text data sets (glue, c4, wikipedia) register themselves only on this import.
+            importlib.import_module("tensorflow_datasets.text")
+            return build()
+    except not_found as error:
+        # Community data sets would be looked up on the network, with TensorFlow.
+        known = tfds.list_builders(with_community_datasets=False)
+        hint = nearest(re.split("[/:]", name)[0], known)
+        hint = hint if hint.startswith("did you mean") else "tfds.list_builders() lists the names"
+        raise UserError(f"{reference}: TFDS has no data set {name!r}: {hint}{_inner(Path(name))}") from error
+    except (ValueError, AssertionError, ImportError) as error:  # unknown config, unknown version, missing package
+        raise UserError(f"{reference}: {_first_line(error)}{_inner(Path(name))}") from error
+
+
+def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    path, split = Path(reference.removeprefix("hf:")).expanduser(), ""
+    if not path.exists():
+        head, _, split = reference.removeprefix("hf:").rpartition(":")
+        path = find_file(head or split, "data folder")
+    if split and "/" not in split and (path / split / "state.json").is_file():
+        path, split = path / split, ""  # the other splits need not be opened
+    library = _imported("datasets", "datasets", reference)
+    try:
+        dataset = library.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{reference}: not a folder saved by datasets.save_to_disk: {_first_line(error)}") from error
+    except IndexError as error:  # the library's answer to a table without data files
+        empty = ", ".join(_tables_without_files(path)) or path
+        raise UserError(f"{reference}: the data set is empty: no rows in {empty}") from error
+    dataset = _hf_split(dataset, split, reference)
+    column_positions(dataset.column_names, columns, reference)
+    names = [names_in(dataset.features[column], library.ClassLabel) for column in columns]
+    for number, record in enumerate(dataset.select_columns(list(columns)).with_format(None)):
+        yield _library_row(record, columns, names, f"{reference} row {number}")
+
+
+def _tables_without_files(folder: Path) -> list[str]:
+    states = (json.loads(state.read_text()) | {"at": str(state.parent)} for state in sorted(folder.rglob("state.json")))
+    return [state["at"] for state in states if not state.get("_data_files")]
+
+
+def _hf_split(loaded: Any, split: str, reference: str) -> Any:
+    """The table of ``split`` in what load_from_disk gave: one table, or a dict of them."""
+    if not isinstance(loaded, dict):
+        if split:
+            raise UserError(f"{reference}: the folder holds a single table without splits; leave out ':{split}'")
+        return loaded
+    if split not in loaded:
+        problem = f"no split {split!r}: {nearest(split, loaded)}" if split else f"name a split: {', '.join(loaded)}"
+        raise UserError(f"{reference}: {problem}; use hf:FOLDER:SPLIT")
+    return loaded[split]
+
+
+def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: list[Names], where: str) -> Row:
+    values = (record[column] for column in columns)
+    return Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

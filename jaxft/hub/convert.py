@@ -1,0 +1,343 @@
+"""The weight-conversion engine: one table of rules per family, run forwards to import and backwards to export.
+
+A rule says where one of our parameters lives in the reference's checkpoint and how it is rearranged (an einops pattern,
+theirs -> ours). Names with ``{layer}`` stand for one tensor per layer; ours is their stack. Conversion is strict: missing,
+unused and mis-shaped tensors are collected and raised together.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.errors import UserError
+from jaxft.hub.weights import TensorOut, Weights
+from jaxft.hub.weights.numbers import copy_rounded, is_finite, is_float
+from jaxft.models.layout import Layout, Rule, same_numbers
+from jaxft.models.patterns import their_shape, to_ours, to_theirs
+from jaxft.trees import nested, paths_of
+
+_THREADS = 2  # reading overlaps with rearranging; more threads hold more tensors in memory at once
+_SHOWN = 4  # names of each kind in an error message
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Parameters read from a checkpoint."""
+
+    params: dict[str, Any]
+    """Nested dict of jax arrays, or of :class:`StoredParam`; lacks what is in ``fresh``."""
+    fresh: tuple[str, ...]
+    """Our paths that the checkpoint does not have."""
+    unused: tuple[str, ...]
+    """Known leftovers: their names that were not read."""
+    substituted: tuple[tuple[str, str], ...] = ()
+    """(name that the reference looks for, name that was read in its place)."""
+    non_finite: list[str] = field(default_factory=list)
+    """Names of tensors that hold NaN or infinity, as far as they have been read."""
+
+
+# ------------------------------------------------------------------------------------------------------------ import
+
+
+def file_names(weights: Weights, layout: Layout) -> dict[str, str]:
+    """Each tensor's name as rules spell it -> its name in the file (prefix added, old endings renewed).
+
+    Raises:
+      UserError: a tensor is there under its old and its new name, with different numbers.
+    """
+    names = weights.names()
+    bare = not any(name.startswith(layout.prefix) for name in names)
+    # Of a bare encoder all names lack the prefix, those of heads included: a head never stands beside a bare encoder.
+    heads = {rule.theirs.split(".")[0] for rule in layout.rules if not rule.theirs.startswith(layout.prefix)}
+    found: dict[str, str] = {}
+    for name in names:
+        canonical = name
+        for old, new in layout.aliases:
+            if name.endswith(old):
+                canonical = name.removesuffix(old) + new
+        if bare and canonical.split(".")[0] not in heads:
+            canonical = layout.prefix + canonical
+        if canonical in found and not same_numbers(weights, found[canonical], name):
+            raise UserError(
+                f"{weights.path}: {found[canonical]} and {name} are an old and a new name of one tensor, but differ; remove one"
+            )
+        found[canonical] = name
+    return found
+
+
+def import_params(
+    weights: Weights,
+    layout: Layout,
+    shapes: dict[str, Any],
+    place: Callable[[str], jax.sharding.Sharding | None],
+    dtype: Any,
+) -> Imported:
+    """Reads a checkpoint, tensor by tensor, into (sharded) arrays.
+
+    Args:
+      weights: the open checkpoint.
+      layout: the family's names.
+      shapes: our parameter tree, of shaped leaves.
+      place: our path -> sharding, None for the default device.
+      dtype: of the result.
+
+    Raises:
+      UserError: missing, unused or mis-shaped tensors, all together.
+    """
+    ours = paths_of(shapes)
+    plan = _plan(weights, layout, ours)
+    non_finite: list[str] = []
+
+    config: Any = jax.config
+    device = config.jax_default_device  # of the caller's thread
+
+    def load(path: str) -> jax.Array:
+        with jax.default_device(device):
+            return _load(_Stored(weights, plan, path, ours[path].shape, non_finite), place(path), dtype)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        arrays = dict(zip(plan.sources, pool.map(load, plan.sources), strict=True))
+    return Imported(nested(arrays), plan.fresh, plan.unused, plan.substituted, sorted(non_finite))
+
+
+def stored_params(weights: Weights, layout: Layout, shapes: dict[str, Any]) -> Imported:
+    """The parameters of a checkpoint as they are stored, each tensor read when it is asked for.
+
+    Args:
+      weights: the checkpoint, open as long as the parameters are used.
+      layout: the family's names.
+      shapes: our parameter tree, of shaped leaves.
+
+    Raises:
+      UserError: missing, unused or mis-shaped tensors, all together.
+    """
+    ours = paths_of(shapes)
+    plan = _plan(weights, layout, ours)
+    non_finite: list[str] = []
+    params = {path: StoredParam(_Stored(weights, plan, path, ours[path].shape, non_finite)) for path in plan.sources}
+    return Imported(nested(params), plan.fresh, plan.unused, plan.substituted, non_finite)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensors make up which parameters."""
+
+    rules: Mapping[str, Rule]
+    sources: Mapping[str, list[str]]
+    """Our path -> names in the file, one per layer."""
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+    substituted: tuple[tuple[str, str], ...]
+
+
+def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
+    names = file_names(weights, layout)
+    by_path = {rule.ours: rule for rule in layout.rules}
+    if set(by_path) != set(ours):
+        raise ValueError(f"rules and parameters differ: {sorted(set(by_path) ^ set(ours))}")
+    problems = _Problems([], [], [], [])
+    absent, sources, substituted, concerned = {}, {}, [], set[str]()
+    for path, rule in by_path.items():
+        there = next((name for name in rule.names() if name in names), rule.theirs)
+        theirs = _names_of(there, ours[path].shape)
+        lacking = [name for name in theirs if name not in names]
+        concerned.update(names[name] for name in theirs if name in names)
+        if lacking:
+            absent[path] = lacking
+            continue
+        other = there in rule.preferred and rule.theirs in names
+        if there in (*rule.copies, *rule.spares) or (
+            other and not same_numbers(weights, names[there], names[rule.theirs])
+        ):
+            substituted.append((rule.theirs, there))
+        sources[path] = [names[name] for name in theirs]
+        expected = _their_shape(rule, ours[path].shape)
+        for name in sources[path]:
+            problems.look_at(name, weights, expected)
+    fresh = [path for path, lacking in absent.items() if _is_fresh(path, lacking, ours, sources, layout)]
+    problems.missing.extend(name for path, lacking in absent.items() if path not in fresh for name in lacking)
+
+    known = {names[name] for rule in layout.rules for name in rule.names() if name in names}
+    left = [(canonical, name) for canonical, name in names.items() if name not in concerned | known]
+    unused = [name for canonical, name in left if _matches(canonical, layout.leftovers)]
+    problems.unused.extend(name for _, name in left if name not in unused)
+    problems.raise_if_any(weights)
+    return _Plan(by_path, sources, tuple(fresh), tuple(unused), tuple(substituted))
+
+
+def _is_fresh(
+    path: str, lacking: list[str], ours: Mapping[str, Any], sources: Mapping[str, Any], layout: Layout
+) -> bool:
+    """Whether a missing parameter may be initialised: one of a head of which nothing is there."""
+    part = path.split("/")[0] + "/"
+    return _matches(path, layout.fresh) and not any(other.startswith(part) for other in sources)
+
+
+@dataclass
+class _Problems:
+    missing: list[str]
+    unused: list[str]
+    misshaped: list[str]
+    quantised: list[str]
+
+    def look_at(self, name: str, weights: Weights, expected: tuple[int, ...]) -> None:
+        actual, dtype = weights.shape(name), weights.dtype(name)
+        if actual != expected:
+            self.misshaped.append(f"{name} is {list(actual)}, expected {list(expected)}")
+        if not is_float(dtype):
+            self.quantised.append(f"{name} is {dtype}")
+
+    def raise_if_any(self, weights: Weights) -> None:
+        kinds = [("missing", self.missing), ("unused", self.unused), ("mis-shaped", self.misshaped)]
+        kinds += [("not floating-point (quantised weights are not read)", self.quantised)]
+        parts = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+        if parts:
+            raise UserError(f"{weights.path}: weights do not fit the model: {'; '.join(parts)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _stacked(rule: Rule) -> bool:
+    return "{layer}" in rule.theirs
+
+
+def _names_of(theirs: str, shape: tuple[int, ...]) -> list[str]:
+    """A tensor's name, or those of all layers."""
+    return [theirs.format(layer=layer) for layer in range(shape[0])] if "{layer}" in theirs else [theirs]
+
+
+def _their_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return their_shape(rule.pattern, shape[1:] if _stacked(rule) else shape)
+
+
+class _Stored:
+    """The tensors of one parameter in an open checkpoint."""
+
+    def __init__(self, weights: Weights, plan: _Plan, path: str, shape: tuple[int, ...], non_finite: list[str]) -> None:
+        self.weights, self.rule, self.names, self.shape = weights, plan.rules[path], plan.sources[path], shape
+        self._non_finite = non_finite
+
+    def tensor(self, layer: int) -> np.ndarray:
+        """One layer (or the whole, where it has no layers), arranged as ours."""
+        name = self.names[layer]
+        stored = self.weights.read(name)
+        if not is_finite(stored) and name not in self._non_finite:
+            self._non_finite.append(name)
+        return to_ours(self.rule.pattern, stored, self.shape[1:] if _stacked(self.rule) else self.shape)
+
+
+class StoredParam:
+    """One of our parameters in an open checkpoint, read when it is used and not kept."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self._stored = stored
+        self.shape = stored.shape
+        self.dtypes = tuple(stored.weights.dtype(name) for name in stored.names)
+        """Stored type of each layer."""
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self._stored.tensor(layer)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stacked = _stacked(self._stored.rule)
+        whole = np.stack([self[i] for i in range(self.shape[0])]) if stacked else self._stored.tensor(0)
+        return whole if dtype is None else whole.astype(dtype)
+
+
+def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
+    """One parameter: each tensor is read once and copied into the part of each device of this process."""
+    shape, stacked, path = stored.shape, _stacked(stored.rule), stored.weights.path
+    whole = {None: (slice(None),) * len(shape)}
+    indices: dict[Any, Any] = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
+    parts: dict[Any, np.ndarray] = {}
+    keys = {device: _index_key(index, shape) for device, index in indices.items()}
+    for device, index in indices.items():
+        if keys[device] not in parts:
+            parts[keys[device]] = _aligned_empty(
+                tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)), dtype
+            )
+    for layer, name in enumerate(stored.names):
+        tensor = stored.tensor(layer)
+        for key, part in parts.items():
+            index = tuple(slice(start, stop) for start, stop in key)
+            if not stacked:
+                copy_rounded(part, tensor[index], name, path)
+            elif index[0].start <= layer < index[0].stop:
+                copy_rounded(part[layer - index[0].start], tensor[index[1:]], name, path)
+    # Without a device the array is not committed to one: a step that is jitted over it compiles once, not again for its own results.
+    arrays = [jax.device_put(parts[keys[device]], device) for device in indices]
+    if sharding is None:
+        return arrays[0]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory that XLA's CPU backend takes over without a copy: it wants 64-byte alignment."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def export_tensors(params: dict[str, Any], layout: Layout, *, bare: bool, dtype: Any = None) -> list[TensorOut]:
+    """The reference's tensors, in table order, each made when it is read.
+
+    Args:
+      params: our tree.
+      layout: the family's names.
+      bare: leave out the encoder's prefix (a model without a head).
+      dtype: of the result; None: as stored.
+
+    Raises:
+      ValueError: rules and parameters differ.
+    """
+    flat = paths_of(params)
+    if {rule.ours for rule in layout.rules} != set(flat):
+        raise ValueError(f"rules and parameters differ: {sorted({rule.ours for rule in layout.rules} ^ set(flat))}")
+    return [out for rule in layout.rules for out in _exported(rule, flat[rule.ours], layout, bare, dtype)]
+
+
+def _exported(rule: Rule, leaf: Any, layout: Layout, bare: bool, dtype: Any) -> Iterator[TensorOut]:
+    shape = _their_shape(rule, leaf.shape)
+    names = _names_of(rule.theirs, leaf.shape)
+    stored = leaf.dtypes if isinstance(leaf, StoredParam) else (leaf.dtype,) * len(names)
+
+    def reader(name: str, layer: int | None, kind: np.dtype) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            theirs = to_theirs(rule.pattern, np.asarray(leaf if layer is None else leaf[layer]))
+            if theirs.dtype == kind:
+                return np.ascontiguousarray(theirs)
+            rounded = np.empty(theirs.shape, kind)
+            copy_rounded(rounded, theirs, name, "export")
+            return rounded
+
+        return read
+
+    for layer, name in enumerate(names):
+        kind = np.dtype(stored[layer] if dtype is None else dtype)
+        for copy in (name, *rule.copies):
+            written = copy.removeprefix(layout.prefix) if bare else copy
+            yield TensorOut(written, shape, kind, reader(written, layer if _stacked(rule) else None, kind))

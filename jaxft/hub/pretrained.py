@@ -1,0 +1,300 @@
+"""Model folders: Hugging Face layout in (weights, config.json, tokenizer) and out again; :mod:`jaxft.inference.load` has the
+notebook user's entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.config import to_tree
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, copy_files
+from jaxft.errors import UserError
+from jaxft.files import folder_written_whole, write_atomic
+from jaxft.hub.convert import Imported, export_tensors, file_names, import_params, stored_params
+from jaxft.hub.source import SINGLE_LABEL, Note, Source
+from jaxft.hub.weights import Weights, write_safetensors
+from jaxft.hub.weights.beside import CODE_SETTINGS, take_over
+from jaxft.hub.weights.numbers import QUANTISATION_KEYS, name_non_finite
+from jaxft.hub.weights.part import Part
+from jaxft.models.contract import Family, architecture_of, classes_of
+from jaxft.models.initial import init_some, shapes_and_axes, spread
+from jaxft.models.layout import Layout
+from jaxft.parallel.sharding import shardings_of
+from jaxft.trees import nested, paths_of
+
+# ------------------------------------------------------------------------------------------------------------- import
+
+
+def load_params(
+    source: Source,
+    model: Any,
+    note: Note,
+    *,
+    mesh: Any = None,
+    seed: int = 0,
+    fresh_head: bool = False,
+    finite: bool = False,
+) -> Any:
+    """The parameters of ``model`` from a model folder.
+
+    A head that the folder does not have, or ``fresh_head``, is initialised; one that it has must be there whole.
+
+    Args:
+      source: the opened folder.
+      model: built with the source's (perhaps changed) config.
+      note: called with a line for everything that was initialised or left unused.
+      mesh: to spread them over; None: the default device.
+      seed: of freshly initialised heads.
+      fresh_head: do not read the folder's head.
+      finite: refuse weights with NaN or infinity, from which no training can start; otherwise they are noted.
+
+    Raises:
+      UserError: the weights do not fit, lack something of the head that they are said to have, or are not numbers that the
+        model's parameter type can hold.
+    """
+    shapes, axes = shapes_and_axes(model)
+    shardings = None if mesh is None else shardings_of(mesh, model.compute.rules, shapes, axes)
+    placed = {} if shardings is None else paths_of(shardings)
+    with source.open() as weights:
+        seen = _seen(source, model, weights, shapes, fresh_head)
+        got = import_params(seen.weights, seen.layout, shapes, placed.get, np.dtype(model.compute.param_dtype))
+    if got.non_finite and finite:
+        raise UserError(f"{source.folder}: training cannot start: {name_non_finite(got.non_finite)}; use sound weights")
+    if got.non_finite:
+        note(f"warning: {name_non_finite(got.non_finite)}")
+    return _completed(got, source, model, seen, shapes, placed, seed, note)
+
+
+def open_params(source: Source, model: Any, weights: Weights, note: Note, *, seed: int = 0) -> Imported:
+    """The parameters of ``model`` as ``weights`` (the source's) store them, read one tensor at a time when they are used.
+
+    Nothing is cast, and nothing but a fresh head kept in memory. ``non_finite`` of the result fills as tensors are read.
+
+    Raises:
+      UserError: the weights do not fit.
+    """
+    shapes, _ = shapes_and_axes(model)
+    seen = _seen(source, model, weights, shapes, False)
+    got = stored_params(seen.weights, seen.layout, shapes)
+    return dataclasses.replace(got, params=_completed(got, source, model, seen, shapes, {}, seed, note))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What of a folder's tensors a model reads."""
+
+    weights: Weights
+    layout: Layout
+    hidden: tuple[str, ...]
+    """Tensors of a head that is not read, by their names in the file."""
+    quiet: tuple[str, ...]
+    """Tensors of layers that are not used, which was said when the depth was changed."""
+    whole: bool
+    """The head must be there whole."""
+
+
+def _seen(source: Source, model: Any, weights: Weights, shapes: Any, fresh_head: bool) -> _Seen:
+    layout = source.family.hf_layout(model.config, model.head)
+    names = file_names(weights, layout)
+    # A head that the family does not have may share names with one that it has.
+    hidden = _head_names(names, layout) if fresh_head or source.foreign is not None else []
+    foreign = [] if source.foreign is None else [name for name in names if not name.startswith(layout.prefix)]
+    deeper = _deeper_layers(names, layout, shapes) if source.changes else []
+    spared = tuple(glob.escape(name) for name in (*foreign, *deeper))
+    layout = dataclasses.replace(layout, leftovers=(*layout.leftovers, *spared))
+    return _Seen(
+        Part(weights, without=hidden) if hidden else weights,
+        layout,
+        tuple(hidden),
+        tuple(names[name] for name in deeper),
+        whole=not fresh_head and model.head == source.head,
+    )
+
+
+def _completed(
+    got: Imported, source: Source, model: Any, seen: _Seen, shapes: Any, placed: dict[str, Any], seed: int, note: Note
+) -> dict[str, Any]:
+    """What was read, with what was not initialised; says so."""
+    flat = paths_of(got.params)
+    if got.fresh and seen.whole:
+        absent = [rule.theirs for rule in seen.layout.rules if rule.ours in got.fresh]
+        stated = architecture_of(source.family, model.head, source.model_type)
+        raise UserError(
+            f"{source.folder} should be a {stated}, but its weights lack {', '.join(absent)}, and "
+            "nothing is used that would be random: correct architectures in config.json, or train with model.head=fresh"
+        )
+    if got.fresh:
+        # Only what is missing is computed: XLA drops the rest of the initialisation.
+        initial = jax.jit(init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
+        flat |= {p: v if not placed else spread(v, placed[p]) for p, v in initial.items()}
+        note(f"initialised afresh: {', '.join(got.fresh)}")
+    for wanted, read in got.substituted:
+        note(f"{read} is read for {wanted}")
+    left = [name for name in (*seen.hidden, *got.unused) if name not in seen.quiet]
+    left = [name for name in left if not name.endswith(("position_ids", "token_type_ids", "inv_freq"))]
+    if left:
+        note(f"in the checkpoint, not used: {', '.join(left)}")
+    return nested({path: flat[path] for path in paths_of(shapes)})
+
+
+def _head_names(names: Mapping[str, str], layout: Layout) -> list[str]:
+    """The head's tensors in the file, by their names there."""
+    rules = [rule for rule in layout.rules if rule.ours.startswith("head/")]
+    return [names[name] for rule in rules for name in rule.names() if name in names]
+
+
+def _deeper_layers(names: Collection[str], layout: Layout, shapes: Any) -> list[str]:
+    """Tensors of layers past those that the model has, by the names of the rules."""
+    ours, found = paths_of(shapes), []
+    for rule in layout.rules:
+        if "{layer}" in rule.theirs:
+            layer = ours[rule.ours].shape[0]
+            while (name := rule.theirs.format(layer=layer)) in names:
+                found.append(name)
+                layer += 1
+    return found
+
+
+def check_changes(source: Source, head: str | None, note: Note) -> None:
+    """Refuses changes to a folder's architecture that its weights contradict; says if only the first layers are used.
+
+    Args:
+      source: the opened folder.
+      head: of the model to be loaded.
+      note: called with the line.
+
+    Raises:
+      UserError: parameters would have other shapes, or there are fewer layers than were asked for.
+    """
+    changes = {key: value for key, value in source.changes.items() if key != "num_labels"}  # the caller's business
+    if not changes:
+        return
+    kept = head if head == source.head else None  # another head is made afresh, as the changes want it
+    stored = _layer_shapes(source.family.Model(source.stored, kept))
+    wanted = _layer_shapes(source.family.Model(source.config, kept))
+    if stored[1] != wanted[1]:
+        guilty = [key for key in changes if _layer_shapes(_changed(source, key, kept))[1] != stored[1]] or list(changes)
+        was, asked = to_tree(source.stored), to_tree(source.config)
+        told = ", ".join(f"{key}={asked[key]} (there: {was[key]})" for key in guilty)
+        raise UserError(f"{source.folder}: the weights contradict {told}; leave it out")
+    if wanted[0] > stored[0]:
+        raise UserError(f"{source.folder}: {wanted[0]} layers are asked for, the weights have {stored[0]}")
+    if wanted[0] < stored[0]:
+        note(f"the first {wanted[0]} of the {stored[0]} layers in {source.folder} are used")
+
+
+def _changed(source: Source, key: str, head: str | None) -> Any:
+    """The stored model with one change; the stored one where that is none that can stand alone."""
+    try:
+        config = dataclasses.replace(source.stored, **{key: getattr(source.config, key)})
+    except UserError:
+        config = source.stored
+    return source.family.Model(config, head)
+
+
+def _layer_shapes(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """How many layers a model has, and the shape of each parameter, of layers that of one."""
+    flat = {path: leaf.shape for path, leaf in paths_of(shapes_and_axes(model)[0]).items()}
+    depth = next(shape[0] for path, shape in flat.items() if path.startswith("layers/"))
+    return depth, {path: shape[1:] if path.startswith("layers/") else shape for path, shape in flat.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export_folder(
+    target: str | Path,
+    source_config: dict[str, Any],
+    family: Family,
+    model: Any,
+    params: Any,
+    *,
+    tokenizer: Tokenizer | None = None,
+    tokenizer_folder: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    max_length: int | None = None,
+    source_folder: Path | None = None,
+    note: Note = print,
+) -> None:
+    """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer.
+
+    Args:
+      source_config: the config.json the model came from (or {}): keys that we do not know are kept.
+      tokenizer: written so that `transformers` and we get its ids from the folder.
+      tokenizer_folder: without ``tokenizer``: where tokenizer files are copied from, unread.
+      labels: label names in the order of class ids; None: those that ``source_config`` names.
+      problem_type: what a classification head was trained for; None: what ``source_config`` says.
+      dtype: of the weights; None: as they are.
+      max_length: tokens per text that the model was trained with; becomes the tokenizer's ``model_max_length``.
+      source_folder: where the model came from; what else lies there (model card, generation_config.json, ...) is taken over.
+      note: called with a line for what was taken over, left behind or taken out.
+
+    Raises:
+      UserError: ``target`` exists and is not empty.
+    """
+    layout = family.hf_layout(model.config, model.head)
+    with folder_written_whole(Path(target)) as folder:
+        tensors = export_tensors(
+            params, layout, bare=model.head is None, dtype=None if dtype is None else jnp.dtype(dtype)
+        )
+        write_safetensors(folder, tensors, shard_bytes)
+        # The reference loads all in one type: mixed ones in the first that holds them all.
+        kind = str(functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors}))
+        config = _exported_config(source_config, family, model, labels, problem_type, kind)
+        write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        dropped = [name for name in CODE_SETTINGS if name in source_config]
+        if dropped:
+            note(f"config.json: {', '.join(dropped)} names code, which is neither run nor exported: taken out")
+        if tokenizer is not None:
+            tokenizer.save(folder, max_length)
+        elif tokenizer_folder is not None:
+            copy_files(Path(tokenizer_folder), folder, max_length)
+        if source_folder is not None:
+            take_over(Path(source_folder), folder, {"config.json", *TOKENIZER_FILES}, note)
+
+
+def _exported_config(
+    before: dict[str, Any],
+    family: Family,
+    model: Any,
+    labels: Sequence[str] | None,
+    problem_type: str | None,
+    dtype: str,
+) -> dict[str, Any]:
+    stale = {"_name_or_path", "torch_dtype", "num_labels", *CODE_SETTINGS, *QUANTISATION_KEYS, *family.SUPERSEDED}
+    config = {key: value for key, value in before.items() if key not in stale}
+    kinds, stated = family.MODEL_TYPES, before.get("model_type")
+    kind = stated if stated in kinds else next(iter(kinds))
+    config |= {"model_type": kind, **family.config_to_hf(model.config)}
+    config["architectures"] = [architecture_of(family, model.head, kind)]
+    config["dtype"] = dtype
+    for key in ("id2label", "label2id", "problem_type"):
+        config.pop(key, None)
+    classes = classes_of(model.config)
+    if family.HEADS[model.head].classes and classes is not None:
+        names = labels or tuple(f"LABEL_{i}" for i in range(classes))
+        if len(names) != classes:
+            raise UserError(f"labels: {len(names)} names for a head of {classes} classes: {', '.join(names[:20])}")
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    if family.HEADS[model.head].classes == "rows" and classes is not None:
+        # What a head is for does not follow from its shape: what the source leaves open stays open.
+        if problem_type is None and not before and classes > 1:
+            problem_type = SINGLE_LABEL
+        if problem_type is not None or "problem_type" in before:
+            config["problem_type"] = problem_type or before["problem_type"]
+    return config

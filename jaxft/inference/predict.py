@@ -1,0 +1,326 @@
+"""A trained model ready to answer: from an exported folder, a run folder or a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import checkpoint, models, tasks
+from jaxft.config import RunConfig, TaskConfig, load_config, run_config
+from jaxft.config.read import stored_tree
+from jaxft.config.stored import as_today, wrong_best
+from jaxft.config.tasks import task_options
+from jaxft.data.batch import collate, text_shape
+from jaxft.data.examples import Encoded
+from jaxft.data.labels import refuse_alike
+from jaxft.data.loader import bucket_of, make_buckets
+from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabulary, has_tokenizer
+from jaxft.data.sources.rows import Row
+from jaxft.errors import UserError
+from jaxft.hub.pretrained import load_params
+from jaxft.hub.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
+from jaxft.layers import Compute
+from jaxft.models import adapters
+from jaxft.models.contract import classes_of
+from jaxft.tasks.contract import Answer, TaskModule
+from jaxft.training.recipe import make_compute
+from jaxft.training.setup import settled
+from jaxft.training.step import forward_of
+
+T = TypeVar("T")
+
+
+def _options_of(module: Any) -> TaskConfig:
+    """The usual options of a task: the model was not trained by a run of it here."""
+    name = module.__name__.removeprefix("jaxft.tasks.")
+    return task_options(name)(name=name)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model with all it needs to answer."""
+
+    config: RunConfig
+    """The run's configuration if the model came from a run, else the defaults; overrides applied."""
+    family_name: str
+    model: Any
+    params: Any
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    """Label names in the order of class ids; empty where the head has no classes."""
+    hf_config: dict[str, Any]
+
+    def refuse_other_problems(self, command: str) -> None:
+        """Raises UserError if the model has a classification head that is not for one label of several."""
+        if models.family(self.family_name).HEADS[self.model.head].classes == "rows":
+            instead = "jaxft.load gives its outputs as logits, and jaxft train with model.head=fresh makes another"
+            classes = classes_of(self.model.config)
+            refuse_other_problems(self.hf_config, classes, f"jaxft {command} cannot answer with it", instead)
+
+    def task(self, **changes: Any) -> tuple[TaskModule, Any]:
+        """The module of the task that the model's head is for, and the task.
+
+        Args:
+          changes: to the task, for instance ``threshold=0.8``; None: none.
+
+        Raises:
+          UserError: no task scores this head, or the task has no such option.
+        """
+        module = tasks.task_of_head(self.model.head, self.config.task.name)
+        if module is None:
+            raise UserError(
+                f"the model has no head that a task scores (found: {self.model.head}): fine-tune it first (jaxft train)"
+            )
+        options = self.config.task if tasks.task(self.config.task.name) is module else _options_of(module)
+        if getattr(options, "class_weights", "none") == "balanced":
+            unweighted: dict[str, Any] = {"class_weights": "none"}
+            options = dataclasses.replace(options, **unweighted)
+        made: Any = module.make_task(options, tasks.Targets(self.labels), self.model.facts, self.tokenizer)
+        for name, value in changes.items():
+            if value is None:
+                continue
+            if name not in {field.name for field in dataclasses.fields(made)}:
+                raise UserError(f"--{name}: answers of {self.model.head} have none; leave it out")
+            made = dataclasses.replace(made, **{name: value})
+        return module, made
+
+
+def open_model(reference: str, overrides: list[str], note: Note, *, head: str | None = "stored") -> Served:
+    """Opens a model folder, run folder or checkpoint.
+
+    Args:
+      reference: a Hugging Face folder or hub id; a run folder (its export, else its best checkpoint); a checkpoint folder.
+      overrides: ``key=value`` pairs over the run's configuration (or the defaults).
+      note: called with a line for everything that was guessed or left unused.
+      head: head to open; ``stored``: the one the weights have.
+
+    Raises:
+      UserError: there is no such model, or it is not usable.
+    """
+    folder = Path(reference).expanduser()
+    run_file = folder / "config.yaml"
+    if run_file.is_file():
+        exported = folder / "export"
+        if (exported / "config.json").is_file():
+            # Its tokenizer is beside it, wherever data.tokenizer was when the run was made.
+            beside = ["data.tokenizer=null", *overrides]
+            config = load_config(str(run_file), beside, stored=True)
+            _warn_of_wrong_best(stored_tree(run_file), note)
+            return _from_folder(str(exported), config, note, head)
+        return _from_checkpoint(folder, overrides, note)
+    if folder.is_dir() and checkpoint.is_checkpoint(folder):
+        return _from_checkpoint(folder, overrides, note)
+    # Without a run there is no data.max_length but the one asked for, or the one that the tokenizer's files state.
+    asked = any(override.startswith("data.max_length=") for override in overrides)
+    return _from_folder(reference, load_config(None, overrides), note, head, stated_length=not asked)
+
+
+def _from_folder(
+    reference: str, config: RunConfig, note: Note, head: str | None, *, stated_length: bool = False
+) -> Served:
+    source = open_source(reference, note, family=config.model.family)
+    head = source.stored_head() if head == "stored" else head
+    model = source.family.Model(source.config, head, _compute(config))
+    params = load_params(source, model, note)
+    labels = source.labels or ()
+    if head is not None and source.family.HEADS[head].classes and not labels:
+        labels = tuple(f"LABEL_{i}" for i in range(classes_of(source.config) or 0))
+    folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
+    if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
+    return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
+
+
+def _compute(config: RunConfig) -> Compute:
+    return make_compute(config.model, jax.default_backend(), device=jax.devices()[0].device_kind)
+
+
+def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
+    config, name, model, params, tokenizer, labels, hf_config = restored(folder, overrides, note)
+    return _served(config, name, model, params, tokenizer, labels, hf_config)
+
+
+def restored(
+    folder: Path, overrides: list[str], note: Note
+) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
+    """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json."""
+    params, meta = checkpoint.restore_params(folder)
+    config = _override(as_today(meta["config"]), overrides)
+    _warn_of_wrong_best(meta["config"], note)
+    family = models.family(meta["family"])
+    model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
+    named = any(override.startswith("data.tokenizer=") for override in overrides)
+    tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
+    params = jax.tree.map(jnp.asarray, params)
+    if config.model.lora.rank is not None:
+        params = adapters.merged(params, config.model.lora.alpha)
+    hf_config = meta["hf_config"]
+    if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
+        # config.json is that of the folder the run began from; its head may have been for something else.
+        hf_config = hf_config | {"problem_type": SINGLE_LABEL}
+    return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
+
+
+def _tokenizer_of(folder: Path, meta: dict[str, Any], config: RunConfig, note: Note, *, named: bool) -> Path:
+    """The tokenizer's folder of a checkpoint: as ``named`` by the user, where the run had it, or what the run named then."""
+    if named and config.data.tokenizer is not None:
+        found: Path | None = resolve_folder(config.data.tokenizer)
+    else:
+        found = checkpoint.find_tokenizer(meta, folder)
+    if found is None:
+        reference = config.data.tokenizer or config.model.init
+        if reference is None:
+            raise UserError(f"{folder}: its tokenizer, {meta['tokenizer']}, is gone; put it back there")
+        note(f"{meta['tokenizer']} is gone; the tokenizer of {reference} is used")
+        found = resolve_folder(reference)
+    then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
+    if then is not None and has_tokenizer(found) and Tokenizer(found, model_type=meta["family"]).digest() != then:
+        note(
+            f"warning: {found}: the tokenizer has changed since the run: it gives other ids than the model was trained on"
+        )
+    return found
+
+
+def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:
+    if wrong := wrong_best(tree):
+        note(f"warning: {wrong}")
+
+
+def _override(tree: dict[str, Any], overrides: list[str]) -> RunConfig:
+    import tempfile
+
+    run_config(tree)
+    # Overrides work on run files; the stored configuration is one.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
+        return load_config(str(path), overrides)
+
+
+def _served(
+    config: RunConfig,
+    family: str,
+    model: Any,
+    params: Any,
+    tokenizer_folder: Path,
+    labels: tuple[str, ...],
+    hf_config: Any,
+) -> Served:
+    limit = model.facts.limit
+    length = config.data.max_length
+    tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
+    check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
+    refuse_alike(labels, "the model's config.json")
+    return Served(config, family, model, params, tokenizer, labels, hf_config)
+
+
+def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
+    """Raises UserError if ``--threshold`` is no probability, or there are more than two labels."""
+    if threshold is None:
+        return
+    if len(labels) != 2:
+        raise UserError(f"--threshold is for models of two labels; this one has {len(labels)}")
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: must lie in 0..1")
+
+
+def make_answerer(
+    served: Served, batch_size: int, **changes: Any
+) -> Callable[[Sequence[Row]], list[tuple[Answer, bool]]]:
+    """``rows -> answers`` in the same order, each with whether something of the row was cut off.
+
+    Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
+    it is first needed.
+
+    Args:
+      changes: to the task, for instance ``threshold=0.8``.
+
+    Raises:
+      UserError: no task answers with the model's head, or not with these changes.
+    """
+    served.refuse_other_problems("predict")
+    module, task = served.task(**changes)
+    if not hasattr(task, "predictions"):
+        raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
+    config, tokenizer = settled(served.config, module), served.tokenizer
+    fields = module.fields(config, tokenizer.pad_id)
+    buckets = make_buckets(None, tokenizer.max_length or 512)
+
+    @jax.jit
+    def predictions(params: Any, batch: Any) -> Any:
+        return task.predictions(forward_of(served.model, params), batch)
+
+    def computed(encoded: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
+        lengths = [len(one.example["tokens"]) for one in encoded]
+        order, found = sorted(range(len(encoded)), key=lengths.__getitem__), {}
+        there = {name: f for name, f in fields.items() if f.value is not None or name in encoded[0].example}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            size = min(batch_size, 1 << (len(chosen) - 1).bit_length())
+            shape = text_shape(size, bucket_of(lengths[chosen[-1]], buckets))
+            made = jax.device_get(
+                predictions(served.params, collate([encoded[i].example for i in chosen], there, shape))
+            )
+            found |= {i: {name: value[k] for name, value in made.items()} for k, i in enumerate(chosen)}
+        return [found[i] for i in range(len(encoded))]
+
+    def answers(rows: Sequence[Row]) -> list[tuple[Answer, bool]]:
+        if not rows:
+            return []
+        check_types(tokenizer, served.model.facts.inputs, paired=len(rows[0].values) == 2)
+        encoded = list(module.encode(rows, tokenizer, None, config))
+        parts: list[list[tuple[Encoded, dict[str, np.ndarray]]]] = [[] for _ in rows]
+        for one, outputs in zip(encoded, computed(encoded), strict=True):
+            parts[one.row].append((one, outputs))
+        return [
+            (task.answer(row.values, some), any(one.dropped for one, _ in some))
+            for row, some in zip(rows, parts, strict=True)
+        ]
+
+    return answers
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to ``size`` items, in order; a slow producer (a pipe, a person) is not waited for: what is there is given."""
+    todo: queue.Queue[Any] = queue.Queue(maxsize=4 * size)
+    end = object()
+
+    def produce() -> None:
+        try:
+            for item in items:
+                todo.put(item)
+            todo.put(end)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            todo.put(_Failure(error))
+
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        chunk = [todo.get()]
+        while len(chunk) < size and chunk[-1] is not end and not isinstance(chunk[-1], _Failure):
+            try:
+                chunk.append(todo.get_nowait())
+            except queue.Empty:
+                break
+        last = chunk[-1]
+        done = last is end or isinstance(last, _Failure)
+        if chunk[: -1 if done else None]:
+            yield chunk[: -1 if done else None]
+        if isinstance(last, _Failure):
+            raise last.error
+        if done:
+            return
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException

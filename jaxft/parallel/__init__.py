@@ -1,0 +1,1 @@
+"""How arrays lie on the devices of a mesh."""

@@ -1,0 +1,307 @@
+"""The report of a finished run, as files and as text for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxft.files import write_atomic
+from jaxft.reporting.plots import (
+    Series,
+    chart,
+    confusion_png,
+    curves_png,
+    in_ascii,
+    lacking,
+    plain_label,
+    schedule_png,
+    score_series,
+    series_of,
+    shows_blocks,
+    smoothed,
+)
+from jaxft.reporting.records import to_json
+
+__all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_report", "write_seeds"]
+
+_MOST_CONFUSION_CLASSES = 20
+_MOST_TABLE_CLASSES = 50
+_SHOWN_CONFUSIONS = 10
+_HEADLINE = (
+    ("accuracy", "accuracy"),
+    ("macro_f1", "macro F1"),
+    ("micro_f1", "micro F1"),
+    ("f1", "entity F1"),
+    ("precision", "entity precision"),
+    ("recall", "entity recall"),
+    ("macro_entity_f1", "macro entity F1"),
+    ("auroc", "AUROC"),
+    ("average_precision", "average precision"),
+    ("loss", "loss"),
+    ("perplexity", "perplexity"),
+)
+
+
+def write_report(
+    out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[dict[str, Any]]
+) -> list[Path]:
+    """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
+    :func:`jaxft.reporting.plots.lacking` says why.
+
+    Args:
+      metrics: what the task's ``score()`` returned.
+      labels: label names in the order of class ids.
+      log: the records of ``log.jsonl``.
+
+    Returns:
+      The files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = [
+        _write_json(out / "metrics.json", metrics),
+    ]
+    if lacking() is None:
+        written += [
+            confusion_png(out / "confusion.png", metrics["confusion"], labels) if "confusion" in metrics else None,
+            curves_png(out / "curves.png", log),
+        ]
+    return [path for path in written if path is not None]
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> Path:
+    write_atomic(path, json.dumps(to_json(_nulls(tree)), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return path
+
+
+def _nulls(tree: Any) -> Any:
+    """The same tree with None for each NaN, a score of nothing."""
+    if isinstance(tree, Mapping):
+        return {key: _nulls(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_nulls(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
+def _shown(score: float) -> str:
+    return "n/a" if math.isnan(score) else f"{score:.4f}"
+
+
+def report_text(
+    metrics: Mapping[str, Any],
+    labels: Sequence[str],
+    log: Sequence[dict[str, Any]],
+    width: int = 100,
+    *,
+    colour: bool | None = None,
+    blocks: bool | None = None,
+) -> str:
+    """Scores, the table of classes and the confusion matrix if the task has classes, and the learning curves.
+
+    Args:
+      colour: colours in the curves. None: when standard output is a terminal and NO_COLOR is not set.
+      blocks: curves of block characters; otherwise ASCII alone. None: when standard output can show them.
+    """
+    blocks = shows_blocks(sys.stdout) if blocks is None else blocks
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
+    scores = [f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics]
+    head = _joined([*scores, f"rows {metrics['rows']:,}"], min(width, 100))
+    names = [plain_label(label) for label in labels]
+    parts = [head]
+    parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
+    if "classes" in metrics:
+        table = metrics["classes"]
+        parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
+    if "confusion" in metrics:
+        parts.append(_confusion_text(metrics["confusion"], names, width))
+    parts += _curves(log, width, wanted, blocks)
+    text = "\n\n".join(part for part in parts if part)
+    return text if blocks else in_ascii(text)
+
+
+def _joined(items: Sequence[str], width: int) -> str:
+    """Items three blanks apart, on as many lines as they need."""
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + 3 + len(item) > width:
+            lines.append("")
+        lines[-1] += f"   {item}" if lines[-1] else item
+    return "\n".join(lines)
+
+
+def _threshold_text(metrics: Mapping[str, Any]) -> str:
+    best = metrics.get("best_threshold")
+    if not best:
+        return ""
+    name = plain_label(metrics["positive"])
+    return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
+
+
+def _no_score_text(metrics: Mapping[str, Any]) -> str:
+    """Why a headline says n/a."""
+    missing = [shown for name, shown in _HEADLINE if math.isnan(metrics.get(name, 0.0))]
+    if not missing:
+        return ""
+    if not math.isnan(metrics["loss"]):
+        return f"No {', '.join(missing)}: all rows are of one class."
+    return "Scores that are n/a are NaN: of nothing that could be predicted, or of a model that gives no numbers."
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes in a terminal: East Asian wide characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fit(text: str, cells: int, align: str = "<") -> str:
+    """``text`` cut or padded to exactly ``cells`` columns."""
+    if _cells(text) > cells:
+        while text and _cells(text) > cells - 1:
+            text = text[:-1]
+        text += "…"
+    padding = " " * (cells - _cells(text))
+    return text + padding if align == "<" else padding + text
+
+
+def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int) -> str:
+    first = min(max(map(_cells, ("class", *names))), max(width - 41, 8))
+    order = range(len(names))
+    remark = ""
+    if len(names) > _MOST_TABLE_CLASSES:
+        order = sorted(order, key=lambda i: (rows[i]["f1"], -rows[i]["rows"]))[:_MOST_CONFUSION_CLASSES]
+        remark = f"\nThe {len(order)} classes with the lowest F1 of {len(names)}, those of most rows first; all are in metrics.json."
+    lines = [f"{_fit('class', first)}  precision    recall        F1      rows"]
+    for i in order:
+        row = rows[i]
+        scores = "".join(f"{row[name]:>10.4f}" for name in ("precision", "recall", "f1"))
+        lines.append(f"{_fit(names[i], first)} {scores}{row['rows']:>10,}")
+    return "\n".join(lines) + remark
+
+
+def _confusion_text(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) -> str:
+    if len(names) > _MOST_CONFUSION_CLASSES:
+        return _confusion_list(confusion, names, width)
+    table = _confusion_table(confusion, names, width)
+    return table or f"{_confusion_list(confusion, names, width)}\nThe whole matrix is wider than {width} columns."
+
+
+def _confusion_table(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) -> str:
+    """The matrix as a table; empty if the counts do not fit ``width``.
+
+    Columns too narrow for names that can be told apart carry class numbers, and then the rows carry both.
+    """
+    count, digits = len(names), max(len(str(cell)) for row in confusion for cell in row)
+    longest = max(map(_cells, names))
+    narrow = max(digits, len(str(count - 1)) + 1) + 2
+    column = min((width - min(longest, 18)) // count, max(longest, digits) + 2)
+    heads = [_fit(name, max(column - 2, 1)) for name in names]
+    rows = list(names)
+    readable = column >= narrow and (column - 2 >= min(longest, 6)) and len(set(heads)) == count
+    if not readable:
+        column = narrow - 1
+        heads = [f"#{i}" for i in range(count)]
+        rows = [f"#{i} {name}" for i, name in enumerate(names)]
+    room = width - count * column
+    first = min(max(map(_cells, rows)), room)
+    if first < min(8, longest):
+        return ""
+    lines = ["true \\ predicted" if first >= 16 else "Rows: true. Columns: predicted."]
+    header = "".join(_fit(head.strip(), column, ">") for head in heads)
+    if first >= 16:
+        lines = [_fit(lines[0], first) + header]
+    else:
+        lines.append(" " * first + header)
+    for name, row in zip(rows, confusion, strict=True):
+        lines.append(_fit(name, first) + "".join(f"{cell:>{column}}" for cell in row))
+    return "\n".join(lines)
+
+
+def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], width: int) -> str:
+    wrong = [(-cell, i, j) for i, row in enumerate(confusion) for j, cell in enumerate(row) if i != j and cell]
+    if not wrong:
+        return "No row was taken for another class."
+    shown = sorted(wrong)[:_SHOWN_CONFUSIONS]
+    room = max((width - 40) // 2, 8)
+    first, second = (min(max(_cells(names[entry[k]]) for entry in shown), room) for k in (1, 2))
+    lines = [f"Most frequent confusions ({len(shown)} of {len(wrong)} pairs of classes):"]
+    for negative, i, j in shown:
+        share = 100 * -negative / sum(confusion[i])
+        lines.append(f"{-negative:>8,}  {_fit(names[i], first)}  taken for  {_fit(names[j], second)} {share:>6.1f}%")
+    lines[0] += " rows, true, predicted, share of the true class"
+    return "\n".join(lines)
+
+
+def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool, blocks: bool) -> list[str]:
+    train = series_of(log, "train", "loss")
+    evaluated = series_of(log, "eval", "loss")._replace(name="eval")
+    charts = [
+        chart(
+            "loss", [smoothed(train)._replace(name="train, smoothed")], [evaluated], width, colour=colour, blocks=blocks
+        ),
+        chart("eval", [], score_series(log), width, colour=colour, blocks=blocks),
+    ]
+    return list(dict.fromkeys(charts))  # one note will do where none can be drawn
+
+
+def _seed_values(results: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The scalar scores of each seed, by name; whole numbers (rows) are counts, not scores.
+
+    Raises:
+      ValueError: no seed, or the seeds were not scored alike.
+    """
+    scores = [
+        {name: value for name, value in metrics.items() if isinstance(value, float)} for metrics in results.values()
+    ]
+    if not scores or any(entry.keys() != scores[0].keys() for entry in scores):
+        raise ValueError(f"seeds {list(results)} do not have the same metrics")
+    return {name: [entry[name] for entry in scores] for name in scores[0]}
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); one value has none."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def seeds_text(results: Mapping[int, Mapping[str, Any]]) -> str:
+    """Mean +- sd of every scalar metric over the seeds, and each seed's values.
+
+    Args:
+      results: the metrics of each seed.
+    """
+    values = _seed_values(results)
+    first = max(map(len, ("metric", *values)))
+    lines = [f"{'metric':<{first}}  {'mean +- sd':>18}" + "".join(f"{f'seed {seed}':>12}" for seed in results)]
+    for name, column in values.items():
+        mean, sd = _mean_sd(column)
+        spread = f"{mean:.4f} +- " + ("n/a" if sd is None else f"{sd:.4f}")
+        lines.append(f"{name:<{first}}  {spread:>18}" + "".join(f"{value:>12.4f}" for value in column))
+    return "\n".join([*lines, f"sd: sample standard deviation over {len(results)} seeds (n - 1)"])
+
+
+def write_seeds(out: Path, results: Mapping[int, Mapping[str, Any]]) -> Path:
+    """Writes ``seeds.json``: mean, sd (null for one seed) and values of every scalar metric."""
+    out.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for name, column in _seed_values(results).items():
+        mean, sd = _mean_sd(column)
+        table[name] = {"mean": mean, "sd": sd, "values": column}
+    return _write_json(out / "seeds.json", {"seeds": list(results), "metrics": table})
+
+
+def schedule_text(rates: Sequence[float], width: int = 100, *, colour: bool = False) -> str:
+    """The learning rate of every step, drawn as text, with its peak and last value."""
+    if not len(rates):
+        raise ValueError("a schedule of no steps cannot be drawn")
+    values = [float(rate) for rate in rates]
+    peak = max(range(len(values)), key=values.__getitem__)
+    curve = Series("learning rate", range(len(values)), values)
+    drawn = chart("", [curve], [], width, colour=colour, blocks=shows_blocks(sys.stdout))
+    summary = f"{len(values)} steps; peak {values[peak]:.2e} at step {peak}; last {values[-1]:.2e}"
+    return f"{drawn}\n{summary}"

@@ -1,0 +1,241 @@
+"""What a run computes, apart from its data: model, task, optimizer, and the train step as one program.
+
+Shapes only, no arrays: a plan for hardware that is not there is made of the same recipe as the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxft import models, tasks
+from jaxft.config import ModelConfig, RunConfig
+from jaxft.data.batch import Fields, Shape, shaped
+from jaxft.data.labels import declared_labels
+from jaxft.data.packing import packed_fields
+from jaxft.errors import UserError
+from jaxft.hub.pretrained import check_changes
+from jaxft.hub.source import Note, Source, make_config, open_source, refuse_other_problems
+from jaxft.layers import Compute
+from jaxft.models import adapters
+from jaxft.models.contract import Facts, Family, classes_of, with_classes
+from jaxft.models.initial import shapes_and_axes
+from jaxft.parallel.sharding import (
+    DEFAULT_RULES,
+    AxisRules,
+    check_split,
+    device_kind,
+    jitted,
+    make_rules,
+    replicated,
+    shardings_of,
+)
+from jaxft.tasks import Targets, Task
+from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
+from jaxft.training.state import TrainState, init_state, state_shardings
+from jaxft.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run without its data."""
+
+    config: RunConfig
+    mesh: Mesh
+    family_name: str
+    model: Any
+    task: Task
+    targets: Targets
+    fields: Fields
+    """Of a batch."""
+    shapes: Any
+    """Shaped parameter tree."""
+    axes: Any
+    """Logical axis names of each parameter."""
+    shardings: Any
+    """Where each parameter lies."""
+    schedule: Any
+    optimizer: Any
+    frozen: Any
+    """Tree of bool: which parameters do not train at all; they get no gradient."""
+    state: TrainState
+    """The training state, as shapes with shardings."""
+
+    def start(self, params: Any) -> TrainState:
+        """The state before step 0. Traceable."""
+        return init_state(params, self.optimizer, self.config.optim.ema is not None)
+
+    def batch(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch, as shapes with shardings."""
+        return shaped(self.fields, shape, self.mesh, self.model.compute.rules)
+
+    def seed(self) -> jax.ShapeDtypeStruct:
+        """The seed argument of the train step."""
+        return jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.mesh))
+
+    def train_program(self) -> Any:
+        """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state."""
+        step = make_train_step(
+            self.model,
+            self.task,
+            self.optimizer,
+            self.schedule,
+            accumulation=self.config.train.accumulation,
+            ema=self.config.optim.ema,
+            param_shardings=self.shardings if self.mesh.size > 1 else None,
+            frozen=self.frozen,
+        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jitted(step, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)
+
+
+def open_start(config: RunConfig, note: Note) -> Source | None:
+    """The model folder that a run starts from; None: it starts from random parameters.
+
+    Args:
+      config: of the run.
+      note: called with a line for everything that had to be guessed.
+
+    Raises:
+      UserError: there is no such folder, or nothing that this task can start from.
+    """
+    if config.model.init is None:
+        return None
+    source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
+    fresh, head = config.model.head == "fresh", tasks.task(config.task.name).Task.head
+    if not fresh:
+        source.stored_head()
+    if source.head == head and not fresh and source.family.HEADS[head].classes == "rows":
+        instead = "set model.head=fresh to train another on its encoder"
+        refuse_other_problems(source.hf_config, source.classes, "it cannot be trained further", instead)
+    check_changes(source, None if fresh else head, note)
+    return source
+
+
+def planned_targets(config: RunConfig, source: Source | None) -> tuple[Facts, Targets]:
+    """What a run's model is, and what stands for what it will learn, before any row is read: the labels that are declared, those of
+    the folder, or as many as its Config says."""
+    family, made = _family_and_config(config, source)
+    head = family.HEADS.get(tasks.task(config.task.name).Task.head)
+    if head is None or not head.classes:
+        return family.facts(made), Targets()
+    stored = source.labels if source is not None else None
+    numbered = tuple(map(str, range(classes_of(made) or 2)))
+    labels = declared_labels(config.data.labels)[0] or stored or numbered
+    return family.facts(made), Targets(labels, (1,) * len(labels))
+
+
+def make_recipe(
+    config: RunConfig,
+    mesh: Mesh,
+    source: Source | None,
+    targets: Targets,
+    tokenizer: Any,
+    total_steps: int,
+    platform: str,
+) -> Recipe:
+    """The recipe of a run.
+
+    Args:
+      source: where weights come from; None: random ones.
+      targets: what is learnt of the training rows' labels.
+      total_steps: for the schedule.
+      platform: of the mesh's devices: ``cpu``, ``gpu`` or ``tpu``.
+
+    Raises:
+      UserError: anything in the configuration that cannot be built on this mesh.
+    """
+    rules = make_rules(config.mesh)
+    module = tasks.task(config.task.name)
+    compute = make_compute(config.model, platform, rules, device_kind(mesh))
+    family_name, base = _make_model(config, source, module.Task.head, targets.labels, compute)
+    task = module.make_task(config.task, targets, base.facts, tokenizer)
+    tasks.metric_of(task, config.eval.metric)
+    model = adapters.adapted(base, config.model.lora)
+    shapes, axes = shapes_and_axes(model)
+    check_split(mesh, rules, shapes, axes, config.mesh.replicate)
+    schedule = make_schedule(config.optim, total_steps)
+    freeze = (*config.optim.freeze, *adapters.frozen_paths(model, config.model.lora, bool(targets.labels)))
+    optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
+    shardings = shardings_of(mesh, rules, shapes, axes)
+    fields = module.fields(config, tokenizer.pad_id)
+    return Recipe(
+        config=config,
+        mesh=mesh,
+        family_name=family_name,
+        model=model,
+        task=task,
+        targets=targets,
+        fields=fields if config.data.packing == "none" else packed_fields(fields),
+        shapes=shapes,
+        axes=axes,
+        shardings=shardings,
+        schedule=schedule,
+        optimizer=optimizer,
+        frozen=jax.tree.map(lambda rows: rows is True, frozen_mask(shapes, axes, freeze)),
+        state=_state(config, mesh, optimizer, shapes, shardings),
+    )
+
+
+def _state(config: RunConfig, mesh: Mesh, optimizer: Any, shapes: Any, shardings: Any) -> TrainState:
+    shaped = jax.eval_shape(lambda params: init_state(params, optimizer, config.optim.ema is not None), shapes)
+    places = state_shardings(shaped, optimizer, shardings, mesh)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
+
+
+def make_compute(
+    config: ModelConfig, platform: str, rules: AxisRules = DEFAULT_RULES, device: str | None = None
+) -> Compute:
+    """How the model is computed, from the ``model`` section.
+
+    Args:
+      platform: of the devices: ``cpu``, ``gpu`` or ``tpu``.
+      rules: logical axis names to mesh axes.
+      device: kind of the devices, if it is known.
+    """
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    return Compute(
+        activation_dtype=auto if config.activation_dtype == "auto" else config.activation_dtype,
+        matmul_dtype=auto if config.matmul_dtype == "auto" else config.matmul_dtype,
+        param_dtype=config.param_dtype,
+        gradient_dtype=config.gradient_dtype,
+        layers=config.layers,
+        remat=config.remat,
+        vocab_tile=config.vocab_tile,
+        attention=config.attention,
+        dropout_bits=config.dropout_bits,
+        known_ids=True,  # check_vocabulary, check_types and check_lengths have seen to it
+        platform=platform,
+        device=device,
+        rules=rules,
+    )
+
+
+def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family, Any]:
+    if source is not None:
+        return source.family, source.config
+    if config.model.family is None:
+        raise UserError("model.init is not set, so model.family and model.arch must say what to build")
+    family = models.family(config.model.family)
+    return family, make_config(family, config.model.arch)
+
+
+def _make_model(
+    config: RunConfig, source: Source | None, head: str | None, labels: tuple[str, ...], compute: Compute
+) -> tuple[str, Any]:
+    """The family's name, and the model."""
+    if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
+        raise UserError(
+            f"model.arch.num_labels={config.model.arch['num_labels']}, but there are {len(labels)} labels; leave it out"
+        )
+    family, made = _family_and_config(config, source)
+    name = str(config.model.family) if source is None else source.family_name
+    if head not in family.HEADS:
+        have = ", ".join(str(one) for one in family.HEADS if one is not None)
+        raise UserError(f"task.name={config.task.name}: {name} has no head {head!r}, only: {have}")
+    return name, family.Model(with_classes(made, len(labels)) if labels else made, head, compute)

@@ -1,0 +1,339 @@
+"""From a resolved configuration to everything a run needs, before its first step: data, model, task, mesh, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxft import models, tasks
+from jaxft.config import RunConfig
+from jaxft.data.encode import hold_out, read_rows
+from jaxft.data.examples import Split, make_split
+from jaxft.data.labels import declared_labels, refuse_alike
+from jaxft.data.lengths import advice, lengths_text
+from jaxft.data.loader import Batches, local_rows, make_buckets
+from jaxft.data.packing import pack
+from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.errors import UserError, listed
+from jaxft.hub.pretrained import load_params
+from jaxft.hub.source import Note, Source, make_config, resolve_folder
+from jaxft.models import adapters
+from jaxft.models.contract import Facts
+from jaxft.models.initial import init_params
+from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
+from jaxft.training.optim import make_schedule
+from jaxft.training.recipe import Recipe, make_recipe, open_start
+
+
+@dataclass
+class Times:
+    """Seconds by cause, for "time to first step"."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Any:
+        """Adds the time of the block to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def text(self) -> str:
+        """The parts that took time, and the sum of all, on one line."""
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items() if seconds >= 0.05)
+        return f"{sum(self.seconds.values()):.1f} s ({parts})"
+
+
+@dataclass(frozen=True)
+class Setup(Recipe):
+    """What all seeds of a run share: recipe and data. Holds no parameters."""
+
+    source: Source | None
+    """Where weights come from; None: random ones."""
+    fresh_head: bool
+    tokenizer: Tokenizer
+    train: Split
+    held_out: Split
+    buckets: tuple[int, ...]
+    total_steps: int
+    eval_every: int
+
+    def train_batches(self, seed: int) -> Batches:
+        """Training batches, shuffled by ``seed``."""
+        return self._batches(self.train, self.config.train.batch_size, seed)
+
+    def eval_batches(self) -> Batches:
+        """Held-out batches: every row once."""
+        return self._batches(self.held_out, self.config.eval.batch_size, None)
+
+    def _batches(self, split: Split, size: int, seed: int | None) -> Batches:
+        part = local_rows(self.mesh, self.model.compute.rules, size)
+        return Batches(split, size, self.buckets, seed, part)
+
+    def start_params(self, seed: int, note: Note) -> Any:
+        """The parameters before step 0, placed on the mesh."""
+        if self.source is None:
+            return init_params(self.model, seed, self.shardings)
+        base = adapters.base_of(self.model)
+        fresh = self.fresh_head
+        loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
+        if base is self.model:
+            return loaded
+        return adapters.with_adapters(self.model, loaded, seed, self.shardings)
+
+
+def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
+    """Reads data, config.json and tokenizer, and decides labels, head, shapes, schedule; weights are read later.
+
+    Raises:
+      UserError: anything in the configuration, data or model folder that cannot work.
+    """
+    mesh, rules = make_mesh(config.mesh), make_rules(config.mesh)
+    check_batch_shapes(config, mesh, rules)
+    module = tasks.task(config.task.name)
+    config = settled(config, module)
+    with times.part("weights"):
+        source = open_start(config, note)
+        tokenizer = _tokenizer(config, source)
+    with times.part("data"):
+        if config.data.train is None:
+            raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
+        columns = module.columns(config.data)
+        rows = read_rows(config.data.train, config.data, columns, note)
+        # Before rows are held out: of scores, each label has one row.
+        targets = module.study(rows, config, _stored_targets(config, source, module), note)
+        fresh_head = _fresh_head(config, source, module, targets, note)
+        if config.data.eval is not None:
+            held = read_rows(config.data.eval, config.data, columns, note)
+        else:
+            # The same rows for every train.seed: runs are compared on them.
+            label = next((i for i, column in enumerate(columns) if column.kind == "label"), None)
+            rows, held = hold_out(rows, config.data.eval_fraction, 0, label)
+        of_batch = module.fields(config, tokenizer.pad_id)
+        train, held_out = (
+            make_split(name, module.encode(part, tokenizer, targets, config), of_batch)
+            for name, part in (("train", rows), ("eval", held))
+        )
+    if targets.labels:
+        targets = dataclasses.replace(targets, counts=_counts(train, targets))
+    _report_data(((train, len(rows)), (held_out, len(held))), targets, config, note)
+    _advise(train, config, source, note)
+    texts = train, held_out
+    if config.data.packing != "none":
+        train, held_out = (_packed(part, config, note) for part in (train, held_out))
+
+    total = steps_of(config, len(train))
+    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
+    facts = recipe.model.facts
+    check_lengths(config, facts.limit)
+    check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
+    _check_learnable(recipe.task, *texts, config, note)
+    return Setup(
+        **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
+        source=source,
+        fresh_head=fresh_head,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        buckets=buckets_of(config),
+        total_steps=total,
+        eval_every=config.eval.every or _steps_per_epoch(config, len(train)),
+    )
+
+
+def check_config(config: RunConfig) -> None:
+    """The checks of :func:`prepare` that need neither data nor weights nor devices.
+
+    Raises:
+      UserError: the run could not start, whatever the data.
+    """
+    # One device where the mesh takes all that remain: what does not divide then never will.
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("slices", "data", "fsdp", "tensor", "context")}
+    mesh = make_abstract_mesh(config.mesh, math.prod(size for size in sizes.values() if size != -1))
+    check_batch_shapes(config, mesh, make_rules(config.mesh))
+    module = tasks.task(config.task.name)
+    settled(config, module)
+    labels = declared_labels(config.data.labels)[0] or ("0", "1")
+    # Weights are given by the names of labels, which are not known yet.
+    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
+    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
+    task = module.make_task(options, tasks.Targets(labels, (1,) * len(labels)), facts, stand_in_tokenizer())
+    tasks.metric_of(task, config.eval.metric)
+    if config.model.family is not None:
+        family = models.family(config.model.family)
+        if config.model.init is None:
+            make_config(family, config.model.arch)
+    if config.train.steps is not None:
+        make_schedule(config.optim, config.train.steps)
+
+
+def stand_in_tokenizer(vocab_size: int = 30522) -> Any:
+    """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
+    ids = {"pad_id": 0, "mask_id": 3, "end_id": 2, "special_ids": (0, 1, 2, 3)}
+    return SimpleNamespace(folder="", vocab_size=vocab_size, **ids)
+
+
+def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
+    """The configuration with ``data.long_texts`` as the task means ``auto``.
+
+    Raises:
+      UserError: the task cannot do with long texts, or with packing, what is asked for.
+    """
+    wanted, able, name = config.data.long_texts, module.LONG_TEXTS, config.task.name
+    if wanted not in ("auto", *able):
+        raise UserError(f"data.long_texts={wanted}: the task {name} has {' and '.join(able)}; use one of these")
+    if not module.PACKING and config.data.packing != "none":
+        raise UserError(f"data.packing={config.data.packing}: rows of the task {name} cannot share a row yet; use none")
+    if wanted == "auto":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, long_texts=able[0]))
+    return config
+
+
+def _steps_per_epoch(config: RunConfig, rows: int) -> int:
+    return -(-rows // config.train.batch_size)
+
+
+def steps_of(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of a whole run on so many training rows."""
+    return config.train.steps or max(1, round((config.train.epochs or 0) * _steps_per_epoch(config, rows)))
+
+
+def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
+    if config.data.tokenizer is not None:
+        folder: Path = resolve_folder(config.data.tokenizer)
+    elif source is not None:
+        folder = source.folder
+    else:
+        raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
+    name = config.model.family if source is None else source.family_name
+    return Tokenizer(folder, config.data.max_length, model_type=name)
+
+
+def _stored_targets(config: RunConfig, source: Source | None, module: tasks.TaskModule) -> tasks.Targets | None:
+    """What the head that is to be trained further was made for; None: there is none."""
+    if source is None or source.head != module.Task.head or config.model.head == "fresh":
+        return None
+    return tasks.Targets(source.labels or ())
+
+
+def _fresh_head(
+    config: RunConfig, source: Source | None, module: tasks.TaskModule, targets: tasks.Targets, note: Note
+) -> bool:
+    """Whether the head is made afresh: asked for, or because the folder's does not fit the labels; says why."""
+    if source is None or config.model.head == "fresh" or not targets.labels:
+        return config.model.head == "fresh"
+    if source.head != module.Task.head:
+        return True
+    stored, labels = source.labels, targets.labels
+    if stored is None and source.classes == len(labels) and declared_labels(config.data.labels)[0]:
+        note(
+            f"the checkpoint's head names no labels; its {len(labels)} classes are taken to be data.labels, in that order"
+        )
+        return False
+    if stored is None or stored != labels:
+        note(
+            f"the checkpoint's head has labels {_in_list(stored or ())}, the task {_in_list(labels)}: a fresh head is made"
+        )
+        return True
+    refuse_alike(stored, f"{source.folder}/config.json")
+    note(f"the checkpoint's head is kept: labels {_in_list(labels)}")
+    return False
+
+
+def _counts(train: Split, targets: tasks.Targets) -> tuple[int, ...]:
+    """How often each class occurs; ids below 0 are none."""
+    ids = train.columns["labels"]
+    return tuple(int(count) for count in np.bincount(ids[ids >= 0], minlength=len(targets.labels)))
+
+
+def _in_list(names: Sequence[str]) -> str:
+    return f"[{listed(map(repr, names))}]"
+
+
+def _report_data(splits: Sequence[tuple[Split, int]], targets: tasks.Targets, config: RunConfig, note: Note) -> None:
+    for split, rows in splits:
+        note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+    if not targets.labels:
+        return
+    note(f"labels: {listed(targets.labels)}")
+    train = splits[0][0]
+    what = "row" if train.axis("labels") is None else "word"
+    for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
+        few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
+        if few:
+            note(f"warning: {said} label {listed(few)}")
+
+
+def _check_learnable(task: tasks.Task, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
+    """Raises UserError if no loss can be of the training rows, as where each text is a single token; warns of held-out rows."""
+    if not task.learnable(train):
+        raise UserError(
+            f"{config.data.train}: none of its {len(train)} texts has a token that {config.task.name} can predict: they are too short"
+        )
+    if not task.learnable(held_out):
+        note(f"warning: no held-out text has a token that {config.task.name} can predict: there will be no scores")
+
+
+def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
+    limit = source.family.facts(source.config).limit if source is not None else None
+    buckets = buckets_of(config) if config.data.packing == "none" else ()
+    if hint := advice(train, config.data.max_length, buckets, limit):
+        note(hint)
+
+
+def _packed(split: Split, config: RunConfig, note: Note) -> Split:
+    length = config.data.max_length
+    packed = pack(split, length)
+    note(
+        f"{split.name}: packed {len(split)} texts into {len(packed)} rows of {length} tokens, "
+        f"{packed.offsets['length'][-1] / (len(packed) * length):.1%} full"
+    )
+    return packed
+
+
+def buckets_of(config: RunConfig) -> tuple[int, ...]:
+    """The padded lengths that a run's batches can have."""
+    if config.data.packing != "none":
+        return (config.data.max_length,)
+    return make_buckets(config.data.buckets, config.data.max_length)
+
+
+def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules) -> None:
+    """Raises UserError if batches or rows cannot be split over the mesh."""
+    parts = ways(mesh, rules, "batch")
+    micro = config.train.batch_size // config.train.accumulation
+    for key, size in (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)):
+        if size % parts:
+            raise UserError(
+                f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
+            )
+    parts = ways(mesh, rules, "length")
+    for length in buckets_of(config):
+        if length % parts:
+            key = "data.max_length" if length == config.data.max_length else "data.buckets"
+            raise UserError(
+                f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
+            )
+
+
+def check_lengths(config: RunConfig, limit: int | None) -> None:
+    """Raises UserError if rows can be longer than the model takes."""
+    if limit is not None and config.data.max_length > limit:
+        raise UserError(
+            f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
+        )
+    longest = max(buckets_of(config))
+    if limit is not None and longest > limit:
+        raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit}")

@@ -1,0 +1,64 @@
+"""All that a training step reads and writes: one tree of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxft.parallel.sharding import replicated
+from jaxft.training.optim import init_ema, map_state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """The state of training; a checkpoint holds exactly this."""
+
+    step: Any
+    """int32: steps taken, the position in the data."""
+    skipped: Any
+    """int32: how many of them changed nothing because loss or gradient was not finite."""
+    streak: Any
+    """int32: how many of the latest were skipped in a row."""
+    params: Any
+    opt_state: Any
+    ema: Any
+    """Moving average of ``params``, or None."""
+
+    @property
+    def best_params(self) -> Any:
+        """What evaluation and export use: the moving average if there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    """The state before step 0. Traceable, for :func:`jax.eval_shape` and sharded initialisation."""
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), init_ema(params) if ema else None)
+
+
+def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a (shaped) state, given those of its parameters: what mirrors a parameter lies where it lies, the rest
+    (counters) is replicated.
+
+    Args:
+      state: of arrays or shapes.
+      params: tree of :class:`NamedSharding` like ``state.params``.
+    """
+    whole = replicated(mesh)
+
+    def like_param(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        # Adafactor's statistics have size 1 where they are averaged over a dimension.
+        spec = (None if size == 1 else axes for size, axes in zip(leaf.shape, sharding.spec, strict=True))
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    opt_state = map_state(optimizer, like_param, state.opt_state, params, other=lambda _: whole)
+    return TrainState(whole, whole, whole, params, opt_state, None if state.ema is None else params)
