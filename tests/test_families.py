@@ -69,7 +69,9 @@ def test_from_weights_to_weights(family: str, tmp_path: Path, capsys: Capture, m
     prefix = models.family(family).hf_layout(models.family(family).TINY, None).prefix
     before = tensors(source)
     after = {name.removeprefix(prefix): tensor for name, tensor in tensors(tmp_path / "whole/export").items()}
-    moved = [float(np.abs(after[name] - tensor).max()) for name, tensor in before.items()]
+    # All but a pooler, where the task's head does not look at it.
+    kept = {name: tensor for name, tensor in before.items() if name in after or "pooler" not in name}
+    moved = [float(np.abs(after[name] - tensor).max()) for name, tensor in kept.items()]
     assert 0 < max(moved) < 0.01  # trained, from these weights
 
     # From its own export, with adapters; then on, where it ended.

@@ -18,7 +18,7 @@ from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import make_mesh
 from jaxft.tasks import causal_lm, masked_lm
 from jaxft.tasks._tokens import token_cross_entropy
-from jaxft.training.step import apply_model
+from jaxft.training.step import forward_of
 
 B, M, D, V = 2, 5, 8, 23
 
@@ -80,7 +80,7 @@ def test_models_and_tasks_give_the_same_either_way(tied: bool) -> None:
             params = init_params(model, 0)
 
             def loss(params: Any, model: Any = model, task: Any = task, prepared: Any = prepared) -> Any:
-                sums = task.sums(apply_model(model, params, prepared, None), prepared)
+                sums = task.sums(forward_of(model, params), prepared, None)
                 return sums["loss"], sums["correct"]
 
             found.append(jax.value_and_grad(loss, has_aux=True)(params))
@@ -92,5 +92,8 @@ def test_models_and_tasks_give_the_same_either_way(tied: bool) -> None:
 
 def test_a_split_vocabulary_is_refused() -> None:
     x, table, bias, targets = inputs()
-    with jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))), pytest.raises(UserError, match="splits the vocabulary already"):
+    with (
+        jax.set_mesh(make_mesh(MeshConfig(4, 1, 2))),
+        pytest.raises(UserError, match="splits the vocabulary 2 ways already"),
+    ):
         jax.eval_shape(lambda x, t: score_tokens(x, t, bias, targets, Compute(vocab_tile=4)).loss, x, table)

@@ -179,8 +179,8 @@ def _tokenizer_of(folder: Path, meta: dict[str, Any], config: RunConfig, note: N
         found = checkpoint.find_tokenizer(meta, folder)
     if found is None:
         reference = config.data.tokenizer or config.model.init
-        if reference is None:
-            raise UserError(f"{folder}: its tokenizer, {meta['tokenizer']}, is gone; put it back there")
+        if reference is None:  # of no run: a folder without a tokenizer was converted, or its tokenizer was taken away
+            return folder / meta["tokenizer"]
         note(f"{meta['tokenizer']} is gone; the tokenizer of {reference} is used")
         found = resolve_folder(reference)
     then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
