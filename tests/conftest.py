@@ -18,6 +18,8 @@ import sys
 
 from hypothesis import settings
 
+from jaxft.machine.memory import release_freed
+
 settings.register_profile("jaxft", database=None, deadline=None, derandomize=True)
 settings.load_profile("jaxft")
 
@@ -36,4 +38,5 @@ def pytest_runtest_logfinish() -> None:
     if "jax" in sys.modules and _resident() > _most:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        release_freed()  # to the system: the C library would keep it
         _most = max(_most, _resident() + _GROWTH)

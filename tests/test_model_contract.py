@@ -71,7 +71,10 @@ def test_round_trip_through_hugging_face_layout_is_bit_equal(family: str, head: 
     jax.tree.map(np.testing.assert_array_equal, params, again.params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# RoBERTa's layers are BERT's.
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "roberta")) for name in FAMILIES]
+)
 @pytest.mark.parametrize("layers", ["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "offload"])
 def test_execution_modes_give_the_same_values_and_gradients(family: str, layers: Any, remat: Any) -> None:
