@@ -273,3 +273,21 @@ def test_runs_of_versions_with_eval_mode_are_served(
     # A run file, and an override, are today's.
     assert "eval.mode is gone" in refusal(capsys, "show-config", tmp_path / "run/config.yaml")
     assert "eval.mode is gone" in refusal(capsys, "predict", tmp_path / "run", "--text", "a cat", f"eval.mode={mode}")
+
+
+def test_a_mesh_changes_no_answer(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    for name, more in (("one", ()), ("many", mesh)):
+        arguments = ("eval", home / "model", f"data.eval={home / 'rows.csv'}", "--out", tmp_path / name, *more)
+        assert run(capsys, *arguments)[0] == 0
+        asked = ("predict", home / "model", home / "rows.csv", "--out", tmp_path / f"{name}.csv", *more)
+        assert run(capsys, *asked)[0] == 0
+    one, many = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "many"))
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert many["confusion"] == one["confusion"]
+    for row, other in zip(table_of(tmp_path / "one.csv"), table_of(tmp_path / "many.csv"), strict=True):
+        assert row["predicted"] == other["predicted"]
+        assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=2e-6)
+    problem = refusal(capsys, "eval", home / "model", f"data.eval={home / 'rows.csv'}", "eval.batch_size=6", *mesh)
+    assert problem == "eval.batch_size=6 cannot be split 4 ways (mesh slices x data x fsdp); choose a multiple"
+    assert "does not fit 8 devices" in refusal(capsys, "predict", home / "model", "--text", "a", "mesh.data=3")

@@ -33,7 +33,6 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.machine.platform import set_up_jax
 
     set_up_jax("~/.cache/jaxft/xla")
-    import jax
     import numpy as np
 
     from jaxft import tasks
@@ -69,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     rows = read_rows(config.data.eval, config.data, module.columns(config.data), _say)
     fields = module.fields(config, tokenizer.pad_id)
     split = make_split("eval", module.encode(rows, tokenizer, tasks.Targets(labels), config), fields)
-    step = jax.jit(make_eval_step(served.model, task))
+    served.devices.check_batch("eval.batch_size", config.eval.batch_size)
+    step = served.devices.compiled(make_eval_step(served.model, task), split.fields)
     buckets = make_buckets(None, tokenizer.max_length or config.data.max_length)
     batches = Batches(split, config.eval.batch_size, buckets, None)
     parts = (

@@ -109,15 +109,6 @@ class Split:
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
-    def select(self, rows: np.ndarray, name: str) -> Split:
-        """Some of the examples, in the order given."""
-        columns = {}
-        for field, values in self.columns.items():
-            axis = self.axis(field)
-            columns[field] = values[rows] if axis is None else values[spans_of(self.offsets[axis], rows)]
-        offsets = {axis: offsets_of(self.sizes(axis)[rows]) for axis in self.offsets}
-        return Split(name, self.fields, columns, offsets, None if self.dropped is None else self.dropped[rows])
-
 
 def make_split(name: str, encoded: Iterable[Encoded], fields: Fields) -> Split:
     """The split of encoded rows.

@@ -29,6 +29,7 @@ from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
+from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import classes_of
@@ -59,6 +60,7 @@ class Served:
     labels: tuple[str, ...]
     """Label names in the order of class ids; empty where the head has no classes."""
     hf_config: dict[str, Any]
+    devices: Devices
 
     def refuse_other_problems(self, command: str) -> None:
         """Raises UserError if the model has a classification head that is not for one label of several."""
@@ -116,38 +118,40 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
             beside = ["data.tokenizer=null", *overrides]
             config = load_config(str(run_file), beside, stored=True)
             _warn_of_wrong_best(stored_tree(run_file), note)
-            return _from_folder(str(exported), config, note, head)
+            return _from_folder(str(exported), config, note, head, devices_asked_for(overrides))
         return _from_checkpoint(folder, overrides, note)
     if folder.is_dir() and checkpoint.is_checkpoint(folder):
         return _from_checkpoint(folder, overrides, note)
     # Without a run there is no data.max_length but the one asked for, or the one that the tokenizer's files state.
     asked = any(override.startswith("data.max_length=") for override in overrides)
-    return _from_folder(reference, load_config(None, overrides), note, head, stated_length=not asked)
+    config = load_config(None, overrides)
+    return _from_folder(reference, config, note, head, devices_asked_for(overrides), stated_length=not asked)
 
 
 def _from_folder(
-    reference: str, config: RunConfig, note: Note, head: str | None, *, stated_length: bool = False
+    reference: str, config: RunConfig, note: Note, head: str | None, devices: Devices, *, stated_length: bool = False
 ) -> Served:
     source = open_source(reference, note, family=config.model.family)
     head = source.stored_head() if head == "stored" else head
-    model = source.family.Model(source.config, head, _compute(config))
-    params = load_params(source, model, note)
+    model = source.family.Model(source.config, head, _compute(config, devices))
+    params = load_params(source, model, note, mesh=devices.mesh)
     labels = source.labels or ()
     if head is not None and source.family.HEADS[head].classes and not labels:
         labels = tuple(f"LABEL_{i}" for i in range(classes_of(source.config) or 0))
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
     if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
-    return _served(config, source.family_name, model, params, folder, labels, source.hf_config)
+    return _served(config, source.family_name, model, params, folder, labels, source.hf_config, devices)
 
 
-def _compute(config: RunConfig) -> Compute:
-    return make_compute(config.model, jax.default_backend(), device=jax.devices()[0].device_kind)
+def _compute(config: RunConfig, devices: Devices) -> Compute:
+    return make_compute(config.model, jax.default_backend(), devices.rules, jax.devices()[0].device_kind)
 
 
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     config, name, model, params, tokenizer, labels, hf_config = restored(folder, overrides, note)
-    return _served(config, name, model, params, tokenizer, labels, hf_config)
+    devices = devices_asked_for(overrides)
+    return _served(config, name, model, devices.spread(model, params), tokenizer, labels, hf_config, devices)
 
 
 def restored(
@@ -158,7 +162,9 @@ def restored(
     config = _override(as_today(meta["config"]), overrides)
     _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
-    model = family.Model(make_config(family, meta["arch"]), meta["head"], _compute(config))
+    model = family.Model(
+        make_config(family, meta["arch"]), meta["head"], _compute(config, devices_asked_for(overrides))
+    )
     named = any(override.startswith("data.tokenizer=") for override in overrides)
     tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
     params = jax.tree.map(jnp.asarray, params)
@@ -215,13 +221,14 @@ def _served(
     tokenizer_folder: Path,
     labels: tuple[str, ...],
     hf_config: Any,
+    devices: Devices,
 ) -> Served:
     limit = model.facts.limit
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
     check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
-    return Served(config, family, model, params, tokenizer, labels, hf_config)
+    return Served(config, family, model, params, tokenizer, labels, hf_config, devices)
 
 
 def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
@@ -253,12 +260,14 @@ def make_answerer(
     if not hasattr(task, "predictions"):
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
     config, tokenizer = settled(served.config, module), served.tokenizer
-    fields = module.fields(config, tokenizer.pad_id)
+    fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways
+    served.devices.check_batch("--batch-size", batch_size)
     buckets = make_buckets(None, tokenizer.max_length or 512)
 
-    @jax.jit
-    def predictions(params: Any, batch: Any) -> Any:
+    def asked(params: Any, batch: Any) -> Any:
         return task.predictions(forward_of(served.model, params), batch)
+
+    predictions = served.devices.compiled(asked, fields)
 
     def computed(encoded: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
         lengths = [len(one.example["tokens"]) for one in encoded]
@@ -266,7 +275,7 @@ def make_answerer(
         there = {name: f for name, f in fields.items() if f.value is not None or name in encoded[0].example}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            size = min(batch_size, 1 << (len(chosen) - 1).bit_length())
+            size = min(batch_size, -(-(1 << (len(chosen) - 1).bit_length()) // ways) * ways)
             shape = text_shape(size, bucket_of(lengths[chosen[-1]], buckets))
             made = jax.device_get(
                 predictions(served.params, collate([encoded[i].example for i in chosen], there, shape))

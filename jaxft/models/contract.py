@@ -75,7 +75,6 @@ class Facts:
     stacks: tuple[Stack, ...]
     limit: int | None = None
     """Tokens that a row may have; None: any number."""
-    processor: Literal["text", "image", "audio"] = "text"
 
     @property
     def vocabulary(self) -> int | None:

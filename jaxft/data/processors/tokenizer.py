@@ -24,7 +24,6 @@ __all__ = [
     "check_vocabulary",
     "has_tokenizer",
     "pad_rows",
-    "pad_to",
     "padded_length",
 ]
 
@@ -340,11 +339,3 @@ def padded_length(longest: int, length: int | None, buckets: Sequence[int] | Non
             f"a row has {longest} tokens, more than {widths[-1] if widths else 0}; load the tokenizer with max_length to truncate"
         )
     return found
-
-
-def pad_to(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Ragged int rows as [B, length] int32, padded with 0."""
-    out = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out

@@ -1,0 +1,80 @@
+"""Where a model that answers lies: on one device, or spread over a mesh that was asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxft.config import load_config
+from jaxft.data.batch import Fields, HostBatch
+from jaxft.data.loader import to_global
+from jaxft.errors import UserError
+from jaxft.models.initial import shapes_and_axes
+from jaxft.parallel.sharding import (
+    DEFAULT_RULES,
+    AxisRules,
+    jitted,
+    make_mesh,
+    make_rules,
+    replicated,
+    shardings_of,
+    ways,
+)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """One device (no mesh), or the devices of a mesh."""
+
+    mesh: Mesh | None = None
+    rules: AxisRules = DEFAULT_RULES
+
+    @property
+    def batch_ways(self) -> int:
+        """Into how many parts a batch is split."""
+        return 1 if self.mesh is None else ways(self.mesh, self.rules, "batch")
+
+    def check_batch(self, key: str, size: int) -> None:
+        """Raises UserError if a batch of this size cannot be split over the devices; ``key`` is what says the size."""
+        if size % self.batch_ways:
+            raise UserError(
+                f"{key}={size} cannot be split {self.batch_ways} ways (mesh slices x data x fsdp); choose a multiple"
+            )
+
+    def spread(self, model: Any, params: Any) -> Any:
+        """Parameters, each in the parts that the devices hold."""
+        if self.mesh is None:
+            return params
+        return jax.device_put(params, shardings_of(self.mesh, self.rules, *shapes_and_axes(model)))
+
+    def compiled(self, function: Callable[[Any, Any], Any], fields: Fields) -> Callable[[Any, HostBatch], Any]:
+        """``function(params, batch)``, compiled once per shape of a batch of the host; results lie whole on each device."""
+        if self.mesh is None:
+            return jax.jit(function)
+        mesh, program = self.mesh, jitted(function, self.mesh, replicated(self.mesh))
+
+        @functools.wraps(function)
+        def run(params: Any, batch: HostBatch) -> Any:
+            rows = len(batch["weights"])
+            with jax.set_mesh(mesh):
+                return program(params, to_global(batch, fields, mesh, self.rules, rows))
+
+        return run
+
+
+def devices_asked_for(overrides: Sequence[str]) -> Devices:
+    """The mesh that ``mesh.*`` overrides ask for; without any, one device: the mesh of a model's training is not needed to answer.
+
+    Raises:
+      UserError: there are not the devices for it.
+    """
+    asked = [override for override in overrides if override.startswith("mesh.")]
+    if not asked:
+        return Devices()
+    config = load_config(None, asked).mesh
+    return Devices(make_mesh(config), make_rules(config))
