@@ -13,7 +13,7 @@ import pytest
 from jaxft.hub.convert import import_params
 from jaxft.hub.source import open_folder
 from jaxft.layers import Compute
-from jaxft.models.contract import Family, architecture_of, example_batch
+from jaxft.models.contract import Family, architecture_of, classes_of, example_batch
 from jaxft.models.initial import shapes_and_axes
 from jaxft.tasks.classification import cross_entropy
 from jaxft.trees import paths_of
@@ -35,9 +35,8 @@ def make_reference(family: Family, config: Any, head: str | None, model_type: st
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     torch.manual_seed(seed)
     kind = getattr(transformers, architecture_of(family, head, model_type))
-    settings = kind.config_class(
-        num_labels=config.num_labels, attn_implementation="eager", **family.config_to_hf(config)
-    )
+    classes = {} if classes_of(config) is None else {"num_labels": classes_of(config)}
+    settings = kind.config_class(attn_implementation="eager", **classes, **family.config_to_hf(config))
     model = kind(settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,6 +25,7 @@ from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
+from jaxft.data.examples import Encoded, make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference import predict
@@ -566,7 +567,8 @@ def test_the_best_so_far_is_scored_anew_when_scores_change(
     if what == "rows":
         # With the rows that this model gets right as held-out rows, no later evaluation can be better.
         right = [i for i in range(21) if _right(ready, whole[0].result.params, i)]
-        held_out = ready.setup.held_out.select(np.array(right), "eval")
+        rows = ready.setup.held_out
+        held_out = make_split("eval", [Encoded(rows[i], i) for i in right], rows.fields)
         other = Ready(dataclasses.replace(ready.setup, held_out=held_out), ready.programs).but(train={"steps": 35})
         value, reason = 1.0, "the held-out rows have changed: by them"
     else:

@@ -19,6 +19,7 @@ _THEIRS = {
     "token_type_ids": "types",
     "position_ids": "positions",
     "output_hidden_states": "hidden_states",
+    "output_attentions": "attentions",
     "dropout_rng": "key",
 }
 """Arguments of transformers' Flax models, and what they are called here."""

@@ -36,6 +36,8 @@ class Output(NamedTuple):
     """Of a vocabulary head instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
     hidden_states: Array | None = None
     """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
+    attentions: Array | None = None
+    """[L, B, N, S, S] float32, how much each token looks at each other one in each layer and head; None unless asked for."""
 
 
 class Features(NamedTuple):

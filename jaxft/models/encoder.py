@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.attention.probabilities import attention_probabilities
 from jaxft.data.batch import Field
 from jaxft.errors import UserError, nearest
 from jaxft.layers import (
@@ -227,6 +228,7 @@ class EncoderModel(nn.Module):
         targets: Array | None = None,
         key: Array | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
         **unknown: Any,
     ) -> Output:
         """Runs the model.
@@ -241,12 +243,13 @@ class EncoderModel(nn.Module):
           targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
+          attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
 
         Raises:
           UserError: S is beyond the position table; an argument that there is not, two keys, or a mesh of explicit axes.
         """
         c, (b, s) = self.config, tokens.shape
-        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states"))
+        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
         head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
@@ -258,21 +261,37 @@ class EncoderModel(nn.Module):
         x = embeddings(tokens, types, places, subkey(key, 0))
         layer = Layer(c, self.compute, parent=None)
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
-        hidden, states = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=hidden_states)
+        keep = hidden_states or attentions
+        hidden, states = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
+        looked = _attentions(layers, states, spec) if attentions else None
+        more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 
         pooled = None
         if head.pooled or (head.make is None and c.pooler):
             dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, normal(c), name="pooler")
             pooled = jnp.tanh(dense(hidden[:, 0]))
         if head.make is None:
-            return Output(hidden, pooled, hidden_states=states)
+            return Output(hidden, pooled, **more)
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
         features = Features(seen, pooled, embeddings.token.embedding, targets)
         made = head.make(c, self.compute, "head")(features, subkey(key, 2))
         if isinstance(made, TokenScore):
-            return Output(hidden, pooled, score=made, hidden_states=states)
-        return Output(hidden, pooled, made, hidden_states=states)
+            return Output(hidden, pooled, score=made, **more)
+        return Output(hidden, pooled, made, **more)
+
+
+def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
+    """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
+
+    def heads(name: str, number: int) -> Array:
+        projection = layers["attention"][name]
+        kernel, bias = (projection[part][number].astype(jnp.float32) for part in ("kernel", "bias"))
+        x = states[number].astype(jnp.float32)
+        return jnp.einsum("bsd,dnh->bnsh", x, kernel, precision="highest") + bias[:, None]
+
+    count = len(layers["attention"]["query"]["kernel"])
+    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
 
 
 def facts(config: EncoderConfig) -> Facts:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.attention.probabilities import attention_probabilities
 from jaxft.data.batch import Field
 from jaxft.errors import UserError, nearest
 from jaxft.layers import (
@@ -30,6 +31,7 @@ from jaxft.layers import (
     checked_call,
     declare,
     project,
+    rms_norm,
     rotate,
     rows_of,
     score_tokens,
@@ -247,6 +249,7 @@ class Model(nn.Module):
         targets: Array | None = None,
         key: Array | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
         **unknown: Any,
     ) -> Output:
         """Runs the model.
@@ -259,11 +262,12 @@ class Model(nn.Module):
           targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
+          attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
 
         Raises:
           UserError: S is beyond ``max_position_embeddings``; an argument that there is not, two keys, or a mesh of explicit axes.
         """
-        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states"))
+        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
         head = head_named("llama", self.head, HEADS)
         c, (b, s) = self.config, tokens.shape
         if s > c.max_position_embeddings:
@@ -280,16 +284,32 @@ class Model(nn.Module):
         example = (x[:1], None, MaskSpec(causal=True), positions[:1])
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example)
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
-        x, states = apply_stack(*stack, keep=hidden_states)
+        x, states = apply_stack(*stack, keep=hidden_states or attentions)
+        looked = _attentions(c, layers, states, spec, positions) if attentions else None
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
         # The last one normalised, as the reference has it.
-        states = None if states is None else states.at[-1].set(hidden)
+        states = states.at[-1].set(hidden) if hidden_states and states is not None else None
+        more = {"hidden_states": states, "attentions": looked}
         if head.make is None:
-            return Output(hidden, hidden_states=states)
+            return Output(hidden, **more)
         made = head.make(c, self.compute, "head")(Features(hidden, table=embed.embedding, targets=targets), None)
         if isinstance(made, TokenScore):
-            return Output(hidden, score=made, hidden_states=states)
-        return Output(hidden, logits=made, hidden_states=states)
+            return Output(hidden, score=made, **more)
+        return Output(hidden, logits=made, **more)
+
+
+def _attentions(config: Config, layers: Any, states: Any, mask: MaskSpec, positions: Array) -> Array:
+    """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
+
+    def heads(name: str, number: int) -> Array:
+        x = rms_norm(states[number].astype(jnp.float32), layers["norm"]["scale"][number], config.rms_norm_eps)
+        projection = {part: value[number].astype(jnp.float32) for part, value in layers["attention"][name].items()}
+        y = jnp.einsum("bsd,dnh->bnsh", x, projection["kernel"], precision="highest")
+        y = y + projection["bias"][:, None] if "bias" in projection else y
+        return rotate(y, positions, config.rope)
+
+    count = config.num_hidden_layers
+    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
 
 
 def facts(config: Config) -> Facts:

@@ -1,0 +1,32 @@
+"""What each token looks at, as numbers to be read: backends never hold them all together.
+
+Dims: B batch, S query length, T key length, N query heads, K key/value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.attention.mask import MaskSpec
+
+Array = jax.Array
+
+
+def attention_probabilities(q: Array, k: Array, mask: MaskSpec) -> Array:
+    """[B, N, S, T] float32, the softmax over keys of scaled products, all of them at once; rows of tokens that see nothing are 0.
+
+    Args:
+      q: [B, N, S, H].
+      k: [B, K, T, H]; consecutive query heads share a key head.
+      mask: which key each query may see.
+    """
+    groups = q.shape[1] // k.shape[1]
+    wide = jnp.repeat(k.astype(jnp.float32), groups, axis=1)
+    logits = jnp.einsum("bnsh,bnth->bnst", q.astype(jnp.float32), wide, precision="highest") / math.sqrt(q.shape[-1])
+    allowed = mask.allowed(q.shape[2])
+    if allowed is None:
+        return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(logits, axis=-1, where=jnp.broadcast_to(allowed, logits.shape))
