@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     served.refuse_other_problems("eval")
     check_threshold(options.threshold, served.labels)
     module, task = served.task(threshold=options.threshold)
-    config, tokenizer, labels = settled(served.config, module), served.tokenizer, served.labels
+    config, tokenizer, labels = settled(served.config_for(module), module), served.tokenizer, served.labels
     if options.rows and not hasattr(task, "judged"):
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
     if config.data.eval is None:

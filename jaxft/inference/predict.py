@@ -69,6 +69,12 @@ class Served:
             classes = classes_of(self.model.config)
             refuse_other_problems(self.hf_config, classes, f"jaxft {command} cannot answer with it", instead)
 
+    def config_for(self, module: TaskModule) -> RunConfig:
+        """The configuration with the task's options: the run's, or the usual ones if no run of this task made the model."""
+        if tasks.task(self.config.task.name) is module:
+            return self.config
+        return dataclasses.replace(self.config, task=_options_of(module))
+
     def task(self, **changes: Any) -> tuple[TaskModule, Any]:
         """The module of the task that the model's head is for, and the task.
 
@@ -83,7 +89,7 @@ class Served:
             raise UserError(
                 f"the model has no head that a task scores (found: {self.model.head}): fine-tune it first (jaxft train)"
             )
-        options = self.config.task if tasks.task(self.config.task.name) is module else _options_of(module)
+        options = self.config_for(module).task
         if getattr(options, "class_weights", "none") == "balanced":
             unweighted: dict[str, Any] = {"class_weights": "none"}
             options = dataclasses.replace(options, **unweighted)
@@ -259,7 +265,7 @@ def make_answerer(
     module, task = served.task(**changes)
     if not hasattr(task, "predictions"):
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
-    config, tokenizer = settled(served.config, module), served.tokenizer
+    config, tokenizer = settled(served.config_for(module), module), served.tokenizer
     fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways
     served.devices.check_batch("--batch-size", batch_size)
     buckets = make_buckets(None, tokenizer.max_length or 512)

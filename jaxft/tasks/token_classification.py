@@ -125,8 +125,8 @@ class Task:
                 row,
                 [words[i] for i in places],
                 [self.labels[true[i]] for i in places],
-                # A model whose numbers are NaN says nothing; that is never right.
-                [self.labels[predicted[i]] if predicted[i] >= 0 else "NaN" for i in places],
+                # A model whose numbers are NaN says nothing: that is never right, and no entity (as "." is none).
+                [self.labels[predicted[i]] if predicted[i] >= 0 else ".NaN" for i in places],
             )
 
     def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -163,7 +163,8 @@ class Task:
             zip(*(said.get(i, ("O", math.nan)) for i in range(len(words))), strict=True) if words else ((), ())
         )
         if unsaid:
-            return Answer({"entities" if self._entities else "words": None}, {"entities": None}, True)
+            nothing = {"entities" if self._entities else "words": None}
+            return Answer(nothing, nothing, True)
         if self._entities:
             made = [
                 _joined(words[first:stop], label, scores[first:stop], texts[0])

@@ -196,6 +196,8 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
         raise UserError(f"data.long_texts={wanted}: the task {name} has {' and '.join(able)}; use one of these")
     if not module.PACKING and config.data.packing != "none":
         raise UserError(f"data.packing={config.data.packing}: rows of the task {name} cannot share a row yet; use none")
+    if config.data.stride is not None and (able[0] if wanted == "auto" else wanted) != "windows":
+        raise UserError(f"data.stride={config.data.stride}: the task {name} reads no windows here; leave it out")
     if wanted == "auto":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, long_texts=able[0]))
     return config

@@ -206,6 +206,17 @@ def test_a_trained_model_is_scored_alike_everywhere(home: Path, tmp_path: Path, 
     assert code == 0
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["f1"] == trained["f1"]
+    # A folder that no run goes with is scored by the usual options.
+    bare = (
+        "eval",
+        home / "run/export",
+        f"data.eval={home / 'rows.jsonl'}",
+        "data.max_length=16",
+        "--out",
+        tmp_path / "b",
+    )
+    assert run(capsys, *bare)[0] == 0
+    assert json.loads((tmp_path / "b/metrics.json").read_text())["f1"] == trained["f1"]
     assert f"entity F1 {trained['f1']:.4f}" in out
     with open(tmp_path / "r.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -275,4 +286,5 @@ def test_a_head_for_words_is_trained_further_and_others_are_said_to_be_fresh(
     assert code == 0
     assert "the checkpoint's head is kept" in out
     assert "unknown config key 'task.mask_rate'" in refusal(capsys, *common, "task.mask_rate=0.2")
+    assert "data.stride=4" in refusal(capsys, *common, "data.long_texts=truncate", "data.stride=4")
     assert "data.packing" in refusal(capsys, *common, f"model.init={home / 'encoder'}", "data.packing=best_fit")
