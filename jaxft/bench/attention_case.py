@@ -153,17 +153,20 @@ def _jax_ready(case: Case) -> Ready:
         matmul_dtype=case.operands,
         activation_dtype=case.operands if accelerated else "float32",
         dropout_bits=case.bits,
+        padding_last=True,
         platform=platform,
         device=jax.devices()[0].device_kind if accelerated else None,
     )
     arrays, mask = case.inputs()
     key = jax.random.key(0) if case.dropout else None
-    q, k, v, g = (jnp.asarray(x, compute.activation_dtype) for x in arrays)
+    # On accelerators heads lie as a model's products leave them; what a kernel wants otherwise, it has to turn.
+    turned = (lambda x: x.swapaxes(1, 2)) if accelerated else (lambda x: x)
+    q, k, v, g = (turned(jnp.asarray(x, compute.activation_dtype)) for x in arrays)
     padding, segments = (jnp.asarray(mask[name]) if name in mask else None for name in ("padding", "segments"))
     spec = MaskSpec(padding, segments, case.causal)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, spec: MaskSpec) -> jax.Array:
-        return attend(q, k, v, spec, compute, case.dropout, key)
+        return turned(attend(turned(q), turned(k), turned(v), spec, compute, case.dropout, key))
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, spec: MaskSpec) -> Any:
         out, vjp = jax.vjp(lambda q, k, v: forward(q, k, v, spec), q, k, v)
@@ -220,6 +223,8 @@ def _torch_ready(case: Case) -> Ready:
     dtype = getattr(torch, case.operands)
     arrays, mask = case.inputs()
     q, k, v, g = (torch.tensor(x, dtype=dtype, device=device) for x in arrays)
+    if gpu:  # heads as a model's products leave them, seen as the kernels want them
+        q, k, v, g = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
     run = _torch_attention(torch, case, _torch_mask(torch, mask, case, device))
 
     def forward() -> None:

@@ -27,6 +27,9 @@ class Compute:
     """Where the random bits of dropout come from (:mod:`jaxft.layers.bits`)."""
     known_ids: bool = False
     """Ids come from rows that were checked against the model's tables (as a run's are): traced look-ups then spend nothing on it."""
+    padding_last: bool = False
+    """Padding stands behind the tokens of a row, as in every batch that is collated here: kernels that can are then told how
+    long rows are, and skip the padding, instead of reading a mask."""
     platform: str | None = None
     """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
     there are traced on a CPU: only who makes them knows."""

@@ -210,6 +210,7 @@ def make_compute(
         attention=config.attention,
         dropout_bits=config.dropout_bits,
         known_ids=True,  # check_vocabulary, check_types and check_lengths have seen to it
+        padding_last=True,  # collate pads there
         platform=platform,
         device=device,
         rules=rules,
