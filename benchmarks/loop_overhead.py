@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax
 
 from jaxft.config import load_config
 from jaxft.training import loop, setup
+from jaxft.training.programs import compile_programs
 
 FIRST, STEPS = 10, 80
 
@@ -28,7 +30,7 @@ FIRST, STEPS = 10, 80
 class Timed(dict):
     """Compiled steps that block, and note when they begin and end."""
 
-    def __init__(self, programs: dict[Any, Any], spans: list[tuple[float, float]], block: bool) -> None:
+    def __init__(self, programs: Mapping[Any, Any], spans: list[tuple[float, float]], block: bool) -> None:
         super().__init__({shape: self._timed(program, spans, block) for shape, program in programs.items()})
 
     @staticmethod
@@ -51,7 +53,9 @@ def main(arguments: list[str]) -> None:
     config = load_config(run_file, [*fixed, *overrides])
     ready = setup.prepare(config, print, setup.Times())
     ready = dataclasses.replace(ready, eval_every=10**9)
-    programs = loop.compile_programs(ready, print, setup.Times())
+    programs = compile_programs(ready, print)
+    for kind, steps in (("train", programs.train), ("eval", programs.evaluate)):
+        programs.compilation.wait(kind, tuple(steps))  # nothing is to run beside the steps
     with tempfile.TemporaryDirectory() as folder:
         for block in (True, False):
             spans: list[tuple[float, float]] = []

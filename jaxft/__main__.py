@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -88,7 +89,7 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
     except KeyboardInterrupt:
         with no_interrupt():
             print(f"jaxft {command}: interrupted", file=sys.stderr, flush=True)
-            _end_if_compiling()
+            _end_if_compiling(130)
             return 130
 
 
@@ -101,14 +102,29 @@ def _output_is_lost() -> bool:
     return False
 
 
-def _end_if_compiling() -> None:
-    """Ends the process if a compiler is still at work: Python would wait for it, or crash."""
-    from jaxft.machine.threads import still_working
+def program() -> NoReturn:
+    """The program ``jaxft``: one command, and the end of the process."""
+    try:
+        code = main()
+    except Exception:  # noqa: BLE001 - a fault of jaxft, told as Python tells it
+        traceback.print_exc()
+        code = 1
+    _end_if_compiling(code)
+    sys.exit(code)
 
-    if still_working():
-        with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(130)
+
+def _end_if_compiling(code: int) -> None:
+    """Ends the process if a compiler is still at work: Python would wait for it, or crash."""
+    if "jaxft.machine.threads" not in sys.modules or not sys.modules["jaxft.machine.threads"].still_working():
+        return
+    if "jax" in sys.modules and code == 0:  # the other processes count on being told
+        from jaxft.machine.processes import leave
+
+        leave()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _refuse(command: str, message: str) -> int:
@@ -118,4 +134,4 @@ def _refuse(command: str, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -20,7 +20,7 @@ from jaxft import __main__
 from jaxft.cli import console
 from jaxft.config import RunConfig, load_config
 from jaxft.files import is_unicode
-from jaxft.machine.threads import as_completed, still_working
+from jaxft.machine.threads import Ahead, still_working
 from jaxft.reporting.report import report_text
 from jaxft.training import setup
 
@@ -160,26 +160,54 @@ def _leaves(tree: object) -> list:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def test_threads_give_results_as_they_come_and_errors_when_all_is_quiet() -> None:
-    first_may_end = threading.Event()
+def test_work_is_done_ahead_in_the_order_given_and_what_is_waited_for_comes_next() -> None:
+    may_go_on, begun = threading.Event(), []
 
     def work(item: int) -> int:
-        if item == 0:
-            assert first_may_end.wait(10)
-        else:
-            first_may_end.set()
+        begun.append(item)
+        assert may_go_on.wait(10)
         return item * item
 
-    assert sorted(as_completed(work, [0, 1, 2, 3], 2)) == [(i, i * i) for i in range(4)]
+    ahead = Ahead(work, range(5), 1)
+    assert not ahead.wait(3, lambda: begun == [0])
+    assert (ahead.ready(0), ahead.news()) == (False, [])
+    may_go_on.set()
+    assert ahead.result(3) == 9
+    assert begun[:2] == [0, 3]
+    assert [ahead.result(item) for item in range(5)] == [0, 1, 4, 9, 16]
+    assert sorted(begun) == [0, 1, 2, 3, 4]
+    assert ahead.news() == [(item, item * item) for item in begun]
+    assert (ahead.news(), len(ahead)) == ([], 5)
+
+
+def test_an_error_of_work_ahead_is_told_to_whoever_asks() -> None:
     seen = []
 
-    def fail(item: int) -> None:
+    def fail(item: int) -> int:
         seen.append(item)
-        raise ValueError(item)
+        if item == 1:
+            raise ValueError(item)
+        return item
 
-    with pytest.raises(ValueError, match="0"):
-        list(as_completed(fail, [0, 1, 2], 1))
+    ahead = Ahead(fail, [0, 1, 2], 1)
+    with pytest.raises(ValueError, match="1"):
+        ahead.wait(2)
+    with pytest.raises(ValueError, match="1"):
+        ahead.news()
+    assert (ahead.result(0), seen) == (0, [0, 1])
+    for thread in [thread for thread in threading.enumerate() if thread.name == "jaxft-worker"]:
+        thread.join(10)
     assert not still_working()
+
+
+def test_work_that_was_stopped_is_not_waited_for() -> None:
+    go = threading.Event()
+    ahead = Ahead(lambda item: go.wait(10), [0, 1], 1)
+    ahead.stop()
+    go.set()
+    assert ahead.result(0)
+    with pytest.raises(ValueError, match="never begun"):
+        ahead.wait(1)
 
 
 CHILD = """
@@ -189,8 +217,7 @@ from jaxft.machine import threads
 from jaxft.cli import train
 def run(options):
     print("compiling", flush=True)
-    for _ in threads.as_completed(lambda item: time.sleep(60), [0, 1, 2], 2):
-        pass
+    threads.Ahead(lambda item: time.sleep(60), [0, 1, 2], 2).wait(2)
     return 0
 train.run = run
 sys.argv = ["jaxft", "train"]

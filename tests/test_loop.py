@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from jaxft.models import initial
 from jaxft.parallel.sharding import make_mesh
 from jaxft.reporting.sinks import read_log
 from jaxft.training import loop, resume, setup
-from jaxft.training.loop import Programs, Result
+from jaxft.training.loop import Result
+from jaxft.training.programs import Programs, compile_programs
 from jaxft.training.setup import Setup, Times
 from jaxft.trees import paths_of
 
@@ -71,7 +72,7 @@ class Run:
 def prepared(config: RunConfig, devices: int, patch: pytest.MonkeyPatch) -> Ready:
     patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
     ready = setup.prepare(config, lambda text: None, Times())
-    return Ready(ready, loop.compile_programs(ready, lambda text: None, Times()))
+    return Ready(ready, compile_programs(ready, lambda text: None))
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +100,7 @@ def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
 class Recorded(dict):
     """Compiled steps that note which batches they see."""
 
-    def __init__(self, programs: dict[Any, Any], seen: list[str]) -> None:
+    def __init__(self, programs: Mapping[Any, Any], seen: list[str]) -> None:
         super().__init__({shape: self._noting(program, seen) for shape, program in programs.items()})
 
     @staticmethod
@@ -597,7 +598,7 @@ def _right(ready: Ready, params: Any, row: int) -> bool:
 
 
 def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
-    def spoilt(programs: dict[Any, Any]) -> dict[Any, Any]:
+    def spoilt(programs: Mapping[Any, Any]) -> dict[Any, Any]:
         def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
             bad = batch["weights"] * (np.nan if int(state.step) >= 12 else 1.0)
             return program(state, batch | {"weights": bad}, seed)
@@ -682,6 +683,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.training import loop, resume, setup
+from jaxft.training.programs import compile_programs
 from jaxft.hub import pretrained
 from jaxft.__main__ import main
 import jax
@@ -689,7 +691,7 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[2] + "/cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 folder = Path(sys.argv[2])
 ready = setup.prepare(config_of(folder, "train.steps=120", "checkpoint.every=7", "eval.every=50"), print, setup.Times())
-programs = loop.compile_programs(ready, print, setup.Times())
+programs = compile_programs(ready, print)
 for out in sys.argv[3:]:
     result = loop.fit(ready, programs, folder / out, 0, print, setup.Times())
     print(json.dumps({"best": result.best_step, "metrics": result.metrics}), flush=True)

@@ -23,7 +23,8 @@ from jaxft.hub.pretrained import export_folder
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.initial import init_params, shapes_and_axes
-from jaxft.training.loop import compile_programs, fit
+from jaxft.training.loop import fit
+from jaxft.training.programs import compile_programs
 from jaxft.training.setup import Times, prepare
 from jaxft.trees import map_paths, paths_of
 
@@ -97,7 +98,7 @@ def trained(folder: Path, out: str, *more: str) -> tuple[Any, Any]:
             ready = prepare(config, lambda _: None, Times())
     else:
         ready = prepare(config, lambda _: None, Times())
-    programs = compile_programs(ready, lambda _: None, Times())
+    programs = compile_programs(ready, lambda _: None)
     start = jax.device_get(ready.start_params(0, lambda _: None))
     result = fit(ready, programs, folder / out, 0, lambda _: None, Times())
     return start, jax.device_get(result.params)

@@ -81,15 +81,18 @@ def _run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
+    from jaxft import checkpoint
     from jaxft.machine import processes
     from jaxft.training import loop, resume
+    from jaxft.training.programs import compile_programs
 
     seeds = config.train.seeds or (config.train.seed,)
     with processes.raise_together():
         for seed in seeds:
             resume.check_folder(ready, _folder_of(config, seed), seed)
         out.mkdir(parents=True, exist_ok=True)  # before the compiler works for a folder that cannot be
-    programs = loop.compile_programs(ready, _note, times)
+    begun = max(checkpoint.step_folders(_folder_of(config, seeds[0]) / "checkpoints"), default=0)
+    programs = compile_programs(ready, _note, begun)
     if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
         _state(config, out)
     results: dict[int, dict[str, Any]] = {}
@@ -100,6 +103,8 @@ def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
         result = loop.fit(ready, programs, folder, seed, _note, times)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
+        if seed == seeds[-1]:
+            programs.compilation.stop()  # steps of shapes that no batch had
         if result.interrupted:
             return 130
         trained = time.perf_counter() - began

@@ -18,7 +18,7 @@ from jaxft.data.batch import text_shape
 from jaxft.errors import UserError
 from jaxft.machine.chips import Topology, Tpu
 from jaxft.machine.gpus import Gpu, target_config
-from jaxft.machine.threads import as_completed
+from jaxft.machine.threads import Ahead
 from jaxft.parallel.sharding import shard_bytes, whole_bytes
 from jaxft.planning.hlo import Collective, costs_of
 from jaxft.planning.hlo.llo import ChipSpeed, LloPrice, llo_cycles
@@ -257,7 +257,7 @@ def _peaks(gpu: Gpu) -> Peaks:
 def _compile(lowered: Any, resident: float) -> Any:
     try:
         # In a thread, so that Ctrl-C need not wait for the compiler.
-        return next(as_completed(lambda program: program.compile(), [lowered], 1))[1]
+        return Ahead(lambda name: lowered.compile(), ["step"], 1).result("step")
     except jax.errors.JaxRuntimeError as error:
         # libtpu 0.0.52 tells the temporaries, earlier ones everything.
         found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))

@@ -31,7 +31,7 @@ class Goodput:
     """
 
     def __init__(self, before: Times) -> None:
-        self._times = Times(dict(before.seconds))
+        self._before, self._times = dict(before.seconds), Times()
         self._began = time.perf_counter()
         self.part = self._times.part
 
@@ -42,9 +42,9 @@ class Goodput:
           waited: seconds spent waiting for data.
         """
         since = time.perf_counter() - self._began
-        inside = {name: self._times.seconds.get(name, 0.0) for name in ("evaluation", "checkpoint")}
+        inside = {"evaluation": 0.0, "checkpoint": 0.0, **self._times.seconds}
         steps = max(since - waited - sum(inside.values()), 0.0)
-        before = {name: value for name, value in self._times.seconds.items() if name not in inside}
+        before = {name: seconds + inside.pop(name, 0.0) for name, seconds in self._before.items()}
         return {**before, "steps": steps, "waiting for data": waited, **inside}
 
     def finish(self, out: Path, waited: float) -> str:

@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxft import checkpoint, tasks
-from jaxft.attention import choices, described
 from jaxft.config import RunConfig, to_tree
 from jaxft.config.stored import stored_metric, wrong_best
 from jaxft.data.batch import Shape
-from jaxft.data.loader import Batches, stream, to_global
+from jaxft.data.loader import stream, to_global
 from jaxft.errors import UserError
 from jaxft.machine import processes
 from jaxft.machine.memory import release_freed
-from jaxft.machine.processes.stopping import stop_on_signal
-from jaxft.machine.threads import as_completed
-from jaxft.parallel.sharding import jitted, replicated
+from jaxft.machine.processes.stopping import Stop, stop_on_signal
+from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
+from jaxft.training.programs import Kind, Programs
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
 from jaxft.training.setup import Note, Setup, Times
 from jaxft.training.state import TrainState
-from jaxft.training.step import make_eval_step
-
-T = TypeVar("T")
-_SECONDS_BETWEEN_WORDS = 5.0
-"""Of a long compilation."""
-
-
-@dataclass(frozen=True)
-class Programs:
-    """Compiled steps by batch shape; shared by all seeds of a run."""
-
-    train: dict[Shape, Any]
-    evaluate: dict[Shape, Any]
-    init: Any
-    shapes: TrainState
-    """The state, as shapes with shardings."""
 
 
 @dataclass
@@ -88,59 +70,6 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def compile_programs(setup: Setup, note: Note, times: Times) -> Programs:
-    """Compiles every step for every declared batch shape, before step 0."""
-    with times.part("compile"), jax.set_mesh(setup.mesh):
-        programs = _compile_programs(setup, note)
-    release_freed()
-    return programs
-
-
-def _compile_programs(setup: Setup, note: Note) -> Programs:
-    whole = replicated(setup.mesh)
-    state, train = setup.state, setup.train_program()
-    evaluate = jitted(make_eval_step(setup.model, setup.task), setup.mesh, whole)
-    batches, held_out = setup.train_batches(0), setup.eval_batches()
-    note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
-
-    jobs = {("train", s): (train, (state, setup.batch(s), setup.seed())) for s in batches.shapes()}
-    jobs |= {("eval", s): (evaluate, (state.best_params, setup.batch(s))) for s in held_out.shapes()}
-
-    def compiled(job: tuple[Any, tuple[Any, ...]]) -> Any:
-        function, arguments = job
-        with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
-            return function.lower(*arguments).compile(), list(seen.values())
-
-    results = _all_compiled(compiled, jobs, note)
-    chosen = (choice for _, seen in results.values() for choice in seen)
-    note(f"attention: {described(chosen, setup.config.model.attention)}".replace("; ", "\n  "))
-    programs = {job: program for job, (program, _) in results.items()}
-    return Programs(
-        {shape: program for (kind, shape), program in programs.items() if kind == "train"},
-        {shape: program for (kind, shape), program in programs.items() if kind == "eval"},
-        jitted(setup.start, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, state), donate_argnums=0),
-        state,
-    )
-
-
-def _all_compiled(compiled: Callable[[Any], T], jobs: dict[Any, Any], note: Note) -> dict[Any, T]:
-    """Each job compiled, with a word now and then."""
-    results: dict[Any, T] = {}
-    names, said = list(jobs), time.monotonic()
-    note(f"compiling {len(jobs)} programs")
-    # XLA compiles mostly on one thread per program.
-    for index, result in as_completed(compiled, list(jobs.values()), 2):
-        results[names[index]] = result
-        if len(results) < len(jobs) and time.monotonic() - said > _SECONDS_BETWEEN_WORDS:
-            said = time.monotonic()
-            note(f"compiling: {len(results)} of {len(jobs)} done")
-    return {name: results[name] for name in names}
-
-
-def _shown(batches: Batches) -> str:
-    return " ".join(map(str, batches.shapes()))
-
-
 def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times) -> Result:
     """Trains one run to its end (or until it is told to stop) and returns its best parameters.
 
@@ -163,11 +92,17 @@ def _fit(
     config = setup.config
     with times.part("weights"):
         state, progress, start = _start(setup, programs, out, seed, note, store)
+    batches, total = setup.train_batches(seed), setup.total_steps
+    if start < total:
+        with times.part("compile"):
+            programs.compilation.wait("train", (batches.shape_of(start),))
+    for line in programs.compilation.news():
+        note(line)
+    release_freed()
     note(f"time to first step: {times.text()}")
     meta = run_meta(setup, out, seed)
     rules = setup.model.compute.rules
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
-    batches, total = setup.train_batches(seed), setup.total_steps
     interrupted, step, lap = False, start, lap_of(setup)
     goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
     best_metrics: dict[str, Any] | None = None
@@ -180,8 +115,16 @@ def _fit(
         last = start if _out_of_patience(config, progress) else total
         for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
             placed = to_global(batch, setup.fields, setup.mesh, rules, config.train.batch_size)
-            profile.before(step + 1)
             shape = batches.shape_of(step)
+            if not _compiled(programs, "train", (shape,), lap, goodput, stop):
+                # Told to stop while the program of the next step was being compiled.
+                interrupted = True
+                if pending is not None:
+                    _report_step(setup, sinks, lap, progress, *pending)
+                sinks.sync()
+                store.save(step, state, meta | {"progress": progress.__dict__})
+                break
+            profile.before(step + 1)
             state, metrics = programs.train[shape](state, placed, seed_array)
             if profile.after(step + 1, metrics):
                 sinks.note(f"wrote a trace of steps {config.train.profile} to {out / 'profile'}")
@@ -190,6 +133,8 @@ def _fit(
                 _report_step(setup, sinks, lap, progress, *pending)
             step += 1
             pending = (step, metrics, len(batches.rows_of(step - 1)), shape)
+            for line in programs.compilation.news():
+                sinks.note(line)
 
             interrupted = stop.after(step)
             evaluated = step % setup.eval_every == 0 or step == total
@@ -197,6 +142,8 @@ def _fit(
             if evaluated or interrupted or due:
                 _report_step(setup, sinks, lap, progress, *pending)
                 pending = None
+                if evaluated:
+                    _compiled(programs, "eval", setup.eval_batches().shapes(), lap, goodput)
                 with lap.clock.paused():
                     with goodput.part("evaluation"):
                         scores = _evaluate(setup, programs, sinks, state, step, progress.metric) if evaluated else None
@@ -222,6 +169,16 @@ def _fit(
     if interrupted:
         note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
     return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
+
+
+def _compiled(
+    programs: Programs, kind: Kind, shapes: tuple[Shape, ...], lap: Lap, goodput: Goodput, stop: Stop | None = None
+) -> bool:
+    """Waits for programs that are still being compiled; False if it was told to stop meanwhile."""
+    if all(programs.compilation.ready(kind, shape) for shape in shapes):
+        return True
+    with lap.clock.paused(), goodput.part("compile"):
+        return programs.compilation.wait(kind, shapes, lambda: stop is not None and stop.requested)
 
 
 def _sinks(setup: Setup, out: Path, start: int) -> Sinks:

@@ -1,7 +1,7 @@
 """Several processes as one run: who takes part, how they find each other, what they agree on."""
 
 from jaxft.machine.processes.agreement import anyone, barrier, fetch, first_says, is_first, raise_together
-from jaxft.machine.processes.bring_up import start
+from jaxft.machine.processes.bring_up import leave, start
 from jaxft.machine.processes.cluster import Cluster, detect
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "fetch",
     "first_says",
     "is_first",
+    "leave",
     "raise_together",
     "start",
 ]

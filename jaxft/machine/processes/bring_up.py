@@ -49,6 +49,14 @@ def start(note: Callable[[str], None]) -> Cluster | None:
     return cluster
 
 
+def leave() -> None:
+    """Leaves the run, once all its processes do; for a process that will not come to the end of Python's own shutdown."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def _timeout() -> float:
     text = os.environ.get("JAXFT_START_TIMEOUT", str(_TIMEOUT))
     try:
