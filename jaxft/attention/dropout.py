@@ -33,12 +33,12 @@ class Dropout:
     """[B, N] uint32, b N + n counted over all devices; or a part of it."""
     rate: float = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
-    """Of whole rows, T."""
+    """Tokens per whole row, T."""
     bits: Literal["threefry", "hash"] = field(default="threefry", metadata={"static": True})
 
     @property
     def keep(self) -> int:
-        """Of 65536 values of 16 random bits, how many keep a probability."""
+        """How many of the 65536 values of 16 random bits keep a probability."""
         return round((1.0 - self.rate) * 65536)
 
     @property

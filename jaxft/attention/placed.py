@@ -48,7 +48,7 @@ def heads_split(rules: AxisRules) -> int:
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
-    """Of one dimension of a PartitionSpec."""
+    """Mesh axes of one dimension of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 

@@ -26,7 +26,7 @@ class Request:
     heads: int
     key_heads: int
     size: int
-    """Of a head."""
+    """Head size, H."""
     operands: str
     """Type of matmul operands."""
     device: str | None = None
@@ -57,7 +57,7 @@ class Backend:
     run: Callable[..., jax.Array]
     """``run(call, q, k, v, mask, bias, drop)``, of arrays as a mesh has them."""
     refuses: Callable[[Request], str | None]
-    """What of a request it cannot honour, as the end of a sentence that begins with its name; None: it honours all."""
+    """Reason for refusing a request, as the end of a sentence that begins with the backend's name; None: it takes the request."""
     local: Run | None = None
     """``local(call, q, k, v, mask, drop)`` of one device's rows and heads, in backends that are made of it."""
     tokens_last: Callable[[Request], bool] = lambda request: False

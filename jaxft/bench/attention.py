@@ -20,7 +20,7 @@ PASSES = ("forward", "both")
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one pass, in milliseconds."""
+    """Milliseconds of one pass."""
 
     median: float
     least: float
@@ -30,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case."""
+    """What was measured in one case."""
 
     case: Case
     backend: str

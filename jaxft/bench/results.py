@@ -103,7 +103,7 @@ def csv_of(results: Sequence[Result]) -> str:
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """Of an earlier run, by :attr:`Case.key`.
+    """Reads the results of an earlier run, by :attr:`Case.key`.
 
     Raises:
       UserError: the file is not one of ours.

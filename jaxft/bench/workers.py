@@ -83,7 +83,7 @@ class Worker:
 
 
 def answer(message: dict[str, Any]) -> None:
-    """Of a worker: writes one line."""
+    """Writes one line to the process that started this worker."""
     print(json.dumps(message), flush=True)
 
 
@@ -121,7 +121,7 @@ def available_memory() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Of a worker: the C library keeps large freed blocks instead of returning them (glibc), so that repeated calls do not
+    """Makes the C library of a worker keep large freed blocks instead of returning them (glibc): repeated calls then do not
     pay for fresh pages, which a program that holds its buffers would not."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

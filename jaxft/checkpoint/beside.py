@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_SUBFOLDER = "checkpoints"
-"""Of a run's folder: where its step folders lie."""
+"""Subfolder of a run's folder that holds its step folders."""
 
 
 def tokenizer_place(tokenizer: Path, run: Path) -> dict[str, str]:

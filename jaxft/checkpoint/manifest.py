@@ -21,7 +21,7 @@ from jaxft.files import fsync_folder, write_atomic
 
 NAME = "jaxft.json"
 FORMAT = 1
-"""Of the layout on disk. A change that this code could not read raises it; tests/golden keeps one folder per number."""
+"""Version of the layout on disk. A change that this code could not read raises it; tests/golden keeps a folder per version."""
 
 _CHECKSUM = "sha256"
 _THREADS = min(4, os.cpu_count() or 1)

@@ -24,9 +24,9 @@ class Trained:
     folder: Path
     """The run's: config, log, checkpoints, report, export."""
     config: RunConfig
-    """As resolved."""
+    """The resolved configuration."""
     metrics: dict[str, Any]
-    """Of the best parameters on the held-out rows; of several seeds, the means; empty where the run was stopped."""
+    """Scores of the best parameters on the held-out rows; means over several seeds; empty where the run was stopped."""
     interrupted: bool = False
     """Whether it was told to stop: the same call goes on from there."""
     seeds: dict[int, Trained] = field(default_factory=dict)

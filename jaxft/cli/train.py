@@ -217,7 +217,7 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
 
 
 def _export_adapter(ready: Any, result: Any, target: Path) -> None:
-    """Of a run with adapters: these alone, as peft stores them, beside the export that has them merged in."""
+    """Writes a run's adapters by themselves, as peft stores them, beside the export that has them merged in."""
     from jaxft.hub.peft import write_adapter
     from jaxft.machine import processes
     from jaxft.models import adapters

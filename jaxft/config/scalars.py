@@ -24,7 +24,7 @@ class Scalar:
 
     value: Any
     source: str
-    """As it stands in the file."""
+    """The text in the file."""
 
 
 def members(kind: Any) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021): the weights stay, thin matrices beside them train; merged at export."""
 
     rank: int | None = None
-    """Of the adapters. None: no adapters, everything trains."""
+    """Rank of the adapters. None: no adapters, everything trains."""
     alpha: float = 16.0
     """The adapters' product is scaled by ``alpha / rank``."""
     targets: tuple[str, ...] = ("layers/attention/query/kernel", "layers/attention/value/kernel")
@@ -224,7 +224,7 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per optimizer step; k of them equal one batch of the same rows."""
     seed: int = 0
-    """Of initial heads, data order and dropout."""
+    """Seed of initial heads, data order and dropout."""
     seeds: tuple[int, ...] = ()
     """Several runs in one command, one sub-folder each, reported as mean +- sd. Replaces ``seed``."""
     log_every: int = 10

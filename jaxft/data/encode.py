@@ -56,7 +56,7 @@ def read_rows(
     columns: Sequence[Column] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """All rows of a source.
+    """Reads every row of a source.
 
     Args:
       columns: which ones, in the order that their values are wanted in, texts first; None: text, pair if there is one, and label.

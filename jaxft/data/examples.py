@@ -35,7 +35,7 @@ class Examples(Protocol):
 
     @property
     def fields(self) -> Fields:
-        """Of the batches that its rows make."""
+        """Fields of the batches that its rows make."""
         ...
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Split:
     name: str
     fields: Fields
     columns: Mapping[str, np.ndarray]
-    """Of the fields that rows store."""
+    """Values of the fields that rows store, by name."""
     offsets: Mapping[str, np.ndarray]
     """[examples + 1] int64 for each named axis."""
     dropped: np.ndarray | None = None

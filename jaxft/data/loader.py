@@ -36,7 +36,7 @@ class Batches:
     batch_size: int
     buckets: tuple[int, ...]
     seed: int | None
-    """Of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
+    """Seed of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
     part: tuple[int, int] | None = None
     """(first, last + 1): which rows of each batch this process makes; None: all."""
 

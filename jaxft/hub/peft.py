@@ -72,7 +72,7 @@ def write_adapter(
 
 
 def _module(rule: Rule, layout: Layout, bare: bool) -> str:
-    """Of a kernel, with ``{layer}`` in it."""
+    """Name of a kernel's module, with ``{layer}`` in it."""
     name = rule.theirs.removeprefix(layout.prefix) if bare else rule.theirs
     return name.removesuffix(".weight")
 

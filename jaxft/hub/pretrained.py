@@ -92,7 +92,7 @@ def open_params(source: Source, model: Any, weights: Weights, note: Note, *, see
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What of a folder's tensors a model reads."""
+    """The tensors of a folder that a model reads."""
 
     weights: Weights
     layout: Layout

@@ -16,7 +16,7 @@ class Compute:
     matmul_dtype: str = "float32"
     param_dtype: str = "float32"
     gradient_dtype: str | None = None
-    """Of the gradients of weights, as they leave their products and are summed up over devices; None: ``param_dtype``."""
+    """Type of weights' gradients as they leave their products and are summed up over devices; None: ``param_dtype``."""
     layers: Literal["unrolled", "scanned"] = "unrolled"
     remat: Literal["none", "full", "dots", "offload"] = "none"
     vocab_tile: int | None = None
@@ -31,7 +31,7 @@ class Compute:
     """Padding stands behind the tokens of a row, as in every batch that is collated here: kernels that can are then told how
     long rows are, and skip the padding, instead of reading a mask."""
     platform: str | None = None
-    """Of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
+    """Platform of the devices that compute: ``cpu``, ``gpu`` or ``tpu``; None: jax's default one. Programs for hardware that is not
     there are traced on a CPU: only who makes them knows."""
     device: str | None = None
     """Kind of those devices, as jax names it (``TPU v4``); None: unknown."""

@@ -20,7 +20,7 @@ class Rotary:
     theta: float = 10_000.0
     kind: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
-    """Of both kinds: by how much positions are stretched."""
+    """By how much positions are stretched, in ``linear`` and ``llama3``."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192

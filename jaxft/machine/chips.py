@@ -32,9 +32,9 @@ class Tpu:
     """Bytes per second along one axis of the torus, both directions together."""
     clock_hz: float
     cores: int
-    """As the names of slices count them: v4-8 is 4 chips."""
+    """Cores per chip, as the names of slices count them: v4-8 is 4 chips."""
     dimensions: int
-    """Of the torus that chips form."""
+    """Dimensions of the torus that chips form."""
     wraps: int
     """Axes are closed to rings from this size on, in multiples of it; shorter ones are lines, with half the bandwidth."""
 
@@ -86,7 +86,7 @@ class Topology:
     chip: Chip | None
     """None: of a CPU, nothing is known."""
     shape: tuple[int, ...]
-    """Of a TPU's torus; of GPUs, the nodes and how many each has."""
+    """Sizes of a TPU's torus; for GPUs, the number of nodes and of GPUs in each."""
 
     @property
     def chips(self) -> int:
@@ -123,7 +123,7 @@ class Topology:
 
     @property
     def libtpu_name(self) -> str:
-        """As libtpu calls it."""
+        """libtpu's name for the slice."""
         assert self.chip is not None
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 

@@ -42,22 +42,22 @@ class Adapted:
 
     @property
     def config(self) -> Any:
-        """Of the model."""
+        """The model's Config."""
         return self.base.config
 
     @property
     def head(self) -> str | None:
-        """Of the model."""
+        """The model's head."""
         return self.base.head
 
     @property
     def compute(self) -> Compute:
-        """Of the model."""
+        """How the model is computed."""
         return self.base.compute
 
     @property
     def facts(self) -> Facts:
-        """Of the model."""
+        """The model's facts."""
         return self.base.facts
 
     def clone(self, *, compute: Compute) -> Adapted:

@@ -33,7 +33,7 @@ class Output(NamedTuple):
     logits: Array | None = None
     """float32, what the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
     score: TokenScore | None = None
-    """Of a vocabulary head instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
+    """A vocabulary head's score instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
     hidden_states: Array | None = None
     """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
     attentions: Array | None = None
@@ -58,7 +58,7 @@ class Stack:
     """Layers of one kind, one after the other."""
 
     path: str
-    """Of their stacked parameters, for instance ``layers``."""
+    """Path of their stacked parameters, for instance ``layers``."""
     layers: int
     width: int
     heads: int
@@ -70,7 +70,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the rest of jaxft may know of a model."""
+    """Everything that the rest of jaxft may know of a model."""
 
     inputs: Fields
     """What its forward pass takes, by name; ``count`` of a field bounds its ids."""
@@ -99,7 +99,7 @@ class Head:
     """What a family can put on top of its encoder."""
 
     suffix: str
-    """Of the reference's classes, for instance ``ForMaskedLM``."""
+    """Ending of the reference's class, for instance ``ForMaskedLM``."""
     make: Callable[[Any, Compute, str], nn.Module] | None = None
     """``(config, compute, name)`` to a module that maps (Features, dropout key or None) to logits, or to a TokenScore. None: the
     bare encoder."""

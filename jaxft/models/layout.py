@@ -19,7 +19,7 @@ class Tensors(Protocol):
     """An open checkpoint, as far as a family may ask it what its tensors say of the model."""
 
     def names(self) -> tuple[str, ...]:
-        """All tensor names."""
+        """The tensor names."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ class Layout:
 
     rules: tuple[Rule, ...]
     prefix: str
-    """Of the encoder inside models with a head; absent in files of the bare encoder."""
+    """Prefix of the encoder inside models with a head; absent in files of the bare encoder."""
     aliases: tuple[tuple[str, str], ...] = ()
     """(ending found in old files, ending in the rules)."""
     leftovers: tuple[str, ...] = ()

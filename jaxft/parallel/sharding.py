@@ -154,7 +154,7 @@ def _axis_types(config: MeshConfig) -> tuple[AxisType, ...]:
 
 
 def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
-    """Of ``MESH_AXES``, for ``count`` devices."""
+    """Sizes of the ``MESH_AXES`` for ``count`` devices."""
     sizes = dict(zip(MESH_AXES, (config.slices, config.data, config.fsdp, config.context, config.tensor), strict=True))
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
@@ -211,7 +211,7 @@ def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **optio
 
 
 def device_kind(mesh: Mesh | AbstractMesh) -> str | None:
-    """Of the mesh's devices, as jax names it; None for a mesh without devices."""
+    """Kind of the mesh's devices, as jax names it; None for a mesh without devices."""
     return mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else None
 
 

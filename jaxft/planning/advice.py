@@ -70,7 +70,7 @@ def _to_fit(plan: Plan, config: RunConfig) -> list[str]:
 
 
 _FEW_WAYS = 8
-"""Of fsdp, over which libtpu scatters gradients by its own means; over all chips of a slice of 16 it does so by chains of
+"""Ways of fsdp up to which libtpu scatters gradients by its own means; over all chips of a slice of 16 it does so by chains of
 permutes, or sums them up whole (docs/planning.md)."""
 
 

@@ -43,7 +43,7 @@ class Memory:
     activations: float
     """Estimate: what the backward pass keeps."""
     temporaries: float
-    """Of the compiled program; where nothing was compiled, gradients and activations."""
+    """Temporaries of the compiled program; where nothing was compiled, gradients and activations."""
     program: int
     total: float
     """At the peak."""
@@ -65,19 +65,19 @@ class Plan:
     topology: Topology
     mesh: dict[str, int]
     rows: int
-    """Of all chips."""
+    """Rows per step over all chips."""
     length: int
     parameters: int
     """How many, in all."""
     split_percent: float
-    """Of the bytes of parameters, how much some mesh axis splits."""
+    """Percentage of the parameters' bytes that some mesh axis splits."""
     memory: Memory
     collectives: tuple[Collective, ...]
     traffic: Traffic
     """By the textbook."""
     useful: ModelFlops
     matmul_flops: float | None
-    """As compiled, what is computed again included."""
+    """FLOPs of the compiled matrix products, with what is computed again."""
     est_seconds: float | None
     llo: LloPrice | None
     compile_seconds: float | None
@@ -85,11 +85,11 @@ class Plan:
     attention: str | None = None
     """Which backends compute it, and why; None: nothing was traced."""
     roofline: Roofline | None = None
-    """Of a GPU program: its compiler states no times."""
+    """Roofline of a GPU program, whose compiler states no times."""
 
     @property
     def link_seconds(self) -> float | None:
-        """All exchanges one after the other, at the full bandwidth of the links that their groups can use."""
+        """Seconds of the exchanges one after the other, at the full bandwidth of the links that their groups can use."""
         if self.topology.chip is None:
             return None
         if self.source == "analytic":
@@ -97,13 +97,13 @@ class Plan:
         return sum(map(self.seconds_of, self.collectives))
 
     def seconds_of(self, one: Collective) -> float:
-        """All executions of an exchange, with nothing else on the links. Permutes go to a neighbour, over one axis; GPUs
+        """Seconds of an exchange's executions with nothing else on the links. Permutes go to a neighbour, over one axis; GPUs
         that send to all others do so over their own network card each."""
         alone = one.kind == "collective-permute" or (one.kind == "all-to-all" and isinstance(self.topology.chip, Gpu))
         return one.count * one.wire_bytes / self.topology.bandwidth(2 if alone else one.group, one.span)
 
     def open_seconds(self, one: Collective) -> float:
-        """Of :meth:`seconds_of`, those that no computation hides. Where a roofline says how long the operations between start
+        """The part of :meth:`seconds_of` that no computation hides. Where a roofline says how long the operations between start
         and end take, they hide as much as that; else everything that is started and awaited in different places counts as
         hidden."""
         if not one.asynchronous:

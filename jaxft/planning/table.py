@@ -129,12 +129,12 @@ def _mib(size: float) -> str:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Those of one kind and size of group, all executions."""
+    """Exchanges of one kind and size of group, over all executions."""
 
     kind: str
     chips: int
     nodes: int
-    """Of GPUs, over which a group lies; else 1."""
+    """Nodes of GPUs that a group lies over; else 1."""
     overlapped: bool
     """Whether they are started and awaited in different places."""
     count: float = 0.0
@@ -142,7 +142,7 @@ class Exchanges:
     bytes_sent: float = 0.0
     """By one chip."""
     open_share: float | None = None
-    """Of their time, how much nothing hides; None where no time is known."""
+    """Share of their time that nothing hides; None where no time is known."""
 
 
 def grouped(plan: Plan) -> list[Exchanges]:

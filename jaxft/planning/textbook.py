@@ -32,7 +32,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All."""
+        """Sum of the kinds."""
         return sum(self.__dict__.values())
 
 

@@ -87,7 +87,7 @@ def _rates(right: np.ndarray, expected: np.ndarray, answered: np.ndarray) -> tup
 
 
 def _averages(right: np.ndarray, expected: np.ndarray, answered: np.ndarray) -> dict[str, dict[str, float]]:
-    """Of all labels together, and over labels, each alike or by its share."""
+    """Averages: of all labels together (micro), over labels (macro), and over labels by their share (weighted)."""
     if not len(right):
         nothing = dict.fromkeys(("precision", "recall", "f1"), math.nan) | {"support": 0}
         return {name: dict(nothing) for name in ("micro", "macro", "weighted")}

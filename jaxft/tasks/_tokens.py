@@ -100,6 +100,6 @@ def encode_all(
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
-    """Those of texts."""
+    """Fields of batches of texts."""
     del config
     return text_fields(pad_id)

@@ -45,7 +45,7 @@ class Task:
     class_weights: tuple[float, ...] | None = None
     """One weight per class, or None for 1 each."""
     threshold: float | None = None
-    """Of two classes: the second is predicted where its probability is at least this. None: the more probable one."""
+    """Probability from which on the second of two classes is predicted. None: the more probable class is."""
     top: int | None = None
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
 
@@ -256,7 +256,7 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, c
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
-    """Those of texts, and ``labels`` [B] int32."""
+    """Fields of batches of texts, and ``labels`` [B] int32."""
     del config
     return {**text_fields(pad_id), "labels": Field(("batch",))}
 

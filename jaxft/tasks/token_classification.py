@@ -79,7 +79,7 @@ class Task:
         return {"loss": (loss * learnt).sum(), "weight": learnt.sum()}
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
-        """Of each word [B * S], where it counts: its ``row`` and its place there (``word``), its label and the one that is
+        """Numbers of each word that counts, [B * S]: its ``row`` and its place there (``word``), its label and the one that is
         ``predicted``, int32."""
         logits = _logits(forward, batch, None)
         sound = ~jnp.isnan(logits).any(-1)
@@ -144,7 +144,7 @@ class Task:
         return int((split.columns["labels"] >= 0).sum())
 
     def predictions(self, forward: Forward, batch: Batch) -> Batch:
-        """Of each token its tag's id and probability: ``tag`` int32 and ``score`` float32 [B, S]."""
+        """The tag of each token and its probability: ``tag`` int32 and ``score`` float32 [B, S]."""
         probabilities = jax.nn.softmax(_logits(forward, batch, None), axis=-1)
         return {"tag": probabilities.argmax(-1).astype(jnp.int32), "score": probabilities.max(-1)}
 
@@ -237,7 +237,7 @@ class _Labelled(NamedTuple):
     text: str | list[str]
     """A text, or its words."""
     labels: list[Any]
-    """Of each word, or stretches of characters of the text."""
+    """A label for each word, or stretches of characters of the text."""
 
 
 def _meant(row: Row) -> _Labelled:
@@ -365,7 +365,7 @@ def _classes(
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
-    """Those of texts, and ``labels``, ``word`` and ``counts`` [B, S] and ``row`` [B], int32."""
+    """Fields of batches of texts, and ``labels``, ``word`` and ``counts`` [B, S] and ``row`` [B], int32."""
     del config
     places = ("batch", "length")
     of_words = {"labels": Field(places, fill=-1), "word": Field(places, fill=-1), "counts": Field(places)}

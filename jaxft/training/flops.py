@@ -23,16 +23,16 @@ from jaxft.training.step import apply_model
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Of one training step on a batch without padding."""
+    """FLOPs of one training step on a batch without padding."""
 
     dense: float
-    """Of products with parameters: in proportion to the tokens."""
+    """FLOPs of products with parameters, in proportion to the tokens."""
     attention: float
-    """Of products between tokens: in proportion to the square of the length."""
+    """FLOPs of products between tokens, in proportion to the square of the length."""
 
     @property
     def total(self) -> float:
-        """Both."""
+        """FLOPs of all products."""
         return self.dense + self.attention
 
 
@@ -60,7 +60,7 @@ class UsefulFlops:
         self._known: dict[Shape, ModelFlops] = {}
 
     def of(self, shape: Shape, tokens: int) -> float:
-        """Of a step on a batch of a shape with so many real tokens.
+        """FLOPs of a step on a batch of a shape with so many real tokens.
 
         Attention is taken to shrink with the square of the share of real tokens: exact for rows of one length, too little
         for others and for packed rows, whose padding is none.

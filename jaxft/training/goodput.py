@@ -36,7 +36,7 @@ class Goodput:
         self.part = self._times.part
 
     def causes(self, waited: float) -> dict[str, float]:
-        """All causes, steps and waiting for data included.
+        """Seconds by cause, with steps and waiting for data.
 
         Args:
           waited: seconds spent waiting for data.

@@ -64,7 +64,7 @@ class Result:
     params: Any
     """The best ones by ``eval.metric``, or the last ones if nothing was evaluated."""
     metrics: dict[str, Any]
-    """Of ``params`` on the held-out rows."""
+    """Scores of ``params`` on the held-out rows."""
     best_step: int
     interrupted: bool = False
     seconds: dict[str, float] = field(default_factory=dict)

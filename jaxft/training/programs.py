@@ -147,7 +147,7 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
 
 
 def needed(setup: Setup, batches: Batches, held_out: Batches, start: int) -> list[Name]:
-    """All programs, in the order in which a run that goes on at a step needs them, as far as it is looked ahead."""
+    """The programs in the order in which a run that goes on at a step needs them, as far as it is looked ahead."""
     evaluated = min(start + setup.eval_every - start % setup.eval_every, setup.total_steps)
     wanted = batches.shapes()
     first: list[Name] = []

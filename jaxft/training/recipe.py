@@ -52,7 +52,7 @@ class Recipe:
     task: Task
     targets: Targets
     fields: Fields
-    """Of a batch."""
+    """Fields of a batch."""
     shapes: Any
     """Shaped parameter tree."""
     axes: Any

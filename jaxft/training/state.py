@@ -1,4 +1,4 @@
-"""All that a training step reads and writes: one tree of arrays."""
+"""The training state: everything that a step reads and writes, as one tree of arrays."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class _Step:
     """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
 
     def run(self, first_half: Callable[[_Task], Any], second_half: Callable[[_Task, Any], None]) -> None:
-        """All tasks. First halves, which need the matrix unit, are started some tasks before second halves."""
+        """Runs the tasks. First halves, which need the matrix unit, are started some tasks before second halves."""
         # Later steps of the same rows find the scratch filled.
         pl.when(pl.program_id(1) == 0)(self.fill)
         heads, unroll = self.sizes.heads, self.sizes.unroll
@@ -101,7 +101,7 @@ class _Step:
         lax.fori_loop(0, self.sizes.rows * heads // unroll, some_heads, None)
 
     def tasks(self, row: Array, key_head: Array) -> list[_Task]:
-        """Of one key head."""
+        """The tasks of one key head."""
         block = self.sizes.block
         cuts = [(g, start) for g in range(self.group) for start in range(0, self.length, block)]
         return [

@@ -34,15 +34,15 @@ class Spec:
     """Keys are seen that are fewer than so many places away."""
     soft_cap: float | None = None
     rate: float = 0.0
-    """Of dropout."""
+    """Dropout probability."""
     row_length: int = 0
-    """Of the rows that dropout counts places in; lengths of operands may have been filled up."""
+    """Length of the rows that dropout counts places in; lengths of operands may have been filled up."""
     interpret: bool = False
     """Run as ordinary jax operations, on any platform."""
 
     @property
     def keep(self) -> int:
-        """Of 65536 values of 16 random bits, how many keep a probability."""
+        """How many of the 65536 values of 16 random bits keep a probability."""
         return round((1.0 - self.rate) * 65536)
 
     @property
@@ -79,7 +79,7 @@ class Block:
     """S."""
 
     def _at(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of a row and head, some of the length: (row, head, slice); or all: (row, head)."""
+        """The index of part of a row of a head, (row, head, slice), or of the whole, (row, head)."""
         row, head, cut = index if len(index) == 3 else (*index, slice(0, self.length))
         lanes = pl.ds(pl.multiple_of(row * self.length + cut.start, LANES), cut.stop - cut.start)
         if len(self.ref.shape) == 3:
@@ -94,7 +94,7 @@ class Block:
 
     @property
     def dtype(self) -> Any:
-        """Of the array."""
+        """Element type of the array."""
         return self.ref.dtype
 
 

@@ -72,7 +72,7 @@ _native.defvjp(usual_promotion(_forward), usual_promotion(_backward))
 
 
 def _types(call: Call, q: Array) -> tuple[str, str]:
-    """Of what kernels multiply, and of the arrays that they take and give."""
+    """Type names: what kernels multiply, and the arrays that they take and return."""
     compute = call.compute
     divides = q.shape[-1] % (2 * _WIDEST) == 0
     if not (compute.matmul_dtype == "bfloat16" and divides and multiplies_bfloat16()):
@@ -94,7 +94,7 @@ def _inputs(
 
 
 def _ids(mask: MaskSpec) -> tuple[Array, Array]:
-    """Of queries and of keys: a query sees the keys of its own number; those of number 0 none does."""
+    """Numbers for queries and for keys: a query sees the keys that have its own number, and none of number 0."""
     if mask.segments is not None:
         return mask.segments, mask.segments
     if mask.padding is not None:

@@ -24,7 +24,7 @@ ENDINGS = {
     ("bfloat16", "bfloat16"): "_bfloat16",
     ("bfloat16", "float32"): "_bfloat16_float32",
 }
-"""Of kernels' names, by the types of what is multiplied and of arrays. Those of bfloat16 are there where the processor can."""
+"""Endings of kernels' names by the types of products and of arrays. The bfloat16 ones exist where the processor multiplies it."""
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w")
 _SECONDS = 180
 

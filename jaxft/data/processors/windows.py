@@ -27,7 +27,7 @@ class Window(NamedTuple):
     """A stretch of one row that fits ``max_length``, special tokens included."""
 
     row: int
-    """Which row it is of, from 0."""
+    """Number of its row, from 0."""
     ids: list[int]
     """[S] token ids."""
     types: list[int]
@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """All tokens of a row, with special tokens at both ends (words -1, offsets (-1, -1))."""
+    """Every token of a row, with special tokens at both ends (words -1, offsets (-1, -1))."""
 
     ids: list[int]
     types: list[int]
@@ -95,7 +95,7 @@ def check_room(max_length: int | None, special: int, stride: int | None, where: 
 
 
 def whole_tokens(fast: Any, texts: Sequence[Any], *, split_words: bool, typed: bool) -> list[Tokens]:
-    """All tokens of each text, or of each list of words.
+    """Encodes each text, or each list of words, without a limit.
 
     Args:
       fast: a backend of the tokenizers library; it is the same again when the call is over.
@@ -194,7 +194,7 @@ def _leaves_whole(pre: Any) -> bool:
 
 
 def _words(text: str, given: Sequence[int], offsets: Sequence[tuple[int, int]], whole: bool) -> list[int]:
-    """Which word of a running text each token is of, without gaps.
+    """Number of the word in a running text that each token belongs to, without gaps.
 
     Args:
       given: the words that the tokenizer tells.

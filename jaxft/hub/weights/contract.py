@@ -73,7 +73,7 @@ class Weights(ABC):
         self._specs = dict(specs)
 
     def names(self) -> tuple[str, ...]:
-        """All tensor names, in the order of the file."""
+        """Tensor names, in the order of the file."""
         return tuple(self._specs)
 
     def shape(self, name: str) -> tuple[int, ...]:

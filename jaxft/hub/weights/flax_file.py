@@ -35,7 +35,7 @@ class _Array:
     places: tuple[int, ...]
     """Which extension objects hold its elements, counted from the start of the file."""
     value: np.ndarray | None = None
-    """Of Python's complex numbers, which are not stored as elements."""
+    """Value of one of Python's complex numbers, which are not stored as elements."""
 
 
 class FlaxFile(Weights):

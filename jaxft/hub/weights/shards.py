@@ -21,7 +21,7 @@ MAX_INDEX_BYTES = 100_000_000
 
 
 class ShardedWeights(Weights):
-    """All shards of an index, open, as one set of tensors."""
+    """The shards of an index, open, as one set of tensors."""
 
     def __init__(self, index: Path, open_shard: Callable[[Path], Weights]) -> None:
         # flax indexes were written with "/" between levels; all our flat names have ".".

@@ -1,4 +1,4 @@
-"""All processes meet before jax starts: who is missing after a while is named.
+"""A meeting of the processes before jax starts, which names those that are missing after a while.
 
 jax's own meeting ends a process with a C++ abort when another one does not come, and does not say which. So process 0
 first listens on the very port that jax will use: each other process comes and says its number, host, versions and

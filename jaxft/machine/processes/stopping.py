@@ -17,7 +17,7 @@ class Stop:
 
     requested: bool = False
     agreed: Callable[[int], bool] | None = None
-    """Of several processes: whether all stop after a step."""
+    """Whether all processes stop after a step; None: this process is alone."""
 
     def after(self, step: int) -> bool:
         """Whether to stop now that this step is done; the same answer in all processes."""

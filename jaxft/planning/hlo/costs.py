@@ -55,7 +55,7 @@ class Collective:
     count: float
     """Executions in one run of the program."""
     bytes: int
-    """Of the tensor of a whole group, one execution: what an all-gather yields, what the others take from a device."""
+    """Bytes of a whole group's tensor in one execution: what an all-gather yields, what the others take from a device."""
     wire_bytes: float
     """What one device sends in one execution, in a ring."""
     group: int
@@ -64,13 +64,13 @@ class Collective:
     """Whether other operations run between its start and its end."""
     dtype: str
     shape: tuple[int, ...]
-    """Of the largest tensor, if one execution takes several."""
+    """Shape of the largest tensor, if one execution takes several."""
     where: str
     """The line of JAX that asked for it, shortened; the operation's name if the compiler made it."""
     span: int
     """Devices from the first to the last of a group, in the order of the mesh: ``group`` where they are neighbours."""
     name: str
-    """Of the operation that makes or starts it."""
+    """Name of the operation that makes or starts it."""
 
 
 @dataclass(frozen=True)

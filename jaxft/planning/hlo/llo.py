@@ -42,7 +42,7 @@ class ChipSpeed:
     clock_hz: float
     hbm_bytes_per_second: float
     flops_per_second: float
-    """Of bf16 matmuls."""
+    """FLOP/s of bf16 matrix products."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OpPrice:
     times: float
     """Executions in one run of the program."""
     cycles: float
-    """Of one execution."""
+    """Cycles of one execution."""
     bound: str
     """What takes longest: bundles, memory or matmul."""
     where: str
@@ -160,7 +160,7 @@ class _Pricer:
         self._twins: dict[str, str] | None = None
 
     def prices(self, schedule: Schedule) -> Iterator[OpPrice]:
-        """Of all operations, and of the waits for copies that run beside them but share the HBM's bandwidth."""
+        """Prices every operation, and the waits for copies that run beside them but share the HBM's bandwidth."""
         # Copies under way, oldest first: [name, cycles left]. They get what bandwidth the operations leave.
         queues: dict[str, list[tuple[str, float]]] = defaultdict(list)
         times_of: dict[str, float] = {}
@@ -184,7 +184,7 @@ class _Pricer:
                     yield price
 
     def price(self, run: Run) -> OpPrice:
-        """Of one operation that is no collective; 0 for those and for what is free."""
+        """Prices one operation; collectives and what is free cost 0."""
         if run.op.name not in self._known:
             self._known[run.op.name] = self._price(run)
         known = self._known[run.op.name]

@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def bits(self) -> int:
-        """Of one element; 0 for what holds no data (token, opaque). c64 counts both parts, as XLA names it."""
+        """Bits of one element; 0 for what holds no data (token, opaque). c64 counts both parts, as XLA names it."""
         if self.dtype in ("pred", "s8", "u8") or self.dtype.startswith("f8"):
             return 8
         digits = re.search(r"\d+", self.dtype)
@@ -84,7 +84,7 @@ class Op:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
-    """Of the result; the leaves, where it is a tuple."""
+    """Shape of the result; of its leaves, where it is a tuple."""
     inside: str
     """The text between the opcode's parentheses: operands, or the literal of a constant."""
     tail: str
@@ -177,7 +177,7 @@ class Program:
     """On which it runs: partitions times replicas."""
 
     def inside(self, op: Op) -> Iterator[tuple[Op, Computation]]:
-        """All operations of a fusion (or of anything else that calls), fusions inside fusions included."""
+        """The operations of a fusion (or of anything else that calls), with those of fusions inside it."""
         for name in op.called:
             home = self.computations[name]
             for inner in home.ops.values():

@@ -34,11 +34,11 @@ class Peaks:
     bf16: float
     """FLOP/s of matrix products of 16-bit operands."""
     tf32: float
-    """Of float32 operands that may be rounded (precision DEFAULT)."""
+    """FLOP/s of float32 operands that may be rounded (precision DEFAULT)."""
     float32: float
-    """Of float32 operands that may not (HIGH, HIGHEST)."""
+    """FLOP/s of float32 operands that may not be rounded (HIGH, HIGHEST)."""
     bytes_per_second: float
-    """Of its memory."""
+    """Bandwidth of its memory."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class OpBound:
     where: str
     times: float
     seconds: float
-    """Of one execution."""
+    """Seconds of one execution."""
     by_matmul: bool
     """Whether its products take longer than its bytes."""
 
@@ -68,12 +68,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of all operations, one after the other."""
+        """Seconds of the operations one after the other."""
         return sum(op.times * op.seconds for op in self.ops)
 
     @property
     def matmul_share(self) -> float:
-        """Of the seconds, those that products decide."""
+        """Share of the seconds that products decide."""
         return sum(op.times * op.seconds for op in self.ops if op.by_matmul) / (self.seconds or 1.0)
 
 
@@ -123,7 +123,7 @@ def _bound(program: Program, run: Run, peaks: Peaks) -> OpBound:
 
 
 def matmul_seconds(program: Program, run: Run, peaks: Peaks) -> float:
-    """Of one execution's products at the peak for their operands, what is fused into it included."""
+    """Seconds of one execution's products at the peak for their operands, with what is fused into it."""
     parts = [(run.op, run.home), *(program.inside(run.op) if run.op.opcode in _FUSIONS else ())]
     return sum(flops / _peak(op, home, peaks) for op, home in parts if (flops := op_flops(op, home)))
 

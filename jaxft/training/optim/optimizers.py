@@ -241,7 +241,7 @@ def _decay_weights(rate: float, leaves: dict[str, Leaf]) -> optax.GradientTransf
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """As ``torch.nn.utils.clip_grad_norm_``, epsilon included. One factor for all, which fuses with the next step."""
+    """Clips gradients as ``torch.nn.utils.clip_grad_norm_`` does, epsilon included. One factor for all fuses with the next step."""
 
     def clip(updates: PyTree, params: PyTree) -> PyTree:
         del params
