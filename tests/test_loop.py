@@ -25,7 +25,7 @@ from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
-from jaxft.data.examples import Encoded, make_split
+from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference import predict
@@ -66,6 +66,11 @@ class Run:
     batches: list[str]
     """A hash of each batch trained on."""
     notes: list[str]
+
+
+def in_memory(examples: Examples) -> Split:
+    assert isinstance(examples, Split)
+    return examples
 
 
 def prepared(config: RunConfig, devices: int, patch: pytest.MonkeyPatch) -> Ready:
@@ -225,7 +230,7 @@ def test_a_finished_run_is_not_run_again(ready: Ready, whole: tuple[Run, Path]) 
 
 
 def test_evaluation_is_exact_with_an_uneven_last_batch(ready: Ready, whole: tuple[Run, Path]) -> None:
-    params, split = whole[0].result.params, ready.setup.held_out
+    params, split = whole[0].result.params, in_memory(ready.setup.held_out)
     assert len(split) % 8 != 0
     logits = []
     for i in range(len(split)):
@@ -491,7 +496,7 @@ def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Pat
     assert "now 'elsewhere.csv': the training rows are the same" in said
     assert "model.init was None, now 'weights': the weights are the checkpoint's" in said
     # Other rows, or another network, are another run.
-    split = moved.setup.train
+    split = in_memory(moved.setup.train)
     other = dataclasses.replace(split, columns={**split.columns, "labels": (split.columns["labels"] + 1) % 3})
     with pytest.raises(UserError, match=r"holds a run on other rows: elsewhere\.csv"):
         fit(Ready(dataclasses.replace(moved.setup, train=other), moved.programs), tmp_path / "new")
@@ -522,8 +527,8 @@ def test_a_tokenizer_that_has_changed_is_said(ready: Ready, whole: tuple[Run, Pa
     (line,) = resume.changes_said(other, meta, TOTAL, 0)
     assert line.startswith(f"warning: {tmp_path}/other: the tokenizer has changed since this run was begun")
     # Other ids of the training rows are another run.
-    turned = {**other.train.columns, "tokens": other.train.columns["tokens"][::-1]}
-    rows = dataclasses.replace(other.train, columns=turned)
+    split = in_memory(other.train)
+    rows = dataclasses.replace(split, columns={**split.columns, "tokens": split.columns["tokens"][::-1]})
     with pytest.raises(
         UserError, match=r"other rows: the tokenizer in .*other gives other ids .*; give that tokenizer"
     ):
