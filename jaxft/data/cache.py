@@ -40,13 +40,16 @@ class Cache(Split):
     """Encoded rows in files. Their hash is known from when they were written; nothing is read before it is asked for."""
 
     folder: Path = Path()
-    rows: int = 0
-    """Rows that the examples are of."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """What the rows were made of and by, by dotted name."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What else whoever wrote it had to say."""
+    """What else whoever wrote it had to say: ``rows``, how many rows the examples are of, and more."""
     known_digest: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows that the examples are of."""
+        return self.about["rows"]
 
     def digest(self) -> str:
         """A hash of all examples, in order: that of the same examples in memory."""
@@ -78,7 +81,6 @@ def open_cache(folder: Path, name: str, fields: Fields) -> Cache:
         {axis: _array(said).opened(folder) for axis, said in offsets.items()},
         _array(body["dropped"]).opened(folder),
         folder,
-        body["rows"],
         body["made"],
         body["about"],
         body["digest"],
@@ -139,14 +141,14 @@ def write_cache(
     Args:
       fields: that its batches may have: those that the examples store, and those with a ``value`` of their own.
       made: what the rows are made of and by, plain JSON by dotted name.
-      about: of the rows as they were written, what else is to be kept, plain JSON.
+      about: of the examples as they were written, what else is to be kept, plain JSON; ``rows``, how many rows they are of.
       highest: the largest id that fields may have, where it is known; such a field is not written anew when one shows up.
 
     Raises:
       UserError: there are no rows, or they cannot be written.
     """
     with begun(folder):
-        rows, columns, dropped, ends = _written(folder, encoded, fields, highest or {})
+        columns, dropped, ends = _written(folder, encoded, fields, highest or {})
         stored = {name: column.stored() for name, column in columns.items()}
         offsets = {axis: column.stored() for axis, column in ends.items()}
         split = Split(
@@ -161,7 +163,6 @@ def write_cache(
         cut = dropped.stored()
         files |= _hashed(folder, [cut], {})[0]
         body = {
-            "rows": rows,
             "examples": cut.shape[0],
             "columns": {name: _said(array) | {"axes": list(fields[name].axes)} for name, array in stored.items()},
             "offsets": {axis: _said(array) for axis, array in offsets.items()},
@@ -195,21 +196,19 @@ def _hashed(folder: Path, arrays: list[Stored], fields: Fields) -> tuple[dict[st
 
 def _written(
     folder: Path, encoded: Iterable[Encoded], fields: Fields, highest: Mapping[str, int]
-) -> tuple[int, dict[str, _Column], _Column, dict[str, _Column]]:
-    """Rows, columns by field, tokens cut off and offsets by axis, written."""
+) -> tuple[dict[str, _Column], _Column, dict[str, _Column]]:
+    """Columns by field, tokens cut off and offsets by axis, written."""
     made = _Columns(folder, fields, highest)
-    rows = 0
     try:
         for one in encoded:
             made.add(one)
-            rows = one.row + 1
         made.close()
     except BaseException:
         made.abandon()
         raise
-    if not rows:
+    if not made.columns:
         raise UserError(f"{folder}: there is no row to write")
-    return rows, made.columns, made.dropped, made.ends
+    return made.columns, made.dropped, made.ends
 
 
 class _Columns:

@@ -143,6 +143,7 @@ class _Build:
         def about(split: Split) -> dict[str, Any]:
             targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels))
             return {
+                "rows": pace.rows,
                 "targets": dataclasses.asdict(targets),
                 "tokenizer": str(tokenizer.folder),
                 "source": {"reference": shown(rows.reference), "files": rows.files, "held_out_of_it": mask is not None},
@@ -169,21 +170,21 @@ class _Pace:
     def __init__(self, name: str, total: int | None, note: Note) -> None:
         self._name, self._note = name, note
         self._total = "" if total is None else f" of {total:,}"
-        self._rows = 0
+        self.rows = 0
         self._began = self._said = time.monotonic()
 
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The same rows."""
         for row in rows:
             yield row
-            self._rows += 1
-            if self._rows % 1024 == 0 and time.monotonic() - self._said > _SECONDS_BETWEEN_WORDS:
+            self.rows += 1
+            if self.rows % 1024 == 0 and time.monotonic() - self._said > _SECONDS_BETWEEN_WORDS:
                 self._said = time.monotonic()
-                self._note(f"{self._name}: {self._rows:,}{self._total} rows, {self.speed():,.0f} rows/s")
+                self._note(f"{self._name}: {self.rows:,}{self._total} rows, {self.speed():,.0f} rows/s")
 
     def speed(self) -> float:
         """Rows per second so far."""
-        return self._rows / max(time.monotonic() - self._began, 1e-9)
+        return self.rows / max(time.monotonic() - self._began, 1e-9)
 
 
 def _identity(reference: Reference, *, hashed: bool = True) -> list[dict[str, Any]]:
