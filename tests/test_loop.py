@@ -25,6 +25,7 @@ from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
+from jaxft.data.cache import Cache
 from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
@@ -33,6 +34,7 @@ from jaxft.models import initial
 from jaxft.parallel.sharding import make_mesh
 from jaxft.reporting.sinks import read_log
 from jaxft.training import loop, resume, setup
+from jaxft.training.caching import build_caches
 from jaxft.training.loop import Programs, Result
 from jaxft.training.setup import Setup, Times
 from jaxft.trees import paths_of
@@ -192,6 +194,42 @@ def test_resuming_is_bit_identical(
     assert seen + last.batches == whole[0].batches
     assert_same_end(ready, tmp_path, whole[1])
     assert_same_result(last.result, whole[0].result)
+
+
+@pytest.fixture(scope="module")
+def on_caches(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """The same run, its rows in token caches."""
+    config = ready.setup.config
+    train, held_out = build_caches(config, tmp_path_factory.mktemp("caches") / "out", lambda text: None)
+    data = dataclasses.replace(config.data, train=str(train), eval=str(held_out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        made = setup.prepare(dataclasses.replace(config, data=data), lambda text: None, Times())
+    assert isinstance(made.train, Cache)
+    assert isinstance(made.held_out, Cache)
+    return Ready(made, ready.programs)
+
+
+def test_a_run_on_token_caches_is_the_same_run(
+    ready: Ready, on_caches: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    run = fit(on_caches, tmp_path)
+    assert run.batches == whole[0].batches
+    assert_same_end(ready, tmp_path, whole[1])
+    assert_same_result(run.result, whole[0].result)
+
+
+def test_a_run_goes_on_from_token_caches_as_from_files(
+    ready: Ready, on_caches: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    moved = "the training rows are the same"
+    runs = []
+    for rows, stop, said in ((ready, 7, False), (on_caches, 16, True), (on_caches, 22, False), (ready, None, True)):
+        runs.append(fit(rows, tmp_path, stop_at=stop))
+        notes = [note for note in runs[-1].notes if note.startswith("data.train was")]
+        assert [note.endswith(moved) for note in notes] == [True] * said
+    assert [batch for run in runs for batch in run.batches] == whole[0].batches
+    assert_same_end(ready, tmp_path, whole[1])
 
 
 def test_checkpoints_between_evaluations(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
@@ -687,6 +725,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.training import loop, resume, setup
+from jaxft.training.caching import build_caches
 from jaxft.hub import pretrained
 from jaxft.__main__ import main
 import jax
