@@ -1,6 +1,6 @@
 """What a run on a token cache costs by its number of rows: time to the first batch, memory, time of a batch.
 
-Caches of 1,000 and of 10 million rows of 8 to 24 random tokens are written (0.7 GiB, in minutes) with the writer that `jaxft cache build`
+Caches of 1,000 and of 10 million rows of 8 to 24 random tokens are written (0.6 GiB, in minutes) with the writer that `jaxft cache build`
 uses, then one process per measurement prepares a run of a tiny model on each and makes batches of 32 rows. Memory is told apart as
 Linux does: pages of mapped files count as resident, but are given up when memory is short; anonymous memory is not.
 

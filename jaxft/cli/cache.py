@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_file", nargs="?", help="build: YAML run file, as for jaxft train; verify: the cache's folder"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="build: for instance data.train=my.csv")
+    parser.epilog = "exit code: 0, 1 a cache is damaged (verify names the bytes), 2 something to correct"
     parser.add_argument("--out", metavar="FOLDER", help="build: where train/ and eval/ are written")
 
 

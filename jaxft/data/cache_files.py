@@ -22,7 +22,7 @@ from jaxft.files import write_atomic
 MANIFEST = "cache.json"
 FORMAT = 1
 """Of the layout on disk; a change that this code could not read raises it."""
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Bytes that are hashed together: as exactly as damage is placed."""
 DROPPED = "dropped.bin"
 AGAIN = "remove the folder and build it again (jaxft cache build)"

@@ -160,15 +160,6 @@ def offsets_of(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def spans_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The indices that the ragged entries of some rows have, one after the other."""
-    starts = offsets[rows]
-    sizes = offsets[rows + 1] - starts
-    ends = np.cumsum(sizes)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
-
-
 def stable_order(values: np.ndarray) -> np.ndarray:
     """The indices that sort integers >= 0, equal ones in their order. Sixteen bits at a time, which numpy sorts in linear time."""
     order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")

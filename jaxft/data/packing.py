@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxft.data.batch import Example, Field, Fields
-from jaxft.data.examples import Split, offsets_of, spans_of, stable_order
+from jaxft.data.examples import Split, offsets_of, stable_order
 
 _ROWS = 4096  # hashed together
 
@@ -63,13 +63,17 @@ class Packed:
         """Some rows, one after the other."""
         first = self.first[start : stop + 1]
         texts = self.texts[first[0] : first[-1]]
+        starts = self.source.offsets["length"][texts]
         lengths = self.source.sizes("length")[texts]
-        index = spans_of(self.source.offsets["length"], texts)
+        ends = lengths.cumsum()
+        positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
+        index = positions + starts.repeat(lengths)
         found = {name: values[index] for name, values in self.source.columns.items()}
-        numbers = np.arange(first[0], first[-1]) - np.repeat(first[:-1], np.diff(first)) + 1
-        found["segments"] = np.repeat(numbers, lengths).astype(np.int32)
-        begun = np.cumsum(lengths) - lengths
-        found["positions"] = (np.arange(len(index)) - np.repeat(begun, lengths)).astype(np.int32)
+        numbers = np.arange(1, len(texts) + 1, dtype=np.int32)
+        if stop > start + 1:
+            numbers -= (first[:-1] - first[0]).repeat(np.diff(first)).astype(np.int32)
+        found["segments"] = numbers.repeat(lengths)
+        found["positions"] = positions.astype(np.int32)
         return found
 
     def digest(self) -> str:
