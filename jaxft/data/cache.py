@@ -91,23 +91,22 @@ def _array(said: Mapping[str, Any]) -> Stored:
     return Stored(said["file"], said["dtype"], tuple(said["shape"]))
 
 
-def check_made(cache: Cache, wanted: Mapping[str, Any], shown: Mapping[str, str]) -> None:
+def check_made(folder: Path, made: Mapping[str, Any], wanted: Mapping[str, Any], shown: Mapping[str, str]) -> None:
     """Raises UserError if a cache was made otherwise than wanted: names the first difference.
 
     Args:
-      wanted: by dotted name, as :attr:`Cache.made`.
+      made: by dotted name, what the manifest says; see :attr:`Cache.made`.
+      wanted: likewise.
       shown: what messages say instead of a value, for those that are hashes.
     """
-    for key in dict.fromkeys((*wanted, *cache.made)):
-        was, now = (repr(values[key]) if key in values else "not set" for values in (cache.made, wanted))
+    otherwise = "give what it was made with, or build another: jaxft cache build"
+    for key in dict.fromkeys((*wanted, *made)):
+        was, now = (repr(values[key]) if key in values else "not set" for values in (made, wanted))
         if was == now:
             continue
         if key in shown:
-            raise UserError(f"{cache.folder}: {shown[key]}; {_otherwise}")
-        raise UserError(f"{cache.folder}: a token cache made with {key}={was}, here it is {now}; {_otherwise}")
-
-
-_otherwise = "give what it was made with, or build another: jaxft cache build"
+            raise UserError(f"{folder}: {shown[key]}; {otherwise}")
+        raise UserError(f"{folder}: a token cache made with {key}={was}, here it is {now}; {otherwise}")
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.config import RunConfig, to_tree
+from jaxft.config import DataConfig, RunConfig, to_tree
 from jaxft.data.cache import Cache, check_made, open_cache
-from jaxft.data.cache_files import MANIFEST, is_cache
+from jaxft.data.cache_files import MANIFEST, is_cache, read_manifest
 from jaxft.data.encode import Column, hold_out, read_rows
 from jaxft.data.examples import Split, make_split
 from jaxft.data.labels import declared_labels, label_text
@@ -130,13 +130,19 @@ def cached(key: str, reference: Reference) -> Path | None:
 
 
 def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> Cache:
-    cache = open_cache(folder, name, module.fields(config, tokenizer.pad_id))
-    was = cache.about["tokenizer"]
+    said, wanted = read_manifest(folder), made_of(config, module, tokenizer)
+    # Options that the version which wrote it did not have yet had the value that is now their default.
+    usual = {
+        **{f"task.{key}": value for key, value in to_tree(type(config.task)()).items()},
+        **{f"data.{key}": value for key, value in to_tree(DataConfig()).items()},
+    }
+    made = {key: usual[key] for key in wanted if key in usual} | said["made"]
+    was = said["about"]["tokenizer"]
     other = (
         f"a token cache made with another tokenizer (that of {was} then, {tokenizer.folder} now, which gives other ids)"
     )
-    check_made(cache, made_of(config, module, tokenizer), {"tokenizer": other})
-    return cache
+    check_made(folder, made, wanted, {"tokenizer": other})
+    return open_cache(folder, name, module.fields(config, tokenizer.pad_id))
 
 
 def open_held_out(

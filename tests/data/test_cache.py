@@ -394,7 +394,7 @@ def refused(config: RunConfig) -> str:
         ("data.text_pair=pair", "made with data.text_pair=None, here it is 'pair'"),
         ("data.missing_text=skip", "made with data.missing_text='refuse', here it is 'skip'"),
         ("data.labels=[a,b,d]", "its labels are ['a', 'b', 'c']; leave it out"),
-        ("task.name=masked_lm", "its field 'labels' is none of this task's"),
+        ("task.name=masked_lm", "made with task.name='classification', here it is 'masked_lm'"),
     ],
 )
 def test_a_cache_of_another_run_is_refused(home: Path, caches: tuple[Path, Path], change: str, said: str) -> None:
@@ -412,6 +412,18 @@ def test_an_option_that_changes_rows_may_not(home: Path, tmp_path: Path) -> None
     built = build_caches(config_of(home, *options, tags=True), tmp_path / "caches", lambda text: None)
     other = config_of(home, *options, "task.label_pieces=all", tags=True)
     assert "made with task.label_pieces='first', here it is 'all'" in refused(on_caches(other, built))
+
+
+def test_a_cache_knows_what_options_meant_before_there_were_any(
+    home: Path, caches: tuple[Path, Path], tmp_path: Path
+) -> None:
+    older = copied(caches[0], tmp_path / "older")
+    body = json.loads((older / MANIFEST).read_text())
+    del body["sha256"], body["made"]["data.quotes"]
+    write_manifest(older, body)
+    opened(on_caches(config_of(home), (older, caches[1])))
+    other = on_caches(config_of(home, "data.quotes=none"), (older, caches[1]))
+    assert "made with data.quotes='auto', here it is 'none'" in refused(other)
 
 
 def test_another_tokenizer_is_refused(home: Path, caches: tuple[Path, Path], tmp_path: Path) -> None:
