@@ -47,6 +47,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_eval_on_a_token_cache_is_eval_on_its_rows(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    code, _, _ = run(capsys, "cache", "build", home / "run/config.yaml", "--out", tmp_path / "caches")
+    assert code == 0
+    cache = f"data.eval={tmp_path / 'caches/eval'}"
+    code, said, _ = run(capsys, "eval", home / "run", f"data.eval={home / 'eval.csv'}")
+    assert code == 0
+    assert run(capsys, "eval", home / "run", cache)[:2] == (0, said)
+    assert "which holds no texts" in refusal(capsys, "eval", home / "run", cache, "--rows", tmp_path / "rows.csv")
+    # The order of the labels is the model's, and the user's.
+    usual = ["cache", "build", home / "run/config.yaml", "data.labels=null", "--out", tmp_path / "other"]
+    assert run(capsys, *usual)[0] == 0
+    told = refusal(capsys, "eval", home / "run", f"data.eval={tmp_path / 'other/eval'}")
+    assert "a token cache with labels ['animal', 'thing'], the model has ['thing', 'animal']" in told
+
+
 def _records(out: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in out.splitlines()]
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.tasks import task_options
-from jaxft.data.batch import collate, text_shape
+from jaxft.data.batch import collate, text_fields, text_shape
+from jaxft.data.cache import Cache, open_cache, write_cache
+from jaxft.data.examples import Encoded, Examples, Split, make_split
+from jaxft.data.packing import Packed, pack
+from jaxft.data.processors.contract import SpecialIds, TextProcessor
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, example_batch, head_of, with_classes
 from jaxft.models.families import bert, llama, roberta
 from jaxft.models.initial import shapes_and_axes
@@ -23,6 +32,8 @@ from jaxft.trees import paths_of
 
 FAMILIES: tuple[Family, ...] = (bert, llama, roberta)
 TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
+EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
+PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
 HEADS = [(name, head) for name in models.families() for head in models.family(name).HEADS]
 
 
@@ -118,3 +129,53 @@ def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
     assert (empty["tokens"] == 9).all()
     assert not empty["weights"].any()
     assert float(made(name).weight(made(name).prepare(jax.device_put(empty), jax.random.key(0)))) == 0
+
+
+@pytest.mark.parametrize("name", tasks.tasks())
+def test_what_changes_a_tasks_rows_are_options_of_its_own(name: str) -> None:
+    own = {field.name for field in dataclasses.fields(task_options(name))} - {"name"}
+    assert set(tasks.task(name).ROW_OPTIONS) <= own
+
+
+# ------------------------------------------------------------------------------------------------ rows and processors
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_examples_are_alike_wherever_they_lie(kind: type[Examples], tmp_path: Path) -> None:
+    rows = [Encoded({"tokens": np.arange(n, dtype=np.int32), "types": np.zeros(n, np.int32)}, n) for n in (3, 1, 2)]
+    split = make_split("train", rows, text_fields(9))
+    write_cache(tmp_path / "cache", rows, text_fields(9), {}, lambda split: {})
+    made: tuple[Examples, ...] = split, open_cache(tmp_path / "cache", "train", text_fields(9)), pack(split, 3)
+    (examples,) = (one for one in made if type(one) is kind)
+    assert examples.name == "train"
+    assert sum(examples.sizes("length")) == 6
+    assert len(examples.sizes("length")) == len(examples) == (2 if kind is Packed else 3)
+    assert examples.digest() == examples.digest()
+    batch = collate([examples[i] for i in range(len(examples))], examples.fields, text_shape(4, 5))
+    assert {name: (value.shape[0], value.dtype) for name, value in batch.items()} == {
+        name: (4, np.dtype(field.dtype)) for name, field in examples.fields.items()
+    }
+    assert sorted(batch["tokens"][batch["mask"] == 1].tolist()) == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_processor_names_its_files_and_no_token_that_they_do_not(kind: Any, tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path / "words")
+    found: TextProcessor = kind(tmp_path / "words")
+    assert {path.name for path in (tmp_path / "words").iterdir()} <= set(found.files)
+    assert found.special == SpecialIds(pad=0, mask=4, first=2, separator=3, unknown=1)
+    assert found.special_ids == (0, 2, 3, 4)
+    text = (tmp_path / "words/tokenizer.json").read_text()
+    (tmp_path / "bare").mkdir()
+    for named in ("PAD", "MASK"):
+        text = text.replace(f"[{named}]", f"plain-{named}")
+    (tmp_path / "bare/tokenizer.json").write_text(text)
+    bare: TextProcessor = kind(tmp_path / "bare")
+    assert (bare.special.pad, bare.special.mask) == (None, None)
+    assert bare.pad_id == 0
+    with pytest.raises(UserError, match="the tokenizer has no mask token, which masked_lm needs"):
+        masked_lm.make_task(masked_lm.Config(), Targets(), Facts({}, ()), bare)
+    assert bare.digest() != found.digest()
+    (tmp_path / "copy").mkdir()
+    found.save(tmp_path / "copy")
+    assert kind(tmp_path / "copy").digest() == found.digest()

@@ -25,7 +25,8 @@ from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
-from jaxft.data.examples import Encoded, make_split
+from jaxft.data.cache import Cache
+from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference import predict
@@ -33,6 +34,7 @@ from jaxft.models import initial
 from jaxft.parallel.sharding import make_mesh
 from jaxft.reporting.sinks import read_log
 from jaxft.training import loop, resume, setup
+from jaxft.training.caching import build_caches
 from jaxft.training.loop import Result
 from jaxft.training.programs import Programs, compile_programs
 from jaxft.training.setup import Setup, Times
@@ -67,6 +69,11 @@ class Run:
     batches: list[str]
     """A hash of each batch trained on."""
     notes: list[str]
+
+
+def in_memory(examples: Examples) -> Split:
+    assert isinstance(examples, Split)
+    return examples
 
 
 def prepared(config: RunConfig, devices: int, patch: pytest.MonkeyPatch) -> Ready:
@@ -190,6 +197,42 @@ def test_resuming_is_bit_identical(
     assert_same_result(last.result, whole[0].result)
 
 
+@pytest.fixture(scope="module")
+def on_caches(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """The same run, its rows in token caches."""
+    config = ready.setup.config
+    train, held_out = build_caches(config, tmp_path_factory.mktemp("caches") / "out", lambda text: None)
+    data = dataclasses.replace(config.data, train=str(train), eval=str(held_out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        made = setup.prepare(dataclasses.replace(config, data=data), lambda text: None, Times())
+    assert isinstance(made.train, Cache)
+    assert isinstance(made.held_out, Cache)
+    return Ready(made, ready.programs)
+
+
+def test_a_run_on_token_caches_is_the_same_run(
+    ready: Ready, on_caches: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    run = fit(on_caches, tmp_path)
+    assert run.batches == whole[0].batches
+    assert_same_end(ready, tmp_path, whole[1])
+    assert_same_result(run.result, whole[0].result)
+
+
+def test_a_run_goes_on_from_token_caches_as_from_files(
+    ready: Ready, on_caches: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    moved = "the training rows are the same"
+    runs = []
+    for rows, stop, said in ((ready, 7, False), (on_caches, 16, True), (on_caches, 22, False), (ready, None, True)):
+        runs.append(fit(rows, tmp_path, stop_at=stop))
+        notes = [note for note in runs[-1].notes if note.startswith("data.train was")]
+        assert [note.endswith(moved) for note in notes] == [True] * said
+    assert [batch for run in runs for batch in run.batches] == whole[0].batches
+    assert_same_end(ready, tmp_path, whole[1])
+
+
 def test_checkpoints_between_evaluations(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
     often = ready.but(checkpoint={"every": 4, "keep": 99})
     fit(often, tmp_path)
@@ -226,7 +269,7 @@ def test_a_finished_run_is_not_run_again(ready: Ready, whole: tuple[Run, Path]) 
 
 
 def test_evaluation_is_exact_with_an_uneven_last_batch(ready: Ready, whole: tuple[Run, Path]) -> None:
-    params, split = whole[0].result.params, ready.setup.held_out
+    params, split = whole[0].result.params, in_memory(ready.setup.held_out)
     assert len(split) % 8 != 0
     logits = []
     for i in range(len(split)):
@@ -492,7 +535,7 @@ def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Pat
     assert "now 'elsewhere.csv': the training rows are the same" in said
     assert "model.init was None, now 'weights': the weights are the checkpoint's" in said
     # Other rows, or another network, are another run.
-    split = moved.setup.train
+    split = in_memory(moved.setup.train)
     other = dataclasses.replace(split, columns={**split.columns, "labels": (split.columns["labels"] + 1) % 3})
     with pytest.raises(UserError, match=r"holds a run on other rows: elsewhere\.csv"):
         fit(Ready(dataclasses.replace(moved.setup, train=other), moved.programs), tmp_path / "new")
@@ -523,8 +566,8 @@ def test_a_tokenizer_that_has_changed_is_said(ready: Ready, whole: tuple[Run, Pa
     (line,) = resume.changes_said(other, meta, TOTAL, 0)
     assert line.startswith(f"warning: {tmp_path}/other: the tokenizer has changed since this run was begun")
     # Other ids of the training rows are another run.
-    turned = {**other.train.columns, "tokens": other.train.columns["tokens"][::-1]}
-    rows = dataclasses.replace(other.train, columns=turned)
+    split = in_memory(other.train)
+    rows = dataclasses.replace(split, columns={**split.columns, "tokens": split.columns["tokens"][::-1]})
     with pytest.raises(
         UserError, match=r"other rows: the tokenizer in .*other gives other ids .*; give that tokenizer"
     ):
@@ -683,6 +726,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_run import ARCH, config_of, overrides, write_tokenizer
 from jaxft.training import loop, resume, setup
+from jaxft.training.caching import build_caches
 from jaxft.training.programs import compile_programs
 from jaxft.hub import pretrained
 from jaxft.__main__ import main

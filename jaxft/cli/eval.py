@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the metrics of the task that the model's head is for."""
-    from jaxft.errors import UserError, listed
+    from jaxft.errors import UserError
     from jaxft.machine.platform import set_up_jax
 
     set_up_jax("~/.cache/jaxft/xla")
@@ -38,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
     from jaxft import tasks
     from jaxft.data.encode import read_rows
     from jaxft.data.examples import make_split
-    from jaxft.data.labels import declared_labels, label_text
     from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.inference.predict import check_threshold, open_model
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
+    from jaxft.training.rows import cached, open_held_out, refuse_other_labels
     from jaxft.training.setup import settled
     from jaxft.training.step import make_eval_step
 
@@ -56,18 +56,23 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
     if config.data.eval is None:
         raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
-    declared, _ = declared_labels(config.data.labels)
-    if labels and declared and declared != tuple(map(label_text, labels)):
+    refuse_other_labels(config.data.labels, labels, "the model's labels are")
+    cache = cached("data.eval", config.data.eval)
+    if cache is not None and options.rows:
         raise UserError(
-            f"data.labels=[{listed(map(repr, declared))}]: the model's labels are [{listed(map(repr, labels))}]; leave it out"
+            f"--rows: data.eval={cache} is a token cache, which holds no texts; name the rows, or leave it out"
         )
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if getattr(config.task, "class_weights", "none") == "balanced":
         _say("the loss is unweighted: task.class_weights=balanced would need the training rows")
-    rows = read_rows(config.data.eval, config.data, module.columns(config.data), _say)
-    fields = module.fields(config, tokenizer.pad_id)
-    split = make_split("eval", module.encode(rows, tokenizer, tasks.Targets(labels), config), fields)
+    rows = read_rows(config.data.eval, config.data, module.columns(config.data), _say) if cache is None else []
+    if cache is None:
+        encoded = module.encode(rows, tokenizer, tasks.Targets(labels), config)
+        split, count = make_split("eval", encoded, module.fields(config, tokenizer.pad_id)), len(rows)
+    else:
+        split = open_held_out(cache, config, module, tokenizer, labels, "the model has")
+        count = split.rows
     served.devices.check_batch("eval.batch_size", config.eval.batch_size)
     step = served.devices.compiled(make_eval_step(served.model, task), split.fields)
     buckets = make_buckets(None, tokenizer.max_length or config.data.max_length)
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     )
     sums, outputs = tasks.collected(parts)
     metrics = task.score(sums, outputs)
-    print(f"eval: {counted(len(split), len(rows))}, {split.truncated} truncated to {tokenizer.max_length} tokens")
+    print(f"eval: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.rows:
         order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])

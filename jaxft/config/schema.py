@@ -99,9 +99,9 @@ class DataConfig:
     train: str | tuple[str, ...] | None = None
     """A .csv, .tsv, .jsonl or .parquet file (``.gz`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
     the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a folder of class
-    folders with a text per .txt file, or a list of any of these (docs/data.md)."""
+    folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone (docs/data.md)."""
     eval: str | tuple[str, ...] | None = None
-    """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out."""
+    """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out (of a token cache, none can be)."""
     eval_fraction: float = 0.1
     header: bool = True
     """Whether the first line of CSV and TSV files names the columns; if not, they are named 0, 1, 2, ..."""

@@ -1,16 +1,16 @@
-"""Encoded rows: what a split is to those who make batches of it, and a split that lies in memory."""
+"""Encoded rows: what a split is to those who make batches of it, and a split whose arrays lie in memory or are memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxft.data.batch import Example, Fields
+from jaxft.data.batch import Example, Field, Fields
 
 
 class Encoded(NamedTuple):
@@ -57,21 +57,23 @@ class Examples(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Examples in memory. A field with a named axis is ragged: example i holds ``columns[name][offsets[i]:offsets[i + 1]]``, with
-    the offsets of that axis; of any other field, ``columns[name][i]``.
+    """Examples as one array per field. A field with a named axis is ragged: example i holds ``columns[name][offsets[i]:offsets[i + 1]]``,
+    with the offsets of that axis; of any other field, ``columns[name][i]``.
     """
 
     name: str
     fields: Fields
     columns: Mapping[str, np.ndarray]
-    """Values of the fields that rows store, by name."""
+    """Values of the fields that rows store, by name. Integers may be narrower than the field says; batches have the field's type."""
     offsets: Mapping[str, np.ndarray]
     """[examples + 1] int64 for each named axis."""
     dropped: np.ndarray | None = None
-    """[examples] int64, tokens that were cut off; None: not known (rows that were chosen or packed)."""
+    """[examples] integers, tokens that were cut off; None: not known (rows that were chosen)."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.offsets.values()))) - 1
+        if self.offsets:
+            return len(next(iter(self.offsets.values()))) - 1
+        return len(next(iter(self.columns.values())))
 
     def sizes(self, axis: str) -> np.ndarray:
         """[examples] int64, how long each is along an axis."""
@@ -88,8 +90,7 @@ class Split:
 
     def axis(self, name: str) -> str | None:
         """The named axis that a stored field is ragged along; None: it has one value per example."""
-        axes = self.fields[name].axes
-        return axes[1] if len(axes) > 1 and isinstance(axes[1], str) else None
+        return ragged_axis(self.fields[name])
 
     def __getitem__(self, index: int) -> Example:
         found = {}
@@ -102,12 +103,30 @@ class Split:
                 found[name] = values[start:stop]
         return found
 
+    def parts(self, examples: int) -> Iterator[Split]:
+        """The same examples, so many at a time, as views."""
+        for first in range(0, len(self), examples):
+            last = min(first + examples, len(self))
+            offsets = {axis: ends[first : last + 1] for axis, ends in self.offsets.items()}
+            columns = {}
+            for name, values in self.columns.items():
+                axis = self.axis(name)
+                columns[name] = values[first:last] if axis is None else values[offsets[axis][0] : offsets[axis][-1]]
+            dropped = None if self.dropped is None else self.dropped[first:last]
+            begun = {axis: ends - ends[0] for axis, ends in offsets.items()}
+            yield Split(self.name, self.fields, columns, begun, dropped)
+
     def digest(self) -> str:
         """A hash of all examples, in order."""
         found = hashlib.sha256()
         for array in (*self.offsets.values(), *self.columns.values()):
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
+
+
+def ragged_axis(field: Field) -> str | None:
+    """The named axis that rows differ in; None: every row has as many values of the field."""
+    return field.axes[1] if len(field.axes) > 1 and isinstance(field.axes[1], str) else None
 
 
 def make_split(name: str, encoded: Iterable[Encoded], fields: Fields) -> Split:
@@ -127,10 +146,11 @@ def make_split(name: str, encoded: Iterable[Encoded], fields: Fields) -> Split:
     columns, offsets = {}, {}
     for field, values in parts.items():
         kind = fields[field]
-        if len(kind.axes) == 1:
+        axis = ragged_axis(kind)
+        if axis is None:
             columns[field] = np.array(values, kind.dtype)
             continue
-        offsets.setdefault(kind.axes[1], offsets_of(np.array([len(value) for value in values], np.int64)))
+        offsets.setdefault(axis, offsets_of(np.array([len(value) for value in values], np.int64)))
         columns[field] = np.concatenate(values).astype(kind.dtype, copy=False) if values else np.zeros(0, kind.dtype)
     return Split(name, fields, columns, offsets, np.array(dropped, np.int64))
 
@@ -140,6 +160,11 @@ def offsets_of(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def spans_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The indices that the ragged entries of some rows have, one after the other."""
-    return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows] or [np.zeros(0, np.int64)])
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """The indices that sort integers >= 0, equal ones in their order. Sixteen bits at a time, which numpy sorts in linear time."""
+    order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
+    shift = 16
+    while len(values) and int(values.max()) >> shift:
+        order = order[np.argsort((values[order] >> shift & 0xFFFF).astype(np.uint16), kind="stable")]
+        shift += 16
+    return order

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from jaxft.data.batch import Field, Fields
-from jaxft.data.examples import Split, offsets_of, spans_of
+from jaxft.data.batch import Example, Field, Fields
+from jaxft.data.examples import Split, offsets_of, stable_order
+
+_ROWS = 4096  # hashed together
 
 
 def packed_fields(fields: Fields) -> Fields:
@@ -15,46 +20,150 @@ def packed_fields(fields: Fields) -> Fields:
     return {**fields, **dict.fromkeys(("segments", "positions"), Field(("batch", "length")))}
 
 
-def pack(split: Split, length: int) -> Split:
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of several texts each, put together when they are asked for: the texts stay where they are.
+
+    Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text), [tokens] int32.
+    """
+
+    source: Split
+    texts: np.ndarray
+    """[texts] int: which ones, row after row."""
+    first: np.ndarray
+    """[rows + 1] int64: where each row's texts begin among them."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the name of the texts."""
+        return self.source.name
+
+    @property
+    def fields(self) -> Fields:
+        """Fields of the batches that its rows make."""
+        return packed_fields(self.source.fields)
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def sizes(self, axis: str) -> np.ndarray:
+        """[rows] int64, tokens of each."""
+        if axis != "length":
+            raise KeyError(axis)
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.add.reduceat(self.source.sizes("length")[self.texts], self.first[:-1])
+
+    def __getitem__(self, index: int) -> Example:
+        return self._rows(index, index + 1)
+
+    def _rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Some rows, one after the other."""
+        first = self.first[start : stop + 1]
+        texts = self.texts[first[0] : first[-1]]
+        starts = self.source.offsets["length"][texts]
+        lengths = self.source.sizes("length")[texts]
+        ends = lengths.cumsum()
+        positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
+        index = positions + starts.repeat(lengths)
+        found = {name: values[index] for name, values in self.source.columns.items()}
+        numbers = np.arange(1, len(texts) + 1, dtype=np.int32)
+        if stop > start + 1:
+            numbers -= (first[:-1] - first[0]).repeat(np.diff(first)).astype(np.int32)
+        found["segments"] = numbers.repeat(lengths)
+        found["positions"] = positions.astype(np.int32)
+        return found
+
+    def digest(self) -> str:
+        """A hash of the texts, and of which ones share a row."""
+        found = hashlib.sha256(self.source.digest().encode())
+        found.update(np.ascontiguousarray(self.texts, np.int64).data)
+        found.update(np.ascontiguousarray(self.first, np.int64).data)
+        return f"packed-{found.hexdigest()}"
+
+    def is_of(self, digest: str) -> bool:
+        """Whether a digest is of these rows. Earlier versions hashed the tokens of the rows themselves, which reads all of them."""
+        return digest == (self.digest() if digest.startswith("packed-") else self._hash_of_rows())
+
+    def _hash_of_rows(self) -> str:
+        found = hashlib.sha256(offsets_of(self.sizes("length")).data)
+        for name in (*self.source.columns, "segments", "positions"):
+            for start in range(0, len(self), _ROWS):
+                part = self._rows(start, min(start + _ROWS, len(self)))[name]
+                found.update(np.ascontiguousarray(part, self.fields[name].dtype).data)
+        return found.hexdigest()
+
+
+def pack(split: Split, length: int) -> Packed:
     """The texts of ``split`` in rows of up to ``length`` tokens: each goes, longest first, to the row that it fits most closely
     (best-fit decreasing; Krell et al. 2021 on packing for BERT).
 
-    Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text). Which texts share a row depends on
-    the texts alone, so that a packed split is read like any other: by (seed, step).
+    Which texts share a row depends on the texts alone, so that a packed split is read like any other: by (seed, step).
     """
     lengths = split.sizes("length")
-    order = np.argsort(-lengths, kind="stable")
-    rows = _best_fit(lengths[order], length)
-    members = [order[row] for row in rows]
-    texts = np.concatenate(members)
-    index = spans_of(split.offsets["length"], texts)
-    numbers = np.concatenate([np.arange(1, len(row) + 1) for row in members])
-    columns = {name: values[index] for name, values in split.columns.items()}
-    columns["segments"] = np.repeat(numbers, lengths[texts]).astype(np.int32)
-    columns["positions"] = np.concatenate([np.arange(n) for n in lengths[texts]]).astype(np.int32)
-    offsets = offsets_of(np.array([lengths[row].sum() for row in members]))
-    return Split(split.name, packed_fields(split.fields), columns, {"length": offsets})
+    order = stable_order(lengths.max() - lengths).astype(np.int32)
+    rows = _best_fit(np.bincount(lengths), length)
+    texts = order[stable_order(rows)]
+    return Packed(split, texts, offsets_of(np.bincount(rows)))
 
 
-def _best_fit(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Rows as lists of indices into ``lengths``, which come in falling order."""
-    rows: list[list[int]] = []
-    # Rows by the room that they have left, and those amounts in order: few, however many rows.
-    by_room: dict[int, list[int]] = {}
-    amounts: list[int] = []
-    for i, size in enumerate(lengths.tolist()):
-        place = bisect_left(amounts, size)
-        if place == len(amounts):
-            row, left = len(rows), room
-            rows.append([])
-        else:
-            left = amounts[place]
-            row = by_room[left].pop()
-            if not by_room[left]:
-                amounts.pop(place)
-        rows[row].append(i)
-        left -= size
-        if not by_room.setdefault(left, []) and left:
-            insort(amounts, left)
-        by_room[left].append(row)
-    return rows
+class _Open:
+    """Rows that have room left, by how much: a stack for each amount, and the amounts in order."""
+
+    def __init__(self) -> None:
+        self.amounts: list[int] = []
+        self._stacks: dict[int, list[np.ndarray]] = {}
+
+    def push(self, left: int, rows: np.ndarray) -> None:
+        """Rows that have so much room left; the last one will be taken first."""
+        if len(rows) == 0 or left == 0:
+            return
+        stack = self._stacks.setdefault(left, [])
+        if not stack:
+            insort(self.amounts, left)
+        stack.append(rows)
+
+    def pop(self, left: int, most: int) -> np.ndarray:
+        """Up to ``most`` of the rows that came last, the last one first."""
+        stack, found = self._stacks[left], []
+        while stack and most:
+            top = stack.pop()
+            if len(top) > most:
+                stack.append(top[: len(top) - most])
+            found.append(top[::-1][:most])
+            most -= len(found[-1])
+        if not stack:
+            self.amounts.remove(left)
+        return np.concatenate(found)
+
+
+def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
+    """[texts] int32: the row of each text, longest first, of which ``counts[n]`` have n tokens; rows are numbered as they are begun.
+
+    Texts of one length are placed together. A row that one of them goes to takes as many more as it has room for, for no
+    other row that the next one fits in has less.
+    """
+    assigned = np.empty(int(counts.sum()), np.int32)
+    rows = done = 0
+    still = _Open()
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[size])
+        while left:
+            place = bisect_left(still.amounts, size)
+            fresh = place == len(still.amounts)
+            amount = room if fresh else still.amounts[place]
+            each = amount // size if size else left  # texts that such a row takes
+            wanted = -(-left // each)
+            if fresh:
+                chosen, rows = np.arange(rows, rows + wanted, dtype=np.int32), rows + wanted
+            else:
+                chosen = still.pop(amount, wanted)
+            taken = min(left, each * len(chosen))
+            assigned[done : done + taken] = np.repeat(chosen, each)[:taken]
+            done, left = done + taken, left - taken
+            whole = taken // each
+            still.push(amount - each * size, chosen[:whole])
+            still.push(amount - (taken - whole * each) * size, chosen[whole:])
+    return assigned

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.config import to_tree
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import Processor
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, copy_files
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
@@ -220,7 +220,7 @@ def export_folder(
     model: Any,
     params: Any,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Processor | None = None,
     tokenizer_folder: str | Path | None = None,
     labels: Sequence[str] | None = None,
     problem_type: str | None = None,
@@ -264,7 +264,8 @@ def export_folder(
         elif tokenizer_folder is not None:
             copy_files(Path(tokenizer_folder), folder, max_length)
         if source_folder is not None:
-            take_over(Path(source_folder), folder, {"config.json", *TOKENIZER_FILES}, note)
+            seen_to = TOKENIZER_FILES if tokenizer is None else tokenizer.files
+            take_over(Path(source_folder), folder, {"config.json", *seen_to}, note)
 
 
 def _exported_config(

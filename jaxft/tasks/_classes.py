@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from jaxft.config import RunConfig
@@ -11,19 +11,20 @@ from jaxft.errors import UserError, nearest
 from jaxft.tasks.contract import Note, Targets
 
 
-def class_names(values: Sequence[object], config: RunConfig, stored: Targets | None, note: Note) -> tuple[str, ...]:
+def class_names(values: Iterable[object], config: RunConfig, stored: Targets | None, note: Note) -> tuple[str, ...]:
     """The names of the classes in the order of their ids: as declared (``data.labels``), as the head to be trained further has
     them, or sorted as the training rows have them.
 
     Args:
-      values: the labels of the training rows.
+      values: the labels of the training rows; looked at once, and only different ones kept.
       stored: of the head that is to be trained further, if it names its classes.
       note: called with a warning for each pair of names that look alike.
 
     Raises:
       UserError: so many different numbers that they are scores, not classes.
     """
-    declared, found = declared_labels(config.data.labels)[0], sorted_labels(values)
+    different = distinct(values)
+    declared, found = declared_labels(config.data.labels)[0], sorted_labels(different)
     labels = declared or found
     if stored is not None and stored.labels:
         # The model's own spelling stays: "True" and "true" are one name.
@@ -31,9 +32,14 @@ def class_names(values: Sequence[object], config: RunConfig, stored: Targets | N
         labels = stored.labels if same else labels
     if labels is found:
         refuse_scores(found, config.data.label)
-    for warning in look_alikes(values, labels):
+    for warning in look_alikes(different, labels):
         note(f"warning: {warning}")
     return labels
+
+
+def distinct(values: Iterable[object]) -> list[object]:
+    """Each value once; 1, 1.0 and True are three."""
+    return list({(type(value), value): value for value in values}.values())
 
 
 def class_weights(

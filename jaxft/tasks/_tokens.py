@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,14 +12,15 @@ import numpy as np
 
 from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Fields, text_fields
-from jaxft.data.encode import Column, encode_texts, text_columns
+from jaxft.data.encode import Column, chunks_of, encode_texts, text_columns
 from jaxft.data.examples import Encoded
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate", "split")
 PACKING = True
+ROW_OPTIONS: tuple[str, ...] = ()
 
 
 class TokenTask:
@@ -85,18 +86,21 @@ def columns(data: DataConfig) -> tuple[Column, ...]:
     return text_columns(data)
 
 
-def study(rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
     """Nothing: texts are their own targets."""
     del rows, config, stored, note
     return Targets()
 
 
 def encode_all(
-    rows: Sequence[Row], tokenizer: Tokenizer, config: RunConfig, end_id: int | None = None
+    rows: Iterable[Row], tokenizer: TextProcessor, config: RunConfig, end_id: int | None = None
 ) -> Iterator[Encoded]:
     """Each text as an example, or as several where ``data.long_texts=split``."""
-    paired, split = len(rows[0].values) == 2, config.data.long_texts == "split"
-    return encode_texts(rows, tokenizer, paired=paired, split=split, end_id=end_id)
+    split = config.data.long_texts == "split"
+    for first, chunk in chunks_of(rows):
+        paired = len(chunk[0].values) == 2
+        for one in encode_texts(chunk, tokenizer, paired=paired, split=split, end_id=end_id):
+            yield one._replace(row=first + one.row)
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:

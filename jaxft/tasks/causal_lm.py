@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxft.config import RunConfig, TaskConfig
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts
-from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
-__all__ = ["LONG_TEXTS", "PACKING", "Task", "columns", "encode", "fields", "make_task", "study"]
+__all__ = ["LONG_TEXTS", "PACKING", "ROW_OPTIONS", "Task", "columns", "encode", "fields", "make_task", "study"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ class Task(TokenTask):
         return int(np.maximum(split.sizes("length") - 1, 0).sum())
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+def encode(
+    rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+) -> Iterator[Encoded]:
     """Each text, which ends with the tokenizer's end token where there is room."""
     del targets
-    return encode_all(rows, tokenizer, config, end_id=tokenizer.end_id)
+    return encode_all(rows, tokenizer, config, end_id=tokenizer.special.end)
 
 
-def make_task(options: TaskConfig, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+def make_task(options: TaskConfig, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
     del options, targets, facts, tokenizer
     return Task()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 from jaxft.config import DataConfig, RunConfig
 from jaxft.config.tasks.classification import Config
 from jaxft.data.batch import Field, Fields, text_fields
-from jaxft.data.encode import Column, encode_texts, label_column, text_columns
+from jaxft.data.encode import Column, chunks_of, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.labels import class_ids, renamed_labels
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
@@ -27,6 +27,7 @@ from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forwar
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = False
+ROW_OPTIONS: tuple[str, ...] = ()
 SINGLE_LABEL = "single_label_classification"
 """The ``problem_type`` of heads that give each text exactly one of several labels."""
 
@@ -232,27 +233,30 @@ def columns(data: DataConfig) -> tuple[Column, ...]:
     return *text_columns(data), label_column(data)
 
 
-def study(rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
     """The labels of the training rows, and how often each occurs among them (held-out rows of the same source included)."""
-    labels = class_names([row.values[-1] for row in rows], config, stored, note)
+    labels = class_names((row.values[-1] for row in rows), config, stored, note)
     return Targets(labels, (), SINGLE_LABEL)
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+def encode(
+    rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+) -> Iterator[Encoded]:
     """An example per row: ``tokens``, ``types`` and, with targets, ``labels``: the id of its class.
 
     Raises:
       UserError: a label that is none of the classes.
     """
-    encoded = encode_texts(rows, tokenizer, paired=len(rows[0].values) - (targets is not None) == 2)
-    if targets is None:
-        yield from encoded
-        return
-    renamed = renamed_labels(config.data.labels, targets.labels)
-    values, where = (row.values[-1] for row in rows), (row.where for row in rows)
-    ids = class_ids(values, where, targets.labels, renamed)
-    for one in encoded:
-        yield one._replace(example={**one.example, "labels": ids[one.row]})
+    renamed = {} if targets is None else renamed_labels(config.data.labels, targets.labels)
+    for first, chunk in chunks_of(rows):
+        encoded = encode_texts(chunk, tokenizer, paired=len(chunk[0].values) - (targets is not None) == 2)
+        if targets is None:
+            yield from (one._replace(row=first + one.row) for one in encoded)
+            continue
+        values, where = (row.values[-1] for row in chunk), (row.where for row in chunk)
+        ids = class_ids(values, where, targets.labels, renamed)
+        for one in encoded:
+            yield one._replace(row=first + one.row, example={**one.example, "labels": ids[one.row]})
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
@@ -261,7 +265,7 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
     return {**text_fields(pad_id), "labels": Field(("batch",))}
 
 
-def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run.
 
     Raises:

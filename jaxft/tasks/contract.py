@@ -4,7 +4,7 @@ them, and how the model's answers are scored and told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ from jaxft.config import DataConfig, RunConfig
 from jaxft.data.batch import Fields
 from jaxft.data.encode import Column
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts, Output
 
@@ -144,29 +144,37 @@ class TaskModule(Protocol):
         """Whether several of its texts may share a row."""
         ...
 
+    @property
+    def ROW_OPTIONS(self) -> tuple[str, ...]:
+        """Its own options that change how rows are encoded, which a token cache must have been made with. A module that does not say
+        counts with all of them."""
+        ...
+
     def columns(self, data: DataConfig) -> tuple[Column, ...]:
         """The columns of labelled rows, texts first."""
         ...
 
-    def study(self, rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+    def study(self, rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
         """What there is to learn of the training rows.
 
         Args:
+          rows: to be read once, or not at all; they need not be in memory.
           stored: what the head that is to be trained further was made for.
           note: called with a line for everything worth a word.
         """
         ...
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig
+        self, rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
     ) -> Iterator[Encoded]:
-        """The examples of rows, in their order; of rows without labels where ``targets`` is None."""
+        """The examples of rows, in their order; of rows without labels where ``targets`` is None. Rows are read as examples are
+        asked for: they need not be in memory."""
         ...
 
     def fields(self, config: RunConfig, pad_id: int) -> Fields:
         """The fields of its batches, of one text a row."""
         ...
 
-    def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> _Task:
+    def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> _Task:
         """The task of a run; ``options`` are of its own type."""
         ...

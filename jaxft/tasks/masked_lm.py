@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -12,14 +12,25 @@ import numpy as np
 from jaxft.config import RunConfig
 from jaxft.config.tasks.masked_lm import Config
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
-from jaxft.tasks._tokens import LONG_TEXTS, PACKING, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
-__all__ = ["LONG_TEXTS", "PACKING", "Config", "Task", "columns", "encode", "fields", "make_task", "study"]
+__all__ = [
+    "LONG_TEXTS",
+    "PACKING",
+    "ROW_OPTIONS",
+    "Config",
+    "Task",
+    "columns",
+    "encode",
+    "fields",
+    "make_task",
+    "study",
+]
 _HIDDEN, _RANDOM = 0.8, 0.1  # of the predicted tokens; the rest stay as they are
 
 
@@ -80,21 +91,23 @@ class Task(TokenTask):
         return jnp.where(there > 0, wanted, 0)
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+def encode(
+    rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+) -> Iterator[Encoded]:
     """Each text."""
     del targets
     return encode_all(rows, tokenizer, config)
 
 
-def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run.
 
     Raises:
       UserError: the tokenizer has no mask token.
     """
     del targets, facts
-    if tokenizer.mask_id is None:
+    if tokenizer.special.mask is None:
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has no mask token, which masked_lm needs; set data.tokenizer"
         )
-    return Task(tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate)
+    return Task(tokenizer.special.mask, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate)

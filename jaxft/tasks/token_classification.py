@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -21,23 +21,23 @@ import numpy as np
 from jaxft.config import DataConfig, RunConfig
 from jaxft.config.tasks.token_classification import Config
 from jaxft.data.batch import Field, Fields, text_fields
-from jaxft.data.encode import Column
+from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.labels import class_ids, label_text, renamed_labels
-from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.windows import Window
 from jaxft.data.sources.rows import Row
 from jaxft.data.tagging import Scheme, continuations, counting, entities_of, label_pieces, tags_of_spans, word_spans
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
-from jaxft.tasks._classes import class_names
+from jaxft.tasks._classes import class_names, distinct
 from jaxft.tasks._entities import entity_scores, token_scores
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("windows", "truncate")
 PACKING = False
+ROW_OPTIONS: tuple[str, ...] = ("scheme", "label_pieces")
 
-_CHUNK = 1024  # rows tokenised at a time
 _ENTITY_MARKS = ("B-", "I-", "E-", "S-")
 
 
@@ -271,14 +271,13 @@ def _list(value: Any, row: Row, what: str) -> list[Any]:
     raise UserError(f"{row.where}: expected a list of {what}, found {str(value)[:60]!r}; set data.text and data.label")
 
 
-def study(rows: Sequence[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
     """The tags of the training rows, "O" first; of stretches of characters, all tags of the scheme for each of their labels."""
     options = config.task
     assert isinstance(options, Config)
-    values: list[Any] = []
-    for row in rows:
-        one = _meant(row)
-        values += one.labels if isinstance(one.text, list) else _tags_for(one.labels, options.scheme)
+    meant = map(_meant, rows)
+    tags = (one.labels if isinstance(one.text, list) else _tags_for(one.labels, options.scheme) for one in meant)
+    values = distinct(chain.from_iterable(tags))
     if not values:
         raise UserError(f"{config.data.train}: no row has a label (column {config.data.label!r}, data.label)")
     names = class_names(values, config, stored, note)
@@ -292,31 +291,42 @@ def _tags_for(spans: Sequence[Any], scheme: Scheme) -> list[str]:
     return ["O", *(f"{mark}-{label}" for label in labels if label for mark in marks)]
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, targets: Targets | None, config: RunConfig) -> Iterator[Encoded]:
+def encode(
+    rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+) -> Iterator[Encoded]:
     """An example per window of each row: ``tokens``, ``types``, ``word`` (which word each token is of, -1: none), ``counts`` (1 at the
     first piece of each word, in one window), ``row`` and, with targets, ``labels`` (the class to be learnt at each token, -1: none).
 
     Raises:
       UserError: a label that is none of the classes, or stretches of characters that cannot be told by words.
     """
-    meant = [_meant(row) for row in rows] if targets is not None else [_Labelled(_read(row), []) for row in rows]
-    for number, windows in _windows([one.text for one in meant], tokenizer, _stride(config, tokenizer)):
-        counts = counting(windows)
-        labels = None if targets is None else _classes(rows[number], meant[number], windows, counts, targets, config)
-        for place, window in enumerate(windows):
-            example = {
-                "tokens": np.asarray(window.ids, np.int32),
-                "types": np.asarray(window.types, np.int32),
-                "word": np.asarray(window.words, np.int32),
-                "counts": counts[place].astype(np.int32),
-                "row": np.array(number, np.int32),
-            }
-            if labels is not None:
-                example["labels"] = labels[place]
-            yield Encoded(example, number, window.dropped, window)
+    stride = _stride(config, tokenizer)
+    for first, chunk in chunks_of(rows):
+        meant = [_meant(row) if targets is not None else _Labelled(_read(row), []) for row in chunk]
+        for place, windows in _windows([one.text for one in meant], tokenizer, stride):
+            counts = counting(windows)
+            labels = None if targets is None else _classes(chunk[place], meant[place], windows, counts, targets, config)
+            yield from _examples(first + place, windows, counts, labels)
 
 
-def _stride(config: RunConfig, tokenizer: Tokenizer) -> int | None:
+def _examples(
+    row: int, windows: Sequence[Window], counts: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None
+) -> Iterator[Encoded]:
+    """One of each window of a row."""
+    for place, window in enumerate(windows):
+        example = {
+            "tokens": np.asarray(window.ids, np.int32),
+            "types": np.asarray(window.types, np.int32),
+            "word": np.asarray(window.words, np.int32),
+            "counts": counts[place].astype(np.int32),
+            "row": np.array(row, np.int32),
+        }
+        if labels is not None:
+            example["labels"] = labels[place]
+        yield Encoded(example, row, window.dropped, window)
+
+
+def _stride(config: RunConfig, tokenizer: TextProcessor) -> int | None:
     """Tokens that windows have in common; None: what is too long is cut off."""
     if config.data.long_texts == "truncate" or tokenizer.max_length is None:
         return None
@@ -324,19 +334,16 @@ def _stride(config: RunConfig, tokenizer: Tokenizer) -> int | None:
 
 
 def _windows(
-    texts: Sequence[str | list[str]], tokenizer: Tokenizer, stride: int | None
+    texts: Sequence[str | list[str]], tokenizer: TextProcessor, stride: int | None
 ) -> Iterator[tuple[int, list[Window]]]:
     """(number of the row, its windows), in order."""
-    for start in range(0, len(texts), _CHUNK):
-        chunk = range(start, min(start + _CHUNK, len(texts)))
-        found: dict[int, list[Window]] = {number: [] for number in chunk}
-        for split in (False, True):
-            chosen = [number for number in chunk if isinstance(texts[number], list) == split]
-            of_kind: list[Any] = [texts[number] for number in chosen]
-            made = tokenizer.windows(of_kind, split_words=split, stride=stride)
-            for window in made:
-                found[chosen[window.row]].append(window)
-        yield from found.items()
+    found: dict[int, list[Window]] = {number: [] for number in range(len(texts))}
+    for split in (False, True):
+        chosen = [number for number in found if isinstance(texts[number], list) == split]
+        of_kind: list[Any] = [texts[number] for number in chosen]
+        for window in tokenizer.windows(of_kind, split_words=split, stride=stride):
+            found[chosen[window.row]].append(window)
+    yield from found.items()
 
 
 def _classes(
@@ -372,7 +379,7 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
     return {**text_fields(pad_id), **of_words, "row": Field(("batch",))}
 
 
-def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: Tokenizer) -> Task:
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run.
 
     Raises:

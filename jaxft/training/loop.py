@@ -25,7 +25,7 @@ from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
-from jaxft.training.setup import Note, Setup, Times
+from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
 
 
@@ -284,7 +284,7 @@ def _report_step(
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),
-                "epoch": step / setup.train_batches(0).steps_per_epoch,
+                "epoch": step / steps_per_epoch(setup.config, len(setup.train)),
             },
         )
 

@@ -15,6 +15,8 @@ import numpy as np
 from jaxft import checkpoint
 from jaxft.config import RunConfig, flat, run_config, to_tree
 from jaxft.config.stored import stored_config
+from jaxft.data.examples import Examples
+from jaxft.data.packing import Packed
 from jaxft.errors import UserError
 from jaxft.training.optim import make_schedule
 from jaxft.training.setup import Setup, steps_of
@@ -78,7 +80,7 @@ def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out:
             f"{out} holds a run with another configuration: {key} was {was}, now {now}{more}; "
             f"give the old value to go on with it, or another train.out to begin anew"
         )
-    if rows_known and meta["train_rows"] != setup.train.digest():
+    if rows_known and not _are(setup.train, meta["train_rows"]):
         what = f"{setup.config.data.train} (or its tokenizer) has changed"
         give = "the rows it was trained on, wherever they lie,"
         if _other_tokenizer(setup, meta):
@@ -93,6 +95,11 @@ def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out:
             f"{out} holds a run that has done {step} steps, it cannot end at {setup.total_steps}; "
             f"set train.steps={step} or more (or train.epochs) to go on with it, or another train.out to begin anew"
         )
+
+
+def _are(examples: Examples, digest: str) -> bool:
+    """Whether a digest in a checkpoint is of these rows."""
+    return examples.is_of(digest) if isinstance(examples, Packed) else examples.digest() == digest
 
 
 def _other_tokenizer(setup: Setup, meta: dict[str, Any]) -> bool:
@@ -170,6 +177,6 @@ def scores_differ(setup: Setup, meta: dict[str, Any], seed: int) -> str | None:
         return f"eval.metric was {changed['eval.metric'][0]}, now {changed['eval.metric'][1]}"
     rows = meta.get("eval_rows")  # checkpoints of earlier versions do not say
     moved = any(key in changed for key in ("data.eval", "data.eval_fraction"))
-    if (rows is None and moved) or (rows is not None and rows != setup.held_out.digest()):
+    if (rows is None and moved) or (rows is not None and not _are(setup.held_out, rows)):
         return "the held-out rows have changed"
     return None

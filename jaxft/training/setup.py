@@ -12,17 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
-from jaxft.data.encode import hold_out, read_rows
-from jaxft.data.examples import Split, make_split
+from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
-from jaxft.data.packing import pack
+from jaxft.data.packing import Packed, pack
+from jaxft.data.processors.contract import SpecialIds
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
@@ -33,6 +32,7 @@ from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
 from jaxft.training.optim import make_schedule
 from jaxft.training.recipe import Recipe, make_recipe, open_start
+from jaxft.training.rows import Rows, open_rows
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Setup(Recipe):
     """Where weights come from; None: random ones."""
     fresh_head: bool
     tokenizer: Tokenizer
-    train: Split
-    held_out: Split
+    train: Examples
+    held_out: Examples
     buckets: tuple[int, ...]
     total_steps: int
     eval_every: int
@@ -78,7 +78,7 @@ class Setup(Recipe):
         """Held-out batches: every row once."""
         return self._batches(self.held_out, self.config.eval.batch_size, None)
 
-    def _batches(self, split: Split, size: int, seed: int | None) -> Batches:
+    def _batches(self, split: Examples, size: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, size)
         return Batches(split, size, self.buckets, seed, part)
 
@@ -106,33 +106,15 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     config = settled(config, module)
     with times.part("weights"):
         source = open_start(config, note)
-        tokenizer = _tokenizer(config, source)
+        tokenizer = open_tokenizer(config, source)
     with times.part("data"):
-        if config.data.train is None:
-            raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-        columns = module.columns(config.data)
-        rows = read_rows(config.data.train, config.data, columns, note)
-        # Before rows are held out: of scores, each label has one row.
-        targets = module.study(rows, config, _stored_targets(config, source, module), note)
-        fresh_head = _fresh_head(config, source, module, targets, note)
-        if config.data.eval is not None:
-            held = read_rows(config.data.eval, config.data, columns, note)
-        else:
-            # The same rows for every train.seed: runs are compared on them.
-            label = next((i for i, column in enumerate(columns) if column.kind == "label"), None)
-            rows, held = hold_out(rows, config.data.eval_fraction, 0, label)
-        of_batch = module.fields(config, tokenizer.pad_id)
-        train, held_out = (
-            make_split(name, module.encode(part, tokenizer, targets, config), of_batch)
-            for name, part in (("train", rows), ("eval", held))
-        )
-    if targets.labels:
-        targets = dataclasses.replace(targets, counts=_counts(train, targets))
-    _report_data(((train, len(rows)), (held_out, len(held))), targets, config, note)
-    _advise(train, config, source, note)
-    texts = train, held_out
-    if config.data.packing != "none":
-        train, held_out = (_packed(part, config, note) for part in (train, held_out))
+        found = open_rows(config, module, tokenizer, source, note)
+    targets = found.targets
+    fresh_head = _fresh_head(config, source, module, targets, note)
+    _report_data(found, config, note)
+    _advise(found.train, config, source, note)
+    texts = found.train, found.held_out
+    train, held_out = texts if config.data.packing == "none" else (_packed(part, config, note) for part in texts)
 
     total = steps_of(config, len(train))
     recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
@@ -149,7 +131,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         held_out=held_out,
         buckets=buckets_of(config),
         total_steps=total,
-        eval_every=config.eval.every or _steps_per_epoch(config, len(train)),
+        eval_every=config.eval.every or steps_per_epoch(config, len(train)),
     )
 
 
@@ -181,8 +163,8 @@ def check_config(config: RunConfig) -> None:
 
 def stand_in_tokenizer(vocab_size: int = 30522) -> Any:
     """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
-    ids = {"pad_id": 0, "mask_id": 3, "end_id": 2, "special_ids": (0, 1, 2, 3)}
-    return SimpleNamespace(folder="", vocab_size=vocab_size, **ids)
+    special = SpecialIds(pad=0, mask=3, end=2)
+    return SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
 
 
 def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
@@ -203,16 +185,22 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
     return config
 
 
-def _steps_per_epoch(config: RunConfig, rows: int) -> int:
+def steps_per_epoch(config: RunConfig, rows: int) -> int:
+    """Optimizer steps that show so many training rows once."""
     return -(-rows // config.train.batch_size)
 
 
 def steps_of(config: RunConfig, rows: int) -> int:
     """Optimizer steps of a whole run on so many training rows."""
-    return config.train.steps or max(1, round((config.train.epochs or 0) * _steps_per_epoch(config, rows)))
+    return config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch(config, rows)))
 
 
-def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
+def open_tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
+    """The tokenizer of a run: the one named, or the one beside its weights.
+
+    Raises:
+      UserError: neither is there.
+    """
     if config.data.tokenizer is not None:
         folder: Path = resolve_folder(config.data.tokenizer)
     elif source is not None:
@@ -221,13 +209,6 @@ def _tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
         raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
     name = config.model.family if source is None else source.family_name
     return Tokenizer(folder, config.data.max_length, model_type=name)
-
-
-def _stored_targets(config: RunConfig, source: Source | None, module: tasks.TaskModule) -> tasks.Targets | None:
-    """What the head that is to be trained further was made for; None: there is none."""
-    if source is None or source.head != module.Task.head or config.model.head == "fresh":
-        return None
-    return tasks.Targets(source.labels or ())
 
 
 def _fresh_head(
@@ -254,24 +235,18 @@ def _fresh_head(
     return False
 
 
-def _counts(train: Split, targets: tasks.Targets) -> tuple[int, ...]:
-    """How often each class occurs; ids below 0 are none."""
-    ids = train.columns["labels"]
-    return tuple(int(count) for count in np.bincount(ids[ids >= 0], minlength=len(targets.labels)))
-
-
 def _in_list(names: Sequence[str]) -> str:
     return f"[{listed(map(repr, names))}]"
 
 
-def _report_data(splits: Sequence[tuple[Split, int]], targets: tasks.Targets, config: RunConfig, note: Note) -> None:
-    for split, rows in splits:
+def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
+    for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
         note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+    targets = found.targets
     if not targets.labels:
         return
     note(f"labels: {listed(targets.labels)}")
-    train = splits[0][0]
-    what = "row" if train.axis("labels") is None else "word"
+    what = "row" if found.train.axis("labels") is None else "word"
     for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
         few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
         if few:
@@ -280,12 +255,16 @@ def _report_data(splits: Sequence[tuple[Split, int]], targets: tasks.Targets, co
 
 def _check_learnable(task: tasks.Task, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
     """Raises UserError if no loss can be of the training rows, as where each text is a single token; warns of held-out rows."""
-    if not task.learnable(train):
+    if not _any_learnable(task, train):
         raise UserError(
             f"{config.data.train}: none of its {len(train)} texts has a token that {config.task.name} can predict: they are too short"
         )
-    if not task.learnable(held_out):
+    if not _any_learnable(task, held_out):
         note(f"warning: no held-out text has a token that {config.task.name} can predict: there will be no scores")
+
+
+def _any_learnable(task: tasks.Task, split: Split) -> bool:
+    return any(task.learnable(part) for part in split.parts(1 << 16))  # of a token cache, only the first part is read
 
 
 def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
@@ -295,12 +274,12 @@ def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) 
         note(hint)
 
 
-def _packed(split: Split, config: RunConfig, note: Note) -> Split:
+def _packed(split: Split, config: RunConfig, note: Note) -> Packed:
     length = config.data.max_length
     packed = pack(split, length)
     note(
         f"{split.name}: packed {len(split)} texts into {len(packed)} rows of {length} tokens, "
-        f"{packed.offsets['length'][-1] / (len(packed) * length):.1%} full"
+        f"{packed.sizes('length').sum() / (len(packed) * length):.1%} full"
     )
     return packed
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Fast
 from jaxft.data.batch import text_fields
 from jaxft.data.encode import encode_texts
 from jaxft.data.examples import Split, make_split
-from jaxft.data.lengths import advice, lengths_text, whole_lengths
+from jaxft.data.lengths import Lengths, advice, lengths_text
 from jaxft.data.loader import make_buckets
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.sources.rows import Row
@@ -41,7 +41,14 @@ def _encoded(rows: list[Row], tokenizer: Tokenizer) -> Split:
 def test_lengths_are_those_before_truncation(folder: Path) -> None:
     words = [0, 3, 14, 15, 29, 30, 500]
     split = _encoded(_rows(*words), Tokenizer(folder, 16))
-    assert whole_lengths(split).tolist() == [length + 2 for length in words]
+    whole = [length + 2 for length in words]
+    assert split.dropped is not None
+    assert (split.sizes("length") + split.dropped).tolist() == whole
+    found = Lengths(split)
+    for share in range(0, 101):
+        assert found.percentile(share) == np.percentile(whole, share, method="higher")
+    for length in range(520):
+        assert found.share_within(length) == np.mean([one <= length for one in whole])
     assert split.sizes("length").tolist() == [2, 5, 16, 16, 16, 16, 16]
     assert split.truncated == 4
     assert lengths_text(split, 16) == (

@@ -342,9 +342,9 @@ def _difference(reference: Any, folder: Path) -> str | None:
 
     named = Tokenizer(folder)
     for name, theirs, ours in (
-        ("pad", reference.pad_token_id, named.pad_id),
-        ("mask", reference.mask_token_id, named.mask_id),
-        ("eos", reference.eos_token_id, named.end_id),
+        ("pad", reference.pad_token_id, named.special.pad),
+        ("mask", reference.mask_token_id, named.special.mask),
+        ("eos", reference.eos_token_id, named.special.end),
         ("size", max(reference.get_vocab().values()) + 1, named.vocab_size),
     ):
         if theirs is not None and theirs != ours:  # [MASK] and its like count for us where no file names them

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.batch import Fields
+from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.cutting import count_dropped, cut_pairs
-from jaxft.data.processors.tokenizer_files import has_tokenizer, read_files, save_files
+from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
 from jaxft.data.processors.windows import Window, check_room, cut, whole_tokens
 from jaxft.errors import UserError
 
@@ -48,6 +49,8 @@ class Tokenizer:
     [B, S] int32 arrays ``tokens``, ``mask`` and ``types`` (those that the model takes), padded to the longest row.
     """
 
+    files = TOKENIZER_FILES
+
     def __init__(
         self,
         folder: Path,
@@ -71,8 +74,14 @@ class Tokenizer:
         self._inputs = inputs
         self._files = read_files(folder, model_type)
         self._fast = self._files.fast
-        self.pad_id = self._id_of("pad_token") or 0
+        named = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
+        self.special = SpecialIds(*(self._id_of(f"{name}_token") for name in named))
         self._truncate(self._files.truncation_side)
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with. Nothing sees it: 0 where the files name no such token."""
+        return 0 if self.special.pad is None else self.special.pad
 
     @property
     def vocab_size(self) -> int:
@@ -227,22 +236,11 @@ class Tokenizer:
         return self._files.stated_length
 
     @property
-    def mask_id(self) -> int | None:
-        """The id of the mask token, if the tokenizer has one."""
-        return self._id_of("mask_token")
-
-    @property
-    def end_id(self) -> int | None:
-        """The id of the token that ends a text, if the tokenizer has one."""
-        return self._id_of("eos_token")
-
-    @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of tokens that are not text: start, separator, end, padding and mask tokens."""
         marked = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
-        named = {self._id_of(f"{name}_token") for name in ("cls", "sep", "pad", "mask", "bos", "eos")}
-        unknown = self._id_of("unk_token")  # stands for a word
-        return tuple(sorted(i for i in marked | named if i is not None and i != unknown))
+        named = set(self.special._replace(unknown=None))  # the unknown token stands for a word
+        return tuple(sorted(i for i in marked | named if i is not None and i != self.special.unknown))
 
     def _id_of(self, name: str) -> int | None:
         """The id of a named token; where the files do not speak of it, of the one that BERT's vocabularies have for it."""
@@ -259,7 +257,9 @@ class Tokenizer:
         finally:
             self._truncate(self._files.truncation_side)
         tokens = sorted(self._fast.get_vocab(with_added_tokens=True).items())
-        said = json.dumps([tokens, self.special_ids, self.mask_id, self.end_id, self._files.truncation_side, rows])
+        said = json.dumps(
+            [tokens, self.special_ids, self.special.mask, self.special.end, self._files.truncation_side, rows]
+        )
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _meant(self, text: str, pair: str | None) -> Any:
@@ -285,7 +285,7 @@ def _at(values: list[int], kept: list[int] | None) -> list[int]:
     return values if kept is None else [values[i] for i in kept]
 
 
-def check_vocabulary(tokenizer: Tokenizer, inputs: Fields, *, paired: bool = False) -> None:
+def check_vocabulary(tokenizer: TextProcessor, inputs: Fields, *, paired: bool = False) -> None:
     """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have.
 
     Args:
@@ -301,7 +301,7 @@ def check_vocabulary(tokenizer: Tokenizer, inputs: Fields, *, paired: bool = Fal
     check_types(tokenizer, inputs, paired=paired)
 
 
-def check_types(tokenizer: Tokenizer, inputs: Fields, *, paired: bool) -> None:
+def check_types(tokenizer: TextProcessor, inputs: Fields, *, paired: bool) -> None:
     """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
     rows, types = inputs["types"].count if "types" in inputs else None, tokenizer.count_types(paired=paired)
     if rows is not None and types > rows:

@@ -76,6 +76,10 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
         raise UserError(f"{path}: is a folder of the datasets library; write hf:{path}")
     if (path / "dataset_info.json").is_file():
         raise UserError(f"{path}: is a folder of TensorFlow Datasets; write tfds:{path}:SPLIT")
+    if (path / "cache.json").is_file():
+        raise UserError(
+            f"{path}: is a token cache, which holds no texts; only data.train and data.eval take one, alone"
+        )
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and not entry.name.startswith("_")]
     tables = [file for file in files if suffix_of(file) in formats - {".txt"}]

@@ -98,6 +98,30 @@ def iter_rows(reference: Reference, columns: tuple[str, ...], form: Form | None 
     return parts[0] if len(parts) == 1 else chain.from_iterable(parts)
 
 
+def files_of(reference: Reference) -> list[Path]:
+    """The files that rows are read from, in order; of ``hf:`` and ``tfds:`` all that lie in the folder.
+
+    Raises:
+      UserError: there is nothing to read there.
+    """
+    if not isinstance(reference, str):
+        return [path for one in reference for path in files_of(one)]
+    if reference.startswith("hf:"):
+        folder = Path(reference.removeprefix("hf:")).expanduser()
+        return _inside(folder if folder.is_dir() else Path(str(folder).rpartition(":")[0]))
+    if match := _TFDS.fullmatch(reference):
+        tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
+        return _inside(Path(_tfds_builder(tfds, match["name"], reference).data_path))
+    listings = listed(reference, set(_READERS), _ACCEPTED, lambda text: None)
+    return [
+        path for one in listings for path in (*one.files, *(text for kind in one.classes for text in _inside(kind)))
+    ]
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def column_names(reference: str, column: str, form: Form) -> tuple[str, ...]:
     """The columns of a source, in its order; JSON Lines: the keys of the first object. Plain lines have none.
 

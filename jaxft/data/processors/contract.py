@@ -1,0 +1,101 @@
+"""What turns raw values into arrays: read from a model folder, and written back at export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from jaxft.data.processors.windows import Window
+
+
+class SpecialIds(NamedTuple):
+    """Ids of tokens that are not text. None: the files name no such token; whoever needs it refuses."""
+
+    pad: int | None = None
+    mask: int | None = None
+    first: int | None = None
+    """Id of the token that BERT begins rows with."""
+    separator: int | None = None
+    begin: int | None = None
+    """Id of the token that begins a text."""
+    end: int | None = None
+    """Id of the token that ends a text."""
+    unknown: int | None = None
+    """Id of the token that stands for an unknown word."""
+
+
+class Processor(Protocol):
+    """What is read of a model folder beside its weights, whatever it takes in."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it was read."""
+        ...
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names that its files may have."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of what it means: equal where it gives the same arrays."""
+        ...
+
+    def save(self, folder: Path, max_length: int | None = None) -> None:
+        """Writes files that mean the same."""
+        ...
+
+
+class TextProcessor(Processor, Protocol):
+    """Text to token ids."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens kept per row; None: all."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that it can produce."""
+        ...
+
+    @property
+    def special(self) -> SpecialIds:
+        """Ids of the special tokens that the files name."""
+        ...
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of all tokens that are not text; the unknown token stands for a word."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with. Nothing sees it: 0 where there is no such token."""
+        ...
+
+    def count_types(self, *, paired: bool) -> int:
+        """One more than the largest token type in rows of one text, or of two."""
+        ...
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, split: bool = False
+    ) -> list[tuple[list[int], list[int], int]]:
+        """Per row: token ids, token types, and how many tokens were cut off.
+
+        Args:
+          split: what is cut off of single texts becomes rows of its own, right after.
+        """
+        ...
+
+    def windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
+    ) -> Iterator[Window]:
+        """Rows with each token's word and place in the text, in order; a row has one window, or several with ``stride``.
+
+        Args:
+          split_words: each row is a list of words.
+          stride: tokens that a window has in common with the one before; None: the end of what is too long is cut off.
+        """
+        ...

@@ -1,0 +1,210 @@
+"""Token caches of a run's rows: read, encoded and written in flat memory, however many there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxft import tasks
+from jaxft.config import RunConfig
+from jaxft.data.cache import open_cache, write_cache
+from jaxft.data.cache_files import MANIFEST, is_cache, remove_cache
+from jaxft.data.encode import LabelCounts, checked_rows
+from jaxft.data.examples import Split
+from jaxft.data.lengths import lengths_text
+from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.tokenizer import check_vocabulary
+from jaxft.data.sources.read import Reference, Row, files_of, shown
+from jaxft.errors import UserError
+from jaxft.files import refuse_existing
+from jaxft.hub.source import Note, Source
+from jaxft.tasks import TaskModule
+from jaxft.training.recipe import open_start
+from jaxft.training.rows import cached, counts_of, label_index, made_of, stored_targets
+from jaxft.training.setup import open_tokenizer, settled
+
+_SECONDS_BETWEEN_WORDS = 5.0
+
+
+def build_caches(config: RunConfig, out: Path, note: Note) -> tuple[Path, Path]:
+    """Writes the training rows and the held-out rows of a run as ``train`` and ``eval`` inside ``out``; their folders.
+
+    Rows are read two or three times: for what there is to learn, and to be encoded. What an interrupted build left
+    is written anew.
+
+    Raises:
+      UserError: anything in the configuration or rows that cannot work, or ``out`` holds something else.
+    """
+    module = tasks.task(config.task.name)
+    config = settled(config, module)
+    for key, reference in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if reference is not None and cached(key, reference) is not None:
+            raise UserError(f"{key}={shown(reference)} is a token cache already; name the rows themselves")
+    folders = out / "train", out / "eval"
+    _make_room(out, folders, note)
+    source = open_start(config, note)
+    tokenizer = open_tokenizer(config, source)
+    if source is not None:
+        check_vocabulary(tokenizer, source.family.facts(source.config).inputs, paired=config.data.text_pair is not None)
+    build = _Build(config, module, tokenizer, source, note)
+    train, held_out = build.parts()
+    try:
+        # The few held-out rows first: what is wrong with them shows at once.
+        build.write(folders[1], *held_out)
+        build.write(folders[0], *train)
+    except BaseException:
+        for folder in folders:
+            remove_cache(folder)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return folders
+
+
+def _make_room(out: Path, folders: tuple[Path, Path], note: Note) -> None:
+    """Refuses a folder that holds anything but what is left of a build, which is removed."""
+    if (folders[0] / MANIFEST).is_file():  # it is written last
+        raise UserError(f"{out} holds token caches already; remove them, or name another --out")
+    if any(map(is_cache, folders)):
+        note(f"{out}: holds a build that was not finished; it is begun anew")
+        for folder in folders:
+            remove_cache(folder)
+    refuse_existing(out)
+
+
+class _Rows:
+    """Rows of a source, read anew each time that they are asked for."""
+
+    def __init__(self, reference: Reference, read: Callable[[Reference, Note], Iterator[Row]], note: Note) -> None:
+        self.reference, self._read, self._note = reference, read, note
+        self.files = _identity(reference)
+
+    def __iter__(self) -> Iterator[Row]:
+        note, self._note = self._note, lambda text: None  # what is found out about files is said once
+        return self._read(self.reference, note)
+
+    def chosen(self, mask: np.ndarray | None) -> Iterator[Row]:
+        """The rows for which a mask [rows] is true; None: every row."""
+        yield from self if mask is None else compress(self, mask)
+        if (now := _identity(self.reference, hashed=False)) != [one | {"sha256": None} for one in self.files]:
+            changed = next((a["path"] for a, b in zip(self.files, now, strict=False) if a["size"] != b["size"]), "")
+            raise UserError(f"{shown(self.reference)}: {changed} has changed while it was read; build the cache again")
+
+
+class _Build:
+    """What the caches of one run have in common."""
+
+    def __init__(
+        self, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
+    ) -> None:
+        self._config, self._module, self._tokenizer, self._source, self._note = config, module, tokenizer, source, note
+        self._columns = module.columns(config.data)
+
+    def parts(self) -> tuple[tuple[_Rows, np.ndarray | None, int | None], tuple[_Rows, np.ndarray | None, int | None]]:
+        """The training rows and the held-out ones: source, which of its rows (None: all), and how many (None: not known yet).
+        What there is to learn is known afterwards."""
+        data = self._config.data
+        if data.train is None:
+            raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
+        rows = self._rows(data.train)
+        counts = LabelCounts(label_index(self._columns))
+        seen = _counted(rows, counts)
+        stored = stored_targets(self._config, self._source, self._module)
+        self.targets = self._module.study(seen, self._config, stored, self._note)
+        if data.eval is not None:
+            return (rows, None, None), (self._rows(data.eval), None, None)
+        for _ in seen:  # what the task did not look at
+            pass
+        held = counts.held_out(data.eval_fraction, 0)
+        return (rows, ~held, int((~held).sum())), (rows, held, int(held.sum()))
+
+    def _rows(self, reference: Reference) -> _Rows:
+        if reference == "-":
+            raise UserError(
+                "data.train=-: standard input can be read once only, and a cache needs it twice; name a file"
+            )
+        return _Rows(reference, lambda one, note: checked_rows(one, self._config.data, self._columns, note), self._note)
+
+    def write(self, folder: Path, rows: _Rows, mask: np.ndarray | None, total: int | None) -> None:
+        """Writes one cache."""
+        config, module, tokenizer = self._config, self._module, self._tokenizer
+        fields = module.fields(config, tokenizer.pad_id)
+        pace = _Pace(folder.name, total, self._note)
+        encoded = module.encode(pace.counted(rows.chosen(mask)), tokenizer, self.targets, config)
+
+        def about(split: Split) -> dict[str, Any]:
+            targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels))
+            return {
+                "rows": pace.rows,
+                "targets": dataclasses.asdict(targets),
+                "tokenizer": str(tokenizer.folder),
+                "source": {"reference": shown(rows.reference), "files": rows.files, "held_out_of_it": mask is not None},
+                "versions": {name: version(name) for name in ("jaxft", "tokenizers")},
+            }
+
+        made = made_of(config, module, tokenizer)
+        write_cache(folder, encoded, fields, made, about, {"tokens": tokenizer.vocab_size - 1})
+        cache = open_cache(folder, folder.name, fields)
+        self._note(f"{folder.name}: {lengths_text(cache, config.data.max_length, cache.rows)}")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        self._note(f"{folder}: {cache.rows} rows, {size / 2**20:.1f} MiB, {pace.speed():,.0f} rows/s")
+
+
+def _counted(rows: Iterable[Row], counts: LabelCounts) -> Iterator[Row]:
+    for row in rows:
+        counts.add(row)
+        yield row
+
+
+class _Pace:
+    """How fast rows go by, with a word now and then."""
+
+    def __init__(self, name: str, total: int | None, note: Note) -> None:
+        self._name, self._note = name, note
+        self._total = "" if total is None else f" of {total:,}"
+        self.rows = 0
+        self._began = self._said = time.monotonic()
+
+    def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows."""
+        for row in rows:
+            yield row
+            self.rows += 1
+            if self.rows % 1024 == 0 and time.monotonic() - self._said > _SECONDS_BETWEEN_WORDS:
+                self._said = time.monotonic()
+                self._note(f"{self._name}: {self.rows:,}{self._total} rows, {self.speed():,.0f} rows/s")
+
+    def speed(self) -> float:
+        """Rows per second so far."""
+        return self.rows / max(time.monotonic() - self._began, 1e-9)
+
+
+def _identity(reference: Reference, *, hashed: bool = True) -> list[dict[str, Any]]:
+    """Path, size and hash of the files that a source is read from."""
+    return [
+        {"path": str(path), "size": path.stat().st_size, "sha256": _sha256(path) if hashed else None}
+        for path in files_of(reference)
+    ]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sources_said(folder: Path, about: dict[str, Any]) -> Iterator[str]:
+    """Whether the files that a cache was made of are as they were, a line each."""
+    for said in about["source"]["files"]:
+        path = Path(said["path"])
+        if not path.is_file():
+            yield f"{folder}: its source {path} is not here"
+        elif path.stat().st_size != said["size"] or _sha256(path) != said["sha256"]:
+            yield f"{folder}: its source {path} has changed since: rows that are encoded anew may be others"

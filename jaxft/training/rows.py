@@ -1,0 +1,201 @@
+"""The rows of a run: read and encoded in memory, or opened from token caches. What is learnt of them is known afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxft.config import DataConfig, RunConfig, to_tree
+from jaxft.data.cache import Cache, check_made, open_cache
+from jaxft.data.cache_files import MANIFEST, is_cache, read_manifest
+from jaxft.data.encode import Column, hold_out, read_rows
+from jaxft.data.examples import Split, make_split
+from jaxft.data.labels import declared_labels, label_text
+from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.sources.read import Reference
+from jaxft.errors import UserError, listed
+from jaxft.hub.source import Note, Source
+from jaxft.tasks import Targets, TaskModule
+
+_PART = 1 << 16  # examples looked at together
+# Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
+_NOT_OF_ROWS = ("train", "eval", "eval_fraction", "labels", "tokenizer", "buckets", "packing", "read_ahead")
+
+
+class Rows(NamedTuple):
+    """The encoded rows of a run."""
+
+    targets: Targets
+    """With the number of training rows (or words) of each label."""
+    train: Split
+    held_out: Split
+    counts: tuple[int, int]
+    """Rows that the examples of each are of."""
+
+
+def open_rows(
+    config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
+) -> Rows:
+    """The training rows and the held-out rows, each from where the configuration says.
+
+    Args:
+      config: with ``data.long_texts`` settled.
+      source: where weights come from; None: random ones.
+
+    Raises:
+      UserError: rows that cannot be read or learnt of, or a cache that was made otherwise than this run would.
+    """
+    data = config.data
+    if data.train is None:
+        raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
+    fields, columns = module.fields(config, tokenizer.pad_id), module.columns(data)
+    kept = cached("data.train", data.train)
+    if kept is not None:
+        train = _opened(kept, "train", config, module, tokenizer)
+        targets, rows = targets_of(train), []
+        refuse_other_labels(data.labels, targets.labels, f"{kept}: its labels are")
+        if data.eval is None:
+            raise UserError(
+                f"data.train={data.train} is a token cache, of which no rows can be held out; set data.eval, to "
+                "a cache beside it or to rows"
+            )
+    else:
+        rows = read_rows(data.train, data, columns, note)
+        # Before rows are held out: of scores, each label has one row.
+        targets, train = module.study(rows, config, stored_targets(config, source, module), note), None
+    held_out, held = None, []
+    if data.eval is None:
+        # The same rows for every train.seed: runs are compared on them.
+        rows, held = hold_out(rows, data.eval_fraction, 0, label_index(columns))
+    elif (kept := cached("data.eval", data.eval)) is not None:
+        held_out = open_held_out(kept, config, module, tokenizer, targets.labels, "the training rows have")
+    else:
+        held = read_rows(data.eval, data, columns, note)
+    if train is None:
+        train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
+        targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels))
+    if held_out is None:
+        held_out = make_split("eval", module.encode(held, tokenizer, targets, config), fields)
+    counts = (
+        train.rows if isinstance(train, Cache) else len(rows),
+        held_out.rows if isinstance(held_out, Cache) else len(held),
+    )
+    return Rows(targets, train, held_out, counts)
+
+
+def label_index(columns: tuple[Column, ...]) -> int | None:
+    """Which column rows are held out in equal shares by; None: none."""
+    return next((i for i, column in enumerate(columns) if column.kind == "label"), None)
+
+
+def stored_targets(config: RunConfig, source: Source | None, module: TaskModule) -> Targets | None:
+    """What the head that is to be trained further was made for; None: there is none."""
+    if source is None or source.head != module.Task.head or config.model.head == "fresh":
+        return None
+    return Targets(source.labels or ())
+
+
+def counts_of(split: Split, labels: tuple[str, ...]) -> tuple[int, ...]:
+    """How often each class occurs; ids below 0 are none. Empty where there are no classes."""
+    if not labels:
+        return ()
+    found = np.zeros(len(labels), np.int64)
+    for part in split.parts(_PART):
+        ids = part.columns["labels"]
+        found += np.bincount(ids[ids >= 0], minlength=len(labels))
+    return tuple(found.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------- token caches
+
+
+def cached(key: str, reference: Reference) -> Path | None:
+    """The folder of a token cache, if that is what a setting names.
+
+    Raises:
+      UserError: a cache among several sources, or a folder of caches.
+    """
+    folders = [Path(one).expanduser() for one in ((reference,) if isinstance(reference, str) else reference)]
+    caches = [folder for folder in folders if folder.is_dir() and is_cache(folder)]
+    if not caches:
+        if isinstance(reference, str) and (inside := [one.parent for one in folders[0].glob(f"*/{MANIFEST}")]):
+            raise UserError(f"{key}={reference} holds token caches; name one: {listed(map(str, sorted(inside)))}")
+        return None
+    if len(folders) > 1:
+        raise UserError(f"{key}: {caches[0]} is a token cache, which is read alone; build one of all these sources")
+    return caches[0]
+
+
+def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> Cache:
+    said, wanted = read_manifest(folder), made_of(config, module, tokenizer)
+    # Options that the version which wrote it did not have yet had the value that is now their default.
+    usual = {
+        **{f"task.{key}": value for key, value in to_tree(type(config.task)()).items()},
+        **{f"data.{key}": value for key, value in to_tree(DataConfig()).items()},
+    }
+    made = {key: usual[key] for key in wanted if key in usual} | said["made"]
+    was = said["about"]["tokenizer"]
+    other = (
+        f"a token cache made with another tokenizer (that of {was} then, {tokenizer.folder} now, which gives other ids)"
+    )
+    check_made(folder, made, wanted, {"tokenizer": other})
+    return open_cache(folder, name, module.fields(config, tokenizer.pad_id))
+
+
+def open_held_out(
+    folder: Path, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, labels: tuple[str, ...], others: str
+) -> Cache:
+    """A cache of held-out rows.
+
+    Args:
+      labels: that its ids must be of, in this order.
+      others: what messages say of these.
+
+    Raises:
+      UserError: it was made otherwise than this run would, or of other labels.
+    """
+    cache = _opened(folder, "eval", config, module, tokenizer)
+    found = targets_of(cache).labels
+    if found != labels:
+        raise UserError(
+            f"{folder}: a token cache with labels {_listed(found)}, {others} {_listed(labels)}; build both with one "
+            "command (jaxft cache build)"
+        )
+    return cache
+
+
+def refuse_other_labels(declared: Any, labels: tuple[str, ...], whose: str) -> None:
+    """Raises UserError if ``data.labels`` declares other classes than there are.
+
+    Args:
+      whose: what messages say of those that there are.
+    """
+    names, _ = declared_labels(declared)
+    if labels and names and names != tuple(map(label_text, labels)):
+        raise UserError(f"data.labels={_listed(names)}: {whose} {_listed(labels)}; leave it out")
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return f"[{listed(map(repr, labels))}]"
+
+
+def targets_of(cache: Cache) -> Targets:
+    """What its rows were encoded for."""
+    said = cache.about["targets"]
+    return Targets(tuple(said["labels"]), tuple(said["counts"]), said["problem"])
+
+
+def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> dict[str, Any]:
+    """What encoded rows depend on besides the texts themselves, by dotted name."""
+    options, data = to_tree(config.task), to_tree(config.data)
+    # A module of another package need not say which of its options these are.
+    names = ("name", *getattr(module, "ROW_OPTIONS", options))
+    return {
+        **{f"task.{name}": options[name] for name in dict.fromkeys(names)},
+        **{f"data.{name}": value for name, value in data.items() if name not in _NOT_OF_ROWS},
+        "data.max_length": tokenizer.max_length,
+        "tokenizer": tokenizer.digest(),
+    }
