@@ -106,7 +106,7 @@ class Head:
     rules: Callable[[Any], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()
-    """Patterns of tensor names; a file that has all of them has this head."""
+    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones."""
     classes: Literal["rows", "tokens"] | None = None
     """What its outputs are classes of, as many as ``num_labels`` of the Config says, with names; None: no classes."""
     pooled: bool = False
@@ -177,11 +177,13 @@ FOREIGN_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | None:
-    """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported."""
-    marked = {name: head.marks for name, head in heads.items() if head.marks}
-    for name, marks in {**FOREIGN_HEADS, **marked}.items():
+    """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported, or several
+    that have the same tensors."""
+    marked = {name: head.marks for name, head in heads.items() if name and head.marks}
+    known = {**FOREIGN_HEADS, **marked}
+    for marks in known.values():
         if all(any(fnmatch.fnmatchcase(tensor, mark) for tensor in names) for mark in marks):
-            return name
+            return " or ".join(name for name, others in known.items() if others == marks)
     return None
 
 

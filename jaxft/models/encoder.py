@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.probabilities import attention_probabilities
 from jaxft.data.batch import Field
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -36,6 +36,7 @@ from jaxft.layers import (
     subkey,
     usual_promotion,
 )
+from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
 from jaxft.models.heads import normal
 
@@ -70,20 +71,13 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")
+        rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+        sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
+        check_fields(self, sizes, rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
 
     @property
     def head_size(self) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.probabilities import attention_probabilities
 from jaxft.data.batch import Field
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -40,6 +40,7 @@ from jaxft.layers import (
     usual_promotion,
     vocabulary_logits,
 )
+from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
 from jaxft.models.heads import normal
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
@@ -77,11 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
+        sizes = (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim")
+        check_fields(self, sizes, ("attention_dropout",), ("hidden_act",))
         if self.num_attention_heads % self.key_heads:
             raise UserError(
                 f"model.arch: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -93,8 +91,6 @@ class Config:
             )
         if self.head_size % 2:
             raise UserError(f"model.arch: the head size {self.head_size} must be even for rotary positions")
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
 
     @property
     def head_size(self) -> int:
