@@ -78,7 +78,9 @@ def test_facts_are_those_of_the_model(family: str) -> None:
     shapes, axes = shapes_and_axes(model)
     flat, leaves = paths_of(shapes), leaves_of(shapes, axes)
     for stack in facts.stacks:
-        ends = {leaf.first_layer + (leaf.layers or 0) for path, leaf in leaves.items() if path.startswith(f"{stack.path}/")}
+        ends = {
+            leaf.first_layer + (leaf.layers or 0) for path, leaf in leaves.items() if path.startswith(f"{stack.path}/")
+        }
         assert ends == {stack.layers}
     assert facts.vocabulary is not None
     assert any(leaf.shape == (facts.vocabulary, facts.stacks[0].width) for leaf in flat.values())

@@ -12,7 +12,7 @@ Dims: B batch, S length, T = B S tokens, D model width, N heads, H head size, E 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -95,6 +95,13 @@ def project_together(
     y = affine("bsd,de->bse", x, matrix, bias, compute, weight=weight)
     y = y.reshape(*y.shape[:-1], *kernel.shape[1:])
     return unstack(len(projections), y.transpose(3, 0, 2, 1, 4))
+
+
+def project_exactly(x: Array, projections: Mapping[str, Array], layer: int) -> Array:
+    """``x`` [B, S, D] mapped to heads [B, N, S, H] in full float32, from the stacked parameters of a :class:`Projection`."""
+    one = {name: stacked[layer].astype(jnp.float32) for name, stacked in projections.items()}
+    y = jnp.einsum("bsd,dnh->bnsh", x.astype(jnp.float32), one["kernel"], precision="highest")
+    return y + one["bias"][:, None] if "bias" in one else y
 
 
 class FromHeads(nn.Module):

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxft.data.batch import Fields, HostBatch
+from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, TokenScore
 from jaxft.models.layout import Layout, Rule, Tensors
@@ -87,6 +87,28 @@ class Facts:
     def causal(self) -> bool:
         """Whether no token sees a later one."""
         return all(stack.causal for stack in self.stacks)
+
+
+def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str, **more: Field) -> Fields:
+    """The inputs of a model of texts.
+
+    Args:
+      vocabulary: rows of the table of tokens.
+      padding: id of padding; None: 0.
+      limit: tokens that a row may have.
+      scored: axis of the targets: each token's (``length``), or those ``predicted``, whose places are an input too.
+      more: further inputs.
+    """
+    places, targets = ("batch", "length"), ("batch", scored)
+    return {
+        "tokens": Field(places, fill=padding or 0, count=vocabulary),
+        "mask": Field(places, value=1),
+        **more,
+        "positions": Field(places, count=limit),
+        "segments": Field(places),
+        **({"predict": Field(targets)} if scored != "length" else {}),
+        "targets": Field(targets, count=vocabulary),
+    }
 
 
 def _no_rules(config: Any) -> tuple[Rule, ...]:

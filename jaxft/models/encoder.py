@@ -31,13 +31,14 @@ from jaxft.layers import (
     apply_stack,
     checked_call,
     dropout,
+    project_exactly,
     project_together,
     stacked_params,
     subkey,
     usual_promotion,
 )
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import normal
 
 Array = jax.Array
@@ -279,10 +280,7 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:
-        projection = layers["attention"][name]
-        kernel, bias = (projection[part][number].astype(jnp.float32) for part in ("kernel", "bias"))
-        x = states[number].astype(jnp.float32)
-        return jnp.einsum("bsd,dnh->bnsh", x, kernel, precision="highest") + bias[:, None]
+        return project_exactly(states[number], layers["attention"][name], number)
 
     count = len(layers["attention"]["query"]["kernel"])
     return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
@@ -290,16 +288,8 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
 
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    places, predicted = ("batch", "length"), ("batch", "predicted")
-    inputs = {
-        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
-        "mask": Field(places, value=1),
-        "types": Field(places, count=config.type_vocab_size),
-        "positions": Field(places, count=config.limit),
-        "segments": Field(places),
-        "predict": Field(predicted),
-        "targets": Field(predicted, count=config.vocab_size),
-    }
+    types = Field(("batch", "length"), count=config.type_vocab_size)
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, config.limit, scored="predicted", types=types)
     heads, size = config.num_attention_heads, config.head_size
     return Facts(
         inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit

@@ -114,13 +114,14 @@ def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = 
       more: fields of the Head.
     """
 
+    def transform(c: Any) -> Transform:
+        return Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c))
+
     def make(c: Any, compute: Compute, name: str) -> MaskedLm:
-        transform = Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c))
-        return MaskedLm(transform, c.vocab_size, c.tie_word_embeddings, compute, name=name)
+        return MaskedLm(transform(c), c.vocab_size, c.tie_word_embeddings, compute, name=name)
 
     def rules(c: Any) -> tuple[Rule, ...]:
-        maps = (*dense_rules("head/dense", dense), *norm_rules("head/norm", norm))
-        return (*maps, *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
+        return (*transform(c).rules(dense, norm), *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
 
     return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), **more)
 

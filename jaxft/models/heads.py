@@ -107,6 +107,10 @@ class Transform:
         x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
         return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
 
+    def rules(self, dense: str, norm: str) -> tuple[Rule, ...]:
+        """Its rows of the weight table, from the reference's names."""
+        return (*dense_rules("head/dense", dense, self.dense_bias), *norm_rules("head/norm", norm, self.norm_bias))
+
 
 class TransformedClasses(nn.Module):
     """A transform, dropout and one affine map of the pooled vector, logits [B, C], or of every token's, [B, S, C]."""

@@ -5,14 +5,33 @@ A local layer is one of ``sliding_attention``: its tokens see those near by. A g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from jaxft.attention import MaskSpec
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Rotary
 from jaxft.models.rotary_files import rotary_from_hf, rotary_to_hf
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs by layer."""
+
+    rope: Rotary
+    window: int | None
+    """Tokens are seen that are fewer than so many places away; None: all."""
+    normed: bool = True
+    """Whether there is a norm before attention."""
+
+    def mask(self, mask: MaskSpec, length: int) -> MaskSpec:
+        """What the layer sees of rows of a length. A window as wide as the row is none: more backends can do without."""
+        near = self.window if self.window is not None and self.window < length else None
+        return dataclasses.replace(mask, window=near)
 
 
 def alternating(every: int, layers: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Dims: B batch, S length, D model width, N heads, H head size, F MLP width, V voc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,37 +18,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
-from jaxft.data.batch import Field
 from jaxft.errors import UserError
 from jaxft.layers import (
-    ACTIVATIONS,
     Compute,
     Embed,
-    FromHeads,
     Initializer,
     LayerNorm,
-    Linear,
-    Projection,
     Rotary,
     TokenScore,
     apply_stack,
     checked_call,
     dropout,
     layer_norm,
-    project,
-    project_together,
+    project_exactly,
     rotate,
-    rows_of,
     stacked_params,
     subkey,
     usual_promotion,
 )
+from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import SPAN_ENDS, MaskedLm, Transform, TransformedClasses, dense_rules, mean_of_text, norm_rules
-from jaxft.models.layer_types import GLOBAL, LOCAL, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
+from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
 Array = jax.Array
@@ -56,17 +51,6 @@ MODEL_TYPES = {"modernbert": "ModernBert"}
 _BASES = {GLOBAL: ("global_rope_theta", 160_000.0), LOCAL: ("local_rope_theta", 10_000.0)}
 _BEGINS = {"norm": 1}
 """Layer 0 has no norm before its attention: the one behind the embeddings is enough."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What differs by layer."""
-
-    rope: Rotary
-    window: int | None
-    """Of :class:`MaskSpec`; None: the layer is global."""
-    normed: bool
-    """Whether there is a norm before attention."""
 
 
 @dataclass(frozen=True)
@@ -150,77 +134,10 @@ class Config:
 
 
 TINY = Config(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    initializer_range=0.1,
-    pad_token_id=0,
-    embedding_dropout=0.1,
-    attention_dropout=0.1,
-    mlp_dropout=0.1,
-    global_attn_every_n_layers=2,
-    local_attention=8,
-)
-
-
-class Attention(nn.Module):
-    """Self-attention with rotary positions, of all tokens or of those near by."""
-
-    config: Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None, rope: Rotary) -> Array:
-        c, rules, b = self.config, self.compute.rules, x.shape[0]
-        d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
-        of_weights, of_output = subkey(key, 0), subkey(key, 1)
-        drops = key is not None and c.attention_dropout > 0.0
-        last = tokens_last((b, n, x.shape[1], h), n, mask, self.compute, drops)
-        names = ("embed", "heads", None)
-        projections = [
-            Projection((d, n, h), names, self.compute, c.initial(), c.attention_bias, name=name)()
-            for name in ("query", "key", "value")
-        ]
-        if last:
-            q, k, v = (project(x, one, names, self.compute, True) for one in projections)
-            q, k = (rotate(y, positions, rope, True) for y in (q, k))
-            q, k, v = (rows_of(y, b) for y in (q, k, v))
-        else:
-            q, k, v = project_together(x, projections, names, self.compute)
-            q, k = (rotate(y, positions, rope) for y in (q, k))
-        q, k, v = (rules.constrain(y, "batch", "act_heads", "length", None) for y in (q, k, v))
-        mixed = attend(q, k, v, mask, self.compute, c.attention_dropout, of_weights)
-        places, start = ("heads", None, "embed"), c.initial("out")
-        out = FromHeads((n, h, d), places, self.compute, start, c.attention_bias, name="out")(mixed, last)
-        return dropout(out, c.attention_dropout, of_output, self.compute.dropout_bits)
-
-
-class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    config: Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: Array, key: Array | None) -> Array:
-        c, rules = self.config, self.compute.rules
-        d, f, act = c.hidden_size, c.intermediate_size, ACTIVATIONS[c.hidden_activation]
-
-        def wide(name: str) -> Array:
-            y = Linear((d, f), ("embed", "mlp"), self.compute, c.initial(), biased=c.mlp_bias, name=name)(x)
-            return rules.constrain(y, "batch", "length", "act_mlp")
-
-        def gated(pair: tuple[Array, Array]) -> Array:
-            return act(pair[0]) * pair[1]
-
-        pair, drops = (wide("gate"), wide("up")), key is not None and c.mlp_dropout > 0.0
-        # What is dropped is kept; without dropout, the product is made again in the backward pass.
-        inner = dropout(gated(pair), c.mlp_dropout, key, self.compute.dropout_bits) if drops else pair
-        how, start = (self.compute, c.initial("out"), None if drops else gated), ("mlp", "embed")
-        return Linear((f, d), start, *how, biased=c.mlp_bias, name="down")(inner)
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, pad_token_id=0,
+    max_position_embeddings=64, initializer_range=0.1, embedding_dropout=0.1, attention_dropout=0.1, mlp_dropout=0.1,
+    global_attn_every_n_layers=2, local_attention=8,
+)  # fmt: skip
 
 
 class Layer(nn.Module):
@@ -231,15 +148,18 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, key: Array | None, mask: MaskSpec, positions: Array, kind: Kind) -> Array:
-        c = self.config
-        # A window as wide as the row is none: more backends can do without.
-        near = kind.window if kind.window is not None and kind.window < x.shape[1] else None
-        mask = dataclasses.replace(mask, window=near)
-        seen = LayerNorm(c.norm_eps, self.compute, c.norm_bias, name="norm")(x) if kind.normed else x
-        x = x + Attention(c, self.compute, name="attention")(seen, mask, positions, subkey(key, 0), kind.rope)
-        seen = LayerNorm(c.norm_eps, self.compute, c.norm_bias, name="mlp_norm")(x)
-        x = x + Mlp(c, self.compute, name="mlp")(seen, subkey(key, 1))
-        return self.compute.rules.constrain(x, "batch", "length", "act_embed")
+        c, how, drop = self.config, self.compute, functools.partial(dropout, bits=self.compute.dropout_bits)
+        starts, sizes = (c.initial(), c.initial("out")), (c.num_attention_heads, c.num_attention_heads, c.head_size)
+        attention = RotaryAttention(
+            *sizes, how, *starts, c.attention_dropout, c.attention_bias, together=True, name="attention"
+        )
+        seen = LayerNorm(c.norm_eps, how, c.norm_bias, name="norm")(x) if kind.normed else x
+        mixed = attention(seen, kind.mask(mask, x.shape[1]), positions, subkey(key, 0), kind.rope)
+        x = x + drop(mixed, c.attention_dropout, subkey(key, 1))
+        seen = LayerNorm(c.norm_eps, how, c.norm_bias, name="mlp_norm")(x)
+        sizes = (c.intermediate_size, c.hidden_activation)
+        x = x + GatedMlp(*sizes, how, *starts, c.mlp_bias, c.mlp_dropout, name="mlp")(seen, subkey(key, 2))
+        return how.rules.constrain(x, "batch", "length", "act_embed")
 
 
 class Embeddings(nn.Module):
@@ -266,11 +186,6 @@ def _transform(c: Config) -> Transform:
     return Transform(c.hidden_size, act, c.norm_eps, start, c.classifier_bias, c.norm_bias)
 
 
-def _transform_rules(c: Config) -> tuple[Rule, ...]:
-    dense = dense_rules("head/dense", "head.dense", c.classifier_bias)
-    return (*dense, *norm_rules("head/norm", "head.norm", c.norm_bias))
-
-
 def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head:
     """A head with classes, or, with None, with the two ends of an answer. Their tensors have the same names."""
     pooled = classes == "rows"
@@ -280,7 +195,7 @@ def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head:
         return TransformedClasses(_transform(c), *sizes, pooled, compute, c.initial("classes"), name=name)
 
     def rules(c: Config) -> tuple[Rule, ...]:
-        return (*_transform_rules(c), *dense_rules("head/linear", "classifier"))
+        return (*_transform(c).rules("head.dense", "head.norm"), *dense_rules("head/linear", "classifier"))
 
     return Head(suffix, make, rules, ("head.dense.weight", "classifier.weight"), classes, pooled)
 
@@ -292,7 +207,7 @@ def _masked_lm(c: Config, compute: Compute, name: str) -> MaskedLm:
 def _masked_lm_rules(c: Config) -> tuple[Rule, ...]:
     kernel = () if c.tie_word_embeddings else (Rule("head/kernel", "decoder.weight", "v d -> d v"),)
     bias = (Rule("head/bias", "decoder.bias"),) if c.decoder_bias else ()
-    return (*_transform_rules(c), *kernel, *bias)
+    return (*_transform(c).rules("head.dense", "head.norm"), *kernel, *bias)
 
 
 HEADS: Mapping[str | None, Head] = {
@@ -336,8 +251,7 @@ class Model(nn.Module):
           tokens: [B, S] int32 ids.
           mask: [B, S], 0 or False where a token is padding. None: nothing is.
           positions: [B, S] int32. None: 0..S-1 in each row.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment. What is pooled of a row is its
-            first text.
+          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment, and the first one is pooled.
           predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
           targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
@@ -391,48 +305,26 @@ def _attentions(c: Config, layers: Any, states: Any, mask: MaskSpec, positions: 
             norm = {part: value[number - _BEGINS["norm"]] for part, value in layers["norm"].items()}
             x = layer_norm(x, norm["scale"], norm.get("bias", jnp.zeros_like(norm["scale"])), c.norm_eps)
 
-        def heads(name: str) -> Array:
-            projection = {part: value[number].astype(jnp.float32) for part, value in layers["attention"][name].items()}
-            y = jnp.einsum("bsd,dnh->bnsh", x, projection["kernel"], precision="highest")
-            return rotate(y + projection["bias"][:, None] if "bias" in projection else y, positions, kind.rope)
-
-        return attention_probabilities(heads("query"), heads("key"), dataclasses.replace(mask, window=kind.window))
+        maps = (layers["attention"][name] for name in ("query", "key"))
+        q, k = (rotate(project_exactly(x, one, number), positions, kind.rope) for one in maps)
+        return attention_probabilities(q, k, kind.mask(mask, x.shape[1]))
 
     return jnp.stack([looked(number, kind) for number, kind in enumerate(c.kinds)])
 
 
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    places, predicted = ("batch", "length"), ("batch", "predicted")
-    inputs = {
-        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
-        "mask": Field(places, value=1),
-        "positions": Field(places, count=config.max_position_embeddings),
-        "segments": Field(places),
-        "predict": Field(predicted),
-        "targets": Field(predicted, count=config.vocab_size),
-    }
+    limit = config.max_position_embeddings
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted")
     heads = config.num_attention_heads
     stack = Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, config.head_size)
-    return Facts(inputs, (stack,), config.max_position_embeddings)
+    return Facts(inputs, (stack,), limit)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
 
-_SAME_NAME = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_activation",
-    ),
-    *("max_position_embeddings", "initializer_range", "initializer_cutoff_factor", "norm_eps", "norm_bias"),
-    *("pad_token_id", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias", "embedding_dropout"),
-    *("attention_dropout", "mlp_dropout", "classifier_dropout", "local_attention", "classifier_pooling"),
-    *("classifier_activation", "tie_word_embeddings"),
-)
+_OWN = ("global_attn_every_n_layers", "layer_types", "global_rope", "local_rope", "num_labels")
+_SAME_NAME = tuple(one.name for one in dataclasses.fields(Config) if one.name not in _OWN)
 # How the reference computes, not what: compilation, determinism and padding of its kernels, losses of predicted tokens alone.
 _MEANINGLESS = ("deterministic_flash_attn", "reference_compile", "repad_logits_with_grad", "sparse_prediction")
 SUPERSEDED = ("global_rope_theta", "local_rope_theta", "rope_scaling", "rope_theta", *_MEANINGLESS)
