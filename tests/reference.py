@@ -122,7 +122,8 @@ def compare_spans(family: Family, config: Any, model_type: str, folder: Path) ->
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         logits = model.apply({"params": params}, **batch).logits
-        return sum(cross_entropy(logits[..., i], jnp.asarray(ends[:, i])).mean() for i in (0, 1)) / 2, logits
+        first, last = (cross_entropy(logits[..., i], jnp.asarray(ends[:, i])).mean() for i in (0, 1))
+        return (first + last) / 2, logits
 
     (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     starts, stops = torch.tensor(ends).T

@@ -25,10 +25,10 @@ from jaxft.models.initial import init_params
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-OFF = {f.name: 0.0 for f in dataclasses.fields(modernbert.Config) if "dropout" in f.name}
+OFF: dict[str, Any] = {f.name: 0.0 for f in dataclasses.fields(modernbert.Config) if "dropout" in f.name}
 SMALL = dataclasses.replace(modernbert.TINY, num_hidden_layers=3, **OFF)
 FULL, NEAR = "full_attention", "sliding_attention"
-BIASES = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
+BIASES: dict[str, Any] = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
 # (head, changes, whether it is tried in each run of the tests)
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "cls": ("classification", {}, False),
@@ -202,7 +202,7 @@ def test_states_and_attentions_of_all_layers_are_the_references(tmp_path: Path) 
     seen = batch["mask"].astype(bool)
     wanted = theirs(**torch_inputs(batch), output_hidden_states=True, output_attentions=True)
     for layers in ("unrolled", "scanned"):
-        computed = modernbert.Model(config, None, Compute(layers=layers))
+        computed: Any = modernbert.Model(config, None, Compute(layers=layers))
         out: Any = computed.apply({"params": params}, **batch, hidden_states=True, attentions=True)
         assert len(out.hidden_states) == len(wanted.hidden_states) == 6
         for ours, state in zip(out.hidden_states, wanted.hidden_states, strict=True):

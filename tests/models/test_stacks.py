@@ -48,7 +48,7 @@ class Stack(nn.Module):
 
 
 def computed(kinds: str, **how: Any) -> Any:
-    model = Stack(kinds, Compute(**how))
+    model: Any = Stack(kinds, Compute(**how))
     x = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
     params = Stack(kinds, Compute()).init(jax.random.key(0), x, None)["params"]
 
