@@ -90,8 +90,9 @@ def project_together(
         return tuple(rows_of(project(x, each, names, compute, True), x.shape[0]) for each in projections)
     kernel = jnp.stack([kernel for kernel, _ in projections], axis=2)
     biases = [bias for _, bias in projections if bias is not None]
-    bias = jnp.stack(biases, axis=1).reshape(-1) if biases else None
+    bias = jnp.stack(biases, axis=1) if biases else None
     weight, matrix = _matrix(kernel, 1, names, compute)
+    bias = None if bias is None else bias.reshape(-1)
     y = affine("bsd,de->bse", x, matrix, bias, compute, weight=weight)
     y = y.reshape(*y.shape[:-1], *kernel.shape[1:])
     return unstack(len(projections), y.transpose(3, 0, 2, 1, 4))

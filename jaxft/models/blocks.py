@@ -36,7 +36,7 @@ class RotaryAttention(nn.Module):
     compute: Compute
     initial: Initializer
     out_initial: Initializer
-    """Of the map from heads back to the width."""
+    """Initialiser of the map from heads back to the width."""
     rate: float = 0.0
     """Dropout of probabilities."""
     biased: bool = False
@@ -84,7 +84,7 @@ class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020), [B, S, D] to [B, S, D]."""
 
     width: int
-    """F."""
+    """The hidden width, F."""
     act: str
     compute: Compute
     initial: Initializer

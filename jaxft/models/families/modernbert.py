@@ -77,7 +77,7 @@ class Config:
     classifier_bias: bool = False
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
-    """Of attention's probabilities and of its output."""
+    """Dropout of probabilities of attention, and of its output."""
     mlp_dropout: float = 0.0
     classifier_dropout: float = 0.0
     global_attn_every_n_layers: int = 3
@@ -115,12 +115,12 @@ class Config:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Which layers are global and which local."""
+        """The type of each layer: global or local."""
         return self.layer_types or alternating(self.global_attn_every_n_layers, self.num_hidden_layers)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of each layer."""
+        """What is static and differs by layer, for each one."""
         window = self.local_attention // 2 + 1  # itself is in it
         of_type = {GLOBAL: (self.global_rope, None), LOCAL: (self.local_rope, window)}
         return tuple(Kind(*of_type[name], normed=i >= _BEGINS["norm"]) for i, name in enumerate(self.types))
