@@ -30,6 +30,10 @@ from jaxft.trees import map_paths, paths_of
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
 
 
+# ModernBERT's adapters are held where they are stored.
+FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "modernbert")) for name in models.families()]
+
+
 def model_of(family: str) -> Any:
     config = dataclasses.replace(models.family(family).TINY, num_hidden_layers=2)
     return models.family(family).Model(config, None, Compute(layers="scanned"))
@@ -42,7 +46,7 @@ def filled(tree: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("family", models.families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_adapters_change_nothing(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
     params = init_params(model, 0)
@@ -53,7 +57,7 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
     assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in thin.items())
 
 
-@pytest.mark.parametrize("family", models.families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
     params = filled(shapes_and_axes(model)[0])

@@ -23,6 +23,8 @@ from jaxft.parallel.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.trees import of_layers, paths_of
 
 FAMILIES = models.families()
+# What ModernBERT's own tests hold too is slow here.
+MOST = [pytest.param(name, marks=[pytest.mark.slow] * (name == "modernbert")) for name in FAMILIES]
 HEADS = [(family, head) for family in FAMILIES for head in models.family(family).HEADS]
 
 
@@ -107,7 +109,7 @@ def _gradient(family: str, config: Any, compute: Compute) -> Any:
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)
     params = init_params(model, 0)
@@ -121,7 +123,7 @@ def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
         np.testing.assert_allclose(model.apply({"params": params}, **other).hidden[:, :20], base, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_packed_rows_equal_separate_ones(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)
     params = init_params(model, 0)
@@ -150,7 +152,7 @@ def test_rows_of_padding_alone_are_finite(family: str) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
     model: Any = models.family(family).Model(tiny(family), head_to_train(family), Compute())
@@ -174,7 +176,7 @@ def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_bf16_operands_stay_near_float32(family: str) -> None:
     config = tiny(family)
     batch = example_batch(models.family(family).facts(config), 4)
