@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.errors import UserError
+from jaxft.hub import stored
 from jaxft.hub.convert import export_tensors, import_params, stored_params
 from jaxft.hub.weights import TensorOut, open_weights, write_safetensors
 from jaxft.models.layout import Layout, Rule
@@ -106,12 +107,40 @@ def test_only_the_rows_of_a_part_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert read == [("m.1.qkv", N * H, (N + K) * H), ("m.pair", 5, 7)]
 
 
+@pytest.mark.parametrize("most", [1, 100, 1 << 20])
+def test_a_process_reads_no_rows_that_its_devices_do_not_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    params = tree()
+    write(tmp_path, params)
+    monkeypatch.setattr(stored, "_BLOCK_BYTES", most)
+    rule = RULES[0]
+    # The devices of one process: of heads 1 and 3 of the queries, each half of the width.
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {
+        ((0, L), (columns, columns + D // 2), (head, head + 1), (0, H)): np.zeros((L, D // 2, 1, H), np.float32)
+        for columns in (0, D // 2)
+        for head in (1, 3)
+    }
+    with open_weights(tmp_path) as weights:
+        read: list[tuple[str, int, int]] = []
+        rows = weights.read_rows
+        monkeypatch.setattr(weights, "read_rows", lambda *asked: (read.append(asked), rows(*asked))[1])
+        monkeypatch.setattr(weights, "read", lambda name: pytest.fail(f"{name} was read whole"))
+        names = [f"m.{layer}.qkv" for layer in range(L)]
+        stored.fill(stored.Stored(weights, stored.Source(rule, names, (0, N * H)), SHAPES["layers/q"], []), parts)
+    wanted = paths_of(params)["layers/q"]
+    for key, part in parts.items():
+        np.testing.assert_array_equal(part, wanted[tuple(slice(*span) for span in key)])
+    asked = [(name, start, stop) for name in names for start, stop in ((H, 2 * H), (3 * H, 4 * H))]
+    assert read == asked
+
+
 def test_stored_types_stay_and_mixed_ones_become_one_that_holds_them(tmp_path: Path) -> None:
     params = tree(ml_dtypes.bfloat16)
     before = write(tmp_path / "half", params)
     with open_weights(tmp_path / "half") as weights:
-        stored = stored_params(weights, LAYOUT, shapes()).params
-        for one in export_tensors(stored, LAYOUT, bare=False):
+        kept = stored_params(weights, LAYOUT, shapes()).params
+        for one in export_tensors(kept, LAYOUT, bare=False):
             assert one.dtype == ml_dtypes.bfloat16
             np.testing.assert_array_equal(one.read(), before[one.name])
     params["layers"]["k"] = params["layers"]["k"].astype(np.float32)

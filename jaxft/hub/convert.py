@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.hub.stored import Source, Stored, StoredParam, load_param
 from jaxft.hub.weights import TensorOut, Weights
-from jaxft.hub.weights.numbers import copy_rounded, is_finite, is_float
+from jaxft.hub.weights.numbers import copy_rounded, is_float
 from jaxft.models.layout import Layout, Rule, same_numbers
 from jaxft.trees import nested, paths_of
 
@@ -103,7 +103,7 @@ def import_params(
 
     def load(path: str) -> jax.Array:
         with jax.default_device(device):
-            return _load(_Stored(weights, plan.sources[path], ours[path].shape, non_finite), place(path), dtype)
+            return load_param(Stored(weights, plan.sources[path], ours[path].shape, non_finite), place(path), dtype)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         arrays = dict(zip(plan.sources, pool.map(load, plan.sources), strict=True))
@@ -125,28 +125,17 @@ def stored_params(weights: Weights, layout: Layout, shapes: dict[str, Any]) -> I
     plan = _plan(weights, layout, ours)
     non_finite: list[str] = []
     params = {
-        path: StoredParam(_Stored(weights, source, ours[path].shape, non_finite))
+        path: StoredParam(Stored(weights, source, ours[path].shape, non_finite))
         for path, source in plan.sources.items()
     }
     return Imported(nested(params), plan.fresh, plan.unused, plan.substituted, non_finite)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The tensors that hold one parameter."""
-
-    rule: Rule
-    names: list[str]
-    """In the file, one per layer."""
-    rows: tuple[int, int] | None
-    """First row and end of the parameter in each, where it is a part of them; None: it is the whole tensor."""
-
-
-@dataclass(frozen=True)
 class _Plan:
     """Which tensors make up which parameters."""
 
-    sources: Mapping[str, _Source]
+    sources: Mapping[str, Source]
     """By our path."""
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
@@ -158,7 +147,7 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     _check_paths(layout, ours)
     problems = _Problems([], [], [], [])
     absent: dict[tuple[str, ...], list[str]] = {}
-    sources: dict[str, _Source] = {}
+    sources: dict[str, Source] = {}
     substituted, concerned = [], set[str]()
     for rule in layout.rules:
         shapes = [ours[path].shape for path in rule.paths]
@@ -177,7 +166,7 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
         found = [names[name] for name in theirs]
         expected, places = rule.parts([rule.one(shape) for shape in shapes])
         for i, path in enumerate(rule.paths):
-            sources[path] = _Source(rule, found, places[i] if len(rule.paths) > 1 else None)
+            sources[path] = Source(rule, found, places[i] if len(rule.paths) > 1 else None)
         for name in found:
             problems.look_at(name, weights, expected)
     fresh = [path for paths in absent for path in paths if all(_is_fresh(one, sources, layout) for one in paths)]
@@ -232,80 +221,6 @@ def _some(names: Sequence[str]) -> str:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-class _Stored:
-    """The tensors of one parameter in an open checkpoint."""
-
-    def __init__(self, weights: Weights, source: _Source, shape: tuple[int, ...], non_finite: list[str]) -> None:
-        self.weights, self.rule, self.names, self.shape = weights, source.rule, source.names, shape
-        self._rows, self._non_finite = source.rows, non_finite
-
-    def tensor(self, layer: int) -> np.ndarray:
-        """One layer (or the whole, where it has no layers), arranged as ours."""
-        name, shape = self.names[layer], self.rule.one(self.shape)
-        stored = self.weights.read(name) if self._rows is None else self.weights.read_rows(name, *self._rows)
-        if not is_finite(stored) and name not in self._non_finite:
-            self._non_finite.append(name)
-        return self.rule.arrangement(len(shape)).to_ours(stored, shape)
-
-
-class StoredParam:
-    """One of our parameters in an open checkpoint, read when it is used and not kept."""
-
-    def __init__(self, stored: _Stored) -> None:
-        self._stored = stored
-        self.shape = stored.shape
-        self.dtypes = tuple(stored.weights.dtype(name) for name in stored.names)
-        """Stored type of each layer."""
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        return self._stored.tensor(layer)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        stacked = self._stored.rule.stacked
-        whole = np.stack([self[i] for i in range(self.shape[0])]) if stacked else self._stored.tensor(0)
-        return whole if dtype is None else whole.astype(dtype)
-
-
-def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
-    """One parameter: each tensor is read once and copied into the part of each device of this process."""
-    shape, stacked, path = stored.shape, stored.rule.stacked, stored.weights.path
-    whole = {None: (slice(None),) * len(shape)}
-    indices: dict[Any, Any] = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
-    parts: dict[Any, np.ndarray] = {}
-    keys = {device: _index_key(index, shape) for device, index in indices.items()}
-    for device, index in indices.items():
-        if keys[device] not in parts:
-            parts[keys[device]] = _aligned_empty(
-                tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)), dtype
-            )
-    for layer, name in enumerate(stored.names):
-        tensor = stored.tensor(layer)
-        for key, part in parts.items():
-            index = tuple(slice(start, stop) for start, stop in key)
-            if not stacked:
-                copy_rounded(part, tensor[index], name, path)
-            elif index[0].start <= layer < index[0].stop:
-                copy_rounded(part[layer - index[0].start], tensor[index[1:]], name, path)
-    # Without a device the array is not committed to one: a step that is jitted over it compiles once, not again for its own results.
-    arrays = [jax.device_put(parts[keys[device]], device) for device in indices]
-    if sharding is None:
-        return arrays[0]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory that XLA's CPU backend takes over without a copy: it wants 64-byte alignment."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ export

@@ -29,6 +29,15 @@ class Pattern:
         sizes = self._sizes(ours)
         return tuple(math.prod(sizes[name] for name in group) for group in self.theirs)
 
+    def blocks(self, ours: tuple[int, ...]) -> tuple[int, int]:
+        """How rows of theirs are slices of ours.
+
+        Returns: (the dimension of ours, how many rows of theirs each of its places has).
+        """
+        first, *others = self.theirs[0]
+        sizes = self._sizes(ours)
+        return self.ours.index(first), math.prod(sizes[name] for name in others)
+
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Their tensor as ours, of shape ``shape``."""
         sizes = self._sizes(shape)

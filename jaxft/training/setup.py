@@ -26,6 +26,7 @@ from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import Note, Source, make_config, resolve_folder
+from jaxft.machine import processes
 from jaxft.models import adapters
 from jaxft.models.contract import Facts
 from jaxft.models.initial import init_params
@@ -88,7 +89,8 @@ class Setup(Recipe):
             return init_params(self.model, seed, self.shardings)
         base = adapters.base_of(self.model)
         fresh = self.fresh_head
-        loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
+        with processes.raise_together():  # each process reads, and judges, what its devices keep
+            loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
         if base is self.model:
             return loaded
         return adapters.with_adapters(self.model, loaded, seed, self.shardings)
