@@ -23,8 +23,8 @@ from jaxft.parallel.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.trees import of_layers, paths_of
 
 FAMILIES = models.families()
-# What ModernBERT's own tests hold too is slow here.
-MOST = [pytest.param(name, marks=[pytest.mark.slow] * (name == "modernbert")) for name in FAMILIES]
+# What ModernBERT's own tests hold too is slow here, and what RoBERTa has of BERT's encoder.
+MOST = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("modernbert", "roberta"))) for name in FAMILIES]
 HEADS = [(family, head) for family in FAMILIES for head in models.family(family).HEADS]
 
 

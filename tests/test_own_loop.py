@@ -231,7 +231,7 @@ def test_a_program_can_be_exported(made: tuple[Any, Any]) -> None:
     assert_same(jax.export.export(jax.jit(logits))(params, TOKENS).call(params, TOKENS), logits(params, TOKENS))
 
 
-@pytest.mark.parametrize("switch", ["strict", "rank", "transfers", "no jit"])
+@pytest.mark.parametrize("switch", ["strict", "rank", "transfers", pytest.param("no jit", marks=pytest.mark.slow)])
 def test_switches_of_jax(made: tuple[Any, Any], switch: str) -> None:
     model, params = made
     key = jax.random.key(2)

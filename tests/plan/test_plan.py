@@ -138,7 +138,7 @@ WIDE = BERT | {
 @pytest.mark.parametrize(
     ("rows", "dtype"),
     [
-        (64, "float32"),
+        pytest.param(64, "float32", marks=pytest.mark.slow),
         pytest.param(1024, "float32", marks=pytest.mark.slow),
         pytest.param(64, "bfloat16", marks=pytest.mark.slow),
     ],
