@@ -19,6 +19,7 @@ from jaxft import models, tasks
 from jaxft.hub.pretrained import export_folder, shapes_and_axes
 from jaxft.layers import Compute
 from jaxft.machine.platform import COMPILE_ENV
+from jaxft.models.contract import Stack
 
 Capture = pytest.CaptureFixture[str]
 FAMILIES = models.families()
@@ -128,3 +129,23 @@ def test_nested_settings_of_old_and_new_configs(
     assert scaled.kind == ("default" if rope is V4 else "llama3")
     # One setting of a group is changed alone.
     assert jaxft.load(source, rope={"theta": 7.0}).model.config.rope == dataclasses.replace(scaled, theta=7.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 7, 8, 20])
+def test_the_share_of_pairs_that_a_window_shows_is_counted(causal: bool, window: int) -> None:
+    length = 8
+    stack = Stack("layers", 2, 8, 2, 2, 4, causal, (window, None))
+    place = np.arange(length)
+    away = place[:, None] - place
+    shown = (np.abs(away) < window) & ((away >= 0) | (not causal))
+    whole = 0.5 if causal else 1.0
+    assert stack.seen(length) == pytest.approx(((whole if window >= length else shown.mean()) + whole) / 2)
+
+
+def test_local_layers_of_modernbert_are_worth_less_than_global_ones() -> None:
+    config = models.family("modernbert").TINY
+    (stack,) = models.family("modernbert").facts(config).stacks
+    assert len(stack.windows) == stack.layers
+    assert stack.seen(4) == 1.0
+    assert stack.seen(64) == pytest.approx((3 + 2 * (64 * 9 - 20) / 64**2) / 5)  # three of five layers are global

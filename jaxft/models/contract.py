@@ -66,6 +66,20 @@ class Stack:
     head_size: int
     causal: bool = False
     """A token sees only those before it."""
+    windows: tuple[int | None, ...] = ()
+    """What ``MaskSpec.window`` is in each layer; empty: no layer has one."""
+
+    def seen(self, length: int) -> float:
+        """The share of query-key pairs that attention looks at in rows of a length, over all layers; half where it is causal."""
+        windows = self.windows or (None,) * self.layers
+        return sum(self._seen(length, window) for window in windows) / len(windows)
+
+    def _seen(self, length: int, window: int | None) -> float:
+        if window is None or window >= length:
+            return 0.5 if self.causal else 1.0
+        before = window * (window - 1) / 2  # places that the window of the first tokens has beyond the row
+        pairs = length * window - before if self.causal else length * (2 * window - 1) - 2 * before
+        return pairs / length**2
 
 
 @dataclass(frozen=True)

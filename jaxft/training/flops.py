@@ -1,8 +1,8 @@
 """How many floating-point operations a step is worth: those of its matrix products, counted in the model as traced.
 
 What is counted is useful work, whatever a program does besides: three times the forward pass (each product has two in the
-backward pass), nothing for what is computed again, half of a decoder's attention (the other half is masked), nothing for
-padding. MFU is this, over time and peak (Chowdhery et al. 2022, appendix B).
+backward pass), nothing for what is computed again, half of a decoder's attention (the other half is masked), what the windows of
+local layers show, nothing for padding. MFU is this, over time and peak (Chowdhery et al. 2022, appendix B).
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(shape))
         traced = jax.make_jaxpr(forward)(recipe.shapes, shapes, key)
     dense, attention = _counted(traced.jaxpr)
-    return ModelFlops(3 * dense, 3 * attention * (0.5 if recipe.model.facts.causal else 1.0))
+    stacks, length = recipe.model.facts.stacks, dict(shape.sizes).get("length", 1)
+    # Of stacks of several kinds, each counts by what its layers would cost if all was seen.
+    costs = [stack.layers * stack.heads * stack.head_size for stack in stacks]
+    share = sum(cost * stack.seen(length) for cost, stack in zip(costs, stacks, strict=True)) / sum(costs)
+    return ModelFlops(3 * dense, 3 * attention * share)
 
 
 class UsefulFlops:

@@ -317,7 +317,8 @@ def facts(config: Config) -> Facts:
     limit = config.max_position_embeddings
     inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted")
     heads = config.num_attention_heads
-    stack = Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, config.head_size)
+    sizes, windows = (config.hidden_size, heads, heads, config.head_size), tuple(kind.window for kind in config.kinds)
+    stack = Stack("layers", config.num_hidden_layers, *sizes, windows=windows)
     return Facts(inputs, (stack,), limit)
 
 
