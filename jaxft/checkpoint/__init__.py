@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxft.checkpoint.beside import find_tokenizer, tokenizer_place
     from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
-    from jaxft.checkpoint.params import is_checkpoint, restore_params, save_params
+    from jaxft.checkpoint.params import StoredArray, is_checkpoint, open_params, restore_params, save_params
     from jaxft.checkpoint.store import Checkpoints, Restored, step_folders
 
 _HOME = {
@@ -22,8 +22,10 @@ _HOME = {
     "LeafSpec": "manifest",
     "Manifest": "manifest",
     "Restored": "store",
+    "StoredArray": "params",
     "find_tokenizer": "beside",
     "is_checkpoint": "params",
+    "open_params": "params",
     "read_manifest": "manifest",
     "restore_params": "params",
     "save_params": "params",
@@ -38,8 +40,10 @@ __all__ = [
     "LeafSpec",
     "Manifest",
     "Restored",
+    "StoredArray",
     "find_tokenizer",
     "is_checkpoint",
+    "open_params",
     "read_manifest",
     "restore_params",
     "save_params",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,24 @@ def load(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     if len(loaded) != len(like) or found != wanted:
         raise RuntimeError(f"{folder}: Orbax returned another tree than was asked for")
     return arrays
+
+
+def load_one(folder: Path, path: str, like: np.ndarray, others: Collection[str]) -> np.ndarray:
+    """One array of a group, in numpy.
+
+    Args:
+      like: an array of its shape and dtype.
+      others: the paths of the group's other arrays, which are not read.
+    """
+    asked = dict.fromkeys(others, ocp.PLACEHOLDER) | {path: like}
+    with ocp.Context():
+        loaded = ocp.load_checkpointables(str(folder), unflatten(asked))
+    found: Any = loaded
+    for name in path.split("/"):
+        found = found[name]
+    if specs_of({path: found}) != specs_of({path: like}):
+        raise RuntimeError(f"{folder}: Orbax returned another array than was asked for")
+    return found
 
 
 def _abstract(path: str, leaf: Any) -> Any:

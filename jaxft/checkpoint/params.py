@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
 from jaxft.machine import processes
 
+T = TypeVar("T")
+_KEPT = 3
+"""Arrays of an open checkpoint that are kept: as many as one tensor of a Hugging Face folder is made of."""
 logger = logging.getLogger("jaxft.checkpoint")
 
 
@@ -88,18 +92,31 @@ def restore_params(
     Raises:
       UserError: no checkpoint there, a damaged one, or one that does not fit ``like``.
     """
+    return _first_sound(folder, lambda path: _restore(path, like, average, verify))
+
+
+def open_params(folder: Path, *, average: bool = True, verify: bool = True) -> tuple[Any, dict[str, Any]]:
+    """Parameters, as dicts of :class:`StoredArray` that are read when they are used, and meta, from whatever holds them.
+
+    Arguments and errors are those of :func:`restore_params`; files are compared with their hashes here, before anything is used.
+    """
+    return _first_sound(folder, lambda path: _opened(path, average, verify))
+
+
+def _first_sound(folder: Path, read: Callable[[Path], T]) -> T:
+    """What is read of the best checkpoint in a folder that is not damaged."""
     candidates = _candidates(Path(folder).absolute())
     if not candidates:
         raise UserError(f"{folder}: there is no jaxft checkpoint here; name a run, a step folder or saved parameters")
     for path in candidates[:-1]:
         try:
-            return _restore(path, like, average, verify)
+            return read(path)
         except UserError as error:
             # Without a manifest now: a run that is still going has just deleted it.
             if not isinstance(error, DamagedCheckpoint) and (path / NAME).exists():
                 raise
             logger.warning("%s: falling back to the next best in %s", error, path.parent)
-    return _restore(candidates[-1], like, average, verify)
+    return read(candidates[-1])
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -137,6 +154,39 @@ def _restore(folder: Path, like: Any | None, average: bool, verify: bool) -> tup
     if like is None:
         return layout.unflatten(arrays)[group], manifest.meta
     return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), manifest.meta
+
+
+class StoredArray:
+    """An array in a checkpoint, read when it is used. Of all arrays of a checkpoint, those that were used last are kept."""
+
+    def __init__(self, spec: LeafSpec, read: Callable[[], np.ndarray]) -> None:
+        self.shape, self.dtype = spec.shape, jnp.dtype(spec.dtype)
+        self.ndim = len(spec.shape)
+        self._read = read
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._read()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._read() if dtype is None else self._read().astype(dtype)
+
+
+def _opened(folder: Path, average: bool, verify: bool) -> tuple[Any, dict[str, Any]]:
+    manifest = read_manifest(folder)
+    group = _group(manifest, average)
+    stored = layout.subtree(manifest, group)
+    if not stored:
+        raise UserError(f"{folder}: this checkpoint holds no parameters")
+    check_files(folder, manifest, hashes=verify, within={group})
+
+    @functools.lru_cache(_KEPT)
+    def read(path: str) -> np.ndarray:
+        others = [f"{group}/{other}" for other in stored if other != path]
+        like = np.empty(stored[path].shape, jnp.dtype(stored[path].dtype))
+        return layout.load_one(folder, f"{group}/{path}", like, others)
+
+    arrays = {path: StoredArray(spec, functools.partial(read, path)) for path, spec in stored.items()}
+    return layout.unflatten(arrays), manifest.meta
 
 
 def _group(manifest: Manifest, average: bool) -> str:

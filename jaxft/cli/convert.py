@@ -225,6 +225,9 @@ def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -
 
 
 def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
+    import jax
+    import numpy as np
+
     from jaxft import checkpoint
     from jaxft.config import RunConfig, to_tree
     from jaxft.data.processors.tokenizer_files import copy_files
@@ -245,7 +248,10 @@ def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
         else:
             got.tokenizer.save(Path(folder))
         files = {f"tokenizer/{path.name}": path for path in sorted(Path(folder).iterdir())}
-        checkpoint.save_params(target, _rounded(got.params, dtype), meta, files)
+        params = (
+            jax.tree.map(np.asarray, _rounded(got.params, dtype)) if got.source is None else _rounded(got.params, dtype)
+        )
+        checkpoint.save_params(target, params, meta, files)
 
 
 def _rounded(params: Any, dtype: str | None) -> Any:
@@ -341,6 +347,7 @@ def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: 
     """What was written, by transformers, against the source, by jaxft: for sources that transformers does not read."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from jaxft.hub import parity
     from jaxft.hub.pretrained import load_params
@@ -349,7 +356,7 @@ def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: 
     params = got.params
     if got.source is not None:
         params = load_params(got.source, got.model.clone(compute=Compute()), lambda text: None)
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), _rounded(params, options.dtype))
+    wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float32), _rounded(params, options.dtype))
     from jaxft.hub.source import read_json
 
     reference = parity.load_reference(target, read_json(target / "config.json")["architectures"][0])

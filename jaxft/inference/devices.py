@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.config import load_config
@@ -47,10 +49,11 @@ class Devices:
             )
 
     def spread(self, model: Any, params: Any) -> Any:
-        """Parameters, each in the parts that the devices hold."""
+        """Parameters, each in the parts that the devices hold; those that lie in a file are read one after the other."""
         if self.mesh is None:
-            return params
-        return jax.device_put(params, shardings_of(self.mesh, self.rules, *shapes_and_axes(model)))
+            return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
+        places = shardings_of(self.mesh, self.rules, *shapes_and_axes(model))
+        return jax.tree.map(lambda leaf, place: jax.device_put(np.asarray(leaf), place), params, places)
 
     def compiled(self, function: Callable[[Any, Any], Any], fields: Fields) -> Callable[[Any, HostBatch], Any]:
         """``function(params, batch)``, compiled once per shape of a batch of the host; results lie whole on each device."""

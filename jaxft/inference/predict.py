@@ -163,8 +163,11 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
 def restored(
     folder: Path, overrides: list[str], note: Note
 ) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
-    """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json."""
-    params, meta = checkpoint.restore_params(folder)
+    """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json.
+
+    Parameters are read when they are used (:func:`jaxft.checkpoint.open_params`), unless there are adapters to be merged.
+    """
+    params, meta = checkpoint.open_params(folder)
     config = _override(as_today(meta["config"]), overrides)
     _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
@@ -173,9 +176,9 @@ def restored(
     )
     named = any(override.startswith("data.tokenizer=") for override in overrides)
     tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
-    params = jax.tree.map(jnp.asarray, params)
     if config.model.lora.rank is not None:
-        params = adapters.merged(params, config.model.lora.alpha)
+        whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
+        params = adapters.merged(whole, config.model.lora.alpha)
     hf_config = meta["hf_config"]
     if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
         # config.json is that of the folder the run began from; its head may have been for something else.

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from jaxft.checkpoint import Checkpoints, is_checkpoint, read_manifest, restore_params, save_params
+from jaxft.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    is_checkpoint,
+    layout,
+    open_params,
+    read_manifest,
+    restore_params,
+    save_params,
+)
 from jaxft.errors import UserError
 
 from .states import assert_same, damage_arrays, random_params, shaped, trained_state
@@ -80,3 +89,36 @@ def test_checkpoints_of_format_1_are_still_read() -> None:
     kernel = np.arange(24, dtype=np.float32).reshape(2, 3, 4) / 7
     assert_same(params, {"layers": {"kernel": kernel, "bias": np.array([1.5, -2, 0.125], jnp.bfloat16)},
                          "count": np.array(3, np.int32)})  # fmt: skip
+
+
+def test_arrays_of_an_open_checkpoint_are_read_when_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = random_params()
+    save_params(tmp_path / "out", params, {"note": 1})
+    read: list[str] = []
+    real = layout.load_one
+    monkeypatch.setattr(
+        layout, "load_one", lambda folder, path, *more: (read.append(path), real(folder, path, *more))[1]
+    )
+    found, meta = open_params(tmp_path / "out")
+    assert (meta["note"], read) == (1, [])
+    flat, wanted = layout.flatten(found), layout.flatten(params)
+    assert layout.specs_of(flat) == layout.specs_of(wanted)
+    for path, leaf in flat.items():
+        for _ in range(2):  # the second time from memory
+            assert np.asarray(leaf).tobytes() == np.asarray(wanted[path]).tobytes()
+        assert leaf[0].tobytes() == np.asarray(wanted[path])[0].tobytes() if leaf.ndim else True
+    assert read == [f"params/{path}" for path in flat]
+
+
+def test_an_open_checkpoint_is_compared_with_its_hashes_first(tmp_path: Path) -> None:
+    save_params(tmp_path / "out", random_params(), {})
+    file = max(
+        (path for path in (tmp_path / "out/params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint):
+        open_params(tmp_path / "out")
