@@ -37,14 +37,14 @@ def test_all(case: Case, tmp_path: Path) -> None:
 
 def test_a_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that loses a bias is silently wrong: the zoo must say so."""
-    from jaxft.hub.convert import copy_rounded as right
+    from jaxft.hub.stored import copy_rounded as right
 
     def wrong(out: np.ndarray, source: np.ndarray, name: str, path: Path | str) -> None:
         right(out, source, name, path)
         if name.endswith("LayerNorm.bias"):
             out[...] = 0
 
-    monkeypatch.setattr("jaxft.hub.convert.copy_rounded", wrong)
+    monkeypatch.setattr("jaxft.hub.stored.copy_rounded", wrong)
     case = next(c for c in CASES if c.name == "bert-classes/safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
