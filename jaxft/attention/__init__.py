@@ -6,6 +6,7 @@ Dims: B batch, S query length, T key length, N query heads, K key/value heads, H
 from __future__ import annotations
 
 import jax
+from jaxtyping import Float, PRNGKeyArray
 
 from jaxft.attention.backends.scores import Call
 from jaxft.attention.choice import NAMES, Choice, choices, choose, described, note
@@ -20,18 +21,18 @@ Array = jax.Array
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B N S H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     mask: MaskSpec,
     compute: Compute,
     rate: float = 0.0,
-    key: Array | None = None,
+    key: PRNGKeyArray | None = None,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
-    bias: Array | None = None,
-) -> Array:
+    bias: Float[Array, "#B #N S T"] | None = None,
+) -> Float[Array, "B N S H"]:
     """softmax(cap(scale q k^T) + bias) v with float32 softmax (Vaswani et al. 2017).
 
     ``compute.attention`` names the backend, or is ``auto``. Our own ones but ``reference`` keep no more for the backward

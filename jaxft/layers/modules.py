@@ -10,12 +10,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import struct
+from jaxtyping import Float, Integer
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.embedding import look_up
 from jaxft.layers.functions import layer_norm, rms_norm
-from jaxft.layers.matmul import affine
+from jaxft.layers.matmul import Operand, affine
 from jaxft.parallel.sharding import AxisNames
 
 Array = jax.Array
@@ -92,7 +94,7 @@ class Linear(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self, x: Any) -> Array:
+    def __call__(self, x: Operand) -> Float[Array, ...]:
         dtype = self.compute.param_dtype
         kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         kernel = self.compute.rules.place_gradient(kernel, *self.names)
@@ -110,7 +112,7 @@ class LayerNorm(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         dtype = self.compute.param_dtype
         scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
         bias = declare(self, "bias", nn.initializers.zeros, ("norm",), x.shape[-1:], dtype)
@@ -124,7 +126,7 @@ class RMSNorm(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         dtype = self.compute.param_dtype
         scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
         return rms_norm(x, scale, self.eps)
@@ -143,5 +145,5 @@ class Embed(nn.Module):
         shape = (self.rows, self.width)
         self.embedding = declare(self, "embedding", self.table_init, self.names, shape, self.compute.param_dtype)
 
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: Integer[Array | np.ndarray, "*rows"]) -> Float[Array, "*rows D"]:
         return look_up(self.embedding, ids, self.names, self.compute)

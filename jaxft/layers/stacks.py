@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
@@ -53,7 +54,7 @@ def _unstack_bwd(length: int, kept: None, g: tuple[Array, ...]) -> tuple[Array]:
 unstack.defvjp(usual_promotion(_unstack_fwd), usual_promotion(_unstack_bwd))
 
 
-def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *example: Any) -> Any:
+def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, *example: object) -> PyTree[Array]:
     """Declares, on ``parent``, the parameters of ``length`` copies of ``layer``: each leaf gets a leading "layers" axis.
 
     Inside a ``compact`` method only. ``layer``: has a field ``compute``. ``example``: arguments with which it can be initialised.
@@ -71,8 +72,14 @@ def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *examp
 
 
 def apply_stack(
-    layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any, keep: bool = False
-) -> tuple[Array, Array | None]:
+    layer: nn.Module,
+    params: PyTree[Array],
+    length: int,
+    x: Float[Array, "B S D"],
+    key: PRNGKeyArray | None,
+    *args: object,
+    keep: bool = False,
+) -> tuple[Float[Array, "B S D"], Float[Array, "states B S D"] | None]:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
