@@ -86,11 +86,11 @@ def hash_bits(words: tuple[Array, Array], high: Array, low: Array) -> Array:
 
 
 def keep_at(
-    words: tuple[UInt32[Array, ...], UInt32[Array, ...]],
+    words: tuple[UInt32[Array, "*_"], UInt32[Array, "*_"]],
     rate: float,
-    high: UInt32[Array, ...],
-    low: UInt32[Array, ...],
-) -> tuple[Bool[Array, ...], np.float32]:
+    high: UInt32[Array, "*_"],
+    low: UInt32[Array, "*_"],
+) -> tuple[Bool[Array, "*_"], np.float32]:
     """What dropout at ``rate`` keeps at these counters (bool), and the scale of what is kept.
 
     Keeps where the upper 16 bits of :func:`hash_bits` are below a threshold: the rate is exact to 2**-17, the scale matches it.

@@ -114,7 +114,7 @@ _hash_dropout.defvjp(
 )
 
 
-def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], np.float32]:
+def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, "*_"], np.float32]:
     """What :func:`dropout` keeps, as a bool array of ``shape``, and the scale of what is kept."""
     keep = round((1.0 - rate) * 65536)
     *rest, last = shape

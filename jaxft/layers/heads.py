@@ -68,7 +68,7 @@ def project(
     return y.reshape(*y.shape[:-1], *kernel.shape[1:]).transpose(0, 2, 1, 3)
 
 
-def rows_of(x: Float[Array, "N H T"], rows: int) -> Float[Array, "{rows} N S H"]:
+def rows_of(x: Float[Array, "N H T"], rows: int) -> Float[Array, "B N S H"]:
     """[N, H, T] as [B, N, S, H]; B is ``rows``. Kernels that want the former undo it, and compilers see that."""
     n, h, t = x.shape
     flat = jax.lax.optimization_barrier(x.reshape(n * h, t))

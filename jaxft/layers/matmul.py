@@ -167,15 +167,15 @@ _einsum.defvjp(usual_promotion(_einsum_fwd), usual_promotion(_einsum_bwd))
 
 
 def dot(
-    spec: str, x: Float[Array, ...], w: Float[Array, ...], compute: Compute, weight: AxisNames | None = None
-) -> Float32[Array, ...]:
+    spec: str, x: Float[Array, "*_"], w: Float[Array, "*_"], compute: Compute, weight: AxisNames | None = None
+) -> Float32[Array, "*_"]:
     """The einsum that :func:`einsum` is made of: float32 result, no gradient of its own. For use inside custom VJPs."""
     return _dot(spec, compute.matmul_dtype, "float32", x, _Product.of(compute, weight).whole(w))
 
 
 def einsum(
-    spec: str, x: Float[Array, ...], w: Float[Array, ...], compute: Compute, weight: AxisNames | None = None
-) -> Float[Array, ...]:
+    spec: str, x: Float[Array, "*_"], w: Float[Array, "*_"], compute: Compute, weight: AxisNames | None = None
+) -> Float[Array, "*_"]:
     """Two-operand einsum with operands in ``compute.matmul_dtype`` and float32 accumulation, forwards and backwards.
 
     Every index must occur in two of the three terms (no sums or broadcasts inside one operand). Left to itself, autodiff
@@ -188,19 +188,19 @@ def einsum(
 
 
 Activation = Callable[[Array], Array]
-Operand = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
+Operand = Float[Array, "*_"] | tuple[Float[Array, "*_"], ...]
 """What is multiplied; for an activation of several arrays, all of them."""
 
 
 def affine(
     spec: str,
     x: Operand,
-    w: Float[Array, ...],
+    w: Float[Array, "*_"],
     b: Float[Array, " E"] | None,
     compute: Compute,
     act: Callable[[Any], Array] | None = None,
     weight: AxisNames | None = None,
-) -> Float[Array, ...]:
+) -> Float[Array, "*_"]:
     """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the one dimension of the result that ``w`` adds.
 
     An activation (of one array or, for gated ones, of a tuple of them) is computed again in the backward pass rather than

@@ -16,7 +16,7 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
-from jaxft.layers.modules import is_ours, unlabel
+from jaxft.layers.modules import is_ours, labelled_stack, unlabel
 from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import no_mesh
 
@@ -63,7 +63,7 @@ def stacked_params(parent: nn.Module, name: str, layer: nn.Module, length: int, 
     def init(key: Array) -> Any:
         # The attention backend asked for may refuse the example.
         quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
-        with no_mesh():  # the example is too small to be split
+        with no_mesh(), labelled_stack():  # the example is too small to be split
             trees = jax.vmap(lambda k: quick.init(k, *example)["params"])(jax.random.split(key, length))
         trees = nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
         return trees if is_ours(parent) else unlabel(trees)[0]

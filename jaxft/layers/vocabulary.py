@@ -41,7 +41,7 @@ def vocabulary_logits(
     compute: Compute,
     place: str,
 ) -> Float32[Array, "B M V"]:
-    """float32 ``x`` [B, M, D] times ``table`` [V, D] plus ``bias`` [V]: [B, M, V], split over devices by vocabulary.
+    """The logits of a vocabulary in float32, ``x`` times ``table`` plus ``bias``, split over devices by vocabulary.
 
     Args:
       place: the logical name of M: ``length`` or ``predicted``.

@@ -16,12 +16,15 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
-from jaxft.data.batch import Fields, HostBatch
+from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, TokenScore
 from jaxft.models.layout import Layout, Rule, Tensors
 
 Array = jax.Array
+
+__all__ = ["Facts", "Family", "Features", "Field", "Fields", "Head", "Layout", "Output", "Rule", "Stack", "Tensors"]
+"""What a family from outside of jaxft is made of (docs/api.md)."""
 
 
 class Output(NamedTuple):
@@ -35,8 +38,8 @@ class Output(NamedTuple):
     """What the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
     score: TokenScore | None = None
     """A vocabulary head's score instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
-    hidden_states: Float[Array, "L+1 B S D"] | None = None
-    """The embeddings and what each layer gives; None unless asked for."""
+    hidden_states: Float[Array, "states B S D"] | None = None
+    """L + 1 states: the embeddings and what each layer gives; None unless asked for."""
     attentions: Float32[Array, "L B N S S"] | None = None
     """How much each token looks at each other one in each layer and head; None unless asked for."""
 

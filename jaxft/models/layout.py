@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Shaped
 
 _CHUNK = 1 << 20  # elements looked at together: what is made on the way stays small beside the tensor
 
@@ -26,11 +27,11 @@ class Tensors(Protocol):
         """The shape of a tensor."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
         """The whole tensor."""
         ...
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "*shape"]:
         """Rows ``[start, stop)`` of its first axis."""
         ...
 

@@ -110,7 +110,8 @@ def report_text(
     blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     scores = [f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics]
-    head = _joined([*scores, f"rows {metrics['rows']:,}"], min(width, 100))
+    rows = [f"rows {metrics['rows']:,}"] if "rows" in metrics else []
+    head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
     parts = [head]
     parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
