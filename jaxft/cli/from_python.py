@@ -138,7 +138,7 @@ def _result(config: RunConfig, *, interrupted: bool) -> Trained:
         seed: Trained(out / f"seed{seed}", config, _read(out / f"seed{seed}/metrics.json"))
         for seed in config.train.seeds
     }
-    means: dict[str, Any] = {}
+    means: dict[str, float] = {}
     if len(seeds) > 1:
         means = {name: found["mean"] for name, found in _read(out / "seeds.json")["metrics"].items()}
     return Trained(out, config, means or dict(next(iter(seeds.values())).metrics), seeds=seeds)
