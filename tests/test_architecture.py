@@ -97,7 +97,5 @@ def test_the_package_never_needs(module: str) -> None:
 
 
 def test_importing_jaxft_imports_neither_jax_nor_transformers() -> None:
-    script = (
-        "import sys, jaxft; sys.exit(bool({'jax', 'flax', 'numpy', 'transformers', 'pydantic'} & set(sys.modules)))"
-    )
+    script = "import sys, jaxft; sys.exit(bool({'jax', 'flax', 'jaxtyping', 'numpy', 'transformers', 'pydantic'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -22,6 +22,9 @@ for number, block in enumerate(open("page.txt").read().split("\\0")):
     exec(compile(block, f"docs/python.md, block {number}", "exec"), globals())
 from jaxft.__main__ import main
 print("-- commands", flush=True)
+# Embeddings are of unit length, and padding has no part in them.
+shorter = embeddings(weights, tokenizer(["the old house"], buckets=[8]))[0]
+assert abs(float(house @ house) - 1) < 1e-6 and abs(float(shorter @ house) - 1) < 1e-5
 # A run remembers its task and its family; an export must be told of the family.
 assert main(["eval", "runs/focal", "data.eval=reviews.csv"]) == 0
 assert main(["predict", "runs/quiet", "--text", "the cat"]) == 0

@@ -68,6 +68,10 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(names["restored"], names["tuned"])
     assert names["step"]._cache_size() == 2  # one device, and two
     assert_same(names["mine"]["encoder"], names["encoder_params"])
+    assert float(names["of_head"](names["head"])) < float(names["of_head"](names["fresh"]["Dense_0"]))
+    moved = jax.tree.map(lambda one, other: float(np.abs(one - other).max()), names["together"], names["fresh"])
+    assert moved["Dense_0"]["kernel"] > 0
+    assert moved["encoder"]["layers"]["attention"]["value"]["kernel"] > 0
 
 
 def test_a_step_over_loaded_parameters_compiles_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Dims: B batch, S query length, T key length, N query heads, K key/value heads, H
 from __future__ import annotations
 
 import jax
+from jaxtyping import Float, PRNGKeyArray
 
 from jaxft.attention.backends.scores import Call
 from jaxft.attention.choice import NAMES, Choice, choices, choose, described, note
@@ -20,33 +21,31 @@ Array = jax.Array
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B N S H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     mask: MaskSpec,
     compute: Compute,
     rate: float = 0.0,
-    key: Array | None = None,
+    key: PRNGKeyArray | None = None,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
-    bias: Array | None = None,
-) -> Array:
-    """softmax(cap(scale q k^T) + bias) v with float32 softmax (Vaswani et al. 2017).
+    bias: Float[Array, "#B #N S T"] | None = None,
+) -> Float[Array, "B N S H"]:
+    """Attention of queries to keys: softmax(cap(scale q k^T) + bias) v, with float32 softmax (Vaswani et al. 2017).
 
     ``compute.attention`` names the backend, or is ``auto``. Our own ones but ``reference`` keep no more for the backward
     pass than inputs, output and two numbers per query (``xla`` with threefry bits: those of dropout too).
 
     Args:
-      q: [B, N, S, H]. k, v: [B, K, S, H]; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
+      k, v: of as many tokens as the queries, T = S; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
       mask: who may see whom; rows that may see nothing give zeros.
       rate, key: dropout of attention probabilities; no key, no dropout. The bits depend on the key and on row, head, query
         and key alone: not on the backend, its blocks, or the mesh.
       scale: of q k^T; None: 1 / sqrt(H).
       soft_cap: logits l become soft_cap tanh(l / soft_cap).
-      bias: [B or 1, N or 1, S, T], added to the logits.
-
-    Returns: [B, N, S, H].
+      bias: added to the logits.
 
     Raises:
       ValueError: shapes that do not fit.

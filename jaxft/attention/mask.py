@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Integer
 
 Array = jax.Array
 
@@ -20,10 +21,10 @@ Array = jax.Array
 class MaskSpec:
     """Which key each query may see. A backend that cannot honour a part of it must refuse, not ignore it."""
 
-    padding: Array | None = None
-    """[B, T] bool, False where a key is padding. Padding queries see the same keys as others; their result is unused."""
-    segments: Array | None = None
-    """[B, S] int32, for packed rows: a token sees only its own segment; 0 is padding and sees nothing."""
+    padding: Bool[Array, "B T"] | None = None
+    """False where a key is padding. Padding queries see the same keys as others; their result is unused."""
+    segments: Integer[Array, "B S"] | None = None
+    """For packed rows: a token sees only its own segment; 0 is padding and sees nothing."""
     causal: bool = field(default=False, metadata={"static": True})
     """A token sees only itself and those before it in the row."""
     window: int | None = field(default=None, metadata={"static": True})
@@ -40,14 +41,14 @@ class MaskSpec:
             return self
         return dataclasses.replace(self, segments=jnp.where(self.padding, self.segments, 0), padding=None)
 
-    def allowed(self, length: int) -> Array | None:
-        """[B or 1, 1, 1 or S, T] bool for rows of ``length`` S = T, or None if everything may be seen."""
+    def allowed(self, length: int) -> Bool[Array, "#B 1 #S T"] | None:
+        """Who sees whom, for rows of ``length`` S = T, or None if everything may be seen."""
         place = jnp.arange(length)
         mask = self.merged()
         return allowed_between(mask, mask, place, place)
 
-    def sees_any(self, length: int) -> Array | None:
-        """[B, S] bool, whether a token of a row of ``length`` may see any; None: all do. Work linear in ``length``."""
+    def sees_any(self, length: int) -> Bool[Array, "B S"] | None:
+        """Whether a token of a row of ``length`` may see any; None: all do. Work linear in ``length``."""
         mask = self.merged()
         if mask.segments is not None:
             return mask.segments != 0  # at least itself

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ def to_json(result: Result) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-def from_json(tree: dict[str, Any]) -> Result:
+def from_json(tree: Mapping[str, Any]) -> Result:
     """Back from :func:`to_json`."""
     fields: dict[str, Any] = dict(tree)
     for name in PASSES:

@@ -10,14 +10,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from jaxft.bench.workers import PeakMemory, answer, keep_freed_memory
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:  # workers of one library do not import the other
+    import jax
+    import torch
 
 TORCH = ("torch-sdpa", "torch-eager", "torch-flash", "torch-cudnn")
 """torch's choice of a kernel, plain products, and on GPUs the kernels of one library alone."""
@@ -34,11 +38,11 @@ step: what a single short call takes is mostly the way to the device and back.""
 class Ready:
     """A contender that can be timed."""
 
-    passes: dict[str, Callable[[], Any]]
+    passes: Mapping[str, Callable[[], object]]
     """``forward`` and ``both``: send off one call."""
-    wait: Callable[[Any], Any]
+    wait: Callable[[Any], object]
     """Returns when a call's result is there."""
-    about: dict[str, Any]
+    about: dict[str, str | float]
     memory: Callable[[], int | None]
     """Bytes that both passes needed beyond their inputs."""
 
@@ -168,7 +172,7 @@ def _jax_ready(case: Case) -> Ready:
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, spec: MaskSpec) -> jax.Array:
         return turned(attend(turned(q), turned(k), turned(v), spec, compute, case.dropout, key))
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, spec: MaskSpec) -> Any:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, spec: MaskSpec) -> tuple[jax.Array, ...]:
         out, vjp = jax.vjp(lambda q, k, v: forward(q, k, v, spec), q, k, v)
         return out, *vjp(g)
 
@@ -183,7 +187,7 @@ def _jax_ready(case: Case) -> Ready:
         "device": jax.devices()[0].device_kind,
         "backend": choice.backend.name,
         "compile_seconds": compiled,
-        "peak_flops": _matmul_peak(jax, jnp, compute.matmul_dtype),
+        "peak_flops": _matmul_peak(compute.matmul_dtype),
     }
     # A device's own count of its memory never goes down: the program says what it takes itself.
     stats = two.memory_analysis() if accelerated else None
@@ -196,15 +200,18 @@ def _jax_ready(case: Case) -> Ready:
     )
 
 
-def _matmul_peak(jax: Any, jnp: Any, operands: str) -> float:
+def _matmul_peak(operands: str) -> float:
     """FLOP/s of the best of a few large matmuls."""
+    import jax
+    import jax.numpy as jnp
+
     size = 2048
     x = jnp.ones((size, size), operands)
     run = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32)).lower(x).compile()
     return _best_flops(lambda: jax.block_until_ready(run(x)), 2 * size**3)
 
 
-def _best_flops(run: Callable[[], Any], flops: int) -> float:
+def _best_flops(run: Callable[[], object], flops: int) -> float:
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -225,7 +232,7 @@ def _torch_ready(case: Case) -> Ready:
     q, k, v, g = (torch.tensor(x, dtype=dtype, device=device) for x in arrays)
     if gpu:  # heads as a model's products leave them, seen as the kernels want them
         q, k, v, g = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, g))
-    run = _torch_attention(torch, case, _torch_mask(torch, mask, case, device))
+    run = _torch_attention(case, _torch_mask(mask, case, device))
 
     def forward() -> None:
         with torch.no_grad():
@@ -261,16 +268,20 @@ def _torch_ready(case: Case) -> Ready:
     return Ready({"forward": forward, "both": both}, wait, about, PeakMemory().bytes)
 
 
-def _torch_attention(torch: Any, case: Case, allowed: Any) -> Callable[[Any, Any, Any], Any]:
+def _torch_attention(
+    case: Case, allowed: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """``(q, k, v) -> out`` of a contender in torch."""
+    import torch
+
     causal = case.causal and allowed is None
 
-    def sdpa(q: Any, k: Any, v: Any) -> Any:
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         grouped = case.heads != case.key_heads
         function = torch.nn.functional.scaled_dot_product_attention
         return function(q, k, v, attn_mask=allowed, dropout_p=case.dropout, is_causal=causal, enable_gqa=grouped)
 
-    def of_library(q: Any, k: Any, v: Any) -> Any:
+    def of_library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(getattr(SDPBackend, _KERNELS[case.backend])):
@@ -279,7 +290,7 @@ def _torch_attention(torch: Any, case: Case, allowed: Any) -> Callable[[Any, Any
             except RuntimeError as error:
                 raise UserError(f"{case.backend}: {str(error).splitlines()[0]}") from error
 
-    def eager(q: Any, k: Any, v: Any) -> Any:
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         groups = case.heads // case.key_heads
         k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
         logits = q @ k.transpose(-1, -2) * case.size**-0.5
@@ -292,8 +303,10 @@ def _torch_attention(torch: Any, case: Case, allowed: Any) -> Callable[[Any, Any
     return eager if case.backend == "torch-eager" else of_library if case.backend in _KERNELS else sdpa
 
 
-def _torch_mask(torch: Any, mask: dict[str, np.ndarray], case: Case, device: str) -> Any:
+def _torch_mask(mask: dict[str, np.ndarray], case: Case, device: str) -> torch.Tensor | None:
     """[B, 1, 1 or S, S] bool, or None; queries of padding see themselves, for torch gives nan where nothing is seen."""
+    import torch
+
     if not mask:
         return None
     if "padding" in mask:

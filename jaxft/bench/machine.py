@@ -8,12 +8,15 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 
-def machine(packages: Iterable[str]) -> dict[str, Any]:
+def machine(packages: Iterable[str]) -> dict[str, str | float | None]:
     """Processor, cores, load, versions of packages that are installed, and the commit of jaxft's checkout, if it is one."""
-    about: dict[str, Any] = {"cpu": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+    about: dict[str, str | float | None] = {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
     about["python"] = platform.python_version()
     for name in packages:
         try:

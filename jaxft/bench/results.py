@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxft.bench.attention import PASSES, Result, from_json, to_json
 from jaxft.errors import UserError
@@ -71,7 +70,7 @@ def _label(result: Result) -> str:
     return asked if asked == result.backend else f"{asked} ({result.backend})"
 
 
-def write_results(folder: Path, about: dict[str, Any], results: Sequence[Result]) -> list[Path]:
+def write_results(folder: Path, about: Mapping[str, object], results: Sequence[Result]) -> list[Path]:
     """``attention.json``, ``attention.csv`` and ``attention.png`` (time and memory against length, where there
     are several and :func:`jaxft.reporting.plots.lacking` has nothing against it)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def read_results(path: Path) -> dict[str, Result]:
     return {result.case.key: result for result in results}
 
 
-def _plot(path: Path, about: dict[str, Any], results: Sequence[Result]) -> Path:
+def _plot(path: Path, about: Mapping[str, object], results: Sequence[Result]) -> Path:
     from jaxft.reporting.plots import curves_by_name_png
 
     def milliseconds(passes: str) -> Callable[[Result], float | None]:

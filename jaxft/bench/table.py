@@ -14,7 +14,7 @@ from jaxft.bench.attention_case import TORCH
 TABLE = Path(jaxft.__file__).parent / "attention/measured.json"
 
 
-def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
+def rows_of(results: Iterable[Result]) -> list[dict[str, object]]:
     """Rows of the table: one per shape, ms forwards and backwards of each backend that was asked for by name."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
@@ -32,7 +32,7 @@ def rows_of(results: Iterable[Result]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def write_table(rows: list[dict[str, Any]], platform: str, source: str) -> None:
+def write_table(rows: list[dict[str, object]], platform: str, source: str) -> None:
     """Replaces the rows of one platform."""
     table = json.loads(TABLE.read_text())
     table["sources"] = {**table.get("sources", {}), platform: source}

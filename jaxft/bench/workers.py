@@ -82,7 +82,7 @@ class Worker:
         return " ".join(lines[-1].split())[:300] if lines else "killed, perhaps for want of memory"
 
 
-def answer(message: dict[str, Any]) -> None:
+def answer(message: Mapping[str, object]) -> None:
     """Writes one line to the process that started this worker."""
     print(json.dumps(message), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def tokenizer_place(tokenizer: Path, run: Path) -> dict[str, str]:
     return {"tokenizer": str(tokenizer), **inside}
 
 
-def find_tokenizer(meta: dict[str, Any], folder: Path) -> Path | None:
+def find_tokenizer(meta: Mapping[str, Any], folder: Path) -> Path | None:
     """The tokenizer's folder of a checkpoint, if it still is there.
 
     Args:

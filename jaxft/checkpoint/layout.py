@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from jaxft.checkpoint.manifest import LeafSpec, Manifest
 from jaxft.errors import UserError
+
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""An array, or what is said of one."""
 
 MARKER = "orbax.checkpoint"
 """A file that every folder written by Orbax has."""
@@ -33,7 +37,7 @@ _DATA_FILE_BYTES = 256 * 2**20
 _SHOWN = 4
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: PyTree[Shaped]) -> dict[str, Any]:
     """Leaves by path, in the order of ``jax.tree.leaves``."""
     flat: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -45,14 +49,14 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     for attribute in ("key", "name", "idx"):  # DictKey, GetAttrKey, SequenceKey
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     raise TypeError(f"tree key {key!r} has no name")
 
 
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
     """Nested dicts from leaves by path."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -65,7 +69,7 @@ def _stored_path(path: str) -> str:
     return path if "/" in path else f"{COUNTERS}/{path}"
 
 
-def specs_of(flat: dict[str, Any]) -> dict[str, LeafSpec]:
+def specs_of(flat: Mapping[str, Shaped]) -> dict[str, LeafSpec]:
     """Shapes and dtypes by path."""
     for path, leaf in flat.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -104,7 +108,9 @@ def subtree(manifest: Manifest, group: str) -> dict[str, LeafSpec]:
     }
 
 
-def start_save(folder: Path, flat: dict[str, Any], *, keeps: bool = False) -> ocp.AsyncResponse[None]:
+def start_save(
+    folder: Path, flat: Mapping[str, jax.Array | np.ndarray], *, keeps: bool = False
+) -> ocp.AsyncResponse[None]:
     """Begins to write; when this returns, the caller may donate the arrays. ``result()`` waits for the commit.
 
     Args:
@@ -124,7 +130,7 @@ def start_save(folder: Path, flat: dict[str, Any], *, keeps: bool = False) -> oc
         return ocp.save_checkpointables_async(str(folder), groups)
 
 
-def _detach(leaf: Any) -> Any:
+def _detach(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """A copy where Orbax would make none: on CPU it writes out of the array's own buffer.
 
     That is safe, since XLA waits before it reuses a buffer that someone holds, but then the next training step, which
@@ -135,7 +141,7 @@ def _detach(leaf: Any) -> Any:
     return leaf
 
 
-def load(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+def load(folder: Path, like: Mapping[str, Shaped]) -> dict[str, jax.Array | np.ndarray]:
     """Arrays by path as ``like`` says: on its shardings, or in numpy where it has numpy arrays.
 
     Groups that ``like`` does not name are not read. The caller has compared shapes and dtypes.
@@ -168,7 +174,7 @@ def load_one(folder: Path, path: str, like: np.ndarray, others: Collection[str])
     return found
 
 
-def _abstract(path: str, leaf: Any) -> Any:
+def _abstract(path: str, leaf: Shaped) -> np.ndarray | jax.ShapeDtypeStruct:
     if isinstance(leaf, np.ndarray):
         return leaf
     sharding = getattr(leaf, "sharding", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ class Manifest:
     """By path inside the folder, all but ``jaxft.json``."""
 
 
-def copy_json(meta: dict[str, Any]) -> dict[str, Any]:
+def copy_json(meta: Mapping[str, object]) -> dict[str, Any]:
     """A copy, which the caller cannot change while it waits to be written.
 
     Raises:
@@ -85,16 +85,16 @@ def copy_json(meta: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def _render(body: dict[str, Any]) -> str:
+def _render(body: Mapping[str, object]) -> str:
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def _checksum(body: Mapping[str, object]) -> str:
     return hashlib.sha256(_render(body).encode()).hexdigest()
 
 
 def seal(
-    folder: Path, *, kind: Kind, step: int | None, best: bool, tree: dict[str, LeafSpec], meta: dict[str, Any]
+    folder: Path, *, kind: Kind, step: int | None, best: bool, tree: dict[str, LeafSpec], meta: Mapping[str, object]
 ) -> None:
     """Hashes and fsyncs all that lies in ``folder`` and writes its manifest: from now on it is a checkpoint."""
     files = _hash_and_sync(folder)

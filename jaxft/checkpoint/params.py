@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import PyTree
 
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.beside import RUN_SUBFOLDER
@@ -28,7 +30,9 @@ _KEPT = 3
 logger = logging.getLogger("jaxft.checkpoint")
 
 
-def save_params(folder: Path, params: Any, meta: dict[str, Any], files: Mapping[str, Path] | None = None) -> None:
+def save_params(
+    folder: Path, params: PyTree[Array], meta: Mapping[str, object], files: Mapping[str, Path] | None = None
+) -> None:
     """Writes parameters as one checkpoint folder, whole or not at all.
 
     Args:
@@ -78,8 +82,8 @@ def _remove(temporary: Path) -> None:
 
 
 def restore_params(
-    folder: Path, like: Any | None = None, *, average: bool = True, verify: bool = True
-) -> tuple[Any, dict[str, Any]]:
+    folder: Path, like: PyTree[Array] | None = None, *, average: bool = True, verify: bool = True
+) -> tuple[PyTree[Array], dict[str, Any]]:
     """Parameters and meta from whatever holds them; optimizer state is neither read nor hashed.
 
     Args:
@@ -141,7 +145,9 @@ def _is_best(folder: Path) -> bool:
         return False  # restoring it says what is wrong with it
 
 
-def _restore(folder: Path, like: Any | None, average: bool, verify: bool) -> tuple[Any, dict[str, Any]]:
+def _restore(
+    folder: Path, like: PyTree[Array] | None, average: bool, verify: bool
+) -> tuple[PyTree[Array], dict[str, Any]]:
     manifest = read_manifest(folder)
     group = _group(manifest, average)
     stored = layout.subtree(manifest, group)

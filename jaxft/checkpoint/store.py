@@ -10,11 +10,14 @@ import shutil
 import threading
 import uuid
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint
+from jaxtyping import PyTree
 
 import jaxft
 from jaxft.checkpoint import layout
@@ -42,7 +45,7 @@ class Restored(NamedTuple):
     """What :meth:`Checkpoints.restore` found."""
 
     step: int
-    state: Any
+    state: PyTree[jax.Array]
     meta: dict[str, Any]
 
 
@@ -86,7 +89,7 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
+    def save(self, step: int, state: PyTree[jax.Array], meta: Mapping[str, object], *, best: bool = False) -> None:
         """Saves in the background. When this returns, buffers of ``state`` may be donated. Waits for an earlier save.
 
         A program must not end before :meth:`wait` or :meth:`close`. On Python 3.11 its end waits for the save; since 3.12
@@ -151,7 +154,7 @@ class Checkpoints:
         """The newest step saved with ``best=True``. Its own manifest says so: no crash can part the two."""
         return max((step for step, manifest in self._manifests().items() if manifest.best), default=None)
 
-    def restore(self, like: Any, step: int | None = None) -> Restored:
+    def restore(self, like: PyTree[layout.Shaped], step: int | None = None) -> Restored:
         """The newest intact checkpoint, or the one asked for by number.
 
         Damaged ones are passed over with one warning each, and replaced or removed by later saves. One asked for by
@@ -180,7 +183,9 @@ class Checkpoints:
             raise UserError(f"{self.folder}: all checkpoints are damaged ({candidates}); remove them to start afresh")
         raise UserError(f"{self.folder}: there is no checkpoint here")
 
-    def _restore(self, step: int, like: Any, wanted: dict[str, Any], specs: dict[str, LeafSpec]) -> Restored:
+    def _restore(
+        self, step: int, like: PyTree[layout.Shaped], wanted: Mapping[str, layout.Shaped], specs: dict[str, LeafSpec]
+    ) -> Restored:
         folder = self.folder / str(step)
         if not folder.is_dir():
             there = ", ".join(map(str, self.steps())) or "none"
@@ -302,13 +307,15 @@ def step_folders(folder: Path) -> dict[int, Path]:
     }
 
 
-def with_versions(meta: dict[str, Any]) -> dict[str, Any]:
+def with_versions(meta: Mapping[str, object]) -> dict[str, Any]:
     """A copy of ``meta`` with the versions that write it."""
     versions = {"jaxft": jaxft.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
     return {**copy_json(meta), "versions": versions}
 
 
-def load_checked(folder: Path, like: dict[str, Any], *, verified: bool) -> dict[str, Any]:
+def load_checked(
+    folder: Path, like: Mapping[str, layout.Shaped], *, verified: bool
+) -> dict[str, jax.Array | np.ndarray]:
     """:func:`layout.load`, with errors in files that were not hashed before told as what they are."""
     try:
         return layout.load(folder, like)

@@ -44,7 +44,7 @@ def choices(schema: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, t
             yield key, tuple(_names(kind))
 
 
-def _names(kind: typing.Any) -> Iterator[str]:
+def _names(kind: object) -> Iterator[str]:
     if kind is bool:
         yield from ("true", "false")
     elif typing.get_origin(kind) is typing.Literal:

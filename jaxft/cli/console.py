@@ -7,9 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from jaxft.config import RunConfig, flat, to_tree, to_yaml_line
+
+if TYPE_CHECKING:
+    from jaxft.training.setup import Setup
 
 WIDTH = 100
 """Columns that the lines of a run keep to."""
@@ -36,7 +39,7 @@ class _Lasting:
     def flush(self) -> None:
         self._try(self._stream.flush)
 
-    def _try(self, action: Callable[..., Any], *arguments: str) -> None:
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
         if self._lost:
             return
         try:
@@ -46,7 +49,7 @@ class _Lasting:
             drop_output(self._stream)
             self._tell(error)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
@@ -105,7 +108,7 @@ def settings_lines(config: RunConfig) -> list[str]:
     return [head, *(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in changed)]
 
 
-def model_lines(setup: Any) -> list[str]:
+def model_lines(setup: Setup) -> list[str]:
     """The network, what of it trains, and the devices that it lies on."""
     stacks = setup.model.facts.stacks
     sizes = [part for s in stacks for part in (f"{s.layers} layers", f"width {s.width}", f"{s.heads} heads")]
@@ -122,7 +125,7 @@ def model_lines(setup: Any) -> list[str]:
     ]
 
 
-def parameters_of(setup: Any) -> tuple[int, int]:
+def parameters_of(setup: Setup) -> tuple[int, int]:
     """(those that train, all)."""
     import jax
     import numpy as np

@@ -5,9 +5,21 @@ from __future__ import annotations
 import argparse
 import re
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # they import jax
+    from jax import Array
+    from jaxtyping import PyTree
+
+    from jaxft.config import RunConfig
+    from jaxft.data.batch import HostBatch
+    from jaxft.data.processors.tokenizer import Tokenizer
+    from jaxft.hub.parity import Difference
+    from jaxft.hub.source import Source
+    from jaxft.hub.weights import Weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,22 +89,27 @@ def parse_size(text: str) -> int:
     return size
 
 
+@dataclass(frozen=True)
 class _Opened:
-    """A model to convert: ``family_name, model, params, hf_config, labels, tokenizer, tokenizer_folder, beside, source,
-    non_finite``.
+    """A model to convert."""
 
-    ``tokenizer``: None where it cannot be read; ``beside``: the folder whose other files are taken over, or None; ``source``: the
-    opened model folder, None for a checkpoint; ``non_finite``: names of tensors with NaN or infinity.
-    """
+    family_name: str
+    model: Any
+    params: PyTree[Array]
+    hf_config: dict[str, Any]
+    labels: tuple[str, ...] | None
+    tokenizer: Tokenizer | None
+    """None where it cannot be read."""
+    tokenizer_folder: Path
+    beside: Path | None
+    """The folder whose other files are taken over."""
+    source: Source | None
+    """The opened model folder, None for a checkpoint."""
+    non_finite: list[str]
+    """Names of tensors with NaN or infinity."""
 
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-
-def _open(options: argparse.Namespace, opened: ExitStack) -> Any:
+def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
     """Opens the source; tensors of a model folder are read when they are written, from files that ``opened`` closes."""
     from jaxft import checkpoint
     from jaxft.errors import UserError, nearest
@@ -134,7 +151,7 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> Any:
     )
 
 
-def _tokenizer_in(folder: Path, model_type: str) -> Any:
+def _tokenizer_in(folder: Path, model_type: str) -> Tokenizer | None:
     """The tokenizer beside the weights; None, with a line that says so, if it cannot be read: weights need none."""
     from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
     from jaxft.errors import UserError
@@ -148,7 +165,7 @@ def _tokenizer_in(folder: Path, model_type: str) -> Any:
         return None
 
 
-def _common_type(weights: Any, to: str) -> str:
+def _common_type(weights: Weights, to: str) -> str:
     """The type of new tensors, and of all that go into a checkpoint: the stored one, or float32 where it is not one."""
     from jaxft.hub.weights.numbers import is_float
 
@@ -162,7 +179,7 @@ def _common_type(weights: Any, to: str) -> str:
     return "float32"
 
 
-def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
+def _open_checkpoint(path: Path, options: argparse.Namespace) -> _Opened:
     from jaxft.errors import UserError
     from jaxft.inference.predict import restored
 
@@ -188,7 +205,7 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> Any:
     )
 
 
-def _beside(config: Any, tokenizer_folder: Path) -> Path | None:
+def _beside(config: RunConfig, tokenizer_folder: Path) -> Path | None:
     """The folder whose model card and other files belong to a checkpoint, if it is still there."""
     from jaxft.errors import UserError
     from jaxft.hub.source import resolve_folder
@@ -201,7 +218,7 @@ def _beside(config: Any, tokenizer_folder: Path) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -> None:
+def _write_folder(target: Path, got: _Opened, dtype: str | None, shard_bytes: int) -> None:
     from jaxft import models
     from jaxft.hub.pretrained import export_folder
     from jaxft.hub.weights.numbers import name_non_finite
@@ -224,7 +241,7 @@ def _write_folder(target: Path, got: Any, dtype: str | None, shard_bytes: int) -
         print(f"warning: {name_non_finite(got.non_finite)}; they are written as they are")
 
 
-def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
+def _write_checkpoint(target: Path, got: _Opened, dtype: str | None) -> None:
     import jax
     import numpy as np
 
@@ -254,7 +271,7 @@ def _write_checkpoint(target: Path, got: Any, dtype: str | None) -> None:
         checkpoint.save_params(target, params, meta, files)
 
 
-def _rounded(params: Any, dtype: str | None) -> Any:
+def _rounded(params: PyTree[Array], dtype: str | None) -> PyTree[Array]:
     """Parameters in another type; those that have it already, or with no type asked for, as they are."""
     import jax
     import numpy as np
@@ -290,7 +307,7 @@ def _check_possible(options: argparse.Namespace) -> None:
             raise UserError("--check: transformers reads neither flax_model.msgpack nor jaxft checkpoints; use --to hf")
 
 
-def _check(target: Path, got: Any, options: argparse.Namespace) -> int:
+def _check(target: Path, got: _Opened, options: argparse.Namespace) -> int:
     """Compares what was written with the source, and says what was compared with what."""
     from jaxft.errors import UserError
     from jaxft.hub import parity
@@ -299,7 +316,7 @@ def _check(target: Path, got: Any, options: argparse.Namespace) -> int:
     batch = example_batch(got.model.facts, rows=4)
     try:
         if got.source is not None and _reference_reads(got.source.folder):
-            differences = _against_source(target, got, options, batch)
+            differences = _against_source(target, got, got.source, options, batch)
         else:
             differences = _against_target(target, got, options, batch)
     except UserError as error:
@@ -316,19 +333,21 @@ def _reference_reads(folder: Path) -> bool:
         return weights.format != "flax msgpack"
 
 
-def _against_source(target: Path, got: Any, options: argparse.Namespace, batch: Any) -> list[Any]:
+def _against_source(
+    target: Path, got: _Opened, opened: Source, options: argparse.Namespace, batch: HostBatch
+) -> list[Difference]:
     """The source, by transformers, against what was written, by jaxft and (a Hugging Face folder) by transformers."""
     from jaxft.hub import parity
     from jaxft.models.contract import architecture_of, classes_of
 
-    family, head = got.source.family, got.model.head
-    names = architecture_of(family, head, got.source.model_type)
+    family, head = opened.family, got.model.head
+    names = architecture_of(family, head, opened.model_type)
     # config.json may say another number of labels; the weights are believed.
     changes = {"num_labels": classes_of(got.model.config)} if family.HEADS[head].classes else {}
-    source = parity.load_reference(got.source.folder, names, rounded_to=options.dtype, **changes)
+    source = parity.load_reference(opened.folder, names, rounded_to=options.dtype, **changes)
     theirs = parity.outputs_of_reference(source, batch)
     ours = parity.outputs(*_written(target, got, options), batch)
-    print(f"compared: {got.source.folder} as transformers reads it, with {target} as each reads it")
+    print(f"compared: {opened.folder} as transformers reads it, with {target} as each reads it")
     differences = parity.compare(ours, theirs, batch["mask"], "jaxft")
     if options.to == "hf":
         again = parity.outputs_of_reference(parity.load_reference(target, names), batch)
@@ -343,7 +362,7 @@ def _against_source(target: Path, got: Any, options: argparse.Namespace, batch: 
     return differences
 
 
-def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: Any) -> list[Any]:
+def _against_target(target: Path, got: _Opened, options: argparse.Namespace, batch: HostBatch) -> list[Difference]:
     """What was written, by transformers, against the source, by jaxft: for sources that transformers does not read."""
     import jax
     import jax.numpy as jnp
@@ -367,7 +386,7 @@ def _against_target(target: Path, got: Any, options: argparse.Namespace, batch: 
     return parity.compare(parity.outputs(got.model, wide, batch), theirs, batch["mask"], "jaxft")
 
 
-def _written(target: Path, got: Any, options: argparse.Namespace) -> tuple[Any, Any]:
+def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Any, PyTree[Array]]:
     """The model and its parameters, opened from what was written."""
     import jax
     import jax.numpy as jnp

@@ -6,8 +6,12 @@ import argparse
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxft.machine.processes.cluster import Cluster
 
 PACKAGES = (
     "jaxft",
@@ -154,7 +158,7 @@ def _all_reduce(megabytes: int) -> tuple[float, float]:
     return seconds, 2 * (count - 1) / count * megabytes * 1e6 / seconds
 
 
-def _best(call: Any, times: int = 5) -> float:
+def _best(call: Callable[[], object], times: int = 5) -> float:
     """Seconds of the fastest of a few calls, the compiling one left out."""
     import jax
 
@@ -167,7 +171,7 @@ def _best(call: Any, times: int = 5) -> float:
     return min(spans)
 
 
-def _problems(cluster: Any, rate: dict[str, float]) -> Any:
+def _problems(cluster: Cluster | None, rate: dict[str, float]) -> Iterator[str]:
     """What a person would ask about."""
     import jax
 

@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +99,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def write_rows(target: Path, judged: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(target: Path, judged: Iterable[Mapping[str, object]]) -> None:
     """Writes one line per row, as a task judged it.
 
     Raises:

@@ -11,10 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxft.config import RunConfig, load_config, to_tree
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:  # a run file is read, and refused, before jax is imported
+    from jax import Array
+    from jaxtyping import PyTree
+
+    from jaxft.data.processors.tokenizer import Tokenizer
+    from jaxft.inference.predict import Served
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Trained:
     """By seed, where ``train.seeds`` asks for several."""
 
     @functools.cached_property
-    def served(self) -> Any:
+    def served(self) -> Served:
         """The best model, opened as ``jaxft predict`` opens it: ``model``, ``params``, ``tokenizer``, ``labels``."""
         from jaxft.inference.predict import open_model
 
@@ -45,12 +52,12 @@ class Trained:
         return self.served.model
 
     @property
-    def params(self) -> Any:
+    def params(self) -> PyTree[Array]:
         """Its parameters."""
         return self.served.params
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """Its tokenizer."""
         return self.served.tokenizer
 
@@ -61,7 +68,7 @@ class Trained:
 
 
 def train(
-    config: RunConfig | str | Path | Mapping[str, Any] | None = None,
+    config: RunConfig | str | Path | Mapping[str, object] | None = None,
     task: str | ModuleType | None = None,
     *,
     family: str | ModuleType | None = None,
@@ -109,7 +116,7 @@ def _name(value: str | ModuleType) -> str:
     return value.__name__.removeprefix("jaxft.tasks.").removeprefix("jaxft.models.families.")
 
 
-def _resolved(config: RunConfig | str | Path | Mapping[str, Any] | None, overrides: list[str]) -> RunConfig:
+def _resolved(config: RunConfig | str | Path | Mapping[str, object] | None, overrides: list[str]) -> RunConfig:
     if config is None or isinstance(config, str | Path):
         return load_config(None if config is None else str(config), overrides)
     if not isinstance(config, RunConfig | Mapping):
@@ -131,7 +138,7 @@ def _result(config: RunConfig, *, interrupted: bool) -> Trained:
         seed: Trained(out / f"seed{seed}", config, _read(out / f"seed{seed}/metrics.json"))
         for seed in config.train.seeds
     }
-    means: dict[str, Any] = {}
+    means: dict[str, float] = {}
     if len(seeds) > 1:
         means = {name: found["mean"] for name, found in _read(out / "seeds.json")["metrics"].items()}
     return Trained(out, config, means or dict(next(iter(seeds.values())).metrics), seeds=seeds)

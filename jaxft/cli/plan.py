@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
@@ -17,6 +17,10 @@ from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.platform import COMPILE_ENV
 from jaxft.planning.hlo.llo import llo_flags
+
+if TYPE_CHECKING:
+    from jaxft.machine.chips import Topology
+    from jaxft.training.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +80,7 @@ def _set_up(devices: int, llo_folder: Path | None) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {llo_flags(llo_folder)}"
 
 
-def _run(options: argparse.Namespace, config: RunConfig, topology: Any, llo_folder: Path | None) -> int:
+def _run(options: argparse.Namespace, config: RunConfig, topology: Topology, llo_folder: Path | None) -> int:
     import dataclasses
 
     from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules, ways
@@ -123,7 +127,7 @@ def _note(text: str) -> None:
     print(text, flush=True)
 
 
-def _recipe(config: RunConfig, mesh: Any, platform: str) -> Any:
+def _recipe(config: RunConfig, mesh: Any, platform: str) -> Recipe:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
     from jaxft.training.recipe import make_recipe, open_start, planned_targets
     from jaxft.training.setup import check_lengths, stand_in_tokenizer

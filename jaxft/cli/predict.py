@@ -6,11 +6,16 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxft.data.sources.rows import Value
+    from jaxft.inference.predict import Answers, Served
+    from jaxft.tasks.contract import Answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +99,9 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Input:
-    texts: tuple[Any, ...]
+    texts: tuple[Value, ...]
     """A text, or a pair; or the words of a text."""
-    columns: dict[str, Any]
+    columns: Mapping[str, object]
     """The whole row, by column; empty if the input has no columns."""
     names: tuple[str, ...] = ("text", "pair")
     """The columns of the texts."""
@@ -113,7 +118,7 @@ def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
     yield from map(_Input, zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts), repeat({}))
 
 
-def _rows_of(reference: str, served: Any) -> Iterator[_Input]:
+def _rows_of(reference: str, served: Served) -> Iterator[_Input]:
     from jaxft.data.encode import check_texts
     from jaxft.data.sources.read import column_names, form_of, iter_rows
     from jaxft.data.sources.rows import Carried
@@ -132,7 +137,9 @@ def _rows_of(reference: str, served: Any) -> Iterator[_Input]:
         yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"), row.where)
 
 
-def _answer(rows: Iterator[_Input], answers: Any, served: Any, options: argparse.Namespace, file: IO[str]) -> _Counts:
+def _answer(
+    rows: Iterator[_Input], answers: Answers, served: Served, options: argparse.Namespace, file: IO[str]
+) -> _Counts:
     """Writes the answers."""
     from jaxft.data.sources.rows import Row
     from jaxft.data.sources.write import is_table, row_writer
@@ -153,14 +160,14 @@ def _answer(rows: Iterator[_Input], answers: Any, served: Any, options: argparse
     return counts
 
 
-def _table_row(row: _Input, answer: Any) -> dict[str, Any]:
+def _table_row(row: _Input, answer: Answer) -> dict[str, object]:
     """The row's columns, then what is said of it."""
     given = row.columns or dict(zip(row.names, row.texts, strict=False))
     given = {name: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for name, v in given.items()}
-    return _beside(given, answer.cells) | answer.cells
+    return {**_beside(given, answer.cells), **answer.cells}
 
 
-def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
+def _beside(given: Mapping[str, object], said: Iterable[str]) -> dict[str, object]:
     """The columns of the input under names that the answer does not use."""
     taken, renamed = set(said), {}
     for name, value in given.items():
@@ -171,7 +178,7 @@ def _beside(given: dict[str, Any], said: Iterable[str]) -> dict[str, Any]:
     return renamed
 
 
-def _record(row: _Input, answer: Any, served: Any) -> dict[str, Any]:
+def _record(row: _Input, answer: Answer, served: Served) -> dict[str, object]:
     """One JSON object: what is said of the row, its label if it has one, and its other columns."""
     said = {"text": row.texts[0], **({"pair": row.texts[1]} if len(row.texts) == 2 else {}), **answer.record}
     label = served.config.data.label
@@ -181,7 +188,7 @@ def _record(row: _Input, answer: Any, served: Any) -> dict[str, Any]:
     return said | _finite(_beside(rest, said))
 
 
-def _as_given(true: Any) -> Any:
+def _as_given(true: object) -> object:
     """The label that a row has: a name, or the list or mapping that was carried along as JSON; None: it has none."""
     from jaxft.data.labels import label_text
 
@@ -191,6 +198,6 @@ def _as_given(true: Any) -> Any:
     return label_text(true) or None
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def _finite(row: Mapping[str, object]) -> dict[str, object]:
     """The same with null for each NaN and infinity, which JSON does not have."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}

@@ -8,10 +8,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxft import __version__
 from jaxft.cli.console import WIDTH, first_in_environment, lasting_output, model_lines, no_interrupt, settings_lines
@@ -20,6 +20,15 @@ from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.platform import set_up_jax
+
+if TYPE_CHECKING:  # they import jax, whose import takes seconds
+    from jax import Array
+    from jaxtyping import PyTree
+
+    from jaxft.models.contract import Family
+    from jaxft.training.loop import Result
+    from jaxft.training.programs import Programs
+    from jaxft.training.setup import Setup, Times
 
 MAIN_KEYS = {
     "model.init": "weights to start from: a Hugging Face folder or hub id",
@@ -80,7 +89,7 @@ def _run(config: RunConfig) -> int:
         return _train(config, ready, out, times)
 
 
-def _train(config: RunConfig, ready: Any, out: Path, times: Any) -> int:
+def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
     from jaxft import checkpoint
     from jaxft.machine import processes
     from jaxft.training import loop, resume
@@ -174,7 +183,7 @@ def _note(text: str) -> None:
         print(text, flush=True)
 
 
-def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -> None:
+def _finish(ready: Setup, programs: Programs, result: Result, out: Path, seconds: float) -> None:
     """Report, plots, export."""
     from jaxft.machine.processes import is_first
 
@@ -184,7 +193,7 @@ def _finish(ready: Any, programs: Any, result: Any, out: Path, seconds: float) -
         _export(ready, programs, result, out / "export")
 
 
-def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
+def _report(ready: Setup, result: Result, out: Path, seconds: float) -> None:
     from jaxft.machine.memory import peak_bytes
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
@@ -203,7 +212,7 @@ def _report(ready: Any, result: Any, out: Path, seconds: float) -> None:
         print(why)
 
 
-def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
+def _export(ready: Setup, programs: Programs, result: Result, target: Path) -> None:
     """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics."""
     from jaxft.machine import processes
 
@@ -216,7 +225,7 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
     _export_adapter(ready, result, target.with_name("adapter"))
 
 
-def _export_adapter(ready: Any, result: Any, target: Path) -> None:
+def _export_adapter(ready: Setup, result: Result, target: Path) -> None:
     """Writes a run's adapters by themselves, as peft stores them, beside the export that has them merged in."""
     from jaxft.hub.peft import not_storable, write_adapter
     from jaxft.machine import processes
@@ -241,7 +250,7 @@ def _export_adapter(ready: Any, result: Any, target: Path) -> None:
         _note(f"exported {target} (adapters alone, for peft)")
 
 
-def _exported(ready: Any, programs: Any, result: Any) -> tuple[Any, Any]:
+def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[Array], Mapping[str, Any]]:
     """What is exported, adapters merged in, and its held-out metrics."""
     from jaxft.models import adapters
     from jaxft.training.loop import evaluate
@@ -252,7 +261,7 @@ def _exported(ready: Any, programs: Any, result: Any) -> tuple[Any, Any]:
     return merged, evaluate(ready, programs, adapters.unchanged(merged, result.params))
 
 
-def _write_export(ready: Any, params: Any, target: Path) -> None:
+def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
     from jaxft.hub.pretrained import export_folder
     from jaxft.hub.source import SINGLE_LABEL
     from jaxft.models import adapters
@@ -288,13 +297,15 @@ def _replaced(target: Path) -> Iterator[Path]:
         os.replace(fresh, target)
 
 
-def _family(ready: Any) -> Any:
+def _family(ready: Setup) -> Family:
     from jaxft import models
 
     return models.family(ready.family_name)
 
 
-def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any, target: Path) -> None:
+def _compare(
+    ready: Setup, programs: Programs, exported: PyTree[Array], metrics: Mapping[str, Any], result: Result, target: Path
+) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -309,7 +320,7 @@ def _compare(ready: Any, programs: Any, exported: Any, metrics: Any, result: Any
     base = adapters.base_of(ready.model)
     params = load_params(source, base, _note, mesh=ready.mesh)
 
-    def equal(a: Any, b: Any) -> Any:
+    def equal(a: PyTree[Array], b: PyTree[Array]) -> Array:
         return jnp.array([jnp.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)]).all()
 
     with jax.set_mesh(ready.mesh):

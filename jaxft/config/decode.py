@@ -7,7 +7,7 @@ import functools
 import json
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -16,10 +16,14 @@ from jaxft.config.scalars import EXPONENT, Scalar, settle
 from jaxft.config.stored import GONE
 from jaxft.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import TypeAdapter
+
 T = TypeVar("T")
 
 
-def decode(schema: type[T], tree: Any, where: str = "") -> T:
+def decode(schema: type[T], tree: object, where: str = "") -> T:
     """A dataclass of type ``schema`` from a plain tree.
 
     Raises:
@@ -40,13 +44,13 @@ def decode(schema: type[T], tree: Any, where: str = "") -> T:
 
 
 @functools.cache
-def _adapter(schema: Any) -> Any:
+def _adapter(schema: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(schema)
 
 
-def _present(tree: Any, path: tuple[Any, ...]) -> Iterator[str]:
+def _present(tree: Any, path: tuple[int | str, ...]) -> Iterator[str]:
     """The parts of a path that are keys: pydantic names the members of unions too."""
     for part in path:
         places = range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
@@ -56,7 +60,7 @@ def _present(tree: Any, path: tuple[Any, ...]) -> Iterator[str]:
         yield str(part)
 
 
-def _check_keys(schema: Any, tree: Any, where: str, hint: Callable[[str, Iterable[str]], str]) -> None:
+def _check_keys(schema: object, tree: object, where: str, hint: Callable[[str, Iterable[str]], str]) -> None:
     if not dataclasses.is_dataclass(schema):
         return
     if not isinstance(tree, dict):
@@ -72,12 +76,12 @@ def _check_keys(schema: Any, tree: Any, where: str, hint: Callable[[str, Iterabl
         _check_keys(types[key], value, path, hint)
 
 
-def to_tree(config: Any) -> dict[str, Any]:
+def to_tree(config: DataclassInstance) -> dict[str, Any]:
     """A config dataclass as plain dicts and lists, JSON- and YAML-ready."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: object, prefix: str = "") -> dict[str, object]:
     """The leaves of nested dicts by dotted path; an empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
@@ -96,12 +100,12 @@ _Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789."))
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: DataclassInstance) -> str:
     """The resolved configuration as YAML; loading it gives the same configuration."""
     return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def to_yaml_line(value: Any) -> str:
+def to_yaml_line(value: object) -> str:
     """One value as YAML on one line, as it may be given on the command line."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**30)
     return text.removesuffix("\n").removesuffix("\n...")

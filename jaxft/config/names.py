@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options, tasks_with_options
@@ -56,7 +55,7 @@ _OURS = {
 _MEANT = {theirs: ours for ours, names in _OURS.items() for theirs in names.split()}
 
 
-def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
+def keys_of(schema: object, prefix: str = "") -> Iterator[str]:
     """Every key of a config dataclass, in full; of the section of tasks, those that any task has."""
     for name, kind in typing.get_type_hints(schema).items():
         yield f"{prefix}{name}"
@@ -67,7 +66,7 @@ def keys_of(schema: Any, prefix: str = "") -> Iterator[str]:
             yield from keys_of(kind, f"{prefix}{name}.")
 
 
-def meant(root: Any, path: str, siblings: typing.Iterable[str]) -> str:
+def meant(root: object, path: str, siblings: typing.Iterable[str]) -> str:
     """The tail of an "unknown key" message.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jaxft.config.schema import RunConfig
 from jaxft.errors import UserError
@@ -155,7 +154,7 @@ def _is_span(text: str) -> bool:
     return first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)
 
 
-def _check_finite(tree: Any, path: str) -> None:
+def _check_finite(tree: object, path: str) -> None:
     if isinstance(tree, dict):
         for key, value in tree.items():
             _check_finite(value, f"{path}.{key}".strip("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +58,29 @@ def stored_tree(path: Path) -> dict[str, Any]:
     return settle(RunConfig, {name: value for name, value in tree.items() if name != "task"}, "") | {"task": task}
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        found = merged.get(key)
+        merged[key] = _merge(found, value) if isinstance(found, dict) and isinstance(value, dict) else value
     return merged
 
 
-def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
+def _override(tree: Mapping[str, object], assignment: str) -> dict[str, Any]:
     """``tree`` with one dotted ``key=value`` applied; the type of the key says how the value is read."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"{assignment!r}: expected key=value, for instance optim.learning_rate=1e-4")
-    value = typed(_kind_of(key, text, _task_name(tree)), text, key)
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return _merge(tree, value)
+    *sections, last = key.split(".")
+    above: dict[str, object] = {last: typed(_kind_of(key, text, _task_name(tree)), text, key)}
+    for section in reversed(sections):
+        above = {section: above}
+    return _merge(tree, above)
 
 
-def _kind_of(key: str, text: str, task: str) -> Any:
+def _kind_of(key: str, text: str, task: str) -> object:
     """The declared type of a dotted key of a run with this task; Any inside mappings that take anything."""
-    kind: Any = RunConfig
+    kind: object = RunConfig
     done: list[str] = []
     for part in key.split("."):
         done.append(part)
@@ -121,7 +123,7 @@ def load_config(
     return config
 
 
-def run_config(tree: dict[str, Any]) -> RunConfig:
+def run_config(tree: Mapping[str, object]) -> RunConfig:
     """The configuration that a whole plain tree holds.
 
     Raises:
@@ -133,7 +135,7 @@ def run_config(tree: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(decode(RunConfig, rest), task=task)
 
 
-def _task_name(tree: dict[str, Any]) -> str:
+def _task_name(tree: Mapping[str, object]) -> str:
     section = tree.get("task")
     name = section.get("name", TaskConfig.name) if isinstance(section, dict) else TaskConfig.name
     return str(name.value if isinstance(name, Scalar) else name)

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,42 +23,42 @@ from jaxft.errors import UserError
 class Scalar:
     """A YAML scalar that is not text by its form."""
 
-    value: Any
+    value: object
     source: str
     """The text in the file."""
 
 
-def members(kind: Any) -> tuple[Any, ...]:
+def members(kind: object) -> tuple[object, ...]:
     """The types that a type annotation allows: those of a union, or itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
-def takes_text(kind: Any) -> bool:
+def takes_text(kind: object) -> bool:
     """Whether a value of type ``kind`` may be text, and is no number or boolean."""
     texts = [one is str or _is_choice(one) for one in members(kind)]
     return any(texts) and not any(one in (int, float, bool, Any) for one in members(kind))
 
 
-def _is_choice(kind: Any) -> bool:
+def _is_choice(kind: object) -> bool:
     return typing.get_origin(kind) is Literal and all(isinstance(value, str) for value in typing.get_args(kind))
 
 
-def takes_none(kind: Any) -> bool:
+def takes_none(kind: object) -> bool:
     """Whether null is a value of type ``kind``."""
     return any(one in (type(None), Any) for one in members(kind))
 
 
-def item_kind(kind: Any) -> Any:
+def item_kind(kind: object) -> object:
     """The type of the items of a list of type ``kind``; None: it takes no list."""
     return next((typing.get_args(one)[0] for one in members(kind) if typing.get_origin(one) is tuple), None)
 
 
-def value_kind(kind: Any) -> Any:
+def value_kind(kind: object) -> object:
     """The type of the values of a mapping of type ``kind``; None: it takes no mapping."""
     return next((typing.get_args(one)[1] for one in members(kind) if typing.get_origin(one) is dict), None)
 
 
-def settle(kind: Any, tree: Any, where: str) -> Any:
+def settle(kind: object, tree: object, where: str) -> Any:
     """``tree`` without :class:`Scalar`: text where ``kind`` wants text, the value elsewhere.
 
     Raises:
@@ -89,7 +90,7 @@ def null_is_no_text(where: str) -> UserError:
     )
 
 
-def _unicode(text: Any, where: str) -> Any:
+def _unicode(text: object, where: str) -> object:
     """Text with pairs of surrogates, as JSON writes emoji, put together."""
     if not isinstance(text, str) or text.isascii() or not re.search("[\ud800-\udfff]", text):
         return text
@@ -105,7 +106,7 @@ class Loader(yaml.SafeLoader):
     text (YAML 1.1: booleans, objects, 613 in sixties, 8 in octal). Refuses a key given twice, and tags of other types.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         """A mapping whose keys are texts."""
         self._names_of(node)
         self.flatten_mapping(node)  # `<<: *anchor`: what is merged comes first
@@ -145,7 +146,7 @@ _FORMS = {
 }
 
 
-def _kept(name: str) -> Any:
+def _kept(name: str) -> Callable[[Loader, yaml.ScalarNode], Scalar]:
     construct = yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{name}"]
 
     def with_source(loader: Loader, node: yaml.ScalarNode) -> Scalar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxft.config.schema import TaskConfig
@@ -17,7 +18,7 @@ _ONCE_SHARED = ("label_smoothing", "class_weights", "mask_rate")  # options of t
 _LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with eval.mode had
 
 
-def without_gone(tree: dict[str, Any]) -> dict[str, Any]:
+def without_gone(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A stored configuration without the keys that are gone; ``tree`` itself stays as it is."""
     kept = dict(tree)
     for path in GONE:
@@ -44,7 +45,7 @@ def as_today(tree: dict[str, Any]) -> dict[str, Any]:
     return without_other_options(without_gone(tree))
 
 
-def wrong_best(tree: dict[str, Any]) -> str | None:
+def wrong_best(tree: Mapping[str, object]) -> str | None:
     """What was wrong with the choice of the best checkpoint in a run of an earlier version; None if nothing was.
 
     Those versions took ``eval.mode`` from the run file, ``max`` by default, whatever the metric was.
@@ -60,13 +61,13 @@ def wrong_best(tree: dict[str, Any]) -> str | None:
     return f"this run of an earlier version (eval.mode={section['mode']}) kept the checkpoint of the {kind} {metric}, its worst"
 
 
-def stored_config(meta: dict[str, Any]) -> dict[str, Any]:
+def stored_config(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in a checkpoint's ``meta`` as today's versions write it, with ``eval.metric`` named."""
     tree = as_today(meta["config"])
     return tree | {"eval": tree.get("eval", {}) | {"metric": stored_metric(meta)}}
 
 
-def stored_metric(meta: dict[str, Any]) -> str:
+def stored_metric(meta: Mapping[str, Any]) -> str:
     """The metric that chose the best checkpoint of the run that a checkpoint's ``meta`` is of."""
     before = meta["config"].get("eval", {}).get("metric")  # versions that did not write the other always had this one
     return meta.get("progress", {}).get("metric") or before or "accuracy"

@@ -7,7 +7,6 @@ would drop or change without a word (comments, anchors, tags, folded lines) is r
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
@@ -19,7 +18,7 @@ _DOUBLE = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _REFUSED = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken, yaml.DirectiveToken)
 
 
-def typed(kind: Any, text: str, key: str) -> Any:
+def typed(kind: object, text: str, key: str) -> object:
     """The value of ``key``, of type ``kind``, that ``text`` says.
 
     Text keys take it literally, but for ``null`` where None is allowed and a whole quoted text, which loses its quotes (YAML's
@@ -46,7 +45,7 @@ def typed(kind: Any, text: str, key: str) -> Any:
     return parse_yaml(text, f"{key}={text}")
 
 
-def _text(kind: Any, text: str, where: str) -> str | None:
+def _text(kind: object, text: str, where: str) -> str | None:
     if text == "null":
         if takes_none(kind):
             return None

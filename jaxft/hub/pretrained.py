@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import PyTree
 
 from jaxft.config import to_tree
 from jaxft.data.processors.contract import Processor
@@ -218,7 +220,7 @@ def export_folder(
     source_config: dict[str, Any],
     family: Family,
     model: Any,
-    params: Any,
+    params: PyTree[Array],
     *,
     tokenizer: Processor | None = None,
     tokenizer_folder: str | Path | None = None,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jaxft.config import load_config
 from jaxft.data.batch import Fields, HostBatch
@@ -27,6 +30,8 @@ from jaxft.parallel.sharding import (
     shardings_of,
     ways,
 )
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,23 @@ class Devices:
                 f"{key}={size} cannot be split {self.batch_ways} ways (mesh slices x data x fsdp); choose a multiple"
             )
 
-    def spread(self, model: Any, params: Any) -> Any:
+    def spread(self, model: nn.Module, params: PyTree[Array]) -> PyTree[Array]:
         """Parameters, each in the parts that the devices hold; those that lie in a file are read one after the other."""
         if self.mesh is None:
             return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
         places = shardings_of(self.mesh, self.rules, *shapes_and_axes(model))
         return jax.tree.map(lambda leaf, place: jax.device_put(np.asarray(leaf), place), params, places)
 
-    def compiled(self, function: Callable[[Any, Any], Any], fields: Fields) -> Callable[[Any, HostBatch], Any]:
+    def compiled(
+        self, function: Callable[[PyTree[Array], dict[str, Array]], R], fields: Fields
+    ) -> Callable[[PyTree[Array], HostBatch], R]:
         """``function(params, batch)``, compiled once per shape of a batch of the host; results lie whole on each device."""
         if self.mesh is None:
             return jax.jit(function)
         mesh, program = self.mesh, jitted(function, self.mesh, replicated(self.mesh))
 
         @functools.wraps(function)
-        def run(params: Any, batch: HostBatch) -> Any:
+        def run(params: PyTree[Array], batch: HostBatch) -> R:
             rows = len(batch["weights"])
             with jax.set_mesh(mesh):
                 return program(params, to_global(batch, fields, mesh, self.rules, rows))

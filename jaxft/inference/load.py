@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax import Array
+from jaxtyping import PyTree
+
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
 from jaxft.errors import UserError, nearest
 from jaxft.hub.pretrained import check_changes, export_folder, load_params
@@ -22,7 +25,8 @@ class Loaded:
     """What :func:`load` gives; unpacks into (model, params, tokenizer)."""
 
     model: Any
-    params: Any
+    """A Linen module: ``model.apply({"params": params}, **inputs)`` is an :class:`~jaxft.models.contract.Output`."""
+    params: PyTree[Array]
     tokenizer: Tokenizer | None
     """None: the folder has no tokenizer files."""
     labels: tuple[str, ...] | None
@@ -31,7 +35,9 @@ class Loaded:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params, self.tokenizer))
 
-    def save(self, folder: str | Path, params: Any = None, labels: Sequence[str] | None = None) -> None:
+    def save(
+        self, folder: str | Path, params: PyTree[Array] | None = None, labels: Sequence[str] | None = None
+    ) -> None:
         """Writes a folder in Hugging Face layout, with the tokenizer and config.json of the folder it was loaded from.
 
         Args:
@@ -74,7 +80,7 @@ def load(
     compute: Compute | None = None,
     max_length: int | None = None,
     note: Note = print,
-    **arch: Any,
+    **arch: object,
 ) -> Loaded:
     """A model with its parameters and tokenizer, from a folder in Hugging Face layout or a hub id.
 
@@ -122,7 +128,7 @@ def load(
     return Loaded(model, params, tokenizer, source.labels if labels is None else tuple(labels), source)
 
 
-def _class_count(labels: Sequence[str], arch: Mapping[str, Any]) -> int:
+def _class_count(labels: Sequence[str], arch: Mapping[str, object]) -> int:
     names = list(labels)
     if isinstance(labels, str) or len(set(names)) != len(names) or not names:
         raise UserError(f"labels={labels!r}: expected a list of different names")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import PyTree
 
 from jaxft import checkpoint, models, tasks
 from jaxft.config import RunConfig, TaskConfig, load_config, run_config
@@ -33,12 +35,14 @@ from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import classes_of
-from jaxft.tasks.contract import Answer, TaskModule
+from jaxft.tasks.contract import Answer, Batch, TaskModule
 from jaxft.training.recipe import make_compute
 from jaxft.training.setup import settled
 from jaxft.training.step import forward_of
 
 T = TypeVar("T")
+Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
+"""Answers to rows in their order, each with whether something of the row was cut off."""
 
 
 def _options_of(module: Any) -> TaskConfig:
@@ -55,7 +59,7 @@ class Served:
     """The run's configuration if the model came from a run, else the defaults; overrides applied."""
     family_name: str
     model: Any
-    params: Any
+    params: PyTree[Array]
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     """Label names in the order of class ids; empty where the head has no classes."""
@@ -75,7 +79,7 @@ class Served:
             return self.config
         return dataclasses.replace(self.config, task=_options_of(module))
 
-    def task(self, **changes: Any) -> tuple[TaskModule, Any]:
+    def task(self, **changes: object) -> tuple[TaskModule, Any]:
         """The module of the task that the model's head is for, and the task.
 
         Args:
@@ -162,7 +166,7 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
 
 def restored(
     folder: Path, overrides: list[str], note: Note
-) -> tuple[RunConfig, str, Any, Any, Path, tuple[str, ...], dict[str, Any]]:
+) -> tuple[RunConfig, str, Any, PyTree[Array], Path, tuple[str, ...], dict[str, Any]]:
     """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json.
 
     Parameters are read when they are used (:func:`jaxft.checkpoint.open_params`), unless there are adapters to be merged.
@@ -186,7 +190,7 @@ def restored(
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
 
 
-def _tokenizer_of(folder: Path, meta: dict[str, Any], config: RunConfig, note: Note, *, named: bool) -> Path:
+def _tokenizer_of(folder: Path, meta: Mapping[str, Any], config: RunConfig, note: Note, *, named: bool) -> Path:
     """The tokenizer's folder of a checkpoint: as ``named`` by the user, where the run had it, or what the run named then."""
     if named and config.data.tokenizer is not None:
         found: Path | None = resolve_folder(config.data.tokenizer)
@@ -206,12 +210,12 @@ def _tokenizer_of(folder: Path, meta: dict[str, Any], config: RunConfig, note: N
     return found
 
 
-def _warn_of_wrong_best(tree: dict[str, Any], note: Note) -> None:
+def _warn_of_wrong_best(tree: Mapping[str, object], note: Note) -> None:
     if wrong := wrong_best(tree):
         note(f"warning: {wrong}")
 
 
-def _override(tree: dict[str, Any], overrides: list[str]) -> RunConfig:
+def _override(tree: dict[str, object], overrides: list[str]) -> RunConfig:
     import tempfile
 
     run_config(tree)
@@ -226,10 +230,10 @@ def _served(
     config: RunConfig,
     family: str,
     model: Any,
-    params: Any,
+    params: PyTree[Array],
     tokenizer_folder: Path,
     labels: tuple[str, ...],
-    hf_config: Any,
+    hf_config: dict[str, Any],
     devices: Devices,
 ) -> Served:
     limit = model.facts.limit
@@ -250,9 +254,7 @@ def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
         raise UserError(f"--threshold {threshold}: must lie in 0..1")
 
 
-def make_answerer(
-    served: Served, batch_size: int, **changes: Any
-) -> Callable[[Sequence[Row]], list[tuple[Answer, bool]]]:
+def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:
     """``rows -> answers`` in the same order, each with whether something of the row was cut off.
 
     Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
@@ -273,7 +275,7 @@ def make_answerer(
     served.devices.check_batch("--batch-size", batch_size)
     buckets = make_buckets(None, tokenizer.max_length or 512)
 
-    def asked(params: Any, batch: Any) -> Any:
+    def asked(params: PyTree[Array], batch: Batch) -> Batch:
         return task.predictions(forward_of(served.model, params), batch)
 
     predictions = served.devices.compiled(asked, fields)
@@ -310,35 +312,38 @@ def make_answerer(
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of up to ``size`` items, in order; a slow producer (a pipe, a person) is not waited for: what is there is given."""
-    todo: queue.Queue[Any] = queue.Queue(maxsize=4 * size)
-    end = object()
+    todo: queue.Queue[T | _End] = queue.Queue(maxsize=4 * size)
 
     def produce() -> None:
         try:
             for item in items:
                 todo.put(item)
-            todo.put(end)
+            todo.put(_End())
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            todo.put(_Failure(error))
+            todo.put(_End(error))
 
     threading.Thread(target=produce, daemon=True).start()
     while True:
-        chunk = [todo.get()]
-        while len(chunk) < size and chunk[-1] is not end and not isinstance(chunk[-1], _Failure):
+        chunk: list[T] = []
+        item = todo.get()
+        while not isinstance(item, _End):
+            chunk.append(item)
+            if len(chunk) == size:
+                break
             try:
-                chunk.append(todo.get_nowait())
+                item = todo.get_nowait()
             except queue.Empty:
                 break
-        last = chunk[-1]
-        done = last is end or isinstance(last, _Failure)
-        if chunk[: -1 if done else None]:
-            yield chunk[: -1 if done else None]
-        if isinstance(last, _Failure):
-            raise last.error
-        if done:
+        if chunk:
+            yield chunk
+        if isinstance(item, _End):
+            if item.error is not None:
+                raise item.error
             return
 
 
 @dataclass(frozen=True)
-class _Failure:
-    error: BaseException
+class _End:
+    """What follows the last item: nothing, or why there is no other one."""
+
+    error: BaseException | None = None

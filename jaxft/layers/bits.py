@@ -24,6 +24,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Key, UInt32
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ def _lowbias32(x: Array) -> Array:
     return x ^ (x >> _16)
 
 
-def hash_words(key: Array) -> tuple[Array, Array]:
+def hash_words(key: Key[Array, "*keys"]) -> tuple[UInt32[Array, "*keys"], UInt32[Array, "*keys"]]:
     """Two uint32 words from a key (or an array of keys) of any kind.
 
     A bijection of threefry keys: different keys give different pairs. Keys of four words (``rbg``, ``unsafe_rbg``) are taken in two
@@ -84,7 +85,12 @@ def hash_bits(words: tuple[Array, Array], high: Array, low: Array) -> Array:
     return x ^ (x >> _16)
 
 
-def keep_at(words: tuple[Array, Array], rate: float, high: Array, low: Array) -> tuple[Array, np.float32]:
+def keep_at(
+    words: tuple[UInt32[Array, "*_"], UInt32[Array, "*_"]],
+    rate: float,
+    high: UInt32[Array, "*_"],
+    low: UInt32[Array, "*_"],
+) -> tuple[Bool[Array, "*_"], np.float32]:
     """What dropout at ``rate`` keeps at these counters (bool), and the scale of what is kept.
 
     Keeps where the upper 16 bits of :func:`hash_bits` are below a threshold: the rate is exact to 2**-17, the scale matches it.

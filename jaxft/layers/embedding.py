@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Integer
 
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
@@ -21,7 +22,9 @@ from jaxft.parallel.sharding import AxisNames, AxisRules, run_mesh, ways
 Array = jax.Array
 
 
-def look_up(table: Array, ids: Array, names: AxisNames, compute: Compute) -> Array:
+def look_up(
+    table: Float[Array, "V D"], ids: Integer[Array | np.ndarray, "*rows"], names: AxisNames, compute: Compute
+) -> Float[Array, "*rows D"]:
     """Rows ``ids`` [B, S] or [S] of ``table`` [V, D], in ``compute.activation_dtype``.
 
     Ids beyond the table are refused where their values are known. In traced code, where they are not, such a place is NaN;
@@ -40,7 +43,7 @@ def look_up(table: Array, ids: Array, names: AxisNames, compute: Compute) -> Arr
     return _look_up(compute, names, compute.rules.place_gradient(table, *names), ids)
 
 
-def _refuse_beyond(rows: int, ids: Array, names: AxisNames) -> None:
+def _refuse_beyond(rows: int, ids: Array | np.ndarray, names: AxisNames) -> None:
     """Raises UserError if ids whose values are known are not rows of the table."""
     if isinstance(ids, jax.core.Tracer) or ids.size == 0 or not getattr(ids, "is_fully_addressable", True):
         return
@@ -52,7 +55,7 @@ def _refuse_beyond(rows: int, ids: Array, names: AxisNames) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _look_up(compute: Compute, names: AxisNames, table: Array, ids: Array) -> Array:
+def _look_up(compute: Compute, names: AxisNames, table: Array, ids: Array | np.ndarray) -> Array:
     rows = jnp.take(table, ids, axis=0, mode="clip").astype(compute.activation_dtype)
     if compute.known_ids:
         return rows

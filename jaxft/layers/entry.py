@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType
+from jaxtyping import Integer, PRNGKeyArray
 
 from jaxft.errors import UserError, nearest
 
@@ -26,8 +27,12 @@ _THEIRS = {
 
 
 def checked_call(
-    module: nn.Module, tokens: Array, key: Array | None, unknown: Mapping[str, Any], names: Sequence[str]
-) -> Array | None:
+    module: nn.Module,
+    tokens: Integer[Array | np.ndarray, "B S"],
+    key: PRNGKeyArray | None,
+    unknown: Mapping[str, object],
+    names: Sequence[str],
+) -> PRNGKeyArray | None:
     """The dropout key of a model's call: ``key``, or what Linen was given as ``rngs={"dropout": ...}``; None: no dropout.
 
     Args:
@@ -54,7 +59,7 @@ def _instead(name: str, names: Sequence[str]) -> str:
     return nearest(name, names)
 
 
-def _refuse_explicit(tokens: Array) -> None:
+def _refuse_explicit(tokens: Array | np.ndarray) -> None:
     """Where axes are explicit, look-ups, products and attention would each have to be told where their results lie."""
     meshes = (jax.typeof(tokens).sharding.mesh, jax.sharding.get_abstract_mesh())
     for mesh in meshes:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Bool, Float, Integer, PRNGKeyArray
 
 from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.matmul import Activation, recomputed_from
@@ -22,7 +23,7 @@ def _normal_cdf(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def gelu(x: Array) -> Array:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x * Phi(x) with the exact normal distribution function (Hendrycks & Gimpel 2016).
 
     Keeps only ``x`` for its backward pass; autodiff would keep its derivative too.
@@ -70,7 +71,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def dropout(x: Array, rate: float, key: Array | None, bits: Literal["threefry", "hash"] = "threefry") -> Array:
+def dropout(
+    x: Float[Array, "*shape"],
+    rate: float,
+    key: PRNGKeyArray | None,
+    bits: Literal["threefry", "hash"] = "threefry",
+) -> Float[Array, "*shape"]:
     """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate). No key: returns ``x``.
 
     Bits come from counters over the global shape, so they do not depend on the mesh: of threefry
@@ -108,7 +114,7 @@ _hash_dropout.defvjp(
 )
 
 
-def keep_mask(key: Array, rate: float, shape: tuple[int, ...]) -> tuple[Array, np.float32]:
+def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, "*_"], np.float32]:
     """What :func:`dropout` keeps, as a bool array of ``shape``, and the scale of what is kept."""
     keep = round((1.0 - rate) * 65536)
     *rest, last = shape
@@ -117,13 +123,15 @@ def keep_mask(key: Array, rate: float, shape: tuple[int, ...]) -> tuple[Array, n
     return halves < keep, np.float32(65536 / keep)
 
 
-def subkey(key: Array | None, index: int | Array) -> Array | None:
+def subkey(key: PRNGKeyArray | None, index: int | Integer[Array, ""]) -> PRNGKeyArray | None:
     """The ``index``-th independent key below ``key``; None stays None (deterministic evaluation)."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+def layer_norm(
+    x: Float[Array, "*rows D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*rows D"]:
     """Layer normalisation of [..., D] with float32 statistics; the result has the type of ``x``.
 
     Keeps ``x`` and its statistics for the backward pass, no third array of its size.
@@ -156,7 +164,7 @@ layer_norm.defvjp(usual_promotion(_layer_norm_fwd), usual_promotion(_layer_norm_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
     """Root-mean-square normalisation of [..., D] with float32 statistics; the result has the type of ``x``.
 
     Keeps ``x`` and its statistics for the backward pass.

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.matmul import affine
@@ -37,7 +38,7 @@ class Projection(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Float[Array, "D N H"], Float[Array, "N H"] | None]:
         dtype = self.compute.param_dtype
         kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         if not self.biased:
@@ -46,8 +47,12 @@ class Projection(nn.Module):
 
 
 def project(
-    x: Array, projection: tuple[Array, Array | None], names: AxisNames, compute: Compute, tokens_last: bool
-) -> Array:
+    x: Float[Array, "B S D"],
+    projection: tuple[Float[Array, "D N H"], Float[Array, "N H"] | None],
+    names: AxisNames,
+    compute: Compute,
+    tokens_last: bool,
+) -> Float[Array, "B N S H"] | Float[Array, "N H T"]:
     """``x`` [B, S, D] mapped to heads: [B, N, S, H], or [N, H, T] with ``tokens_last``.
 
     Args:
@@ -63,7 +68,7 @@ def project(
     return y.reshape(*y.shape[:-1], *kernel.shape[1:]).transpose(0, 2, 1, 3)
 
 
-def rows_of(x: Array, rows: int) -> Array:
+def rows_of(x: Float[Array, "N H T"], rows: int) -> Float[Array, "B N S H"]:
     """[N, H, T] as [B, N, S, H]; B is ``rows``. Kernels that want the former undo it, and compilers see that."""
     n, h, t = x.shape
     flat = jax.lax.optimization_barrier(x.reshape(n * h, t))
@@ -71,12 +76,12 @@ def rows_of(x: Array, rows: int) -> Array:
 
 
 def project_together(
-    x: Array,
-    projections: Sequence[tuple[Array, Array | None]],
+    x: Float[Array, "B S D"],
+    projections: Sequence[tuple[Float[Array, "D N H"], Float[Array, "N H"] | None]],
     names: AxisNames,
     compute: Compute,
     tokens_last: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Float[Array, "B N S H"], ...]:
     """``x`` [B, S, D] through several projections of one shape, biased or not; each result is [B, N, S, H].
 
     As a single wide product: the stored tree keeps them apart, three narrow products were measured slower on CPUs. Of each head, all
@@ -115,7 +120,7 @@ class FromHeads(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, tokens_last: bool = False) -> Array:
+    def __call__(self, x: Float[Array, "B N S H"], tokens_last: bool = False) -> Float[Array, "B S D"]:
         dtype, (b, n, s, h) = self.compute.param_dtype, x.shape
         kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         bias = None

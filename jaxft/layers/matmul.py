@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Float, Float32
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import DEFAULT_RULES, AxisNames, AxisRules, run_mesh, ways
 
 Array = jax.Array
+Tree = TypeVar("Tree")
 
 
 def _batched(spec: str) -> bool:
@@ -115,7 +117,7 @@ def _cpu_barrier(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
-def cpu_after(x: Any, *earlier: Array) -> Any:
+def cpu_after(x: Tree, *earlier: Array) -> Tree:
     """``x``, on a CPU not available before ``earlier`` are.
 
     XLA's CPU backend drops barriers before it decides the order of operations; it only heeds real dependencies. So a term
@@ -133,7 +135,7 @@ def cpu_after(x: Any, *earlier: Array) -> Any:
     return lax.platform_dependent(x, *earlier, cpu=late, default=lambda x, *_: x)
 
 
-def recomputed_from(x: Any, g: Array) -> tuple[Any, Array]:
+def recomputed_from(x: Tree, g: Array) -> tuple[Tree, Array]:
     """``x`` and the cotangent ``g``, such that what a backward pass computes from them is computed then.
 
     Without it, compilers find that the forward pass has computed the same already, and keep that.
@@ -164,12 +166,16 @@ def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tu
 _einsum.defvjp(usual_promotion(_einsum_fwd), usual_promotion(_einsum_bwd))
 
 
-def dot(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:
+def dot(
+    spec: str, x: Float[Array, "*_"], w: Float[Array, "*_"], compute: Compute, weight: AxisNames | None = None
+) -> Float32[Array, "*_"]:
     """The einsum that :func:`einsum` is made of: float32 result, no gradient of its own. For use inside custom VJPs."""
     return _dot(spec, compute.matmul_dtype, "float32", x, _Product.of(compute, weight).whole(w))
 
 
-def einsum(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | None = None) -> Array:
+def einsum(
+    spec: str, x: Float[Array, "*_"], w: Float[Array, "*_"], compute: Compute, weight: AxisNames | None = None
+) -> Float[Array, "*_"]:
     """Two-operand einsum with operands in ``compute.matmul_dtype`` and float32 accumulation, forwards and backwards.
 
     Every index must occur in two of the three terms (no sums or broadcasts inside one operand). Left to itself, autodiff
@@ -182,17 +188,19 @@ def einsum(spec: str, x: Array, w: Array, compute: Compute, weight: AxisNames | 
 
 
 Activation = Callable[[Array], Array]
+Operand = Float[Array, "*_"] | tuple[Float[Array, "*_"], ...]
+"""What is multiplied; for an activation of several arrays, all of them."""
 
 
 def affine(
     spec: str,
-    x: Any,
-    w: Array,
-    b: Array | None,
+    x: Operand,
+    w: Float[Array, "*_"],
+    b: Float[Array, " E"] | None,
     compute: Compute,
     act: Callable[[Any], Array] | None = None,
     weight: AxisNames | None = None,
-) -> Array:
+) -> Float[Array, "*_"]:
     """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the one dimension of the result that ``w`` adds.
 
     An activation (of one array or, for gated ones, of a tuple of them) is computed again in the backward pass rather than

@@ -5,17 +5,21 @@ Dims: D, E widths of inputs and outputs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import struct
+from jaxtyping import Float, Integer
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.embedding import look_up
 from jaxft.layers.functions import layer_norm, rms_norm
-from jaxft.layers.matmul import affine
+from jaxft.layers.matmul import Operand, affine
 from jaxft.parallel.sharding import AxisNames
 
 Array = jax.Array
@@ -61,11 +65,25 @@ def declare(
     return module.param(name, labelled(init, *names) if is_ours(module) else init, shape, dtype)
 
 
+_in_stack = contextvars.ContextVar("in_stack", default=False)
+
+
+@contextlib.contextmanager
+def labelled_stack() -> Iterator[None]:
+    """Within it, parameters are :class:`Labelled` whoever's module declares them: a layer is initialised apart from its model."""
+    before = _in_stack.set(True)
+    try:
+        yield
+    finally:
+        _in_stack.reset(before)
+
+
 def is_ours(module: nn.Module) -> bool:
-    """Whether the outermost module is one of this package, or the ``Model`` of a family from another one."""
+    """Whether the outermost module is one of this package, the ``Model`` of a family from another one, or a layer of its stack."""
     while isinstance(module.parent, nn.Module):
         module = module.parent
-    return hasattr(type(module), "facts") or type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+    ours = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return ours or hasattr(type(module), "facts") or _in_stack.get()
 
 
 def unlabel(tree: Any) -> tuple[Any, Any]:
@@ -92,7 +110,7 @@ class Linear(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self, x: Any) -> Array:
+    def __call__(self, x: Operand) -> Float[Array, "*_"]:
         dtype = self.compute.param_dtype
         kernel = declare(self, "kernel", self.kernel_init, self.names, self.shape, dtype)
         kernel = self.compute.rules.place_gradient(kernel, *self.names)
@@ -104,14 +122,14 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, statistics in float32 (Ba et al. 2016)."""
+    """Layer normalisation, (x - mean) / sqrt(variance + eps) * scale + bias over the last axis, statistics in float32 (Ba et al. 2016)."""
 
     eps: float
     compute: Compute
     biased: bool = True
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         dtype = self.compute.param_dtype
         scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
         if not self.biased:
@@ -121,13 +139,13 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
+    """RMS normalisation, x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
 
     eps: float
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         dtype = self.compute.param_dtype
         scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
         return rms_norm(x, scale, self.eps)
@@ -146,5 +164,5 @@ class Embed(nn.Module):
         shape = (self.rows, self.width)
         self.embedding = declare(self, "embedding", self.table_init, self.names, shape, self.compute.param_dtype)
 
-    def __call__(self, ids: Array) -> Array:
+    def __call__(self, ids: Integer[Array | np.ndarray, "*rows"]) -> Float[Array, "*rows D"]:
         return look_up(self.embedding, ids, self.names, self.compute)

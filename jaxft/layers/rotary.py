@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Integer
 
 Array = jax.Array
 
@@ -26,7 +27,7 @@ class Rotary:
     original_max_position_embeddings: int = 8192
     """The last three are of ``llama3``: short waves stay, long ones are stretched, those between by degrees."""
 
-    def frequencies(self, head_size: int) -> np.ndarray:
+    def frequencies(self, head_size: int) -> Float32[np.ndarray, " pairs"]:
         """[H / 2] float32 radians per position."""
         base = 1.0 / self.theta ** (np.arange(0, head_size, 2, dtype=np.float64) / head_size)
         if self.kind == "linear":
@@ -39,7 +40,12 @@ class Rotary:
         return base.astype(np.float32)
 
 
-def rotate(x: Array, positions: Array, rotary: Rotary, tokens_last: bool = False) -> Array:
+def rotate(
+    x: Float[Array, "B N S H"] | Float[Array, "N H T"],
+    positions: Integer[Array, "#B S"],
+    rotary: Rotary,
+    tokens_last: bool = False,
+) -> Float[Array, "B N S H"] | Float[Array, "N H T"]:
     """``x`` [B, N, S, H], or [N, H, B S] with ``tokens_last``, turned by the angles of ``positions`` [B, S], in float32.
 
     The result has the type of ``x``.

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
-from jaxft.layers.modules import is_ours, unlabel
+from jaxft.layers.modules import is_ours, labelled_stack, unlabel
 from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import no_mesh
 
@@ -59,8 +60,8 @@ unstack.defvjp(usual_promotion(_unstack_fwd), usual_promotion(_unstack_bwd))
 
 
 def stacked_params(
-    parent: nn.Module, name: str, layer: Any, length: int, *example: Any, begins: Mapping[str, int] = _ALL
-) -> Any:
+    parent: nn.Module, name: str, layer: nn.Module, length: int, *example: object, begins: Mapping[str, int] = _ALL
+) -> PyTree[Array]:
     """Declares, on ``parent``, the parameters of ``length`` copies of ``layer``: each leaf gets a leading "layers" axis.
 
     Inside a ``compact`` method only. ``layer``: has a field ``compute``. ``example``: arguments with which it can be initialised.
@@ -73,7 +74,7 @@ def stacked_params(
     def init(key: Array) -> Any:
         # The attention backend asked for may refuse the example.
         quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
-        with no_mesh():  # the example is too small to be split
+        with no_mesh(), labelled_stack():  # the example is too small to be split
             trees = jax.vmap(lambda k: quick.init(k, *example)["params"])(jax.random.split(key, length))
         made = {}
         for child, tree in trees.items():
@@ -88,16 +89,16 @@ def stacked_params(
 
 
 def apply_stack(
-    layer: Any,
-    params: Any,
+    layer: nn.Module,
+    params: PyTree[Array],
     length: int,
-    x: Array,
-    key: Array | None,
-    *args: Any,
+    x: Float[Array, "B S D"],
+    key: PRNGKeyArray | None,
+    *args: object,
     keep: bool = False,
     kinds: Sequence[Hashable] | None = None,
     begins: Mapping[str, int] = _ALL,
-) -> tuple[Array, Array | None]:
+) -> tuple[Float[Array, "B S D"], Float[Array, "states B S D"] | None]:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Float, Float32, Int32, Integer
 
 from jaxft.errors import UserError
 from jaxft.layers.compute import Compute
@@ -27,14 +28,20 @@ _NAMES = ("vocab", "embed")
 class TokenScore(NamedTuple):
     """What a loss needs of the logits of some tokens."""
 
-    loss: Array
-    """[B, M] float32: -log softmax(logits)[target]."""
-    best: Array
-    """[B, M] int32: the entry with the largest logit."""
+    loss: Float32[Array, "B M"]
+    """-log softmax(logits)[target]."""
+    best: Int32[Array, "B M"]
+    """The entry with the largest logit."""
 
 
-def vocabulary_logits(x: Array, table: Array, bias: Array | None, compute: Compute, place: str) -> Array:
-    """float32 ``x`` [B, M, D] times ``table`` [V, D] plus ``bias`` [V]: [B, M, V], split over devices by vocabulary.
+def vocabulary_logits(
+    x: Float[Array, "B M D"],
+    table: Float[Array, "V D"],
+    bias: Float[Array, " V"] | None,
+    compute: Compute,
+    place: str,
+) -> Float32[Array, "B M V"]:
+    """The logits of a vocabulary in float32, ``x`` times ``table`` plus ``bias``, split over devices by vocabulary.
 
     Args:
       place: the logical name of M: ``length`` or ``predicted``.
@@ -71,14 +78,20 @@ def _gradient_apart(x: Array) -> Array:
 _gradient_apart.defvjp(lambda x: (x, None), lambda kept, g: (lax.optimization_barrier(g),))
 
 
-def score_tokens(x: Array, table: Array, bias: Array | None, targets: Array, compute: Compute) -> TokenScore:
+def score_tokens(
+    x: Float[Array, "B M D"],
+    table: Float[Array, "V D"],
+    bias: Float[Array, " V"] | None,
+    targets: Integer[Array, "B M"],
+    compute: Compute,
+) -> TokenScore:
     """Loss and best guess of each token, ``compute.vocab_tile`` entries at a time, forwards and backwards.
 
     The backward pass computes each tile's logits again. Costs one more product with the table than logits held at once,
     and B M V fewer numbers.
 
     Args:
-      x: [B, M, D]. table: [V, D]. bias: [V] or None. targets: [B, M] int32.
+      targets: the entry that stands at each place.
 
     Raises:
       UserError: the vocabulary is split over devices, whose parts a tile would have to gather.

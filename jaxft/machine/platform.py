@@ -7,7 +7,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 COMPILE_ENV = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -17,7 +16,7 @@ COMPILE_ENV = {
     "TPU_WORKER_ID": "0",
 }
 
-_USUAL: dict[str, Any] = {
+_USUAL: dict[str, str | bool] = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
     "jax_transfer_guard": "allow",

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import Float, Float32, Integer
 
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
@@ -22,35 +23,38 @@ from jaxft.models.layout import Layout, Rule, Tensors
 
 Array = jax.Array
 
+__all__ = ["Facts", "Family", "Features", "Field", "Fields", "Head", "Layout", "Output", "Rule", "Stack", "Tensors"]
+"""What a family from outside of jaxft is made of (docs/api.md)."""
+
 
 class Output(NamedTuple):
     """What a forward pass gives. B rows, S tokens, D width, C classes, V vocabulary, L layers."""
 
-    hidden: Array
-    """[B, S, D], after the last layer and its norm."""
-    pooled: Array | None = None
-    """[B, D], one vector per row; None: the model makes none."""
-    logits: Array | None = None
-    """float32, what the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
+    hidden: Float[Array, "B S D"]
+    """After the last layer and its norm."""
+    pooled: Float[Array, "B D"] | None = None
+    """One vector per row; None: the model makes none."""
+    logits: Float32[Array, "B *places C"] | None = None
+    """What the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
     score: TokenScore | None = None
     """A vocabulary head's score instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
-    hidden_states: Array | None = None
-    """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
-    attentions: Array | None = None
-    """[L, B, N, S, S] float32, how much each token looks at each other one in each layer and head; None unless asked for."""
+    hidden_states: Float[Array, "states B S D"] | None = None
+    """L + 1 states: the embeddings and what each layer gives; None unless asked for."""
+    attentions: Float32[Array, "L B N S S"] | None = None
+    """How much each token looks at each other one in each layer and head; None unless asked for."""
 
 
 class Features(NamedTuple):
     """What a head may look at."""
 
-    hidden: Array
-    """[B, S, D]; [B, M, D] where positions to predict were given."""
-    pooled: Array | None = None
-    """[B, D]."""
-    table: Array | None = None
-    """[V, D], the embeddings of tokens."""
-    targets: Array | None = None
-    """[B, M] int32, what the head's logits are scored against."""
+    hidden: Float[Array, "B M D"]
+    """Of each token, M = S; of M ones where positions to predict were given."""
+    pooled: Float[Array, "B D"] | None = None
+    """One vector per row, where the head reads it."""
+    table: Float[Array, "V D"] | None = None
+    """The embeddings of tokens."""
+    targets: Integer[Array, "B M"] | None = None
+    """What the head's logits are scored against."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxft.models.patterns import Pattern, parsed, unchanged
 
@@ -31,11 +32,11 @@ class Tensors(Protocol):
         """The shape of a tensor."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
         """The whole tensor."""
         ...
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "*shape"]:
         """Rows ``[start, stop)`` of its first axis."""
         ...
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError, nearest
@@ -204,7 +205,7 @@ def ways(mesh: Mesh | AbstractMesh, rules: AxisRules, name: str) -> int:
     return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name.partition(":")[0]]]))
 
 
-def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
+def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: PyTree, **options: Any) -> jax.stages.Wrapped:
     """``jax.jit`` for either kind of axes: on an Explicit mesh, the inside of ``function`` is left to the compiler too."""
     if AxisType.Explicit in mesh.axis_types:
         function = jax.sharding.auto_axes(function, out_sharding=out_shardings)
@@ -216,7 +217,7 @@ def device_kind(mesh: Mesh | AbstractMesh) -> str | None:
     return mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else None
 
 
-def no_mesh() -> AbstractContextManager[Any]:
+def no_mesh() -> AbstractContextManager[object]:
     """Inside, nothing is constrained: the mesh that a caller has set is out of sight."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
@@ -239,10 +240,10 @@ def sharding_of(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...], names: Axi
     return NamedSharding(mesh, spec)
 
 
-def shardings_of(mesh: Mesh, rules: AxisRules, shapes: Any, axes: Any) -> Any:
+def shardings_of(mesh: Mesh, rules: AxisRules, shapes: PyTree, axes: PyTree[AxisNames]) -> PyTree[NamedSharding]:
     """A tree of shardings for a tree of shaped leaves and its tree of logical names."""
 
-    def of_leaf(path: tuple[Any, ...], leaf: Any, names: AxisNames) -> NamedSharding:
+    def of_leaf(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct, names: AxisNames) -> NamedSharding:
         return sharding_of(mesh, rules, leaf.shape, names, path_text(path))
 
     return jax.tree_util.tree_map_with_path(of_leaf, shapes, axes)
@@ -266,7 +267,9 @@ LARGE = 16 * 2**20
 """Bytes from which a parameter that no axis splits is refused."""
 
 
-def check_split(mesh: Mesh, rules: AxisRules, shapes: Any, axes: Any, allowed: tuple[str, ...] = ()) -> None:
+def check_split(
+    mesh: Mesh, rules: AxisRules, shapes: PyTree, axes: PyTree[AxisNames], allowed: tuple[str, ...] = ()
+) -> None:
     """Refuses a mesh that is meant to split parameters and leaves a large one whole on every device.
 
     Args:
@@ -294,12 +297,12 @@ def check_split(mesh: Mesh, rules: AxisRules, shapes: Any, axes: Any, allowed: t
 _PARAMETER_NAMES = ("layers", "embed", "heads", "kv_heads", "mlp", "vocab", "pooled", "positions", "types", "classes")
 
 
-def path_text(path: tuple[Any, ...]) -> str:
+def path_text(path: tuple[object, ...]) -> str:
     """A key path of a tree as ``a/b/c``."""
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def shard_bytes(shapes: Any, shardings: Any) -> int:
+def shard_bytes(shapes: PyTree, shardings: PyTree[NamedSharding]) -> int:
     """Bytes that one device holds of a tree."""
     sizes = jax.tree.map(
         lambda leaf, place: int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize, shapes, shardings
@@ -307,7 +310,7 @@ def shard_bytes(shapes: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def whole_bytes(shapes: Any, shardings: Any) -> int:
+def whole_bytes(shapes: PyTree, shardings: PyTree[NamedSharding]) -> int:
     """Bytes of the leaves that no axis splits."""
     sizes = jax.tree.map(
         lambda leaf, place: leaf.size * leaf.dtype.itemsize if place.shard_shape(leaf.shape) == leaf.shape else 0,

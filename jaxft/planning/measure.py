@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.stages import Compiled, Lowered
 
 from jaxft.attention import choices, described
 from jaxft.data.batch import text_shape
@@ -221,7 +221,10 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
         program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start
     text = program.as_text()
-    costs, stats = costs_of(text), program.memory_analysis()
+    stats = program.memory_analysis()
+    assert text is not None  # XLA's compilers give both
+    assert stats is not None
+    costs = costs_of(text)
     extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
     memory = replace(
         plan.memory,
@@ -254,7 +257,7 @@ def _peaks(gpu: Gpu) -> Peaks:
     return Peaks(gpu.flops, gpu.tf32_flops, gpu.float32_flops, gpu.hbm_bandwidth)
 
 
-def _compile(lowered: Any, resident: float) -> Any:
+def _compile(lowered: Lowered, resident: float) -> Compiled:
     try:
         # In a thread, so that Ctrl-C need not wait for the compiler.
         return Ahead(lambda name: lowered.compile(), ["step"], 1).result("step")
@@ -272,7 +275,7 @@ def _compile(lowered: Any, resident: float) -> Any:
         raise DoesNotFit(needed + (resident if found is None else 0.0), limit) from error
 
 
-def devices_of(topology: Topology) -> list[Any]:
+def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices of a topology, which need not be there.
 
     Raises:
@@ -286,7 +289,7 @@ def devices_of(topology: Topology) -> list[Any]:
     return _gpus(topology, topology.chip) if isinstance(topology.chip, Gpu) else _tpus(topology, topology.chip)
 
 
-def _tpus(topology: Topology, chip: Tpu) -> list[Any]:
+def _tpus(topology: Topology, chip: Tpu) -> list[jax.Device]:
     from jax.experimental import topologies
 
     # Names of v4 count cores: one device per chip only with this.
@@ -301,7 +304,7 @@ def _tpus(topology: Topology, chip: Tpu) -> list[Any]:
         ) from error
 
 
-def _gpus(topology: Topology, gpu: Gpu) -> list[Any]:
+def _gpus(topology: Topology, gpu: Gpu) -> list[jax.Device]:
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         raise UserError(
             f"--topology {topology.text}: jax's CUDA compiler is not installed: pip install "

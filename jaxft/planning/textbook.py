@@ -9,11 +9,12 @@ their gradients (Liu et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
 
 from jaxft.data.batch import text_shape
 from jaxft.parallel.sharding import CONTEXT, ways
@@ -104,7 +105,7 @@ def activation_bytes(recipe: Recipe, rows: int, length: int) -> float:
 
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def kept(params: Any, batch: Any, key: Any) -> Any:
+    def kept(params: PyTree[jax.Array], batch: dict[str, jax.Array], key: PRNGKeyArray) -> Callable[..., object]:
         batch = recipe.task.prepare(batch, key)
         return jax.vjp(lambda p: recipe.task.sums(forward_of(recipe.model, p), batch, key)["loss"], params)[1]
 

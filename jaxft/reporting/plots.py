@@ -10,10 +10,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxft.errors import UserError, printable
 from jaxft.files import write_atomic
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 120
 _BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
@@ -35,13 +39,13 @@ class Series(NamedTuple):
     values: Sequence[float]
 
 
-def series_of(log: Sequence[dict[str, Any]], kind: str, name: str) -> Series:
+def series_of(log: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series:
     """The values of one name in the train or eval records of a log."""
     records = [record for record in log if record.get("kind") == kind and name in record]
     return Series(name, [record["step"] for record in records], [float(record[name]) for record in records])
 
 
-def score_series(log: Sequence[dict[str, Any]]) -> list[Series]:
+def score_series(log: Sequence[Mapping[str, Any]]) -> list[Series]:
     """The curves of the evaluation scores: every float besides the loss.
 
     Of equal curves, only the first: micro F1 is the accuracy when each row has one label.
@@ -107,7 +111,7 @@ def _lacking(what: str, *modules: str) -> str | None:
     return None
 
 
-def _new_figure(width: float, height: float) -> Any:
+def _new_figure(width: float, height: float) -> Figure:
     reason = lacking()
     if reason is not None:
         raise UserError(reason)
@@ -119,12 +123,14 @@ def _new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # matplotlib writes its own PNGs through it
 
-    figure.canvas.draw()
-    pixels = figure.canvas.buffer_rgba()
-    picture = Image.frombuffer("RGBA", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBA", 0, 1).convert("RGB")
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)  # as _new_figure() made it
+    canvas.draw()
+    picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
     # A palette makes files a third as large; smoothed edges need few colours, and dithering would only add noise.
     picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
@@ -171,7 +177,7 @@ def confusion_png(path: Path, confusion: Sequence[Sequence[int]], labels: Sequen
     return _save(figure, path)
 
 
-def _name_classes(axes: Any, labels: Sequence[str], cell_points: float) -> str:
+def _name_classes(axes: Axes, labels: Sequence[str], cell_points: float) -> str:
     """Ticks with the names of the classes; returns a remark on them for the title."""
     shown, remark = _drawable(labels, 18)
     # Not every name of very many classes fits beside its row.
@@ -181,7 +187,7 @@ def _name_classes(axes: Any, labels: Sequence[str], cell_points: float) -> str:
     size = min(10.0, 0.75 * stride * cell_points)
     # A letter is about 0.6 of the font size wide.
     if 0.6 * size * max(map(len, names)) < 0.9 * stride * cell_points:
-        slant = {}
+        slant: dict[str, Any] = {}
     elif len(names) <= _MOST_CELLS_WITH_TEXT:
         slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     else:
@@ -192,7 +198,7 @@ def _name_classes(axes: Any, labels: Sequence[str], cell_points: float) -> str:
     return remark
 
 
-def _write_cells(axes: Any, confusion: Sequence[Sequence[int]], shares: list[list[float]], cell_points: float) -> None:
+def _write_cells(axes: Axes, confusion: Sequence[Sequence[int]], shares: list[list[float]], cell_points: float) -> None:
     longest = max(len(str(cell)) for row in confusion for cell in row)
     # A digit is about 0.65 of the font size wide; a cell keeps a little air.
     size = min(12.0, 0.8 * cell_points / (0.65 * longest))
@@ -202,7 +208,7 @@ def _write_cells(axes: Any, confusion: Sequence[Sequence[int]], shares: list[lis
             axes.text(j, i, str(cell), ha="center", va="center", fontsize=size, color=colour)
 
 
-def curves_png(path: Path, log: Sequence[dict[str, Any]]) -> Path | None:
+def curves_png(path: Path, log: Sequence[Mapping[str, Any]]) -> Path | None:
     """Loss, evaluation scores and learning rate over steps, one above the other; None if there is nothing to draw."""
     train, evaluated = series_of(log, "train", "loss"), series_of(log, "eval", "loss")
     scores, rate = score_series(log), series_of(log, "train", "learning_rate")
@@ -228,7 +234,7 @@ def curves_png(path: Path, log: Sequence[dict[str, Any]]) -> Path | None:
     return _save(figure, path)
 
 
-def _draw_losses(axes: Any, train: Series, evaluated: Series) -> None:
+def _draw_losses(axes: Axes, train: Series, evaluated: Series) -> None:
     if train.steps:
         raw, mean = _thinned(train), _thinned(smoothed(train))
         axes.plot(raw.steps, raw.values, color=_BLUE, lw=0.8, alpha=0.35, label="train")
@@ -239,14 +245,14 @@ def _draw_losses(axes: Any, train: Series, evaluated: Series) -> None:
     _scale(axes, [*train.values, *evaluated.values])
 
 
-def _draw_rate(axes: Any, rate: Series, colour: str) -> None:
+def _draw_rate(axes: Axes, rate: Series, colour: str) -> None:
     shown = _thinned(rate)
     axes.plot(shown.steps, shown.values, color=colour, lw=1.6)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _scale(axes, rate.values)
 
 
-def _scale(axes: Any, values: Sequence[float]) -> None:
+def _scale(axes: Axes, values: Sequence[float]) -> None:
     """Plain numbers at the ticks, never such as ``+9.335e-1`` above them; and room around curves that hardly move."""
     axes.ticklabel_format(axis="y", useOffset=False)
     finite = [value for value in values if math.isfinite(value)]
@@ -265,7 +271,7 @@ def _cycle(count: int) -> list[str]:
     return [colours[i % len(colours)] for i in range(count)]
 
 
-def _style(axes: Any, name: str) -> None:
+def _style(axes: Axes, name: str) -> None:
     axes.set_ylabel(name)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -286,7 +292,7 @@ def schedule_png(path: Path, rates: Sequence[float]) -> Path:
     return _save(figure, path)
 
 
-def shows_blocks(stream: Any) -> bool:
+def shows_blocks(stream: object) -> bool:
     """Whether a text stream can show what curves are drawn with; where it says no encoding, it can."""
     encoding = getattr(stream, "encoding", None)
     try:

@@ -15,7 +15,7 @@ from jaxft.files import write_atomic
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> Any:
     """``value`` as what strict JSON can hold: numpy scalars as Python's, non-finite floats as "nan", "inf", "-inf".
 
     JSON has no non-finite numbers (Python would write the bare words, which other readers refuse), and null would not
@@ -85,7 +85,7 @@ class LineFile:
                 write_atomic(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Writes one record, of values as :func:`to_json` gives them."""
         # Unbuffered: a failed write leaves nothing behind that close() would try, and fail, to write again.
         rest = memoryview((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode())

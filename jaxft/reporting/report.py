@@ -49,7 +49,7 @@ _HEADLINE = (
 
 
 def write_report(
-    out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[dict[str, Any]]
+    out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[Mapping[str, Any]]
 ) -> list[Path]:
     """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
     :func:`jaxft.reporting.plots.lacking` says why.
@@ -74,12 +74,12 @@ def write_report(
     return [path for path in written if path is not None]
 
 
-def _write_json(path: Path, tree: Mapping[str, Any]) -> Path:
+def _write_json(path: Path, tree: Mapping[str, object]) -> Path:
     write_atomic(path, json.dumps(to_json(_nulls(tree)), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return path
 
 
-def _nulls(tree: Any) -> Any:
+def _nulls(tree: object) -> object:
     """The same tree with None for each NaN, a score of nothing."""
     if isinstance(tree, Mapping):
         return {key: _nulls(value) for key, value in tree.items()}
@@ -95,7 +95,7 @@ def _shown(score: float) -> str:
 def report_text(
     metrics: Mapping[str, Any],
     labels: Sequence[str],
-    log: Sequence[dict[str, Any]],
+    log: Sequence[Mapping[str, Any]],
     width: int = 100,
     *,
     colour: bool | None = None,
@@ -110,7 +110,8 @@ def report_text(
     blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     scores = [f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics]
-    head = _joined([*scores, f"rows {metrics['rows']:,}"], min(width, 100))
+    rows = [f"rows {metrics['rows']:,}"] if "rows" in metrics else []
+    head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
     parts = [head]
     parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
@@ -167,7 +168,7 @@ def _fit(text: str, cells: int, align: str = "<") -> str:
     return text + padding if align == "<" else padding + text
 
 
-def _class_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int) -> str:
+def _class_table(rows: Sequence[Mapping[str, float]], names: Sequence[str], width: int) -> str:
     first = min(max(map(_cells, ("class", *names))), max(width - 41, 8))
     order = range(len(names))
     remark = ""
@@ -235,7 +236,7 @@ def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], wi
     return "\n".join(lines)
 
 
-def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool, blocks: bool) -> list[str]:
+def _curves(log: Sequence[Mapping[str, Any]], width: int, colour: bool, blocks: bool) -> list[str]:
     train = series_of(log, "train", "loss")
     evaluated = series_of(log, "eval", "loss")._replace(name="eval")
     charts = [
@@ -247,7 +248,7 @@ def _curves(log: Sequence[dict[str, Any]], width: int, colour: bool, blocks: boo
     return list(dict.fromkeys(charts))  # one note will do where none can be drawn
 
 
-def _seed_values(results: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
+def _seed_values(results: Mapping[int, Mapping[str, object]]) -> dict[str, list[float]]:
     """The scalar scores of each seed, by name; whole numbers (rows) are counts, not scores.
 
     Raises:
@@ -269,7 +270,7 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def seeds_text(results: Mapping[int, Mapping[str, Any]]) -> str:
+def seeds_text(results: Mapping[int, Mapping[str, object]]) -> str:
     """Mean +- sd of every scalar metric over the seeds, and each seed's values.
 
     Args:
@@ -285,7 +286,7 @@ def seeds_text(results: Mapping[int, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, f"sd: sample standard deviation over {len(results)} seeds (n - 1)"])
 
 
-def write_seeds(out: Path, results: Mapping[int, Mapping[str, Any]]) -> Path:
+def write_seeds(out: Path, results: Mapping[int, Mapping[str, object]]) -> Path:
     """Writes ``seeds.json``: mean, sd (null for one seed) and values of every scalar metric."""
     out.mkdir(parents=True, exist_ok=True)
     table = {}

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsFloat
+from typing import TYPE_CHECKING, Literal, Self, SupportsFloat
 
 from jaxft.config import LogConfig
 from jaxft.errors import UserError
 from jaxft.reporting.records import LineFile, read_log, to_json
 from jaxft.reporting.trackers import Tracker, open_trackers
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["Clock", "Kind", "Silent", "Sinks", "open_sinks", "read_log"]
 
@@ -38,11 +41,11 @@ class Sinks:
     """The open sinks of one run; made by :func:`open_sinks`."""
 
     def __init__(
-        self, log: LineFile, timing: LineFile, trackers: list[Tracker], bar: Any | None, total_steps: int
+        self, log: LineFile, timing: LineFile, trackers: list[Tracker], bar: tqdm | None, total_steps: int
     ) -> None:
         self._log, self._timing, self._trackers = log, timing, trackers
         self._bar, self._total_steps = bar, total_steps
-        self._speeds: tuple[int, dict[str, Any]] = (-1, {})
+        self._speeds: tuple[int, dict[str, float]] = (-1, {})
         self._postfix: dict[str, str] = {}
 
     def log(self, step: int, kind: Kind, values: Mapping[str, SupportsFloat]) -> None:
@@ -136,7 +139,9 @@ class Silent(Sinks):
         """Nothing."""
 
 
-def open_sinks(out: Path, config: LogConfig, *, start_step: int, total_steps: int, run_config: dict[str, Any]) -> Sinks:
+def open_sinks(
+    out: Path, config: LogConfig, *, start_step: int, total_steps: int, run_config: Mapping[str, object]
+) -> Sinks:
     """Opens all sinks of a run in the folder ``out``.
 
     Args:
@@ -163,7 +168,7 @@ def open_sinks(out: Path, config: LogConfig, *, start_step: int, total_steps: in
     return Sinks(log, timing, trackers, _open_bar(start_step, total_steps) if wanted else None, total_steps)
 
 
-def _open_bar(start_step: int, total_steps: int) -> Any:
+def _open_bar(start_step: int, total_steps: int) -> tqdm:
     from tqdm import tqdm
 
     layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
@@ -172,7 +177,7 @@ def _open_bar(start_step: int, total_steps: int) -> Any:
     )
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
+def _numbers(values: Mapping[str, SupportsFloat]) -> dict[str, float | int]:
     """Python numbers of what a device or numpy handed over."""
     plain: dict[str, float | int] = {}
     for name, value in values.items():

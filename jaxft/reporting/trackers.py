@@ -23,7 +23,7 @@ class Tracker(Protocol):
         """Writes what is pending."""
 
 
-def open_trackers(out: Path, config: LogConfig, *, start_step: int, run_config: dict[str, Any]) -> list[Tracker]:
+def open_trackers(out: Path, config: LogConfig, *, start_step: int, run_config: Mapping[str, object]) -> list[Tracker]:
     """The trackers that ``config`` asks for.
 
     Raises:
@@ -59,7 +59,7 @@ class _TensorBoard:
 class _Wandb:
     """One W&B run per run folder, found again on resume by the id kept in ``OUT/wandb.id``."""
 
-    def __init__(self, out: Path, project: str, start_step: int, run_config: dict[str, Any]) -> None:
+    def __init__(self, out: Path, project: str, start_step: int, run_config: Mapping[str, object]) -> None:
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:

@@ -11,15 +11,46 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
-from jaxft.data.batch import Fields
-from jaxft.data.encode import Column
+from jaxft.config import DataConfig, RunConfig, TaskConfig
+from jaxft.data.batch import Field, Fields, text_fields
+from jaxft.data.encode import Column, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts, Output
 
 Array = jax.Array
+
+__all__ = [
+    "Answer",
+    "Answering",
+    "Arrays",
+    "Batch",
+    "Column",
+    "DataConfig",
+    "Encoded",
+    "Facts",
+    "Field",
+    "Fields",
+    "Forward",
+    "Judging",
+    "Note",
+    "Output",
+    "Row",
+    "RunConfig",
+    "Split",
+    "Sums",
+    "Targets",
+    "Task",
+    "TaskConfig",
+    "TaskModule",
+    "TextProcessor",
+    "encode_texts",
+    "label_column",
+    "text_columns",
+    "text_fields",
+]
+"""What a task from outside of jaxft is made of (docs/api.md)."""
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 Arrays = Mapping[str, np.ndarray]
@@ -45,9 +76,9 @@ class Targets:
 class Answer(NamedTuple):
     """What is said of one row."""
 
-    record: dict[str, Any]
+    record: Mapping[str, object]
     """For JSON Lines."""
-    cells: dict[str, Any]
+    cells: Mapping[str, object]
     """For a table: plain values by column."""
     unsaid: bool = False
     """The model's numbers are NaN."""
@@ -102,7 +133,7 @@ class Answering(Protocol):
         """What answers need, an array [B, ...] per name."""
         ...
 
-    def answer(self, texts: Sequence[Any], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
+    def answer(self, texts: Sequence[object], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
         """What is said of a row.
 
         Args:
@@ -115,7 +146,9 @@ class Answering(Protocol):
 class Judging(Protocol):
     """What a task has besides if ``jaxft eval --rows`` can tell each row's answer beside what is right."""
 
-    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+    def judged(
+        self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
+    ) -> Iterator[dict[str, object]]:
         """A flat mapping for each row, in their order.
 
         Args:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax import Array
+from jaxtyping import Int32, Integer
 
 from jaxft.data.batch import Fields
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
@@ -88,7 +90,9 @@ class Tokenizer:
         """One more than the largest id that this tokenizer can produce."""
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
 
-    def decode(self, ids: Any, *, special: bool = False) -> Any:
+    def decode(
+        self, ids: Integer[Array | np.ndarray, "*rows S"] | Sequence[object], *, special: bool = False
+    ) -> str | list[str]:
         """Text of token ids [S], or a list of texts of [B, S]; without special tokens (padding among them) unless ``special``."""
         rows, left_out = np.asarray(ids), set() if special else set(self.special_ids)
         kept = [[i for i in row if i not in left_out] for row in np.atleast_2d(rows).tolist()]
@@ -102,7 +106,7 @@ class Tokenizer:
         *,
         length: int | None = None,
         buckets: Sequence[int] | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Int32[np.ndarray, "B S *pair"]]:
         """Where each token comes from, in the same rows and columns that calling the tokenizer gives.
 
         Returns:
@@ -208,7 +212,7 @@ class Tokenizer:
         *,
         length: int | None = None,
         buckets: Sequence[int] | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Int32[np.ndarray, "B S"]]:
         """Model inputs for a few texts (or pairs), padded to the longest.
 
         Args:
@@ -312,7 +316,9 @@ def check_types(tokenizer: TextProcessor, inputs: Fields, *, paired: bool) -> No
         )
 
 
-def pad_rows(tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int) -> dict[str, np.ndarray]:
+def pad_rows(
+    tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int
+) -> dict[str, Int32[np.ndarray, "B S"]]:
     """Ragged rows as [B, S] int32 arrays ``tokens``, ``mask`` and ``types``; S is ``length`` or that of the longest row."""
     width = max(map(len, tokens), default=1) if length is None else length
     out = {name: np.zeros((len(tokens), width), np.int32) for name in ("tokens", "mask", "types")}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxft.errors import UserError
 
@@ -61,7 +61,7 @@ def raise_together() -> Iterator[None]:
         raise problem or UserError("another process has given up; its log says why")
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree[jax.Array]) -> PyTree[jax.Array | np.ndarray]:
     """Whole arrays in numpy, in every process, of arrays spread over the devices of all."""
     if jax.process_count() == 1:
         return tree

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 from jaxft.errors import UserError
 from jaxft.machine.processes.cluster import Cluster
@@ -21,6 +21,16 @@ from jaxft.machine.processes.cluster import Cluster
 _LONGEST = 64 * 1024  # bytes of a message
 _PAUSE = 0.2
 _GRACE = 3.0  # seconds in which those that come after a problem are told of it, rather than find nobody
+
+
+class _Presence(TypedDict):
+    """What a process says when it comes."""
+
+    index: int
+    count: int
+    host: str
+    pid: int
+    says: dict[str, str]
 
 
 def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[int, str]:
@@ -34,7 +44,7 @@ def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[in
       UserError: the same in all processes that came: who is missing, who came twice, who differs.
     """
     host, _, port = cluster.address.rpartition(":")
-    mine = {
+    mine: _Presence = {
         "index": cluster.index,
         "count": cluster.count,
         "host": socket.gethostname(),
@@ -47,7 +57,7 @@ def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[in
     return _answer(cluster, host.strip("[]"), int(port), mine, deadline, timeout)
 
 
-def _call(cluster: Cluster, port: int, mine: dict[str, Any], deadline: float, timeout: float) -> dict[int, str]:
+def _call(cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout: float) -> dict[int, str]:
     came, lines = {0: mine}, dict[int, socket.socket]()
     problem = None
     with _listening(port) as listener:
@@ -100,9 +110,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _answer(
-    cluster: Cluster, host: str, port: int, mine: dict[str, Any], deadline: float, timeout: float
-) -> dict[int, str]:
+def _answer(cluster: Cluster, host: str, port: int, mine: _Presence, deadline: float, timeout: float) -> dict[int, str]:
     where = f"{cluster.host_of(0)} (JAX_COORDINATOR_ADDRESS={cluster.address})"
     reason = "nothing listens there"
     while time.monotonic() < deadline:
@@ -124,14 +132,17 @@ def _answer(
     raise UserError(f"{where} did not answer within {timeout:.0f} s: {reason}; is it running, and the port open?")
 
 
-def _received(line: socket.socket) -> dict[str, Any] | None:
+def _received(line: socket.socket) -> _Presence | None:
     one = _read(line, 5.0)
+    return one if _is_presence(one) else None
+
+
+def _is_presence(one: object) -> TypeGuard[_Presence]:
     keys = {"index": int, "count": int, "host": str, "pid": int, "says": dict}
-    fits = isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items())
-    return one if fits else None
+    return isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items())
 
 
-def _read(line: socket.socket, seconds: float) -> Any:
+def _read(line: socket.socket, seconds: float) -> object:
     """One line of JSON, or None."""
     data, deadline = b"", time.monotonic() + seconds
     with suppress(OSError, ValueError):
@@ -145,7 +156,7 @@ def _read(line: socket.socket, seconds: float) -> Any:
     return None
 
 
-def _drop_ended(came: dict[int, dict[str, Any]], lines: dict[int, socket.socket]) -> None:
+def _drop_ended(came: dict[int, _Presence], lines: dict[int, socket.socket]) -> None:
     """Whoever has ended while waiting is missing again, and may be started anew."""
     for index in [index for index, line in lines.items() if _closed(line)]:
         lines.pop(index).close()
@@ -163,9 +174,7 @@ def _closed(line: socket.socket) -> bool:
         return True
 
 
-def _problem_of(
-    one: dict[str, Any], mine: dict[str, Any], came: dict[int, dict[str, Any]], cluster: Cluster
-) -> str | None:
+def _problem_of(one: _Presence, mine: _Presence, came: dict[int, _Presence], cluster: Cluster) -> str | None:
     index = one["index"]
     who = f"process {index} on {one['host']}"
     if one["count"] != cluster.count:
@@ -180,7 +189,7 @@ def _problem_of(
     return None
 
 
-def _missing(cluster: Cluster, came: dict[int, dict[str, Any]], timeout: float) -> str:
+def _missing(cluster: Cluster, came: dict[int, _Presence], timeout: float) -> str:
     absent = [index for index in range(cluster.count) if index not in came]
     shown = ", ".join(cluster.host_of(index) for index in absent[:8])
     more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
