@@ -1,7 +1,7 @@
 """Parameter trees: paths of their leaves, and what shape and logical axes say of each.
 
 A path is the keys of the tree joined by ``/``: ``layers/attention/query/kernel``. Leaves whose first logical axis is ``layers`` hold
-all layers of the network in their first dimension.
+all layers of the network in their first dimension; ``layers:1`` those from layer 1 on, where layer 0 has no such parameter.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ class Leaf:
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
             raise ValueError(f"{self.path}: {len(self.axes)} logical axes {self.axes} for shape {self.shape}")
-        if "layers" in self.axes[1:]:
+        if any(of_layers(name) for name in self.axes[1:]):
             raise ValueError(f"{self.path}: the axis 'layers' must come first, not {self.axes}")
 
     @property
     def layers(self) -> int | None:
         """Number of stacked layers; None for a parameter outside the stack."""
-        return self.shape[0] if self.axes[:1] == ("layers",) else None
+        return self.shape[0] if self.axes and of_layers(self.axes[0]) else None
+
+    @property
+    def first_layer(self) -> int:
+        """The layer that the first row of a stack belongs to; layers before it have no such parameter."""
+        return int((self.axes[0] or "").partition(":")[2] or 0) if self.layers is not None else 0
 
     @property
     def decays(self) -> bool:
@@ -40,7 +45,7 @@ class Leaf:
 
         Rank does not tell: a stacked attention bias is [L, N, H], with names layers, heads, None.
         """
-        return sum(name not in (None, "layers") for name in self.axes) >= 2
+        return sum(name is not None and not of_layers(name) for name in self.axes) >= 2
 
     @property
     def matrix(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -53,7 +58,7 @@ class Leaf:
         """
         if not self.decays:
             return None
-        dims = [i for i, name in enumerate(self.axes) if name not in ("layers", "experts")]
+        dims = [i for i, name in enumerate(self.axes) if not of_layers(name) and name != "experts"]
         if len(dims) < 2:
             return None
         if self.axes[dims[0]] == "embed" or len(dims) == 2:
@@ -61,6 +66,11 @@ class Leaf:
         if self.axes[dims[-1]] == "embed":
             return tuple(dims[:-1]), (dims[-1],)
         return None
+
+
+def of_layers(name: str | None) -> bool:
+    """Whether a logical axis is that of stacked layers."""
+    return name is not None and name.partition(":")[0] == "layers"
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:

@@ -107,7 +107,38 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
         "logits",
     )
     close(loss, expected.loss, "loss")
-    # The reference's gradients, laid out as ours by the same table.
+    _compare_gradients(family, theirs, config, head, gradient, folder)
+
+
+def compare_spans(family: Family, config: Any, model_type: str, folder: Path) -> None:
+    """Holds the logits of starts and ends, their loss and the gradient of every parameter against the reference's."""
+    torch = pytest.importorskip("torch")
+    theirs = make_reference(family, config, "question_answering", model_type)
+    model, params = ours_of(family, theirs, config, "question_answering", folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    # Rows without padding: the reference's loss is of padding too, whose hidden states mean nothing.
+    batch["mask"][:] = 1
+    ends = np.array([[0, 3], [2, 5], [1, 1], [19, 19]])
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits = model.apply({"params": params}, **batch).logits
+        first, last = (cross_entropy(logits[..., i], jnp.asarray(ends[:, i])).mean() for i in (0, 1))
+        return (first + last) / 2, logits
+
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    starts, stops = torch.tensor(ends).T
+    expected = theirs(**torch_inputs(batch), start_positions=starts, end_positions=stops)
+    expected.loss.backward()
+    assert logits.shape == (*batch["tokens"].shape, 2)
+    for i, wanted in enumerate((expected.start_logits, expected.end_logits)):
+        close(logits[..., i], wanted, "logits")
+    close(loss, expected.loss, "loss")
+    _compare_gradients(family, theirs, config, "question_answering", gradient, folder)
+
+
+def _compare_gradients(family: Family, theirs: Any, config: Any, head: str, gradient: Any, folder: Path) -> None:
+    """Holds our gradients against those of the reference, laid out as ours by the same table."""
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -400,7 +400,7 @@ def test_check_finds_a_fault_of_the_conversion(
         layout = right(config, head)
         rules = []
         for rule in layout.rules:
-            *parents, name, last = rule.ours.split("/")
+            *parents, name, last = rule.paths[0].split("/")
             rules.append(dataclasses.replace(rule, ours="/".join((*parents, names.get(name, name), last))))
         return dataclasses.replace(layout, rules=tuple(rules))
 

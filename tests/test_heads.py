@@ -129,7 +129,6 @@ def test_a_fresh_head_in_place_of_another(tmp_path: Path, capsys: Capture) -> No
 
 FOREIGN = [
     "BertForMultipleChoice",
-    "BertForQuestionAnswering",
     "BertLMHeadModel",
     "MyBert",
 ]
@@ -178,7 +177,10 @@ def test_tensors_tell_where_no_architecture_is_named(tmp_path: Path, capsys: Cap
     rename(source, bert__pooler=None)  # classifiers of single tokens have none
     assert jaxft.load(source, note=lambda _: None).model.head == "token_classification"
     rename(source, classifier="qa_outputs")
-    found = "a head for question_answering (by its tensors)"
+    assert jaxft.load(source, note=lambda _: None).model.head == "question_answering"
+    assert "question_answering" in refusal(capsys, "predict", source, "--text", "the cat")
+    rename(source, qa_outputs="score")
+    found = "a head for sequence_classification (by its tensors)"
     assert f"{found} is not supported" in refusal(capsys, "predict", source, "--text", "the cat")
     assert jaxft.load(source, head=None, note=lambda _: None).model.head is None
 

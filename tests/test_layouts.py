@@ -56,8 +56,10 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
 
 
 def _is_quick(family: str, task: str, layout: str) -> bool:
-    """Whether a course is tried in each run of the tests. RoBERTa is BERT's encoder, and labels of words differ in their loss alone: one
-    layout each shows that they are split as well. BERT's two other tasks take turns."""
+    """Whether a course is tried in each run of the tests. RoBERTa is BERT's encoder, labels of words differ in their loss alone, and
+    ModernBERT in its layers: one layout each shows that they are split as well. BERT's two other tasks take turns."""
+    if family == "modernbert":
+        return (task, layout) == ("masked_lm", "fsdp2_context2_tensor2")
     if family == "roberta" or task == "token_classification":
         return layout == "fsdp2_context2_tensor2" and (family, task) in (
             ("roberta", "masked_lm"),
@@ -76,7 +78,7 @@ COURSES = [
     for layout in LAYOUTS
 ]
 IN_PARTS = [
-    pytest.param(family, task, marks=_marks(family != "roberta" and task != "token_classification"))
+    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task != "token_classification"))
     for family, task in CASES
 ]
 

@@ -18,7 +18,7 @@ from tiny_run import overrides
 from jaxft import models
 from jaxft.config import LoraConfig, load_config
 from jaxft.errors import UserError
-from jaxft.hub.peft import write_adapter
+from jaxft.hub.peft import not_storable, write_adapter
 from jaxft.hub.pretrained import export_folder
 from jaxft.layers import Compute
 from jaxft.models import adapters
@@ -204,7 +204,8 @@ def test_patterns_are_checked_without_a_run() -> None:
     assert adapters.adapted(model_of("bert"), LoraConfig()) == model_of("bert")
 
 
-HEAD = {"bert": "classification", "llama": "causal_lm"}
+HEAD = {"bert": "classification", "llama": "causal_lm", "modernbert": "classification"}
+LABELLED = ("bert", "modernbert")
 
 
 def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
@@ -213,7 +214,7 @@ def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
     config = dataclasses.replace(kind.TINY, num_hidden_layers=2)
     model = adapters.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
     params = filled(shapes_and_axes(model)[0])
-    trained = tuple(path for path in paths_of(params["base"]) if path.startswith("head/") and family == "bert")
+    trained = tuple(path for path in paths_of(params["base"]) if path.startswith("head/") and family in LABELLED)
     merged = adapters.merged(params, model.alpha)
     # A classifier that was trained is not the base's.
     start = map_paths(lambda path, leaf: 0 * leaf if path in trained else leaf, params["base"])
@@ -222,8 +223,12 @@ def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
     write_adapter(folder / "adapter", kind, model, params, trained, str(folder / "base"))
 
 
+CASES = [("bert", "layers/*"), ("bert", "*/mlp/down/*"), ("llama", "layers/*"), ("modernbert", "layers/*")]
+CASES += [("modernbert", "*/query/*"), ("modernbert", "layers/[am]*/[uv]*/*")]
+
+
 # BERT's mlp/down is output.dense, and so ends attention.output.dense.
-@pytest.mark.parametrize(("family", "targets"), [("bert", "layers/*"), ("bert", "*/mlp/down/*"), ("llama", "layers/*")])
+@pytest.mark.parametrize(("family", "targets"), CASES)
 def test_stored_adapters_make_the_merged_model_of_the_base(family: str, targets: str, tmp_path: Path) -> None:
     exported(family, tmp_path, targets)
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -231,13 +236,17 @@ def test_stored_adapters_make_the_merged_model_of_the_base(family: str, targets:
         load_file(tmp_path / name)
         for name in ("adapter/adapter_model.safetensors", "base/model.safetensors", "merged/model.safetensors")
     )
-    scale, used = settings["lora_alpha"] / settings["r"], set()
+    used: set[str] = set()
     for name, weight in base.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         if f"{module}.lora_A.weight" in adapter:
             pair = [f"{module}.lora_{letter}.weight" for letter in "BA"]
             used |= set(pair)
-            weight = weight + scale * adapter[pair[0]] @ adapter[pair[1]]
+            end = next((end for end in settings.get("rank_pattern", {}) if module.endswith(f".{end}")), None)
+            rank = settings["rank_pattern"][end] if end else settings["r"]
+            alpha = settings["alpha_pattern"][end] if end else settings["lora_alpha"]
+            assert rank == adapter[pair[0]].shape[1]
+            weight = weight + alpha / rank * adapter[pair[0]] @ adapter[pair[1]]
         elif f"base_model.model.{name}" in adapter:
             used.add(f"base_model.model.{name}")
             weight = adapter[f"base_model.model.{name}"]
@@ -249,7 +258,17 @@ def test_stored_adapters_make_the_merged_model_of_the_base(family: str, targets:
     assert ends == {
         name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in adapter if ".lora_" in name
     }
-    assert settings["modules_to_save"] == (["classifier"] if family == "bert" else None)
+    heads = {"bert": ["classifier"], "llama": None, "modernbert": ["classifier", "head.dense", "head.norm"]}
+    assert settings["modules_to_save"] == heads[family]
+
+
+def test_part_of_a_fused_tensor_that_is_trained_is_said() -> None:
+    kind = models.family("modernbert")
+    model = adapters.adapted(kind.Model(kind.TINY, None, Compute()), ALL)
+    q, k, v = (f"layers/attention/{name}/kernel" for name in ("query", "key", "value"))
+    assert not_storable(kind, model, (q, k, v, "norm/scale")) is None
+    said = not_storable(kind, model, (k,))
+    assert said == f"{k} was trained, and is one tensor with {q}, {v} there (model.layers.{{layer}}.attn.Wqkv.weight)"
 
 
 @pytest.mark.parametrize("family", HEAD)
@@ -259,7 +278,7 @@ def test_peft_loads_them(family: str, tmp_path: Path) -> None:
     import transformers
 
     exported(family, tmp_path)
-    auto = {"bert": "AutoModelForSequenceClassification", "llama": "AutoModelForCausalLM"}[family]
+    auto = "AutoModelForCausalLM" if family == "llama" else "AutoModelForSequenceClassification"
     load = getattr(transformers, auto).from_pretrained
     wanted = load(tmp_path / "merged").eval()
     found = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()

@@ -218,7 +218,7 @@ def _export(ready: Any, programs: Any, result: Any, target: Path) -> None:
 
 def _export_adapter(ready: Any, result: Any, target: Path) -> None:
     """Writes a run's adapters by themselves, as peft stores them, beside the export that has them merged in."""
-    from jaxft.hub.peft import write_adapter
+    from jaxft.hub.peft import not_storable, write_adapter
     from jaxft.machine import processes
     from jaxft.models import adapters
     from jaxft.trees import paths_of
@@ -231,6 +231,9 @@ def _export_adapter(ready: Any, result: Any, target: Path) -> None:
         return
     frozen = set(adapters.frozen_paths(model, config.lora, bool(ready.targets.labels)))
     own = {path: leaf for path, leaf in paths_of(result.params["base"]).items() if f"base/{path}" not in frozen}
+    if (why := not_storable(_family(ready), model, own)) is not None:
+        _note(f"no adapters are exported for peft: {why}; the merged export is whole")
+        return
     params = processes.fetch({"base": own, "lora": result.params["lora"]})
     if processes.is_first():
         with _replaced(target) as fresh:

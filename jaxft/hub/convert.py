@@ -1,13 +1,15 @@
 """The weight-conversion engine: one table of rules per family, run forwards to import and backwards to export.
 
 A rule says where one of our parameters lives in the reference's checkpoint and how it is rearranged (an einops pattern,
-theirs -> ours). Names with ``{layer}`` stand for one tensor per layer; ours is their stack. Conversion is strict: missing,
-unused and mis-shaped tensors are collected and raised together.
+theirs -> ours). Names with ``{layer}`` stand for one tensor per layer; ours is their stack. A tensor that holds several of ours
+is split on import, each part read by itself, and fused again on export. Conversion is strict: missing, unused and mis-shaped
+tensors are collected and raised together.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.hub.weights import TensorOut, Weights
 from jaxft.hub.weights.numbers import copy_rounded, is_finite, is_float
 from jaxft.models.layout import Layout, Rule, same_numbers
-from jaxft.models.patterns import their_shape, to_ours, to_theirs
 from jaxft.trees import nested, paths_of
 
 _THREADS = 2  # reading overlaps with rearranging; more threads hold more tensors in memory at once
@@ -101,7 +103,7 @@ def import_params(
 
     def load(path: str) -> jax.Array:
         with jax.default_device(device):
-            return _load(_Stored(weights, plan, path, ours[path].shape, non_finite), place(path), dtype)
+            return _load(_Stored(weights, plan.sources[path], ours[path].shape, non_finite), place(path), dtype)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         arrays = dict(zip(plan.sources, pool.map(load, plan.sources), strict=True))
@@ -122,17 +124,30 @@ def stored_params(weights: Weights, layout: Layout, shapes: dict[str, Any]) -> I
     ours = paths_of(shapes)
     plan = _plan(weights, layout, ours)
     non_finite: list[str] = []
-    params = {path: StoredParam(_Stored(weights, plan, path, ours[path].shape, non_finite)) for path in plan.sources}
+    params = {
+        path: StoredParam(_Stored(weights, source, ours[path].shape, non_finite))
+        for path, source in plan.sources.items()
+    }
     return Imported(nested(params), plan.fresh, plan.unused, plan.substituted, non_finite)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The tensors that hold one parameter."""
+
+    rule: Rule
+    names: list[str]
+    """In the file, one per layer."""
+    rows: tuple[int, int] | None
+    """First row and end of the parameter in each, where it is a part of them; None: it is the whole tensor."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Which tensors make up which parameters."""
 
-    rules: Mapping[str, Rule]
-    sources: Mapping[str, list[str]]
-    """Our path -> names in the file, one per layer."""
+    sources: Mapping[str, _Source]
+    """By our path."""
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
     substituted: tuple[tuple[str, str], ...]
@@ -140,42 +155,49 @@ class _Plan:
 
 def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     names = file_names(weights, layout)
-    by_path = {rule.ours: rule for rule in layout.rules}
-    if set(by_path) != set(ours):
-        raise ValueError(f"rules and parameters differ: {sorted(set(by_path) ^ set(ours))}")
+    _check_paths(layout, ours)
     problems = _Problems([], [], [], [])
-    absent, sources, substituted, concerned = {}, {}, [], set[str]()
-    for path, rule in by_path.items():
+    absent: dict[tuple[str, ...], list[str]] = {}
+    sources: dict[str, _Source] = {}
+    substituted, concerned = [], set[str]()
+    for rule in layout.rules:
+        shapes = [ours[path].shape for path in rule.paths]
         there = next((name for name in rule.names() if name in names), rule.theirs)
-        theirs = _names_of(there, ours[path].shape)
+        theirs = rule.of_layers(there, shapes[0][0] if rule.stacked else 1)
         lacking = [name for name in theirs if name not in names]
         concerned.update(names[name] for name in theirs if name in names)
         if lacking:
-            absent[path] = lacking
+            absent[rule.paths] = lacking
             continue
         other = there in rule.preferred and rule.theirs in names
         if there in (*rule.copies, *rule.spares) or (
             other and not same_numbers(weights, names[there], names[rule.theirs])
         ):
             substituted.append((rule.theirs, there))
-        sources[path] = [names[name] for name in theirs]
-        expected = _their_shape(rule, ours[path].shape)
-        for name in sources[path]:
+        found = [names[name] for name in theirs]
+        expected, places = rule.parts([rule.one(shape) for shape in shapes])
+        for i, path in enumerate(rule.paths):
+            sources[path] = _Source(rule, found, places[i] if len(rule.paths) > 1 else None)
+        for name in found:
             problems.look_at(name, weights, expected)
-    fresh = [path for path, lacking in absent.items() if _is_fresh(path, lacking, ours, sources, layout)]
-    problems.missing.extend(name for path, lacking in absent.items() if path not in fresh for name in lacking)
+    fresh = [path for paths in absent for path in paths if all(_is_fresh(one, sources, layout) for one in paths)]
+    problems.missing.extend(name for paths, lacking in absent.items() if paths[0] not in fresh for name in lacking)
 
     known = {names[name] for rule in layout.rules for name in rule.names() if name in names}
     left = [(canonical, name) for canonical, name in names.items() if name not in concerned | known]
     unused = [name for canonical, name in left if _matches(canonical, layout.leftovers)]
     problems.unused.extend(name for _, name in left if name not in unused)
     problems.raise_if_any(weights)
-    return _Plan(by_path, sources, tuple(fresh), tuple(unused), tuple(substituted))
+    return _Plan(sources, tuple(fresh), tuple(unused), tuple(substituted))
 
 
-def _is_fresh(
-    path: str, lacking: list[str], ours: Mapping[str, Any], sources: Mapping[str, Any], layout: Layout
-) -> bool:
+def _check_paths(layout: Layout, ours: Mapping[str, Any]) -> None:
+    paths = [path for rule in layout.rules for path in rule.paths]
+    if set(paths) != set(ours):
+        raise ValueError(f"rules and parameters differ: {sorted(set(paths) ^ set(ours))}")
+
+
+def _is_fresh(path: str, sources: Mapping[str, Any], layout: Layout) -> bool:
     """Whether a missing parameter may be initialised: one of a head of which nothing is there."""
     part = path.split("/")[0] + "/"
     return _matches(path, layout.fresh) and not any(other.startswith(part) for other in sources)
@@ -212,33 +234,20 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _stacked(rule: Rule) -> bool:
-    return "{layer}" in rule.theirs
-
-
-def _names_of(theirs: str, shape: tuple[int, ...]) -> list[str]:
-    """A tensor's name, or those of all layers."""
-    return [theirs.format(layer=layer) for layer in range(shape[0])] if "{layer}" in theirs else [theirs]
-
-
-def _their_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return their_shape(rule.pattern, shape[1:] if _stacked(rule) else shape)
-
-
 class _Stored:
     """The tensors of one parameter in an open checkpoint."""
 
-    def __init__(self, weights: Weights, plan: _Plan, path: str, shape: tuple[int, ...], non_finite: list[str]) -> None:
-        self.weights, self.rule, self.names, self.shape = weights, plan.rules[path], plan.sources[path], shape
-        self._non_finite = non_finite
+    def __init__(self, weights: Weights, source: _Source, shape: tuple[int, ...], non_finite: list[str]) -> None:
+        self.weights, self.rule, self.names, self.shape = weights, source.rule, source.names, shape
+        self._rows, self._non_finite = source.rows, non_finite
 
     def tensor(self, layer: int) -> np.ndarray:
         """One layer (or the whole, where it has no layers), arranged as ours."""
-        name = self.names[layer]
-        stored = self.weights.read(name)
+        name, shape = self.names[layer], self.rule.one(self.shape)
+        stored = self.weights.read(name) if self._rows is None else self.weights.read_rows(name, *self._rows)
         if not is_finite(stored) and name not in self._non_finite:
             self._non_finite.append(name)
-        return to_ours(self.rule.pattern, stored, self.shape[1:] if _stacked(self.rule) else self.shape)
+        return self.rule.arrangement(len(shape)).to_ours(stored, shape)
 
 
 class StoredParam:
@@ -254,14 +263,14 @@ class StoredParam:
         return self._stored.tensor(layer)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        stacked = _stacked(self._stored.rule)
+        stacked = self._stored.rule.stacked
         whole = np.stack([self[i] for i in range(self.shape[0])]) if stacked else self._stored.tensor(0)
         return whole if dtype is None else whole.astype(dtype)
 
 
 def _load(stored: _Stored, sharding: Any, dtype: Any) -> jax.Array:
     """One parameter: each tensor is read once and copied into the part of each device of this process."""
-    shape, stacked, path = stored.shape, _stacked(stored.rule), stored.weights.path
+    shape, stacked, path = stored.shape, stored.rule.stacked, stored.weights.path
     whole = {None: (slice(None),) * len(shape)}
     indices: dict[Any, Any] = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
     parts: dict[Any, np.ndarray] = {}
@@ -315,29 +324,43 @@ def export_tensors(params: dict[str, Any], layout: Layout, *, bare: bool, dtype:
       ValueError: rules and parameters differ.
     """
     flat = paths_of(params)
-    if {rule.ours for rule in layout.rules} != set(flat):
-        raise ValueError(f"rules and parameters differ: {sorted({rule.ours for rule in layout.rules} ^ set(flat))}")
-    return [out for rule in layout.rules for out in _exported(rule, flat[rule.ours], layout, bare, dtype)]
+    _check_paths(layout, flat)
+    return [
+        out
+        for rule in layout.rules
+        for out in _exported(rule, [flat[path] for path in rule.paths], layout, bare, dtype)
+    ]
 
 
-def _exported(rule: Rule, leaf: Any, layout: Layout, bare: bool, dtype: Any) -> Iterator[TensorOut]:
-    shape = _their_shape(rule, leaf.shape)
-    names = _names_of(rule.theirs, leaf.shape)
-    stored = leaf.dtypes if isinstance(leaf, StoredParam) else (leaf.dtype,) * len(names)
+def _exported(rule: Rule, leaves: list[Any], layout: Layout, bare: bool, dtype: Any) -> Iterator[TensorOut]:
+    shape, places = rule.parts([rule.one(leaf.shape) for leaf in leaves])
+    names = rule.of_layers(rule.theirs, leaves[0].shape[0] if rule.stacked else 1)
 
-    def reader(name: str, layer: int | None, kind: np.dtype) -> Callable[[], np.ndarray]:
+    def reader(name: str, layer: int, kind: np.dtype) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            theirs = to_theirs(rule.pattern, np.asarray(leaf if layer is None else leaf[layer]))
-            if theirs.dtype == kind:
-                return np.ascontiguousarray(theirs)
-            rounded = np.empty(theirs.shape, kind)
-            copy_rounded(rounded, theirs, name, "export")
-            return rounded
+            parts = [_as_theirs(rule, leaf[layer] if rule.stacked else leaf) for leaf in leaves]
+            if len(parts) == 1 and parts[0].dtype == kind:
+                return np.ascontiguousarray(parts[0])
+            made = np.empty(shape, kind)
+            for i, part in enumerate(parts):
+                copy_rounded(made[slice(*places[i])] if len(parts) > 1 else made, part, name, "export")
+            return made
 
         return read
 
     for layer, name in enumerate(names):
-        kind = np.dtype(stored[layer] if dtype is None else dtype)
+        kind = np.dtype(_stored_type(leaves, layer) if dtype is None else dtype)
         for copy in (name, *rule.copies):
             written = copy.removeprefix(layout.prefix) if bare else copy
-            yield TensorOut(written, shape, kind, reader(written, layer if _stacked(rule) else None, kind))
+            yield TensorOut(written, shape, kind, reader(written, layer, kind))
+
+
+def _as_theirs(rule: Rule, ours: Any) -> np.ndarray:
+    whole = np.asarray(ours)
+    return rule.arrangement(whole.ndim).to_theirs(whole)
+
+
+def _stored_type(leaves: list[Any], layer: int) -> Any:
+    """The type of a tensor in the file: the least that holds all of ours that it is made of."""
+    kinds = [leaf.dtypes[layer] if isinstance(leaf, StoredParam) else leaf.dtype for leaf in leaves]
+    return functools.reduce(jnp.promote_types, kinds)

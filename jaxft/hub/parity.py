@@ -101,6 +101,8 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
     found = {"hidden states": out.hidden_states[-1].numpy()}
     if getattr(out, "logits", None) is not None:
         found["logits"] = out.logits.numpy()
+    elif getattr(out, "start_logits", None) is not None:
+        found["logits"] = torch.stack([out.start_logits, out.end_logits], -1).numpy()
     elif getattr(out, "pooler_output", None) is not None:
         found["pooled"] = out.pooler_output.numpy()
     if not reference.made_up:

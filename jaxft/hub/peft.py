@@ -1,24 +1,25 @@
 """Low-rank adapters as Hugging Face's peft library stores them: adapter_config.json and adapter_model.safetensors.
 
 Source: huggingface/peft, ``LoraConfig``, ``save_pretrained`` and its documentation of the checkpoint format. A module's weight W
-[out, in] gains lora_alpha / r * lora_B [out, r] lora_A [r, in].
+[out, in] gains lora_alpha / r * lora_B [out, r] lora_A [r, in]. Of a fused W, the adapters of k of its parts are one of rank k r,
+whose lora_B has a block for each.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from einops import rearrange
 
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hub.convert import export_tensors
 from jaxft.hub.weights import TensorOut, write_safetensors
 from jaxft.models.adapters import Adapted
 from jaxft.models.contract import Family
+from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout, Rule
 from jaxft.trees import nested, paths_of
 
@@ -45,10 +46,18 @@ def write_adapter(
     """
     layout, bare = family.hf_layout(model.config, model.head), model.head is None
     adapters, own = paths_of(params["lora"]), paths_of(params["base"])
-    rules = {rule.ours: rule for rule in layout.rules}
-    pairs = [(rules[path], adapters[f"{path}/a"], adapters[f"{path}/b"]) for path in model.targets]
-    tensors = [out for rule, a, b in pairs for out in _of_pair(_module(rule, layout, bare), rule, a, b)]
-    whole = Layout(tuple(rules[path] for path in trained), layout.prefix)
+    adapted = {rule: [path for path in rule.paths if path in model.targets] for rule in layout.rules}
+    adapted = {rule: paths for rule, paths in adapted.items() if paths}
+    modules = {rule: _module(rule, layout, bare) for rule in adapted}
+    shapes = {path: leaf.shape for path, leaf in paths_of(shapes_and_axes(model.base)[0]).items()}
+    tensors = [
+        out
+        for rule in adapted
+        for out in _of_rule(
+            rule, modules[rule], {p: (adapters[f"{p}/a"], adapters[f"{p}/b"]) for p in adapted[rule]}, shapes
+        )
+    ]
+    whole = Layout(tuple(rule for rule in layout.rules if set(rule.paths) & set(trained)), layout.prefix)
     stored = export_tensors(nested({path: own[path] for path in trained}), whole, bare=bare) if trained else []
     tensors += [TensorOut(_PREFIX + out.name, out.shape, out.dtype, out.read) for out in stored]
     config = {
@@ -63,7 +72,8 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": _targets([_module(rule, layout, bare) for rule, _, _ in pairs], layout, bare, model),
+        "target_modules": _ends(modules, modules, layout, bare, model),
+        **_patterns(adapted, modules, layout, bare, model),
         "modules_to_save": sorted({out.name.rpartition(".")[0] for out in stored}) or None,
     }
     with folder_written_whole(target) as folder:
@@ -77,38 +87,75 @@ def _module(rule: Rule, layout: Layout, bare: bool) -> str:
     return name.removesuffix(".weight")
 
 
-def _targets(modules: list[str], layout: Layout, bare: bool, model: Adapted) -> list[str]:
+def _ends(
+    chosen: Collection[Rule], modules: Mapping[Rule, str], layout: Layout, bare: bool, model: Adapted
+) -> list[str]:
     """Ends of module names: peft takes every module whose name ends in one of them. What comes after the number of the layer, unless
-    other modules end so too."""
-    ends = sorted({module.rpartition("{layer}.")[2] for module in modules})
-    others = {_module(rule, layout, bare) for rule in layout.rules} - set(modules)
+    modules that are not chosen end so too."""
+    names = [modules[rule] for rule in chosen]
+    ends = sorted({name.rpartition("{layer}.")[2] for name in names})
+    others = {_module(rule, layout, bare) for rule in layout.rules} - set(names)
     if not any(other.endswith(f".{end}") for other in others for end in ends):
         return ends
-    return [
-        module.format(layer=layer)
-        for module in modules
-        for layer in range(sum(stack.layers for stack in model.facts.stacks))
-    ]
+    layers = sum(stack.layers for stack in model.facts.stacks)
+    return [name for rule in chosen for name in rule.of_layers(modules[rule], layers)]
 
 
-def _of_pair(module: str, rule: Rule, a: Any, b: Any) -> list[TensorOut]:
-    """lora_A and lora_B of each layer, from A [L, inputs.., r] and B [L, r, outputs..]."""
-    left, right = (side.split() for side in re.sub(r"\(([^)]*)\)", _joined, rule.pattern or "o i -> i o").split("->"))
-    inputs, outputs = right[: a.ndim - 2], right[a.ndim - 2 :]
-    theirs_out, theirs_in = (group.replace("_", " ") for group in left)
-    of_a = np.asarray(rearrange(np.asarray(a), f"l {' '.join(inputs)} r -> l r ({theirs_in})"))
-    of_b = np.asarray(rearrange(np.asarray(b), f"l r {' '.join(outputs)} -> l ({theirs_out}) r"))
+def _patterns(
+    adapted: Mapping[Rule, list[str]], modules: Mapping[Rule, str], layout: Layout, bare: bool, model: Adapted
+) -> dict[str, dict[str, float]]:
+    """Ranks and alphas of fused modules with several adapters: k times the usual ones, so that their ratio stays."""
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    for number in sorted({len(paths) for paths in adapted.values()} - {1}):
+        chosen = [rule for rule, paths in adapted.items() if len(paths) == number]
+        ends = _ends(chosen, modules, layout, bare, model)
+        ranks |= dict.fromkeys(ends, number * model.rank)
+        alphas |= dict.fromkeys(ends, number * model.alpha)
+    return {"rank_pattern": ranks, "alpha_pattern": alphas} if ranks else {}
+
+
+def not_storable(family: Family, model: Adapted, trained: Collection[str]) -> str | None:
+    """Why peft cannot hold what was trained; None: it can. A weight is stored whole or has an adapter, a fused one with all its parts."""
+    for rule in family.hf_layout(model.config, model.head).rules:
+        whole = [path for path in rule.paths if path in trained]
+        if whole and len(whole) < len(rule.paths):
+            others = ", ".join(path for path in rule.paths if path not in trained)
+            return f"{', '.join(whole)} was trained, and is one tensor with {others} there ({rule.theirs})"
+    return None
+
+
+def _of_rule(
+    rule: Rule, module: str, pairs: Mapping[str, tuple[Any, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> list[TensorOut]:
+    """lora_A and lora_B of each layer, from A [L, inputs.., r] and B [L, r, outputs..] of each adapted part of a weight."""
+    whole, places = rule.parts([rule.one(shapes[path]) for path in rule.paths])
+    layers, rank = (sizes := next(iter(pairs.values()))[0].shape)[0], sizes[-1]
+    dtype = next(iter(pairs.values()))[0].dtype
+    of_a, of_b = (np.zeros(shape, dtype) for shape in _stacks(layers, rank * len(pairs), whole))
+    for number, (path, (a, b)) in enumerate(pairs.items()):
+        pattern = rule.arrangement(len(shapes[path]) - 1)
+        split = pattern.ours[: a.ndim - 2], pattern.ours[a.ndim - 2 :]
+        # What is ours per input or output, in the order of theirs.
+        inputs, outputs = (
+            [names.index(name) for name in group] for names, group in zip(split, pattern.theirs[::-1], strict=True)
+        )
+        ranks = slice(number * rank, (number + 1) * rank)
+        of_a[:, ranks] = np.asarray(a).transpose(0, a.ndim - 1, *(1 + i for i in inputs)).reshape(layers, rank, -1)
+        rows = slice(*places[rule.paths.index(path)])
+        of_b[:, rows, ranks] = np.asarray(b).transpose(0, *(2 + i for i in outputs), 1).reshape(layers, -1, rank)
     return [
         TensorOut(
-            f"{_PREFIX}{module.format(layer=layer)}.lora_{letter}.weight",
+            f"{_PREFIX}{name}.lora_{letter}.weight",
             stack.shape[1:],
             stack.dtype,
             lambda stack=stack, layer=layer: np.ascontiguousarray(stack[layer]),
         )
-        for layer in range(a.shape[0])
+        for layer, name in enumerate(rule.of_layers(module, layers))
         for letter, stack in (("A", of_a), ("B", of_b))
     ]
 
 
-def _joined(group: re.Match[str]) -> str:
-    return "_".join(group[1].split())
+def _stacks(layers: int, rank: int, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    outputs, inputs = whole
+    return (layers, rank, inputs), (layers, outputs, rank)

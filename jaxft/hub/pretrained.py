@@ -128,7 +128,7 @@ def _completed(
     """What was read, with what was not initialised; says so."""
     flat = paths_of(got.params)
     if got.fresh and seen.whole:
-        absent = [rule.theirs for rule in seen.layout.rules if rule.ours in got.fresh]
+        absent = [rule.theirs for rule in seen.layout.rules if set(rule.paths) & set(got.fresh)]
         stated = architecture_of(source.family, model.head, source.model_type)
         raise UserError(
             f"{source.folder} should be a {stated}, but its weights lack {', '.join(absent)}, and "
@@ -150,7 +150,7 @@ def _completed(
 
 def _head_names(names: Mapping[str, str], layout: Layout) -> list[str]:
     """The head's tensors in the file, by their names there."""
-    rules = [rule for rule in layout.rules if rule.ours.startswith("head/")]
+    rules = [rule for rule in layout.rules if rule.paths[0].startswith("head/")]
     return [names[name] for rule in rules for name in rule.names() if name in names]
 
 
@@ -158,8 +158,8 @@ def _deeper_layers(names: Collection[str], layout: Layout, shapes: Any) -> list[
     """Tensors of layers past those that the model has, by the names of the rules."""
     ours, found = paths_of(shapes), []
     for rule in layout.rules:
-        if "{layer}" in rule.theirs:
-            layer = ours[rule.ours].shape[0]
+        if rule.stacked:
+            layer = rule.layers[0] + ours[rule.paths[0]].shape[0]
             while (name := rule.theirs.format(layer=layer)) in names:
                 found.append(name)
                 layer += 1
@@ -206,7 +206,7 @@ def _changed(source: Source, key: str, head: str | None) -> Any:
 def _layer_shapes(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
     """How many layers a model has, and the shape of each parameter, of layers that of one."""
     flat = {path: leaf.shape for path, leaf in paths_of(shapes_and_axes(model)[0]).items()}
-    depth = next(shape[0] for path, shape in flat.items() if path.startswith("layers/"))
+    depth = max(shape[0] for path, shape in flat.items() if path.startswith("layers/"))
     return depth, {path: shape[1:] if path.startswith("layers/") else shape for path, shape in flat.items()}
 
 

@@ -4,7 +4,7 @@ from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.compute import Compute
 from jaxft.layers.entry import checked_call
 from jaxft.layers.functions import ACTIVATIONS, dropout, gelu, keep_mask, layer_norm, rms_norm, subkey
-from jaxft.layers.heads import FromHeads, Projection, project, project_together, rows_of
+from jaxft.layers.heads import FromHeads, Projection, project, project_exactly, project_together, rows_of
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
 from jaxft.layers.modules import Embed, Initializer, Labelled, LayerNorm, Linear, RMSNorm, declare, labelled, unlabel
 from jaxft.layers.promotion import usual_promotion
@@ -40,6 +40,7 @@ __all__ = [
     "labelled",
     "layer_norm",
     "project",
+    "project_exactly",
     "project_together",
     "recomputed_from",
     "rms_norm",

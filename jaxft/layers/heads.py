@@ -12,7 +12,7 @@ Dims: B batch, S length, T = B S tokens, D model width, N heads, H head size, E 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -77,7 +77,7 @@ def project_together(
     compute: Compute,
     tokens_last: bool = False,
 ) -> tuple[Array, ...]:
-    """``x`` [B, S, D] through several biased projections of one shape; each result is [B, N, S, H].
+    """``x`` [B, S, D] through several projections of one shape, biased or not; each result is [B, N, S, H].
 
     As a single wide product: the stored tree keeps them apart, three narrow products were measured slower on CPUs. Of each head, all
     projections lie side by side: heads may be split over devices. With ``tokens_last``, as products of their own: parts of a
@@ -88,12 +88,20 @@ def project_together(
     """
     if tokens_last:
         return tuple(rows_of(project(x, each, names, compute, True), x.shape[0]) for each in projections)
-    kernels, biases = zip(*projections, strict=True)
-    kernel, bias = jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1)
+    kernel = jnp.stack([kernel for kernel, _ in projections], axis=2)
+    biases = [bias for _, bias in projections if bias is not None]
+    bias = jnp.stack(biases, axis=1).reshape(-1) if biases else None
     weight, matrix = _matrix(kernel, 1, names, compute)
-    y = affine("bsd,de->bse", x, matrix, bias.reshape(-1), compute, weight=weight)
-    y = y.reshape(*y.shape[:-1], *bias.shape)
+    y = affine("bsd,de->bse", x, matrix, bias, compute, weight=weight)
+    y = y.reshape(*y.shape[:-1], *kernel.shape[1:])
     return unstack(len(projections), y.transpose(3, 0, 2, 1, 4))
+
+
+def project_exactly(x: Array, projections: Mapping[str, Array], layer: int) -> Array:
+    """``x`` [B, S, D] mapped to heads [B, N, S, H] in full float32, from the stacked parameters of a :class:`Projection`."""
+    one = {name: stacked[layer].astype(jnp.float32) for name, stacked in projections.items()}
+    y = jnp.einsum("bsd,dnh->bnsh", x.astype(jnp.float32), one["kernel"], precision="highest")
+    return y + one["bias"][:, None] if "bias" in one else y
 
 
 class FromHeads(nn.Module):

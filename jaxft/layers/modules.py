@@ -108,11 +108,14 @@ class LayerNorm(nn.Module):
 
     eps: float
     compute: Compute
+    biased: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.compute.param_dtype
         scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
+        if not self.biased:
+            return layer_norm(x, scale, jax.numpy.zeros_like(scale), self.eps)
         bias = declare(self, "bias", nn.initializers.zeros, ("norm",), x.shape[-1:], dtype)
         return layer_norm(x, scale, bias, self.eps)
 

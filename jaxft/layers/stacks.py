@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,6 +25,8 @@ from jaxft.parallel.sharding import no_mesh
 Array = jax.Array
 
 
+_ALL: Mapping[str, int] = MappingProxyType({})
+"""Every layer has all parameters."""
 _INPUT = "layer_input"
 _POLICIES: dict[str, Any] = {
     "full": None,
@@ -53,10 +58,16 @@ def _unstack_bwd(length: int, kept: None, g: tuple[Array, ...]) -> tuple[Array]:
 unstack.defvjp(usual_promotion(_unstack_fwd), usual_promotion(_unstack_bwd))
 
 
-def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *example: Any) -> Any:
+def stacked_params(
+    parent: nn.Module, name: str, layer: Any, length: int, *example: Any, begins: Mapping[str, int] = _ALL
+) -> Any:
     """Declares, on ``parent``, the parameters of ``length`` copies of ``layer``: each leaf gets a leading "layers" axis.
 
     Inside a ``compact`` method only. ``layer``: has a field ``compute``. ``example``: arguments with which it can be initialised.
+
+    Args:
+      begins: child of the layer -> first layer that has its parameters, where the first ones have none; their stacks hold the
+        others alone, and their axis is called "layers:1", with that layer's number.
     """
 
     def init(key: Array) -> Any:
@@ -64,44 +75,187 @@ def stacked_params(parent: nn.Module, name: str, layer: Any, length: int, *examp
         quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
         with no_mesh():  # the example is too small to be split
             trees = jax.vmap(lambda k: quick.init(k, *example)["params"])(jax.random.split(key, length))
-        trees = nn.meta.add_axis(trees, 0, {nn.PARTITION_NAME: "layers"})
-        return trees if is_ours(parent) else unlabel(trees)[0]
+        made = {}
+        for child, tree in trees.items():
+            first = begins.get(child, 0)
+            axis = f"layers:{first}" if first else "layers"
+            if first < length:
+                tree = jax.tree.map(lambda leaf, first=first: leaf[first:], tree) if first else tree
+                made[child] = nn.meta.add_axis(tree, 0, {nn.PARTITION_NAME: axis})
+        return made if is_ours(parent) else unlabel(made)[0]
 
     return parent.param(name, init)
 
 
 def apply_stack(
-    layer: Any, params: Any, length: int, x: Array, key: Array | None, *args: Any, keep: bool = False
+    layer: Any,
+    params: Any,
+    length: int,
+    x: Array,
+    key: Array | None,
+    *args: Any,
+    keep: bool = False,
+    kinds: Sequence[Hashable] | None = None,
+    begins: Mapping[str, int] = _ALL,
 ) -> tuple[Array, Array | None]:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
 
+    Args:
+      kinds: what is static and differs by layer: ``layer.apply(params_i, x, key_i, *args, kinds[i])``. Scanned, they repeat with
+        some period, which is the body of the scan; layers before and behind are apart.
+      begins: as of :func:`stacked_params`.
+
     Returns: (x after the last layer, with ``keep`` what went into the first and came out of each: [L + 1, ...]; else None).
     """
     compute: Compute = layer.compute
 
-    def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
-        return layer.apply({"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args)
+    def runner(*kind: Hashable) -> Callable[..., Any]:
+        def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
+            return layer.apply({"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args, *kind)
 
-    if compute.remat != "none":
-        run = jax.checkpoint(run, policy=_POLICIES[compute.remat])
+        return run if compute.remat == "none" else jax.checkpoint(run, policy=_POLICIES[compute.remat])
+
+    # One function per kind: traced once, however many layers are of it.
+    known = {kind: runner(kind) for kind in dict.fromkeys(kinds)} if kinds is not None else {None: runner()}
+    runs = [known[kind] for kind in kinds] if kinds is not None else [known[None]] * length
+    if len(runs) != length:
+        raise ValueError(f"{len(runs)} kinds of {length} layers")
     if compute.layers == "scanned":
-
-        def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, Array | None]:
-            layer_params, index = item
-            x = run(layer_params, x, subkey(key, index))
-            return x, x if keep else None
-
-        last, each = lax.scan(body, x, (params, jnp.arange(length)))
-        return last, None if each is None else jnp.concatenate([x[None], each])
-    states = [x]
-    leaves, tree = jax.tree.flatten(params)
-    for i, layer_leaves in enumerate(zip(*(unstack(length, leaf) for leaf in leaves), strict=True)):
-        layer_leaves, x = _layer_by_layer(layer_leaves, x)
-        x = run(tree.unflatten(layer_leaves), x, subkey(key, i))
-        states.append(x)
+        lacks = [tuple(sorted(child for child, first in begins.items() if layer < first)) for layer in range(length)]
+        signs = tuple(zip(kinds or (None,) * length, lacks, strict=True))
+        return _scanned(runs, _period_of(signs), params, begins, x, key, keep)
+    x, states = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key)
     return x, jnp.stack(states) if keep else None
+
+
+def _unrolled(
+    runs: Sequence[Callable[..., Any]], layers: Sequence[Any], numbers: Iterable[Any], x: Array, key: Array | None
+) -> tuple[Array, list[Array]]:
+    """(x after the last of some layers, what went into the first and came out of each).
+
+    Args:
+      layers: parameters of each.
+      numbers: of the layers in the whole stack, for their dropout keys.
+    """
+    states = [x]
+    for run, layer_params, number in zip(runs, layers, numbers, strict=True):
+        leaves, tree = jax.tree.flatten(layer_params)
+        leaves, x = _layer_by_layer(tuple(leaves), x)
+        x = run(tree.unflatten(leaves), x, subkey(key, number))
+        states.append(x)
+    return x, states
+
+
+def _scanned(
+    runs: Sequence[Callable[..., Any]],
+    period: _Period,
+    params: Any,
+    begins: Mapping[str, int],
+    x: Array,
+    key: Array | None,
+    keep: bool,
+) -> tuple[Array, Array | None]:
+    """Some layers, a scan over periods of layers, some layers."""
+    before, size, times = period
+    end, length = before + size * times, len(runs)
+    if not times:
+        x, states = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key)
+        return x, jnp.stack(states) if keep else None
+
+    def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, Array | None]:
+        stacked, numbers = item
+        if size == 1:
+            x = runs[before](stacked, x, subkey(key, numbers))
+            return x, x if keep else None
+        layers = _by_layer(stacked, _ALL, size)
+        x, states = _unrolled(runs[before:end][:size], layers, numbers, x, key)
+        return x, jnp.stack(states[1:]) if keep else None
+
+    pieces = _cut(params, begins, (*range(before), before, *range(end, length + 1)))
+    firsts, lasts = (
+        [jax.tree.map(lambda leaf: leaf[0], one) for one in some] for some in (pieces[:before], pieces[before + 1 :])
+    )
+    x, states = _unrolled(runs[:before], firsts, range(before), x, key)
+    of_scan = pieces[before], jnp.arange(before, end)
+    if size > 1:
+        of_scan = jax.tree.map(lambda leaf: leaf.reshape(times, size, *leaf.shape[1:]), of_scan)
+    x, each = lax.scan(body, x, of_scan)
+    x, more = _unrolled(runs[end:], lasts, range(end, length), x, key)
+    if each is None:
+        return x, None
+    each = each.reshape(size * times, *x.shape)
+    return x, jnp.concatenate([*(state[None] for state in states), each, *(state[None] for state in more[1:])])
+
+
+class _Period(NamedTuple):
+    """How a stack is scanned."""
+
+    before: int
+    """Layers before the first period."""
+    size: int
+    """Layers of a period."""
+    times: int
+    """Periods; 0: there is nothing to scan."""
+
+
+@functools.lru_cache
+def _period_of(signs: tuple[Hashable, ...]) -> _Period:
+    """The period with which the fewest layers are compiled.
+
+    Args:
+      signs: of each layer; equal where layers differ in their numbers alone.
+    """
+    length = len(signs)
+    best, fewest = _Period(length, 1, 0), length + (length == 1)
+    for size in range(1, length + 1):
+        for before in range(length - size + 1):
+            times = 1
+            while signs[before + times * size : before + (times + 1) * size] == signs[before : before + size]:
+                times += 1
+            if length - (times - 1) * size < fewest:
+                best, fewest = _Period(before, size, times), length - (times - 1) * size
+    return best
+
+
+def _by_layer(params: Any, begins: Mapping[str, int], length: int) -> list[Any]:
+    """The parameters of each layer."""
+    made: list[dict[str, Any]] = [{} for _ in range(length)]
+    for child, stacked in sorted(params.items()):
+        first = begins.get(child, 0)
+        leaves, tree = jax.tree.flatten(stacked)
+        for i, layer_leaves in enumerate(zip(*(unstack(length - first, leaf) for leaf in leaves), strict=True)):
+            made[first + i][child] = tree.unflatten(layer_leaves)
+    return made
+
+
+def _cut(params: Any, begins: Mapping[str, int], cuts: Sequence[int]) -> list[Any]:
+    """The parameters of layers from each cut to the next, still stacked. Each ``begins`` is at a cut, or behind the last."""
+    made: list[dict[str, Any]] = [{} for _ in cuts[1:]]
+    for child, stacked in sorted(params.items()):
+        pieces = [i for i, cut in enumerate(cuts[:-1]) if cut >= begins.get(child, 0)]
+        sizes = tuple(cuts[i + 1] - cuts[i] for i in pieces)
+        leaves, tree = jax.tree.flatten(stacked)
+        for i, part in zip(pieces, zip(*(_split(sizes, leaf) for leaf in leaves), strict=True), strict=True):
+            made[i][child] = tree.unflatten(part)
+    return made
+
+
+def _split(sizes: tuple[int, ...], x: Array) -> tuple[Array, ...]:
+    return (x,) if len(sizes) == 1 else _split_in(sizes, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _split_in(sizes: tuple[int, ...], x: Array) -> tuple[Array, ...]:
+    """Parts of ``x`` along its first axis; the gradient is one concatenation, as that of :func:`unstack`."""
+    return tuple(jnp.split(x, np.cumsum(sizes)[:-1]))
+
+
+_split_in.defvjp(
+    usual_promotion(lambda sizes, x: (_split_in(sizes, x), None)),
+    usual_promotion(lambda sizes, kept, g: (jnp.concatenate(g),)),
+)
 
 
 @jax.custom_vjp

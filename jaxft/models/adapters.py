@@ -169,8 +169,8 @@ def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Any]:
     def uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
         return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
 
-    names_a = ("layers", *(leaf.axes[i] for i in inputs), None)
-    names_b = ("layers", None, *(leaf.axes[i] for i in outputs))
+    names_a = (leaf.axes[0], *(leaf.axes[i] for i in inputs), None)
+    names_b = (leaf.axes[0], None, *(leaf.axes[i] for i in outputs))
     return {
         "a": labelled(uniform, *names_a)(key, shape_a, dtype),
         "b": labelled(lambda key, shape, dtype: jnp.zeros(shape, dtype), *names_b)(key, shape_b, dtype),

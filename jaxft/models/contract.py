@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxft.data.batch import Fields, HostBatch
+from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, TokenScore
 from jaxft.models.layout import Layout, Rule, Tensors
@@ -89,6 +89,28 @@ class Facts:
         return all(stack.causal for stack in self.stacks)
 
 
+def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str, **more: Field) -> Fields:
+    """The inputs of a model of texts.
+
+    Args:
+      vocabulary: rows of the table of tokens.
+      padding: id of padding; None: 0.
+      limit: tokens that a row may have.
+      scored: axis of the targets: each token's (``length``), or those ``predicted``, whose places are an input too.
+      more: further inputs.
+    """
+    places, targets = ("batch", "length"), ("batch", scored)
+    return {
+        "tokens": Field(places, fill=padding or 0, count=vocabulary),
+        "mask": Field(places, value=1),
+        **more,
+        "positions": Field(places, count=limit),
+        "segments": Field(places),
+        **({"predict": Field(targets)} if scored != "length" else {}),
+        "targets": Field(targets, count=vocabulary),
+    }
+
+
 def _no_rules(config: Any) -> tuple[Rule, ...]:
     del config
     return ()
@@ -106,7 +128,7 @@ class Head:
     rules: Callable[[Any], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()
-    """Patterns of tensor names; a file that has all of them has this head."""
+    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones."""
     classes: Literal["rows", "tokens"] | None = None
     """What its outputs are classes of, as many as ``num_labels`` of the Config says, with names; None: no classes."""
     pooled: bool = False
@@ -177,11 +199,13 @@ FOREIGN_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | None:
-    """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported."""
-    marked = {name: head.marks for name, head in heads.items() if head.marks}
-    for name, marks in {**FOREIGN_HEADS, **marked}.items():
+    """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported, or several
+    that have the same tensors."""
+    marked = {name: head.marks for name, head in heads.items() if name and head.marks}
+    known = {**FOREIGN_HEADS, **marked}
+    for marks in known.values():
         if all(any(fnmatch.fnmatchcase(tensor, mark) for tensor in names) for mark in marks):
-            return name
+            return " or ".join(name for name, others in known.items() if others == marks)
     return None
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.probabilities import attention_probabilities
 from jaxft.data.batch import Field
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 from jaxft.layers import (
     ACTIVATIONS,
     Compute,
@@ -31,12 +31,14 @@ from jaxft.layers import (
     apply_stack,
     checked_call,
     dropout,
+    project_exactly,
     project_together,
     stacked_params,
     subkey,
     usual_promotion,
 )
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.checks import check_fields
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import normal
 
 Array = jax.Array
@@ -70,20 +72,13 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")
+        rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+        sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
+        check_fields(self, sizes, rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
 
     @property
     def head_size(self) -> int:
@@ -285,10 +280,7 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:
-        projection = layers["attention"][name]
-        kernel, bias = (projection[part][number].astype(jnp.float32) for part in ("kernel", "bias"))
-        x = states[number].astype(jnp.float32)
-        return jnp.einsum("bsd,dnh->bnsh", x, kernel, precision="highest") + bias[:, None]
+        return project_exactly(states[number], layers["attention"][name], number)
 
     count = len(layers["attention"]["query"]["kernel"])
     return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
@@ -296,16 +288,8 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
 
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    places, predicted = ("batch", "length"), ("batch", "predicted")
-    inputs = {
-        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
-        "mask": Field(places, value=1),
-        "types": Field(places, count=config.type_vocab_size),
-        "positions": Field(places, count=config.limit),
-        "segments": Field(places),
-        "predict": Field(predicted),
-        "targets": Field(predicted, count=config.vocab_size),
-    }
+    types = Field(("batch", "length"), count=config.type_vocab_size)
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, config.limit, scored="predicted", types=types)
     heads, size = config.num_attention_heads, config.head_size
     return Facts(
         inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit

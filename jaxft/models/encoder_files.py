@@ -9,7 +9,16 @@ from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.models.contract import Head
 from jaxft.models.encoder import EncoderConfig
-from jaxft.models.heads import MaskedLm, TokenClasses, decoder_rules, dense_rules, norm_rules, normal
+from jaxft.models.heads import (
+    SPAN_ENDS,
+    MaskedLm,
+    TokenClasses,
+    Transform,
+    decoder_rules,
+    dense_rules,
+    norm_rules,
+    normal,
+)
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
 SAME_NAME = (
@@ -85,6 +94,13 @@ TOKEN_CLASSIFICATION = Head(
     classes="tokens",
 )
 
+QUESTION_ANSWERING = Head(
+    "ForQuestionAnswering",
+    lambda c, compute, name: TokenClasses(c.hidden_size, SPAN_ENDS, 0.0, compute, normal(c), name=name),
+    lambda c: dense_rules("head/linear", "qa_outputs"),
+    marks=("qa_outputs.weight",),
+)
+
 
 def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = None, **more: Any) -> Head:
     """The masked-LM head, by the names of its tensors.
@@ -98,13 +114,14 @@ def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = 
       more: fields of the Head.
     """
 
+    def transform(c: Any) -> Transform:
+        return Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c))
+
     def make(c: Any, compute: Compute, name: str) -> MaskedLm:
-        sizes = (c.hidden_size, c.vocab_size, act or c.hidden_act, c.layer_norm_eps, c.tie_word_embeddings)
-        return MaskedLm(*sizes, compute, normal(c), name=name)
+        return MaskedLm(transform(c), c.vocab_size, c.tie_word_embeddings, compute, name=name)
 
     def rules(c: Any) -> tuple[Rule, ...]:
-        maps = (*dense_rules("head/dense", dense), *norm_rules("head/norm", norm))
-        return (*maps, *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
+        return (*transform(c).rules(dense, norm), *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
 
     return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), **more)
 

@@ -5,6 +5,7 @@ Dims: B batch, S length, D model width, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -29,8 +30,11 @@ from jaxft.models.layout import Rule
 
 Array = jax.Array
 
+SPAN_ENDS = 2
+"""Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
 
-def _exact(compute: Compute) -> Compute:
+
+def exact(compute: Compute) -> Compute:
     """How few classes are computed: in full precision, which costs nothing and keeps probabilities clean."""
     return Compute(param_dtype=compute.param_dtype, rules=compute.rules)
 
@@ -49,7 +53,7 @@ class PooledClasses(nn.Module):
         assert seen.pooled is not None  # models with this head have a pooler
         x = dropout(seen.pooled, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
-        return Linear(shape, ("embed", "classes"), _exact(self.compute), self.initial, name="linear")(x)
+        return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
 class FirstTokenClasses(nn.Module):
@@ -68,7 +72,7 @@ class FirstTokenClasses(nn.Module):
         x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
         x = dropout(x, self.rate, subkey(key, 1), bits)
         shape = (self.width, self.classes)
-        return Linear(shape, ("embed", "classes"), _exact(self.compute), self.initial, name="linear")(x)
+        return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
 class TokenClasses(nn.Module):
@@ -84,44 +88,100 @@ class TokenClasses(nn.Module):
     def __call__(self, seen: Features, key: Array | None) -> Array:
         x = dropout(seen.hidden, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
-        return Linear(shape, ("embed", "classes"), _exact(self.compute), self.initial, name="linear")(x)
+        return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
-class MaskedLm(nn.Module):
-    """Affine, activation, norm, then the vocabulary: logits [B, M, V], or their score in tiles."""
+@dataclass(frozen=True)
+class Transform:
+    """An affine map, an activation and a norm, which some heads begin with; declared on the module whose method calls it."""
 
     width: int
-    vocabulary: int
     act: str
     eps: float
-    tied: bool
-    """The vocabulary matrix is the table of token embeddings."""
+    initial: Initializer
+    dense_bias: bool = True
+    norm_bias: bool = True
+
+    def __call__(self, x: Array, compute: Compute) -> Array:
+        shape, names = (self.width,) * 2, ("embed", "pooled")
+        x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
+        return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
+
+    def rules(self, dense: str, norm: str) -> tuple[Rule, ...]:
+        """Its rows of the weight table, from the reference's names."""
+        return (*dense_rules("head/dense", dense, self.dense_bias), *norm_rules("head/norm", norm, self.norm_bias))
+
+
+class TransformedClasses(nn.Module):
+    """A transform, dropout and one affine map of the pooled vector, logits [B, C], or of every token's, [B, S, C]."""
+
+    transform: Transform
+    classes: int
+    rate: float
+    pooled: bool
     compute: Compute
     initial: Initializer
 
     @nn.compact
+    def __call__(self, seen: Features, key: Array | None) -> Array:
+        x = seen.pooled if self.pooled else seen.hidden
+        assert x is not None  # models pool for heads that ask for it
+        x = dropout(self.transform(x, self.compute), self.rate, key, self.compute.dropout_bits)
+        shape = (self.transform.width, self.classes)
+        return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
+
+
+class MaskedLm(nn.Module):
+    """A transform, then the vocabulary: logits [B, M, V], or their score in tiles."""
+
+    transform: Transform
+    vocabulary: int
+    tied: bool
+    """The vocabulary matrix is the table of token embeddings."""
+    compute: Compute
+    biased: bool = True
+
+    @nn.compact
     def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
         del key
-        d, v = self.width, self.vocabulary
-        x = Linear((d, d), ("embed", "pooled"), self.compute, self.initial, name="dense")(seen.hidden)
-        x = LayerNorm(self.eps, self.compute, name="norm")(ACTIVATIONS[self.act](x))
-        dtype = self.compute.param_dtype
-        bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype)
-        table = seen.table if self.tied else declare(self, "kernel", self.initial, ("embed", "vocab"), (d, v), dtype).T
+        x = self.transform(seen.hidden, self.compute)
+        (d, v), dtype = (self.transform.width, self.vocabulary), self.compute.param_dtype
+        bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
+        initial = self.transform.initial
+        table = seen.table if self.tied else declare(self, "kernel", initial, ("embed", "vocab"), (d, v), dtype).T
         assert table is not None
         if seen.targets is not None and self.compute.vocab_tile is not None:
             return score_tokens(x, table, bias, seen.targets, self.compute)
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
 
 
-def dense_rules(ours: str, theirs: str) -> tuple[Rule, Rule]:
+def mean_of_text(hidden: Array, mask: Array | None, segments: Array | None) -> Array:
+    """[B, D], the mean over the tokens of each row that are no padding; of packed rows, over those of the first text.
+
+    Args:
+      hidden: [B, S, D].
+      mask: [B, S], 0 or False where a token is padding; None: nothing is.
+      segments: [B, S] int32 of packed rows, 0 is padding; None: each row is one text.
+    """
+    there = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
+    if segments is not None:
+        there = there & (segments != 0)
+        there = there & (segments == jnp.take_along_axis(segments, there.argmax(1)[:, None], axis=1))
+    weights = there.astype(jnp.float32)[..., None]
+    return ((hidden * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)).astype(hidden.dtype)
+
+
+def dense_rules(ours: str, theirs: str, biased: bool = True) -> tuple[Rule, ...]:
     """The rows of the weight table for an affine map."""
-    return Rule(f"{ours}/kernel", f"{theirs}.weight", "o i -> i o"), Rule(f"{ours}/bias", f"{theirs}.bias")
+    kernel = Rule(f"{ours}/kernel", f"{theirs}.weight", "o i -> i o")
+    return (kernel, Rule(f"{ours}/bias", f"{theirs}.bias")) if biased else (kernel,)
 
 
-def norm_rules(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The rows of the weight table for a layer norm."""
-    return Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")
+def norm_rules(ours: str, theirs: str, biased: bool = True, first_layer: int = 0) -> tuple[Rule, ...]:
+    """The rows of the weight table for a layer norm; ``first_layer`` is the first that has it."""
+    layers = (first_layer, None)
+    scale = Rule(f"{ours}/scale", f"{theirs}.weight", layers=layers)
+    return (scale, Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)) if biased else (scale,)
 
 
 def decoder_rules(theirs: str, bias: str, *, tied: bool) -> tuple[Rule, ...]:

@@ -1,16 +1,21 @@
 """Where a family's parameters lie in the reference's checkpoint: one table of rules, run forwards to import and backwards to export.
 
 A rule says where one of our parameters lives there and how it is rearranged (an einops pattern, theirs -> ours). Names with
-``{layer}`` stand for one tensor per layer; ours is their stack.
+``{layer}`` stand for one tensor per layer; ours is their stack. One tensor of theirs may hold several of ours, one
+below the other.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from jaxft.models.patterns import Pattern, parsed, unchanged
 
 _CHUNK = 1 << 20  # elements looked at together: what is made on the way stays small beside the tensor
 
@@ -37,24 +42,65 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our parameters and its place in the reference's checkpoint."""
+    """One tensor of the reference's checkpoint, and the parameter of ours that it is, or those that it holds."""
 
-    ours: str
-    """Path in our tree, for instance ``layers/mlp/up/kernel``."""
+    ours: str | tuple[str, ...]
+    """Path in our tree, for instance ``layers/mlp/up/kernel``. Several: their tensor holds them as rows, in this order."""
     theirs: str
     """Tensor name in models with a head; ``{layer}`` stands for 0, 1, ..."""
     pattern: str | None = None
-    """einops pattern of one tensor, theirs -> ours; None: as it is."""
+    """einops pattern of one tensor (of the part of it that is one of ours), theirs -> ours; None: as it is."""
     copies: tuple[str, ...] = ()
     """Names under which the reference stores the same tensor again; written on export, read where the first is missing."""
     preferred: tuple[str, ...] = ()
     """Names that the reference believes over ``theirs`` where a file has both; never written."""
     spares: tuple[str, ...] = ()
     """Names under which a file may hold the same tensor; read where ``theirs`` is missing, never written."""
+    layers: tuple[int, int | None] = (0, None)
+    """Layers that have the tensor, first and end; None: up to the last. Our stack holds these layers and no others."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters of ours."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one tensor per layer."""
+        return "{layer}" in self.theirs
 
     def names(self) -> tuple[str, ...]:
         """Names that the tensor may have in a file; the first one that is there is read."""
         return (*self.preferred, self.theirs, *self.copies, *self.spares)
+
+    def of_layers(self, name: str, count: int) -> list[str]:
+        """A name of the tensor in each of the ``count`` layers of our stack, or alone where there are no layers."""
+        if not self.stacked:
+            return [name]
+        first, end = self.layers
+        if end is not None and end - first != count:
+            raise ValueError(f"{self.theirs}: the rule is of layers {first} to {end - 1}, our stack has {count}")
+        return [name.format(layer=layer) for layer in range(first, first + count)]
+
+    def one(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a parameter of ours in one layer, from that of the stack."""
+        return shape[1:] if self.stacked else shape
+
+    def arrangement(self, rank: int) -> Pattern:
+        """How one tensor, or a part of it, is rearranged; ``rank`` is that of ours in one layer."""
+        return unchanged(rank) if self.pattern is None else parsed(self.pattern)
+
+    def parts(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """The shape of their tensor, and from where to where each of ours lies in its rows.
+
+        Args:
+          shapes: of ours in one layer.
+        """
+        theirs = [self.arrangement(len(shape)).their_shape(shape) for shape in shapes]
+        if not theirs[0]:
+            return (), []
+        ends = list(itertools.accumulate(shape[0] for shape in theirs))
+        return (ends[-1], *theirs[0][1:]), list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 @dataclass(frozen=True)

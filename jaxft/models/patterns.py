@@ -1,48 +1,71 @@
-"""Rearrangements of one tensor as einops patterns, theirs -> ours, run both ways; None leaves a tensor as it is."""
+"""Rearrangements of one tensor as einops patterns, theirs -> ours, run both ways."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Mapping
+
 import numpy as np
-from einops import rearrange
 
 
-def their_shape(pattern: str | None, ours: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of their tensor, from that of ours."""
-    if pattern is None:
-        return ours
-    sizes = _sizes(pattern, ours)
-    groups = pattern.split("->")[0].replace("(", " ( ").replace(")", " ) ").split()
-    dims: list[int] = []
-    grouped = False
-    for token in groups:
+class Pattern:
+    """One rearrangement, parsed: dimensions of theirs may be groups of ours (``(n h) d -> d n h``)."""
+
+    def __init__(self, text: str) -> None:
+        left, arrow, right = text.partition("->")
+        self.theirs = tuple(_groups(left))
+        """The names in each dimension of theirs."""
+        self.ours = tuple(right.split())
+        """The name of each dimension of ours."""
+        names = [name for group in self.theirs for name in group]
+        if not arrow or sorted(names) != sorted(self.ours) or len(set(names)) != len(names):
+            raise ValueError(f"pattern {text!r}: both sides must hold the same names, each once")
+        self._to_ours = tuple(names.index(name) for name in self.ours)
+        self._to_theirs = tuple(self.ours.index(name) for name in names)
+
+    def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their tensor, from that of ours."""
+        sizes = self._sizes(ours)
+        return tuple(math.prod(sizes[name] for name in group) for group in self.theirs)
+
+    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Their tensor as ours, of shape ``shape``."""
+        sizes = self._sizes(shape)
+        return tensor.reshape([sizes[name] for group in self.theirs for name in group]).transpose(self._to_ours)
+
+    def to_theirs(self, tensor: np.ndarray) -> np.ndarray:
+        """Our tensor as theirs."""
+        return tensor.transpose(self._to_theirs).reshape(self.their_shape(tensor.shape))
+
+    def _sizes(self, ours: tuple[int, ...]) -> Mapping[str, int]:
+        return dict(zip(self.ours, ours, strict=True))
+
+
+@functools.cache
+def parsed(text: str) -> Pattern:
+    """The pattern of a text; each text is parsed once."""
+    return Pattern(text)
+
+
+@functools.cache
+def unchanged(rank: int) -> Pattern:
+    """The pattern that leaves a tensor of so many dimensions as it is."""
+    names = " ".join(f"d{i}" for i in range(rank))
+    return Pattern(f"{names} -> {names}")
+
+
+def _groups(side: str) -> list[tuple[str, ...]]:
+    groups: list[tuple[str, ...]] = []
+    inside: list[str] | None = None
+    for token in side.replace("(", " ( ").replace(")", " ) ").split():
         if token == "(":
-            dims.append(1)
-            grouped = True
+            inside = []
         elif token == ")":
-            grouped = False
-        elif grouped:
-            dims[-1] *= sizes[token]
+            groups.append(tuple(inside or ()))
+            inside = None
+        elif inside is not None:
+            inside.append(token)
         else:
-            dims.append(sizes[token])
-    return tuple(dims)
-
-
-def to_ours(pattern: str | None, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Their tensor as ours, of shape ``shape``."""
-    if pattern is None:
-        return tensor
-    grouped = set(pattern[pattern.find("(") + 1 : pattern.find(")")].split()) if "(" in pattern else set()
-    sizes = {name: size for name, size in _sizes(pattern, shape).items() if name in grouped}
-    return rearrange(tensor, pattern, **sizes)
-
-
-def to_theirs(pattern: str | None, tensor: np.ndarray) -> np.ndarray:
-    """Our tensor as theirs."""
-    if pattern is None:
-        return tensor
-    left, right = pattern.split("->")
-    return rearrange(tensor, f"{right.strip()} -> {left.strip()}", **_sizes(pattern, tensor.shape))
-
-
-def _sizes(pattern: str, ours: tuple[int, ...]) -> dict[str, int]:
-    return dict(zip(pattern.split("->")[1].split(), ours, strict=True))
+            groups.append((token,))
+    return groups

@@ -29,7 +29,7 @@ MESH_AXES = ("slice", "data", "fsdp", "context", "tensor")
 CONTEXT = "context"
 
 AxisNames = tuple[str | None, ...]
-"""One logical name per dimension; None is never split."""
+"""One logical name per dimension; None is never split. ``layers:1``: layers from number 1 on, split as ``layers`` are."""
 
 # Parameter width ("embed") and activation width ("act_embed") have different names: that is what makes FSDP expressible.
 DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -75,15 +75,16 @@ class AxisRules:
             if name is None:
                 entries.append(None)
                 continue
-            if name not in rules:
+            row = name.partition(":")[0]
+            if row not in rules:
                 raise UserError(f"{where}: unknown logical axis {name!r}: {nearest(name, rules)}")
-            for axis in rules[name]:
+            for axis in rules[row]:
                 if axis in taken:
                     raise UserError(
                         f"{where} {names}: mesh axis {axis!r} is used by both {taken[axis]!r} and {name!r}; change the rules"
                     )
                 taken[axis] = name
-            entries.append(rules[name] or None)
+            entries.append(rules[row] or None)
         return PartitionSpec(*entries)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
@@ -200,7 +201,7 @@ def run_mesh() -> AbstractMesh | None:
 
 def ways(mesh: Mesh | AbstractMesh, rules: AxisRules, name: str) -> int:
     """Into how many parts a dimension of this logical name is split."""
-    return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name]]))
+    return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name.partition(":")[0]]]))
 
 
 def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
@@ -233,7 +234,7 @@ def sharding_of(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...], names: Axi
         if size % split:
             raise UserError(
                 f"{where}: dimension {name!r} of size {size} cannot be split {split} ways over mesh axes {axes}; "
-                f"choose a mesh size that divides {size}, or leave it whole: mesh.rules.{name}=[]"
+                f"choose a mesh size that divides {size}, or leave it whole: mesh.rules.{(name or '').partition(':')[0]}=[]"
             )
     return NamedSharding(mesh, spec)
 

@@ -86,6 +86,19 @@ def test_frozen_layers_that_add_up_are_a_frozen_stack() -> None:
     np.testing.assert_array_equal(mask["layers/attention/query/bias"], [True, False, False])
 
 
+def test_a_stack_without_the_first_layer_keeps_the_numbers_of_its_layers() -> None:
+    params = {"layers": {"norm": {"scale": jnp.ones((L - 1, D))}, "up": {"kernel": jnp.ones((L, D, 5))}}}
+    axes = {"layers": {"norm": {"scale": ("layers:1", "norm")}, "up": {"kernel": ("layers", "embed", "mlp")}}}
+    mask = paths_of(frozen_mask(params, axes, ["layers/0-1/*"]))
+    np.testing.assert_array_equal(mask["layers/norm/scale"], [True, False])
+    np.testing.assert_array_equal(mask["layers/up/kernel"], [True, True, False])
+    settings = OptimConfig(name="sgd", clip_norm=None, weight_decay=0.1, layer_decay=0.5)
+    optimizer = make_optimizer(settings, constant(1.0), params, axes)
+    step = paths_of(optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0])
+    np.testing.assert_allclose(step["layers/norm/scale"][:, 0], [-0.25, -0.5])  # no weight decay: it is a norm
+    np.testing.assert_allclose(step["layers/up/kernel"][:, 0, 0], [-0.1375, -0.275, -0.55])
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

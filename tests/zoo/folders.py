@@ -28,6 +28,7 @@ SIZES: Config = {
     "initializer_range": 0.3,
 }
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -46,9 +47,16 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
         False,
     ),
     "bert-tokens": ("BertForTokenClassification", {"num_labels": 3}, True),
-    "bert-spans": ("BertForQuestionAnswering", {}, False),
+    "bert-spans": ("BertForQuestionAnswering", {}, True),
     "bert-choices": ("BertForMultipleChoice", {}, False),
     "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}, False),
+    "modernbert": ("ModernBertModel", MODERN, True),
+    "modernbert-mlm": ("ModernBertForMaskedLM", MODERN | {"local_attention": 8, "mlp_bias": True}, True),
+    "modernbert-classes": (
+        "ModernBertForSequenceClassification",
+        MODERN | {"num_labels": 3, "classifier_pooling": "mean"},
+        True,
+    ),
     "llama": ("LlamaModel", {}, True),
     "llama-lm": ("LlamaForCausalLM", {}, True),
     "llama-lm-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),

@@ -46,6 +46,7 @@ HEADS: Mapping[str | None, Head] = {
         pooled=True,
     ),
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
+    "question_answering": encoder_files.QUESTION_ANSWERING,
     "masked_lm": encoder_files.masked_lm(
         *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         *("cls.predictions.decoder", "cls.predictions.bias"),

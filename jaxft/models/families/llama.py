@@ -13,34 +13,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
-from jaxft.data.batch import Field
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError
 from jaxft.layers import (
-    ACTIVATIONS,
     Compute,
     Embed,
-    FromHeads,
-    Linear,
-    Projection,
     RMSNorm,
     Rotary,
     TokenScore,
     apply_stack,
     checked_call,
     declare,
-    project,
+    project_exactly,
     rms_norm,
     rotate,
-    rows_of,
     score_tokens,
     stacked_params,
     subkey,
     usual_promotion,
     vocabulary_logits,
 )
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named
+from jaxft.models.blocks import GatedMlp, RotaryAttention
+from jaxft.models.checks import check_fields
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import normal
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 from jaxft.models.rotary_files import SUPERSEDED_KEYS, rotary_from_hf, rotary_to_hf
@@ -77,11 +73,8 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must be at least 1")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise UserError(f"model.arch: pad_token_id={self.pad_token_id} is not among {self.vocab_size} tokens")
+        sizes = (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim")
+        check_fields(self, sizes, ("attention_dropout",), ("hidden_act",))
         if self.num_attention_heads % self.key_heads:
             raise UserError(
                 f"model.arch: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -93,8 +86,6 @@ class Config:
             )
         if self.head_size % 2:
             raise UserError(f"model.arch: the head size {self.head_size} must be even for rotary positions")
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.arch.hidden_act={self.hidden_act!r}: {nearest(self.hidden_act, ACTIVATIONS)}")
 
     @property
     def head_size(self) -> int:
@@ -118,62 +109,6 @@ TINY = Config(
 )
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    config: Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None) -> Array:
-        c, rules, (b, s, d), h = self.config, self.compute.rules, x.shape, self.config.head_size
-        shape, drops = (b, c.num_attention_heads, s, h), key is not None and c.attention_dropout > 0.0
-        last = tokens_last(shape, c.key_heads, mask, self.compute, drops)
-
-        def heads(name: str, count: int, act_name: str, axis: str, turned: bool) -> Array:
-            names = ("embed", axis, None)
-            projection = Projection((d, count, h), names, self.compute, normal(c), c.attention_bias, name=name)()
-            y = project(x, projection, names, self.compute, last)
-            y = rotate(y, positions, c.rope, last) if turned else y
-            return rules.constrain(rows_of(y, b) if last else y, "batch", act_name, "length", None)
-
-        q = heads("query", c.num_attention_heads, "act_heads", "heads", True)
-        k = heads("key", c.key_heads, "act_kv_heads", "kv_heads", True)
-        v = heads("value", c.key_heads, "act_kv_heads", "kv_heads", False)
-        mixed = attend(q, k, v, mask, self.compute, c.attention_dropout, key)
-        out = FromHeads(
-            (c.num_attention_heads, h, d),
-            ("heads", None, "embed"),
-            self.compute,
-            normal(c),
-            c.attention_bias,
-            name="out",
-        )
-        return out(mixed, last)
-
-
-class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    config: Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, rules = self.config, self.compute.rules
-        d, f = c.hidden_size, c.intermediate_size
-        act = ACTIVATIONS[c.hidden_act]
-
-        def wide(name: str) -> Array:
-            y = Linear((d, f), ("embed", "mlp"), self.compute, normal(c), biased=c.mlp_bias, name=name)(x)
-            return rules.constrain(y, "batch", "length", "act_mlp")
-
-        return Linear(
-            (f, d), ("mlp", "embed"), self.compute, normal(c), biased=c.mlp_bias,
-            act=lambda pair: act(pair[0]) * pair[1], name="down",
-        )((wide("gate"), wide("up")))  # fmt: skip
-
-
 class Layer(nn.Module):
     """One decoder layer: pre-norm attention, then pre-norm MLP."""
 
@@ -182,11 +117,18 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, key: Array | None, mask: MaskSpec, positions: Array) -> Array:
-        def norm(name: str, x: Array) -> Array:
-            return RMSNorm(self.config.rms_norm_eps, self.compute, name=name)(x)
+        c, start = self.config, normal(self.config)
 
-        x = x + Attention(self.config, self.compute, name="attention")(norm("norm", x), mask, positions, key)
-        x = x + Mlp(self.config, self.compute, name="mlp")(norm("mlp_norm", x))
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(c.rms_norm_eps, self.compute, name=name)(x)
+
+        sizes = (c.num_attention_heads, c.key_heads, c.head_size)
+        attention = RotaryAttention(
+            *sizes, self.compute, start, start, c.attention_dropout, c.attention_bias, name="attention"
+        )
+        x = x + attention(norm("norm", x), mask, positions, key, c.rope)
+        mlp = GatedMlp(c.intermediate_size, c.hidden_act, self.compute, start, start, c.mlp_bias, name="mlp")
+        x = x + mlp(norm("mlp_norm", x))
         return self.compute.rules.constrain(x, "batch", "length", "act_embed")
 
 
@@ -303,10 +245,7 @@ def _attentions(config: Config, layers: Any, states: Any, mask: MaskSpec, positi
 
     def heads(name: str, number: int) -> Array:
         x = rms_norm(states[number].astype(jnp.float32), layers["norm"]["scale"][number], config.rms_norm_eps)
-        projection = {part: value[number].astype(jnp.float32) for part, value in layers["attention"][name].items()}
-        y = jnp.einsum("bsd,dnh->bnsh", x, projection["kernel"], precision="highest")
-        y = y + projection["bias"][:, None] if "bias" in projection else y
-        return rotate(y, positions, config.rope)
+        return rotate(project_exactly(x, layers["attention"][name], number), positions, config.rope)
 
     count = config.num_hidden_layers
     return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
@@ -314,14 +253,8 @@ def _attentions(config: Config, layers: Any, states: Any, mask: MaskSpec, positi
 
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of a decoder."""
-    places = ("batch", "length")
-    inputs = {
-        "tokens": Field(places, fill=config.pad_token_id or 0, count=config.vocab_size),
-        "mask": Field(places, value=1),
-        "positions": Field(places, count=config.max_position_embeddings),
-        "segments": Field(places),
-        "targets": Field(places, count=config.vocab_size),
-    }
+    limit = config.max_position_embeddings
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="length")
     sizes = (config.hidden_size, config.num_attention_heads, config.key_heads, config.head_size)
     stack = Stack("layers", config.num_hidden_layers, *sizes, causal=True)
     return Facts(inputs, (stack,), config.max_position_embeddings)

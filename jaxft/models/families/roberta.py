@@ -79,6 +79,7 @@ HEADS: Mapping[str | None, Head] = {
         classes="rows",
     ),
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
+    "question_answering": encoder_files.QUESTION_ANSWERING,
     "masked_lm": encoder_files.masked_lm(
         "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "gelu"
     ),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft.trees import Leaf, PyTree, map_paths
+from jaxft.trees import Leaf, PyTree, map_paths, of_layers
 
 _SQUARE_EPS = 1e-30
 """Epsilon 1 of the paper."""
@@ -94,6 +94,6 @@ def _update(leaf: Leaf, keep: jax.Array, grad: jax.Array, row: Any, col: Any, v:
         row = keep * row + (1 - keep) * jnp.mean(square, columns, keepdims=True)
         col = keep * col + (1 - keep) * jnp.mean(square, rows, keepdims=True)
         update = grad * jax.lax.rsqrt(row / jnp.mean(row, rows, keepdims=True)) * jax.lax.rsqrt(col)
-    within = tuple(i for i, name in enumerate(leaf.axes) if name not in ("layers", "experts"))
+    within = tuple(i for i, name in enumerate(leaf.axes) if not of_layers(name) and name != "experts")
     rms = jnp.sqrt(jnp.mean(jnp.square(update), within, keepdims=True))
     return _Result(update / jnp.maximum(1.0, rms / _CLIP_RMS), row, col, v)

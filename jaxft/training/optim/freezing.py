@@ -49,7 +49,7 @@ def _match(pattern: str, leaves: dict[str, Leaf]) -> dict[str, Frozen]:
     selects = _LAYER_PATTERN.fullmatch(pattern)
     glob = f"layers/{selects[3]}" if selects else pattern
     found: dict[str, Frozen] = {
-        path: _selected(pattern, int(selects[1]), int(selects[2] or selects[1]), leaf.layers or 0) if selects else True
+        path: _selected(pattern, int(selects[1]), int(selects[2] or selects[1]), leaf) if selects else True
         for path, leaf in leaves.items()
         if fnmatchcase(path, glob) and not (selects and leaf.layers is None)
     }
@@ -58,10 +58,11 @@ def _match(pattern: str, leaves: dict[str, Leaf]) -> dict[str, Frozen]:
     return found
 
 
-def _selected(pattern: str, first: int, last: int, layers: int) -> np.ndarray:
-    if not first <= last < layers:
-        raise UserError(f"optim.freeze: {pattern!r}: layers are numbered from 0 to {layers - 1}, first before last")
-    index = np.arange(layers)
+def _selected(pattern: str, first: int, last: int, leaf: Leaf) -> np.ndarray:
+    end = leaf.first_layer + (leaf.layers or 0)
+    if not first <= last < end:
+        raise UserError(f"optim.freeze: {pattern!r}: layers are numbered from 0 to {end - 1}, first before last")
+    index = np.arange(leaf.first_layer, end)
     return (first <= index) & (index <= last)
 
 

@@ -194,14 +194,14 @@ def _rate_factors(layer_decay: float, leaves: dict[str, Leaf], partly: dict[str,
     at depth i + 1, heads, poolers and final norms at depth L + 1, and the factor is layer_decay^(L + 1 - depth). Frozen
     layers of a stack have factor 0, which also keeps weight decay off them.
     """
-    deepest = max((leaf.layers or 0 for leaf in leaves.values()), default=0)
+    deepest = max((leaf.first_layer + (leaf.layers or 0) for leaf in leaves.values()), default=0)
     if layer_decay != 1 and deepest == 0:
         raise UserError(f"optim.layer_decay={layer_decay}: this model has no stacked layers; set it to 1")
     factors = {}
     for path, leaf in leaves.items():
         factor = np.ones(1)
         if leaf.layers is not None:
-            factor = layer_decay ** np.arange(leaf.layers, 0, -1, dtype=np.float64)
+            factor = layer_decay ** np.arange(leaf.layers, 0, -1, dtype=np.float64)  # a stack ends with the last layer
         elif path.startswith("embed/"):
             factor = np.full(1, layer_decay ** (deepest + 1))
         if path in partly:

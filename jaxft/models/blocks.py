@@ -1,0 +1,114 @@
+"""Parts of layers that several families share: attention with rotary positions, and gated MLPs.
+
+Dims: B batch, S length, D model width, N query heads, K key/value heads, H head size, F MLP width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from jaxft.attention import MaskSpec, attend, tokens_last
+from jaxft.layers import (
+    ACTIVATIONS,
+    Compute,
+    FromHeads,
+    Initializer,
+    Linear,
+    Projection,
+    Rotary,
+    dropout,
+    project,
+    project_together,
+    rotate,
+    rows_of,
+)
+
+Array = jax.Array
+
+
+class RotaryAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions, [B, S, D] to [B, S, D]."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    compute: Compute
+    initial: Initializer
+    out_initial: Initializer
+    """Of the map from heads back to the width."""
+    rate: float = 0.0
+    """Dropout of probabilities."""
+    biased: bool = False
+    together: bool = False
+    """Queries, keys and values are one wide product where that is faster; they have the same number of heads then."""
+
+    @nn.compact
+    def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None, rope: Rotary) -> Array:
+        rules, (b, s, d), h = self.compute.rules, x.shape, self.head_size
+        shape, drops = (b, self.heads, s, h), key is not None and self.rate > 0.0
+        last = tokens_last(shape, self.key_heads, mask, self.compute, drops)
+
+        def projection(name: str) -> tuple[Array, Array | None]:
+            count, names = self._split(name)
+            return Projection((d, count, h), names, self.compute, self.initial, self.biased, name=name)()
+
+        def placed(name: str, y: Array) -> Array:
+            y = rotate(y, positions, rope, last) if name != "value" else y
+            act_name = "act_heads" if self._split(name)[1][1] == "heads" else "act_kv_heads"
+            return rules.constrain(rows_of(y, b) if last else y, "batch", act_name, "length", None)
+
+        parts = ("query", "key", "value")
+        if self.together and not last:
+            names = self._split("query")[1]
+            made = project_together(x, [projection(name) for name in parts], names, self.compute)
+            q, k, v = (placed(name, y) for name, y in zip(parts, made, strict=True))
+        else:
+            q, k, v = (
+                placed(name, project(x, projection(name), self._split(name)[1], self.compute, last)) for name in parts
+            )
+        mixed = attend(q, k, v, mask, self.compute, self.rate, key)
+        places = ("heads", None, "embed")
+        return FromHeads((self.heads, h, d), places, self.compute, self.out_initial, self.biased, name="out")(
+            mixed, last
+        )
+
+    def _split(self, name: str) -> tuple[int, tuple[str, str, None]]:
+        """How many heads there are, and the logical axes of the kernel that makes them."""
+        if name == "query" or self.together:
+            return self.heads, ("embed", "heads", None)
+        return self.key_heads, ("embed", "kv_heads", None)
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020), [B, S, D] to [B, S, D]."""
+
+    width: int
+    """F."""
+    act: str
+    compute: Compute
+    initial: Initializer
+    down_initial: Initializer
+    biased: bool = False
+    rate: float = 0.0
+    """Dropout of the product."""
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        rules, d, f = self.compute.rules, x.shape[-1], self.width
+        act = ACTIVATIONS[self.act]
+
+        def wide(name: str) -> Array:
+            y = Linear((d, f), ("embed", "mlp"), self.compute, self.initial, biased=self.biased, name=name)(x)
+            return rules.constrain(y, "batch", "length", "act_mlp")
+
+        def gated(pair: tuple[Array, Array]) -> Array:
+            return act(pair[0]) * pair[1]
+
+        pair, drops = (wide("gate"), wide("up")), key is not None and self.rate > 0.0
+        # Without dropout, the product is made again in the backward pass; what is dropped of it is kept.
+        inner = dropout(gated(pair), self.rate, key, self.compute.dropout_bits) if drops else pair
+        return Linear(
+            (f, d), ("mlp", "embed"), self.compute, self.down_initial, biased=self.biased,
+            act=None if drops else gated, name="down",
+        )(inner)  # fmt: skip

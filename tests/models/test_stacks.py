@@ -1,0 +1,95 @@
+"""Stacks whose layers differ: what is scanned, and that values and gradients do not depend on how they are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.layers import Compute, apply_stack, declare, dropout, stacked_params
+from jaxft.layers.stacks import _period_of
+
+WIDTH = 4
+
+
+class Layer(nn.Module):
+    """A letter says what it does; a small one has no scale."""
+
+    compute: Compute
+    facts = None  # a layer of a family
+
+    @nn.compact
+    def __call__(self, x: Any, key: Any, shift: Any, kind: str) -> Any:
+        if kind.isupper():
+            x = x * declare(self, "scale", nn.initializers.normal(1.0), ("norm",), (WIDTH,), "float32")
+        y = (
+            x @ declare(self, "kernel", nn.initializers.normal(0.5), ("embed", "mlp"), (WIDTH, WIDTH), "float32")
+            + shift
+        )
+        y = dropout(y, 0.3, key)
+        return x + (jnp.tanh(y) if kind.upper() == "A" else jnp.sin(2 * y))
+
+
+class Stack(nn.Module):
+    kinds: str
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Any, key: Any) -> Any:
+        begins = {"scale": sum(kind.islower() for kind in self.kinds)}
+        layer, example = Layer(self.compute, parent=None), (x, None, 0.5, self.kinds[-1])
+        params = stacked_params(self, "layers", layer, len(self.kinds), *example, begins=begins)
+        stack = (layer, params, len(self.kinds), x, key, 0.5)
+        return apply_stack(*stack, keep=True, kinds=self.kinds, begins=begins)
+
+
+def computed(kinds: str, **how: Any) -> Any:
+    model: Any = Stack(kinds, Compute(**how))
+    x = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    params = Stack(kinds, Compute()).init(jax.random.key(0), x, None)["params"]
+
+    def loss(params: Any, x: Any) -> Any:
+        last, states = model.apply({"params": params}, x, jax.random.key(1))
+        weights = jnp.arange(1.0, states.size + 1).reshape(states.shape)
+        return (states * jnp.sin(weights)).sum(), (last, states)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+
+@pytest.mark.parametrize(
+    "kinds", ["AAAA", "aABABA", "aBBABBABBA", "ABBABBAB", "aabBABA", "AB", "A", "a", "aAB", "AABBB"]
+)
+def test_scanned_layers_are_the_unrolled_ones(kinds: str) -> None:
+    expected, found = computed(kinds), computed(kinds, layers="scanned", remat="full")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, found)
+    (_, (last, states)), (gradient, _) = expected
+    assert states.shape == (len(kinds) + 1, 3, WIDTH)
+    np.testing.assert_array_equal(last, states[-1])
+    scales = len(kinds) - sum(kind.islower() for kind in kinds)
+    # What no layer has is no parameter.
+    assert gradient["layers"].get("scale", np.zeros((0, WIDTH))).shape == (scales, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "period"),
+    [
+        ("AAAA", (0, 1, 4)),
+        ("A", (0, 1, 1)),
+        ("AB", (2, 1, 0)),
+        ("aBBA" + "BBA" * 6, (1, 3, 7)),
+        ("aBBA" * 5, (0, 4, 5)),
+        ("ABBABBAB", (0, 3, 2)),
+        ("AABBB", (2, 1, 3)),
+    ],
+)
+def test_as_few_layers_as_can_be_are_compiled(kinds: str, period: tuple[int, int, int]) -> None:
+    assert _period_of(tuple(kinds)) == period
+
+
+def test_kinds_are_as_many_as_layers() -> None:
+    with pytest.raises(ValueError, match="1 kinds of 2 layers"):
+        apply_stack(Layer(Compute()), {}, 2, jnp.ones((1, WIDTH)), None, kinds="A")
