@@ -181,7 +181,9 @@ def stretch_of_queries(mask: MaskSpec, first: Array | int, count: int) -> MaskSp
 
 def stretch_of_keys(mask: MaskSpec, first: Array | int, count: int) -> MaskSpec:
     """What a merged mask says of ``count`` keys from number ``first`` on."""
-    return MaskSpec(_stretch(mask.padding, first, count), _stretch(mask.of_keys, first, count), mask.causal, mask.window)
+    return MaskSpec(
+        _stretch(mask.padding, first, count), _stretch(mask.of_keys, first, count), mask.causal, mask.window
+    )
 
 
 def _stretch(x: Array | None, first: Array | int, count: int) -> Array | None:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, TokenScore
+from jaxft.models.caches import Cache
 from jaxft.models.layout import Layout, Rule, Tensors
 
 Array = jax.Array
@@ -38,6 +39,8 @@ class Output(NamedTuple):
     """[L + 1, B, S, D], the embeddings and what each layer gives; None unless asked for."""
     attentions: Array | None = None
     """[L, B, N, S, S] float32, how much each token looks at each other one in each layer and head; None unless asked for."""
+    cache: Cache | None = None
+    """What the model keeps of all tokens so far; None unless one was given."""
 
 
 class Features(NamedTuple):
