@@ -41,9 +41,7 @@ class Cache:
         """Places of a row, T."""
         return self.mask.shape[1]
 
-    def admitted(
-        self, tokens: Array, mask: Array | None, positions: Array | None
-    ) -> tuple[Cache, Array, MaskSpec]:
+    def admitted(self, tokens: Array, mask: Array | None, positions: Array | None) -> tuple[Cache, Array, MaskSpec]:
         """(the cache whose mask knows of new tokens, their positions [B, S], which keys they may see).
 
         Args:

@@ -33,7 +33,9 @@ def model_of(**how: Any) -> Any:
 @functools.cache
 def params() -> Any:
     model = model_of()
-    return jax.jit(lambda key: initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])(jax.random.key(0))
+    return jax.jit(lambda key: initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])(
+        jax.random.key(0)
+    )
 
 
 @functools.cache
@@ -72,13 +74,16 @@ def decoded(model: Any, side: str, dtype: Any = None, tree: Any = None) -> tuple
     return [np.concatenate(row) for row in rows], out.cache
 
 
-SLOW = [{"attention": "xla"}, {"attention": "jax"}, {"remat": "full", "layers": "scanned"}]
+SLOW = [{"attention": "xla", "layers": "scanned"}, {"attention": "jax"}, {"remat": "full", "layers": "scanned"}]
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"layers": "scanned", "attention": "blockwise"}, *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW)],
+    ("side", "how"),
+    [
+        ("left", {}),
+        ("right", {"layers": "scanned", "attention": "blockwise"}),
+        *(pytest.param(side, how, marks=pytest.mark.slow) for side in ("left", "right") for how in SLOW),
+    ],
     ids=str,
 )
 def test_steps_with_a_cache_say_what_the_whole_text_says(side: str, how: dict[str, Any]) -> None:
@@ -141,6 +146,7 @@ def test_what_a_cache_does_not_go_with_is_refused() -> None:
         init_cache(bert.Model(bert.TINY, None, Compute()), 2, 8)
 
 
+@pytest.mark.slow
 def test_gradients_go_through_a_cache() -> None:
     """As much of them as the tokens' own part in what follows."""
     model, text = model_of(), jnp.asarray(TEXTS[0])[None]

@@ -231,7 +231,9 @@ class Model(nn.Module):
         elif segments is None and not attentions:
             cache, positions, spec = cache.admitted(tokens, mask, positions)
         else:
-            raise UserError(f"a cache is of one text a row: no {'attentions' if segments is None else 'segments'} with it")
+            raise UserError(
+                f"a cache is of one text a row: no {'attentions' if segments is None else 'segments'} with it"
+            )
 
         embed = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, normal(c), name="embed")
         x = embed(tokens)
