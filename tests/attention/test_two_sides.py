@@ -71,7 +71,7 @@ def seen_of(lengths: tuple[int, int], mask: MaskSpec) -> np.ndarray:
     return seen
 
 
-def arrays_of(lengths: tuple[int, int], heads: tuple[int, int] = (4, 2)) -> list[np.ndarray]:
+def arrays_of(lengths: tuple[int, int], heads: tuple[int, int] = (4, 2)) -> list[Any]:
     """q, k, v and a cotangent, of whole numbers."""
     (s, t), (n, k), rng = lengths, heads, np.random.default_rng(lengths)
     shapes = [(2, n, s, SIZE), (2, k, t, SIZE), (2, k, t, SIZE), (2, n, s, SIZE)]
@@ -183,7 +183,7 @@ def test_the_same_on_many_devices(backend: str) -> None:
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-WANTS = {
+WANTS: dict[str, dict[str, Any]] = {
     "needs as many keys as queries": {"key_length": 256},
     "knows one kind of segments, for queries and keys": {"segments": True, "key_segments": True},
     "needs the first query to stand at the first key": {"shifted": True, "causal": True},
@@ -196,7 +196,14 @@ TAKE_IT = ("blockwise", "xla", "jax", "reference")
 def test_who_cannot_refuses_in_one_line(reason: str, platform: str) -> None:
     context = 1 if reason != "needs as many keys as queries" else 2
     operands = "float32" if platform == "cpu" else "bfloat16"
-    plain = {"platform": platform, "length": 128, "heads": 4, "key_heads": 4, "size": 64, "operands": operands}
+    plain: dict[str, Any] = {
+        "platform": platform,
+        "length": 128,
+        "heads": 4,
+        "key_heads": 4,
+        "size": 64,
+        "operands": operands,
+    }
     for split in (1, context):
         square, asked = Request(**plain, context=split), Request(**plain, context=split, **WANTS[reason])
         for backend in BACKENDS:

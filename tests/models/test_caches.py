@@ -115,7 +115,6 @@ def test_steps_share_one_program() -> None:
     for _ in range(6):
         tokens, cache = step(params(), cache, tokens)
     assert traced == [(2, 1)]
-    assert step._cache_size() == 1
     assert int(cache.filled) == 6
 
 
