@@ -17,6 +17,7 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
+from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import init_state, state_shardings
 from jaxft.training.step import make_train_step
@@ -145,14 +146,10 @@ def trained(
     with jax.set_mesh(mesh):
         of_state = state_shardings(jax.eval_shape(start, shapes), optimizer, places, mesh)
         state = jitted(start, mesh, of_state)(jax.device_put(random_params(shapes), places))
-        made = make_train_step(
-            model,
-            MADE[task](module),
-            optimizer,
-            schedule,
-            accumulation=accumulation,
-            param_shardings=places if mesh.size > 1 else None,
-        )
+        learnt = MADE[task](module)
+        split = places if mesh.size > 1 else None
+        gradient_of = of_batch(model, learnt, accumulation=accumulation, param_shardings=split)
+        made = make_train_step(learnt, gradient_of, optimizer, schedule)
         step = jitted(made, mesh, (of_state, replicated(mesh)), donate_argnums=0)
         seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
         fields = packed_fields(module.fields(RunConfig(), 0))

@@ -29,6 +29,7 @@ from jaxft.parallel.sharding import (
     shardings_of,
 )
 from jaxft.tasks.classification import Task, fields
+from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import init_state, state_shardings
 from jaxft.training.step import make_train_step
@@ -91,7 +92,11 @@ def trained(mesh: jax.sharding.Mesh) -> tuple[Any, list[dict[str, np.ndarray]]]:
         state = jax.jit(start, out_shardings=of_state)(jax.device_put(START, places))
         step = jax.jit(
             make_train_step(
-                MODEL, TASK, optimizer, schedule, ema=0.9, param_shardings=places if mesh.size > 1 else None
+                TASK,
+                of_batch(MODEL, TASK, param_shardings=places if mesh.size > 1 else None),
+                optimizer,
+                schedule,
+                ema=0.9,
             ),
             donate_argnums=0,
             out_shardings=(of_state, replicated(mesh)),

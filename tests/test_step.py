@@ -18,6 +18,7 @@ from jaxft.layers import dropout
 from jaxft.models.contract import Facts, Output
 from jaxft.tasks import Targets
 from jaxft.tasks.classification import Task, cross_entropy, make_task
+from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule, update_count
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.training.state import TrainState, init_state
@@ -101,9 +102,9 @@ def make(
     schedule = make_schedule(config, 20)
     params = random_params(dtype)
     optimizer = make_optimizer(config, schedule, params, AXES)
-    step = make_train_step(
-        Network(rate), task or Task(LABELS), optimizer, schedule, accumulation=accumulation, ema=config.ema
-    )
+    task = task or Task(LABELS)
+    gradient_of = of_batch(Network(rate), task, accumulation=accumulation)
+    step = make_train_step(task, gradient_of, optimizer, schedule, ema=config.ema)
     state = init_state(params, optimizer, config.ema is not None)
     # Half the time to compile.
     quick = {"xla_backend_optimization_level": 0}

@@ -39,10 +39,11 @@ def attend(
     pass than inputs, output and two numbers per query (``xla`` with threefry bits: those of dropout too).
 
     Args:
-      k, v: of as many tokens as the queries, T = S; each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023).
-      mask: who may see whom; rows that may see nothing give zeros.
-      rate, key: dropout of attention probabilities; no key, no dropout. The bits depend on the key and on row, head, query
-        and key alone: not on the backend, its blocks, or the mesh.
+      k, v: each of the K heads serves N / K neighbouring ones (Ainslie et al. 2023). S and T may differ, where queries are of other
+        tokens than keys, or of some of them (``mask.first`` says of which).
+      mask: who may see whom; queries that may see nothing give zeros.
+      rate, key: dropout of attention probabilities; no key, no dropout. The bits depend on T, the key, and the numbers of row,
+        head, query and key: not on ``mask``, the backend, its blocks, or the mesh.
       scale: of q k^T; None: 1 / sqrt(H).
       soft_cap: logits l become soft_cap tanh(l / soft_cap).
       bias: added to the logits.
@@ -51,17 +52,18 @@ def attend(
       ValueError: shapes that do not fit.
       UserError: the backend asked for cannot honour the call; the message names those that can.
     """
-    b, n, s, h = q.shape
-    if k.shape[2] != s or n % k.shape[1]:
-        raise ValueError(f"queries [B, N, S, H] {q.shape} and keys [B, K, S, H] {k.shape}: S must be equal, K divide N")
+    (b, n, s, h), t = q.shape, k.shape[2]
+    if k.shape != v.shape or k.shape[::3] != (b, h) or n % k.shape[1]:
+        shapes = f"queries [B, N, S, H] {q.shape}, keys {k.shape} and values {v.shape} [B, K, T, H]"
+        raise ValueError(f"{shapes}: B and H must be equal, K divide N")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale={scale}: must be above 0")
-    if bias is not None and not (bias.shape[0] in (1, b) and bias.shape[1] in (1, n) and bias.shape[2:] == (s, s)):
-        raise ValueError(f"bias {bias.shape}: must be [{b} or 1, {n} or 1, {s}, {s}]")
+    if bias is not None and not (bias.shape[0] in (1, b) and bias.shape[1] in (1, n) and bias.shape[2:] == (s, t)):
+        raise ValueError(f"bias {bias.shape}: must be [{b} or 1, {n} or 1, {s}, {t}]")
     drop = None
     if key is not None and rate > 0.0:
-        drop = make_dropout(key, rate, b, n, s, compute.dropout_bits)
-    mask = mask.merged()
+        drop = make_dropout(key, rate, b, n, s, t, compute.dropout_bits)
+    mask = mask.fitted(b, s, t).merged()
     call = Call(compute, h**-0.5 if scale is None else scale, soft_cap)
     request = request_of(call, q, k, mask, bias, None if drop is None else drop.bits)
     choice = choose(request, compute.attention)

@@ -22,7 +22,7 @@ from jaxft.attention.dropout import Dropout
 from jaxft.attention.fused import tpu
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.placed import on_each_device
-from jaxft.attention.request import Backend, Request, Run, each_device, first_of, request_of, whole_rows
+from jaxft.attention.request import Backend, Request, Run, each_device, first_of, request_of, same_tokens, whole_rows
 from jaxft.errors import UserError, nearest
 
 Array = jax.Array
@@ -64,7 +64,7 @@ def _ring_refuses(request: Request) -> str | None:
         (not request.split_alike, "needs query and key heads split over the same mesh axes"),
         (not request.split_evenly, "needs rows, lengths and heads that divide by the devices they are split over"),
         (request.bias, "adds no bias"),
-    )
+    ) or same_tokens(request)
 
 
 # In the order of preference where nothing was measured.
@@ -154,11 +154,13 @@ def measured() -> list[dict[str, Any]]:
 def _nearest_row(request: Request) -> dict[str, Any] | None:
     """The measured case most like a request: same platform, then dropout or not, operands, length, head size."""
 
+    length = math.sqrt(request.length * (request.key_length or request.length))
+
     def distance(row: dict[str, Any]) -> tuple[float, ...]:
         return (
             row["dropout"] != (request.dropout is not None),
             row["operands"] != request.operands,
-            abs(math.log(row["length"] / request.length)),
+            abs(math.log(row["length"] / length)),
             abs(math.log(row["size"] / request.size)),
         )
 
@@ -194,10 +196,13 @@ def described(seen: Iterable[Choice], wanted: str) -> str:
       wanted: what the run asks for; choices of calls that asked for something else (those that only declare parameters) are
         left out.
     """
-    groups: dict[tuple[str, str], set[int]] = {}
+    groups: dict[tuple[str, str], set[tuple[int, ...]]] = {}
     for choice in seen:
         if choice.wanted == wanted:
-            groups.setdefault((choice.backend.name, choice.why), set()).add(choice.request.length)
+            keys = choice.request.key_length
+            lengths = (choice.request.length,) if keys is None else (choice.request.length, keys)
+            groups.setdefault((choice.backend.name, choice.why), set()).add(lengths)
     return "; ".join(
-        f"{name} at {', '.join(map(str, sorted(lengths)))} tokens ({why})" for (name, why), lengths in groups.items()
+        f"{name} at {', '.join(' x '.join(map(str, one)) for one in sorted(lengths))} tokens ({why})"
+        for (name, why), lengths in groups.items()
     )

@@ -33,7 +33,7 @@ class Dropout:
     """[B, N] uint32, b N + n counted over all devices; or a part of it."""
     rate: float = field(metadata={"static": True})
     length: int = field(metadata={"static": True})
-    """Tokens per whole row, T."""
+    """Keys of a whole row, T."""
     bits: Literal["threefry", "hash"] = field(default="threefry", metadata={"static": True})
 
     @property
@@ -47,7 +47,7 @@ class Dropout:
         return np.float32(65536 / self.keep)
 
     def kept(self, queries: Array, first_key: Array | int, keys: int) -> Array:
-        """Bool of the shape of ``rows`` + [S, ``keys``]: what stays for ``queries`` [S] (their places in the row) and the
+        """Bool of the shape of ``rows`` + [S, ``keys``]: what stays for ``queries`` [S] (their numbers in the row) and the
         ``keys`` keys from ``first_key`` on."""
         queries = queries.astype(jnp.uint32)[:, None]
         rows = self.rows[..., None, None]
@@ -66,20 +66,20 @@ class Dropout:
 
 
 def make_dropout(
-    key: Array, rate: float, batch: int, heads: int, length: int, bits: Literal["threefry", "hash"]
+    key: Array, rate: float, batch: int, heads: int, queries: int, keys: int, bits: Literal["threefry", "hash"]
 ) -> Dropout:
-    """The dropout of a whole batch of rows.
+    """The dropout of a whole batch of rows of so many queries and keys.
 
     Raises:
       ValueError: rows are so long that places do not fit 32 bits.
     """
-    if length > 65536:
+    if (length := max(queries, keys)) > 65536:
         raise ValueError(f"dropout of attention: rows of {length} tokens; at most 65536, for a place must fit 32 bits")
     data = jax.random.key_data(key)
     # Keys of other kinds (rbg) hold four words: hashed to two, they serve as a threefry key.
     words = hash_words(key) if bits == "hash" or data.shape != (2,) else (data[0], data[1])
     rows = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    return Dropout(words, rows, rate, length, bits)
+    return Dropout(words, rows, rate, keys, bits)
 
 
 def _threefry(words: tuple[Array, Array], high: Array, low: Array) -> Array:

@@ -56,7 +56,8 @@ def specs_of(rules: AxisRules, mask: MaskSpec, drop: Dropout | None) -> dict[str
     """Where the arguments of a backend lie."""
     query, key = rules.spec(QUERY_NAMES), rules.spec(KEY_NAMES)
     row = rules.spec(("batch", "length"))
-    specs = {"q": query, "k": key, "v": key, "mask": jax.tree.map(lambda _: row, mask), "drop": None}
+    places = jax.tree.map(lambda leaf: row if leaf.ndim == 2 else PartitionSpec(*row[:1]), mask)
+    specs = {"q": query, "k": key, "v": key, "mask": places, "drop": None}
     if drop is not None:
         leaves, tree = jax.tree.flatten(drop)
         heads = PartitionSpec(*query[:2])

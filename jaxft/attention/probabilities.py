@@ -26,7 +26,7 @@ def attention_probabilities(q: Array, k: Array, mask: MaskSpec) -> Array:
     groups = q.shape[1] // k.shape[1]
     wide = jnp.repeat(k.astype(jnp.float32), groups, axis=1)
     logits = jnp.einsum("bnsh,bnth->bnst", q.astype(jnp.float32), wide, precision="highest") / math.sqrt(q.shape[-1])
-    allowed = mask.allowed(q.shape[2])
+    allowed = mask.allowed(q.shape[2], k.shape[2])
     if allowed is None:
         return jax.nn.softmax(logits, axis=-1)
     return jax.nn.softmax(logits, axis=-1, where=jnp.broadcast_to(allowed, logits.shape))

@@ -47,6 +47,12 @@ class Request:
     """Whether rows and heads divide by the devices they are split over."""
     heads_split: int = 1
     """Ways in which heads are split."""
+    key_length: int | None = None
+    """T, where it is not ``length``."""
+    key_segments: bool = False
+    """Whether the segments of keys are given apart from those of queries."""
+    shifted: bool = False
+    """Whether queries stand elsewhere than at the first keys."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,9 @@ def request_of(
         split_alike=not split or split_alike(rules),
         split_evenly=not split or split_evenly(rules, q, k),
         heads_split=heads_split(rules) if split else 1,
+        key_length=None if k.shape[2] == q.shape[2] else k.shape[2],
+        key_segments=mask.key_segments is not None,
+        shifted=mask.shifted,
     )
 
 
@@ -112,6 +121,19 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
 def whole_rows(request: Request) -> str | None:
     """The reason of backends that need each row on one device."""
     return first_of((request.context > 1, "needs whole rows on a device, and the mesh splits them over context"))
+
+
+def same_tokens(request: Request) -> str | None:
+    """The reason of backends whose queries and keys are made of the same tokens."""
+    return first_of(
+        (request.key_length is not None, "needs as many keys as queries"),
+        (request.key_segments, "knows one kind of segments, for queries and keys"),
+    ) or unshifted(request)
+
+
+def unshifted(request: Request) -> str | None:
+    """The reason of backends that cannot be told where queries stand."""
+    return first_of((request.shifted, "needs the first query to stand at the first key"))
 
 
 def each_device(request: Request) -> str | None:

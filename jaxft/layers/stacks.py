@@ -98,7 +98,8 @@ def apply_stack(
     keep: bool = False,
     kinds: Sequence[Hashable] | None = None,
     begins: Mapping[str, int] = _ALL,
-) -> tuple[Float[Array, "B S D"], Float[Array, "states B S D"] | None]:
+    state: PyTree[Array] | None = None,
+) -> tuple[Float[Array, "B S D"], Float[Array, "states B S D"] | None, PyTree[Array] | None]:
     """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
@@ -107,14 +108,21 @@ def apply_stack(
       kinds: what is static and differs by layer: ``layer.apply(params_i, x, key_i, *args, kinds[i])``. Scanned, they repeat with
         some period, which is the body of the scan; layers before and behind are apart.
       begins: as of :func:`stacked_params`.
+      state: arrays [L, ...] of which each layer gets its own (a cache, for instance): ``layer.apply(..., state=state_i)``, which
+        then returns (x, what it has to say of its state).
 
-    Returns: (x after the last layer, with ``keep`` what went into the first and came out of each: [L + 1, ...]; else None).
+    Returns: (x after the last layer, with ``keep`` what went into the first and came out of each: [L + 1, ...]; else None, what
+      layers said of their state, stacked [L, ...]; None without ``state``).
     """
     compute: Compute = layer.compute
 
     def runner(*kind: Hashable) -> Callable[..., Any]:
-        def run(layer_params: Any, x: Array, layer_key: Array | None) -> Any:
-            return layer.apply({"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args, *kind)
+        def run(layer_params: Any, x: Array, layer_key: Array | None, own: Any) -> tuple[Array, Any]:
+            given = {} if own is None else {"state": own}
+            out: Any = layer.apply(
+                {"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args, *kind, **given
+            )
+            return (out, None) if own is None else out
 
         return run if compute.remat == "none" else jax.checkpoint(run, policy=_POLICIES[compute.remat])
 
@@ -126,27 +134,35 @@ def apply_stack(
     if compute.layers == "scanned":
         lacks = [tuple(sorted(child for child, first in begins.items() if layer < first)) for layer in range(length)]
         signs = tuple(zip(kinds or (None,) * length, lacks, strict=True))
-        return _scanned(runs, _period_of(signs), params, begins, x, key, keep)
-    x, states = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key)
-    return x, jnp.stack(states) if keep else None
+        return _scanned(runs, _period_of(signs), params, begins, x, key, keep, state)
+    x, seen, said = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key, state)
+    return x, jnp.stack(seen) if keep else None, said
 
 
 def _unrolled(
-    runs: Sequence[Callable[..., Any]], layers: Sequence[Any], numbers: Iterable[Any], x: Array, key: Array | None
-) -> tuple[Array, list[Array]]:
-    """(x after the last of some layers, what went into the first and came out of each).
+    runs: Sequence[Callable[..., Any]],
+    layers: Sequence[Any],
+    numbers: Iterable[Any],
+    x: Array,
+    key: Array | None,
+    state: Any,
+) -> tuple[Array, list[Array], Any]:
+    """(x after the last of some layers, what went into the first and came out of each, what each said of its state, stacked).
 
     Args:
       layers: parameters of each.
       numbers: of the layers in the whole stack, for their dropout keys.
+      state: of these layers, [L, ...].
     """
-    states = [x]
-    for run, layer_params, number in zip(runs, layers, numbers, strict=True):
+    seen, said = [x], []
+    for i, (run, layer_params, number) in enumerate(zip(runs, layers, numbers, strict=True)):
         leaves, tree = jax.tree.flatten(layer_params)
         leaves, x = _layer_by_layer(tuple(leaves), x)
-        x = run(tree.unflatten(leaves), x, subkey(key, number))
-        states.append(x)
-    return x, states
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], state)
+        x, one = run(tree.unflatten(leaves), x, subkey(key, number), own)
+        seen.append(x)
+        said.append(one)
+    return x, seen, jax.tree.map(lambda *each: jnp.stack(each), *said) if said else state
 
 
 def _scanned(
@@ -157,37 +173,47 @@ def _scanned(
     x: Array,
     key: Array | None,
     keep: bool,
-) -> tuple[Array, Array | None]:
+    state: Any,
+) -> tuple[Array, Array | None, Any]:
     """Some layers, a scan over periods of layers, some layers."""
     before, size, times = period
     end, length = before + size * times, len(runs)
     if not times:
-        x, states = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key)
-        return x, jnp.stack(states) if keep else None
+        x, seen, said = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key, state)
+        return x, jnp.stack(seen) if keep else None, said
 
-    def body(x: Array, item: tuple[Any, Array]) -> tuple[Array, Array | None]:
-        stacked, numbers = item
+    def body(x: Array, item: tuple[Any, Array, Any]) -> tuple[Array, tuple[Array | None, Any]]:
+        stacked, numbers, own = item
         if size == 1:
-            x = runs[before](stacked, x, subkey(key, numbers))
-            return x, x if keep else None
+            x, said = runs[before](stacked, x, subkey(key, numbers), own)
+            return x, (x if keep else None, said)
         layers = _by_layer(stacked, _ALL, size)
-        x, states = _unrolled(runs[before:end][:size], layers, numbers, x, key)
-        return x, jnp.stack(states[1:]) if keep else None
+        x, seen, said = _unrolled(runs[before:end][:size], layers, numbers, x, key, own)
+        return x, (jnp.stack(seen[1:]) if keep else None, said)
+
+    def part(first: int, last: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[first:last], state)
 
     pieces = _cut(params, begins, (*range(before), before, *range(end, length + 1)))
     firsts, lasts = (
         [jax.tree.map(lambda leaf: leaf[0], one) for one in some] for some in (pieces[:before], pieces[before + 1 :])
     )
-    x, states = _unrolled(runs[:before], firsts, range(before), x, key)
-    of_scan = pieces[before], jnp.arange(before, end)
+    x, seen, said = _unrolled(runs[:before], firsts, range(before), x, key, part(0, before))
+    of_scan = pieces[before], jnp.arange(before, end), part(before, end)
     if size > 1:
         of_scan = jax.tree.map(lambda leaf: leaf.reshape(times, size, *leaf.shape[1:]), of_scan)
-    x, each = lax.scan(body, x, of_scan)
-    x, more = _unrolled(runs[end:], lasts, range(end, length), x, key)
+    x, (each, of_each) = lax.scan(body, x, of_scan)
+    x, more, of_more = _unrolled(runs[end:], lasts, range(end, length), x, key, part(end, length))
+    if size > 1:
+        of_each = jax.tree.map(lambda leaf: leaf.reshape(size * times, *leaf.shape[2:]), of_each)
+    if state is not None and length > size * times:
+        said = [one for one, count in ((said, before), (of_each, 1), (of_more, length - end)) if count]
+        of_each = jax.tree.map(lambda *parts: jnp.concatenate(parts), *said)
     if each is None:
-        return x, None
+        return x, None, of_each
     each = each.reshape(size * times, *x.shape)
-    return x, jnp.concatenate([*(state[None] for state in states), each, *(state[None] for state in more[1:])])
+    kept = jnp.concatenate([*(one[None] for one in seen), each, *(one[None] for one in more[1:])])
+    return x, kept, of_each
 
 
 class _Period(NamedTuple):

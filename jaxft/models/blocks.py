@@ -28,7 +28,7 @@ Array = jax.Array
 
 
 class RotaryAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions, [B, S, D] to [B, S, D]."""
+    """Grouped-query self-attention with rotary positions, [B, S, D] to [B, S, D]; and to what tokens that follow need of these."""
 
     heads: int
     key_heads: int
@@ -44,10 +44,26 @@ class RotaryAttention(nn.Module):
     """Queries, keys and values are one wide product where that is faster; they have the same number of heads then."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: MaskSpec, positions: Array, key: Array | None, rope: Rotary) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        mask: MaskSpec,
+        positions: Array,
+        key: Array | None,
+        rope: Rotary,
+        past: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """(the result, keys and values of these tokens [B, K, S, H]; None where there is no past).
+
+        Args:
+          mask: which key each token may see; those of ``past``, if there is one, with these at place ``mask.first``.
+          positions: [B, S] int32.
+          key: dropout key; None: no dropout.
+          past: keys and values [B, K, T, H] of a cache with room for these.
+        """
         rules, (b, s, d), h = self.compute.rules, x.shape, self.head_size
         shape, drops = (b, self.heads, s, h), key is not None and self.rate > 0.0
-        last = tokens_last(shape, self.key_heads, mask, self.compute, drops)
+        last = past is None and tokens_last(shape, self.key_heads, mask, self.compute, drops)
 
         def projection(name: str) -> tuple[Array, Array | None]:
             count, names = self._split(name)
@@ -67,11 +83,14 @@ class RotaryAttention(nn.Module):
             q, k, v = (
                 placed(name, project(x, projection(name), self._split(name)[1], self.compute, last)) for name in parts
             )
+        new = None
+        if past is not None:
+            new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
+            k, v = (jax.lax.dynamic_update_slice_in_dim(*pair, mask.first, 2) for pair in zip(past, new, strict=True))
         mixed = attend(q, k, v, mask, self.compute, self.rate, key)
         places = ("heads", None, "embed")
-        return FromHeads((self.heads, h, d), places, self.compute, self.out_initial, self.biased, name="out")(
-            mixed, last
-        )
+        out = FromHeads((self.heads, h, d), places, self.compute, self.out_initial, self.biased, name="out")
+        return out(mixed, last), new
 
     def _split(self, name: str) -> tuple[int, tuple[str, str, None]]:
         """How many heads there are, and the logical axes of the kernel that makes them."""

@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Integer
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, TokenScore
+from jaxft.models.caches import Cache
 from jaxft.models.layout import Layout, Rule, Tensors
 
 Array = jax.Array
@@ -42,6 +43,8 @@ class Output(NamedTuple):
     """L + 1 states: the embeddings and what each layer gives; None unless asked for."""
     attentions: Float32[Array, "L B N S S"] | None = None
     """How much each token looks at each other one in each layer and head; None unless asked for."""
+    cache: Cache | None = None
+    """What the model keeps of all tokens so far; None unless one was given."""
 
 
 class Features(NamedTuple):

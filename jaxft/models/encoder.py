@@ -257,7 +257,7 @@ class EncoderModel(nn.Module):
         layer = Layer(c, self.compute, parent=None)
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
         keep = hidden_states or attentions
-        hidden, states = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
+        hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
         looked = _attentions(layers, states, spec) if attentions else None
         more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 

@@ -36,6 +36,7 @@ from jaxft.parallel.sharding import (
     shardings_of,
 )
 from jaxft.tasks import Targets, Task
+from jaxft.training import gradients
 from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import make_train_step
@@ -80,15 +81,15 @@ class Recipe:
 
     def train_program(self) -> Any:
         """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state."""
-        step = make_train_step(
+        gradient_of = gradients.of_batch(
             self.model,
             self.task,
-            self.optimizer,
-            self.schedule,
             accumulation=self.config.train.accumulation,
-            ema=self.config.optim.ema,
             param_shardings=self.shardings if self.mesh.size > 1 else None,
             frozen=self.frozen,
+        )
+        step = make_train_step(
+            self.task, gradient_of, self.optimizer, self.schedule, ema=self.config.optim.ema, frozen=self.frozen
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jitted(step, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)

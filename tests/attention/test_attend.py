@@ -30,7 +30,7 @@ def textbook(q, k, v, mask: MaskSpec, rate: float, key) -> jax.Array:
     weights = jnp.where(allowed.any(-1, keepdims=True), weights, 0.0)
     if key is not None:
         b, n, s, _ = weights.shape
-        drop = make_dropout(key, rate, b, n, s, Compute().dropout_bits)
+        drop = make_dropout(key, rate, b, n, s, s, Compute().dropout_bits)
         kept, scale = drop.kept(jnp.arange(weights.shape[2]), 0, weights.shape[3]), drop.scale
         weights = jnp.where(kept, weights * scale, 0.0)
     return jnp.einsum("bnst,bnth->bnsh", weights, v, precision="highest")
@@ -143,10 +143,10 @@ def test_a_ring_needs_query_and_key_heads_split_alike() -> None:
         jax.jit(lambda q, k: attend(q, k, k, MaskSpec(), compute, 0.0, None))(q, k)
 
 
-@pytest.mark.parametrize("keys", [(B, N, S + 1, H), (B, 3, S, H)])
+@pytest.mark.parametrize("keys", [(B, N, S, H + 1), (B + 1, N, S, H), (B, 3, S, H)])
 def test_shapes_that_do_not_fit_are_refused(keys: tuple[int, ...]) -> None:
     q, k = arrays(0, (B, N, S, H), keys)
-    with pytest.raises(ValueError, match="S must be equal"):
+    with pytest.raises(ValueError, match="B and H must be equal, K divide N"):
         attend(q, k, k, MaskSpec(), Compute(), 0.0, None)
 
 

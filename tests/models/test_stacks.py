@@ -23,7 +23,7 @@ class Layer(nn.Module):
     facts = None  # a layer of a family
 
     @nn.compact
-    def __call__(self, x: Any, key: Any, shift: Any, kind: str) -> Any:
+    def __call__(self, x: Any, key: Any, shift: Any, kind: str, state: Any = None) -> Any:
         if kind.isupper():
             x = x * declare(self, "scale", nn.initializers.normal(1.0), ("norm",), (WIDTH,), "float32")
         y = (
@@ -31,12 +31,14 @@ class Layer(nn.Module):
             + shift
         )
         y = dropout(y, 0.3, key)
-        return x + (jnp.tanh(y) if kind.upper() == "A" else jnp.sin(2 * y))
+        y = x + (jnp.tanh(y) if kind.upper() == "A" else jnp.sin(2 * y))
+        return y if state is None else (y * state["gain"], {"mean": y.mean(-1), "seen": state["seen"] + 1})
 
 
 class Stack(nn.Module):
     kinds: str
     compute: Compute
+    stateful: bool = False
 
     @nn.compact
     def __call__(self, x: Any, key: Any) -> Any:
@@ -44,7 +46,12 @@ class Stack(nn.Module):
         layer, example = Layer(self.compute, parent=None), (x, None, 0.5, self.kinds[-1])
         params = stacked_params(self, "layers", layer, len(self.kinds), *example, begins=begins)
         stack = (layer, params, len(self.kinds), x, key, 0.5)
-        return apply_stack(*stack, keep=True, kinds=self.kinds, begins=begins)
+        state = None
+        if self.stateful:
+            numbers = jnp.arange(len(self.kinds))
+            state = {"gain": 1.0 + numbers / 10, "seen": 7 * numbers}
+        last, kept, said = apply_stack(*stack, keep=True, kinds=self.kinds, begins=begins, state=state)
+        return (last, kept, said) if self.stateful else (last, kept)
 
 
 def computed(kinds: str, **how: Any) -> Any:
@@ -75,6 +82,23 @@ def test_scanned_layers_are_the_unrolled_ones(kinds: str) -> None:
     scales = len(kinds) - sum(kind.islower() for kind in kinds)
     # What no layer has is no parameter.
     assert gradient["layers"].get("scale", np.zeros((0, WIDTH))).shape == (scales, WIDTH)
+
+
+@pytest.mark.parametrize("kinds", ["AAAA", "aABABA", "aBBABBABBA", "AB", "A", "AABBB"])
+def test_each_layer_has_its_own_state(kinds: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    params = Stack(kinds, Compute()).init(jax.random.key(0), x, None)
+
+    def run(**how: Any) -> Any:
+        return jax.jit(Stack(kinds, Compute(**how), stateful=True).apply)(params, x, jax.random.key(1))
+
+    expected, found = run(), run(layers="scanned")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, found)
+    last, kept, said = expected
+    np.testing.assert_array_equal(said["seen"], 7 * np.arange(len(kinds)) + 1)
+    gain = 1.0 + np.arange(len(kinds)) / 10
+    np.testing.assert_allclose(said["mean"] * gain[:, None], np.asarray(kept[1:]).mean(-1), rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(last, kept[-1])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from jaxft.models.families import bert
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.tasks._tokens import token_cross_entropy
 from jaxft.tasks.masked_lm import Task
+from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import init_state
 from jaxft.training.step import apply_model, forward_of, make_train_step
@@ -155,7 +156,7 @@ def test_micro_batches_equal_one_batch(model: Any, params: Any, accumulation: in
     batch["weights"] = batch["weights"].at[-1].set(0.0)
     ends = []
     for k in (1, accumulation):
-        step = jax.jit(make_train_step(model, TASK, optimizer, schedule, accumulation=k))
+        step = jax.jit(make_train_step(TASK, of_batch(model, TASK, accumulation=k), optimizer, schedule))
         state = init_state(params, optimizer, False)
         for _ in range(2):
             state, metrics = step(state, batch, np.uint32(0))

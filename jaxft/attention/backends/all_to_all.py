@@ -18,7 +18,7 @@ from jax import lax
 from jaxft.attention.backends.scores import Call
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.request import Request, Run, first_of
+from jaxft.attention.request import Request, Run, first_of, same_tokens
 from jaxft.parallel.sharding import CONTEXT
 
 Array = jax.Array
@@ -27,7 +27,7 @@ Array = jax.Array
 def all_to_all_refuses(request: Request) -> str | None:
     """See :class:`jaxft.attention.request.Backend`."""
     ways = request.context * request.heads_split
-    return first_of(
+    reason = first_of(
         (request.context == 1, "needs a mesh that splits rows over context"),
         (not request.split_alike, "needs query and key heads split over the same mesh axes"),
         (not request.split_evenly, "needs rows, lengths and heads that divide by the devices they are split over"),
@@ -38,6 +38,7 @@ def all_to_all_refuses(request: Request) -> str | None:
             f"are split ({ways})",
         ),
     )
+    return reason or same_tokens(request)
 
 
 def with_whole_rows(run: Run, call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax import lax
 
 from jaxft.attention.backends.scores import Call, dropped, exp_where, masked, weights_again
 from jaxft.attention.dropout import Dropout
-from jaxft.attention.mask import MaskSpec, allowed_between
+from jaxft.attention.mask import MaskSpec, allowed_between, stretch_of_keys, stretch_of_queries
 from jaxft.layers import dot, recomputed_from
 from jaxft.layers.promotion import usual_promotion
 
@@ -39,29 +39,48 @@ _BANDS = 8  # stretches of a row for each of which the program is written out, w
 
 def blockwise(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
     """See :func:`jaxft.attention.attend`; no bias."""
-    length = q.shape[2]
+    length, keys = q.shape[2], k.shape[2]
+    blocks = _Blocks(*(_block(count) for count in (length, keys)))
+    more, more_keys = (-count % block for count, block in zip((length, keys), blocks, strict=True))
+    if more or more_keys:  # rows that no block divides: more keys, that none may see
+        q = _longer(q, 2, more)
+        k, v = (_longer(x, 2, more_keys) for x in (k, v))
+        mask = _padded(mask, q.shape[0], keys, more, more_keys)
+    return _blockwise(call, blocks, q, k, v, mask, drop)[:, :, :length]
+
+
+class _Blocks(NamedTuple):
+    """How many tokens a block has."""
+
+    queries: int
+    keys: int
+
+
+def _block(length: int) -> int:
     blocks = -(-length // _BLOCK)
-    block = length if blocks == 1 else -(-length // (8 * blocks)) * 8
-    more = blocks * block - length
-    if more:  # rows that no block divides: more keys, that none may see
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-        mask = _padded(mask, q.shape[0], length, more)
-    return _blockwise(call, block, q, k, v, mask, drop)[:, :, :length]
+    return length if blocks == 1 else -(-length // (8 * blocks)) * 8
 
 
-def _padded(mask: MaskSpec, rows: int, length: int, more: int) -> MaskSpec:
-    def longer(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, more)))
+def _longer(x: Array, axis: int, more: int) -> Array:
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) if more else x
 
+
+def _padded(mask: MaskSpec, rows: int, keys: int, more: int, more_keys: int) -> MaskSpec:
+    """The mask of ``more`` further queries, and ``more_keys`` keys beyond ``keys``, which none may see."""
     if mask.segments is not None:
-        return dataclasses.replace(mask, segments=longer(mask.segments))
-    padding = jnp.ones((rows, length), bool) if mask.padding is None else mask.padding
-    return dataclasses.replace(mask, padding=longer(padding))
+        of_keys = None if mask.key_segments is None else _longer(mask.key_segments, 1, more_keys)
+        return dataclasses.replace(mask, segments=_longer(mask.segments, 1, more), key_segments=of_keys)
+    if not more_keys:
+        return mask
+    padding = jnp.ones((rows, keys), bool) if mask.padding is None else mask.padding
+    return dataclasses.replace(mask, padding=_longer(padding, 1, more_keys))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blockwise(call: Call, block: int, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
-    return _forward(call, block, q, k, v, mask, drop)[0]
+def _blockwise(
+    call: Call, blocks: _Blocks, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
+) -> Array:
+    return _forward(call, blocks, q, k, v, mask, drop)[0]
 
 
 @dataclass(frozen=True)
@@ -70,17 +89,17 @@ class _Chunks:
 
     rows: int
     heads: int
-    shape: tuple[int, int, int, int]
-    """B, K, G, S."""
+    shape: tuple[int, int]
+    """B, K."""
 
     def cut(self, x: Array) -> Array:
         """[B, N or K, S, ...] as [C, R, J, G or 1, S, ...]."""
-        b, k, _, _ = self.shape
+        b, k = self.shape
         return x.reshape(b // self.rows * (k // self.heads), self.rows, self.heads, x.shape[1] // k, *x.shape[2:])
 
     def cut_rows(self, tree: Any) -> Any:
         """Arrays [B, ...] as [C, R, ...]."""
-        b, k, _, _ = self.shape
+        b, k = self.shape
         return jax.tree.map(
             lambda x: jnp.repeat(x.reshape(b // self.rows, self.rows, *x.shape[1:]), k // self.heads, axis=0), tree
         )
@@ -91,23 +110,23 @@ class _Chunks:
 
     def joined(self, x: Array) -> Array:
         """Back from :meth:`cut`."""
-        b, k, _, _ = self.shape
+        b, k = self.shape
         return x.reshape(b, k * x.shape[3], *x.shape[4:])
 
 
-def _chunks(call: Call, q: Array, k: Array, block: int) -> _Chunks:
+def _chunks(call: Call, q: Array, k: Array, blocks: _Blocks) -> _Chunks:
     b, n, s, _ = q.shape
-    kv = k.shape[1]
-    of_head = n // kv * block * s
+    _, kv, t, _ = k.shape
+    of_head = n // kv * max(blocks.queries * t, blocks.keys * s)
     budget = max(1, _LOGITS.get(call.compute.platform or jax.default_backend(), _LOGITS_ELSEWHERE) // of_head)
     heads = max(d for d in range(1, kv + 1) if kv % d == 0 and d <= budget)
     rows = max(d for d in range(1, b + 1) if b % d == 0 and d * kv <= max(budget, kv)) if heads == kv else 1
-    return _Chunks(rows, heads, (b, kv, n // kv, s))
+    return _Chunks(rows, heads, (b, kv))
 
 
 @dataclass(frozen=True)
 class _Band:
-    """A stretch of blocks, and the stretch of the row that some token of them may see, or be seen from."""
+    """A stretch of blocks of queries, and the stretch of keys that some of them may see; or one of keys, and of queries."""
 
     first: int
     end: int
@@ -115,27 +134,29 @@ class _Band:
     other_end: int
 
 
-def _bands(mask: MaskSpec, length: int, block: int, *, of_keys: bool) -> Iterator[_Band]:
-    if not mask.causal and mask.window is None:
-        yield _Band(0, length, 0, length)
+def _bands(mask: MaskSpec, length: int, others: int, block: int, *, of_keys: bool) -> Iterator[_Band]:
+    """Bands of ``length`` queries that see ``others`` keys, or of keys that so many queries see."""
+    if (not mask.causal and mask.window is None) or not isinstance(mask.first, int):
+        yield _Band(0, length, 0, others)
         return
     count = length // block
     per = -(-count // _BANDS) * block
-    window = length if mask.window is None else mask.window
-    before, after = (window - 1, 0 if mask.causal else window - 1)
+    window = length + others + abs(mask.first) if mask.window is None else mask.window
+    before, after, shift = window - 1, 0 if mask.causal else window - 1, mask.first
     if of_keys:
-        before, after = after, before
+        before, after, shift = after, before, -shift
     for first in range(0, length, per):
         end = min(first + per, length)
-        yield _Band(first, end, max(first - before, 0), min(end + after, length))
+        other_first = min(max(first + shift - before, 0), others - 1)  # one at least, if only to be hidden
+        yield _Band(first, end, other_first, max(min(end + shift + after, others), other_first + 1))
 
 
 def _forward(
-    call: Call, block: int, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
+    call: Call, blocks: _Blocks, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    chunks = _chunks(call, q, k, block)
+    chunks = _chunks(call, q, k, blocks)
     parts = (chunks.cut(q), chunks.cut(k), chunks.cut(v), chunks.cut_rows(mask), chunks.cut_drop(drop))
-    results = lax.map(lambda x: _forward_chunk(call, block, drop, *x), parts)
+    results = lax.map(lambda x: _forward_chunk(call, blocks.queries, drop, *x), parts)
     out, top, log_total = (chunks.joined(x) for x in results)
     return out, (q, k, v, mask, drop, out, top, log_total)
 
@@ -147,9 +168,9 @@ def _forward_chunk(
     drop = _of_rows(drop, rows)
     k, v = k[:, :, 0], v[:, :, 0]
     outs = []
-    for band in _bands(mask, q.shape[3], block, of_keys=False):
+    for band in _bands(mask, q.shape[3], k.shape[2], block, of_keys=False):
         seen = slice(band.other_first, band.other_end)
-        keys, values, key_mask = k[:, :, seen], v[:, :, seen], _stretch(mask, seen.start, seen.stop - seen.start)
+        keys, values, key_mask = k[:, :, seen], v[:, :, seen], stretch_of_keys(mask, seen.start, seen.stop - seen.start)
 
         def queries(first: Array | int, keys=keys, values=values, key_mask=key_mask, seen=seen) -> tuple[Array, ...]:
             return _forward_block(call, drop, q, mask, first, block, keys, values, key_mask, seen.start)
@@ -172,7 +193,7 @@ def _forward_block(
 ) -> tuple[Array, ...]:
     count = keys.shape[2]
     place, key_place = first + jnp.arange(block), first_key + jnp.arange(count)
-    allowed = allowed_between(_stretch(mask, first, block), key_mask, place, key_place)
+    allowed = allowed_between(stretch_of_queries(mask, first, block), key_mask, mask.places(place), key_place)
     allowed = None if allowed is None else allowed[:, :, None]
     here = lax.dynamic_slice_in_dim(q, first, block, 3)
     r, j, g, s, h = here.shape
@@ -189,19 +210,19 @@ def _forward_block(
     return out, top[..., 0], jnp.log(total)[..., 0]
 
 
-def _backward(call: Call, block: int, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _backward(call: Call, blocks: _Blocks, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, top, log_total = saved
     (q, k), g = recomputed_from((q, k), g)
     top = _reachable(call, top, q, k)
     # sum_t weights * dweights, without an S x T array
     mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1)
-    chunks = _chunks(call, q, k, block)
+    chunks = _chunks(call, q, k, blocks)
     parts = (
         *(chunks.cut(x) for x in (q, k, v, g, top, log_total, mean)),
         chunks.cut_rows(mask),
         chunks.cut_drop(drop),
     )
-    grads = lax.map(lambda x: _backward_chunk(call, block, drop, *x), parts)
+    grads = lax.map(lambda x: _backward_chunk(call, blocks.keys, drop, *x), parts)
     dq, dk, dv = (chunks.joined(x).astype(like.dtype) for x, like in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv, None, None
 
@@ -244,9 +265,9 @@ def _backward_chunk(
     q, k, v = call.scaled(q), k[:, :, 0], v[:, :, 0]
     shape, dq = (*q.shape[:3], q.shape[4], q.shape[3]), None  # [R, J, G, H, S]
     dkv = []
-    for band in _bands(mask, q.shape[3], block, of_keys=True):
+    for band in _bands(mask, k.shape[2], q.shape[3], block, of_keys=True):
         seen = slice(band.other_first, band.other_end)
-        query_mask = _stretch(mask, seen.start, seen.stop - seen.start)
+        query_mask = stretch_of_queries(mask, seen.start, seen.stop - seen.start)
         cut = tuple(x[:, :, :, seen] for x in (q, g, top, log_total, mean))
 
         def keys(first: Array | int, cut=cut, query_mask=query_mask, seen=seen) -> tuple[Array, Array, Array]:
@@ -282,7 +303,7 @@ def _backward_block(
     r, j, groups, s, h = q.shape
     keys, values = (lax.dynamic_slice_in_dim(x, first, block, 2) for x in (k, v))
     place, key_place = first_query + jnp.arange(s), first + jnp.arange(block)
-    allowed = allowed_between(query_mask, _stretch(mask, first, block), place, key_place)
+    allowed = allowed_between(query_mask, stretch_of_keys(mask, first, block), mask.places(place), key_place)
     if allowed is not None:
         allowed = allowed.swapaxes(2, 3)[:, :, :, None]
     flat_q, flat_g = (x.reshape(r, j, groups * s, h) for x in (q, g))
@@ -302,10 +323,6 @@ def _backward_block(
 
 def _of_rows(drop: Dropout | None, rows: Array | None) -> Dropout | None:
     return None if drop is None or rows is None else dataclasses.replace(drop, rows=rows)
-
-
-def _stretch(mask: MaskSpec, first: Array | int, count: int) -> MaskSpec:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, count, 1), mask)
 
 
 def _bands_joined(parts: list[Array], axis: int) -> Array:

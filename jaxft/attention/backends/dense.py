@@ -36,21 +36,30 @@ def dense(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array 
         bias = jnp.broadcast_to(bias, (bias.shape[0], n, *bias.shape[2:]))
         bias = grouped(bias, heads)
     # Bits of threefry are dear: they are kept for the backward pass; others are made again.
-    kept = _kept(call, drop, k) if drop is not None and drop.bits == "threefry" else None
-    return _attend(call, grouped(q, heads), k, v, mask, bias, drop, kept).reshape(q.shape)
+    kept = _kept(call, drop, q.shape[2], k) if drop is not None and drop.bits == "threefry" else None
+    return _attend(call, q.shape[2], grouped(q, heads), k, v, mask, bias, drop, kept).reshape(q.shape)
 
 
-def _kept(call: Call, drop: Dropout, k: Array) -> Array:
-    kept = drop.kept(jnp.arange(k.shape[2]), 0, k.shape[2])
+def _kept(call: Call, drop: Dropout, queries: int, k: Array) -> Array:
+    kept = drop.kept(jnp.arange(queries), 0, k.shape[2])
     kept = call.compute.rules.constrain(kept, "batch", "act_heads", "length", None)
     return grouped(kept, k.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array | None, drop: Dropout | None, kept: Any
+    call: Call,
+    length: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: MaskSpec,
+    bias: Array | None,
+    drop: Dropout | None,
+    kept: Any,
 ) -> Array:
-    return _attend_fwd(call, q, k, v, mask, bias, drop, kept)[0]
+    """Of :func:`grouped` queries; ``length`` is S."""
+    return _attend_fwd(call, length, q, k, v, mask, bias, drop, kept)[0]
 
 
 def _capped(call: Call, q: Array, k: Array) -> Array:
@@ -59,10 +68,18 @@ def _capped(call: Call, q: Array, k: Array) -> Array:
 
 
 def _attend_fwd(
-    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: Array | None, drop: Dropout | None, kept: Any
+    call: Call,
+    length: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: MaskSpec,
+    bias: Array | None,
+    drop: Dropout | None,
+    kept: Any,
 ) -> tuple[Array, tuple[Any, ...]]:
-    allowed = for_groups(mask.allowed(k.shape[2]), q.shape[2] // k.shape[2])
-    bits = _kept(call, drop, k) if kept is None and drop is not None else kept
+    allowed = for_groups(mask.allowed(length, k.shape[2]), q.shape[2] // length)
+    bits = _kept(call, drop, length, k) if kept is None and drop is not None else kept
     logits = _capped(call, q, k)
     logits = masked(logits if bias is None else logits + bias, allowed)
     top = highest(logits, bias is not None)
@@ -74,12 +91,12 @@ def _attend_fwd(
     return out, (q, k, v, mask, bias, drop, kept, out, top, jnp.log(total))
 
 
-def _attend_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _attend_bwd(call: Call, length: int, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, bias, drop, kept, out, top, log_total = saved
     (q, k, drop), g = recomputed_from((q, k, drop), g)
-    bits = _kept(call, drop, k) if kept is None and drop is not None else kept
+    bits = _kept(call, drop, length, k) if kept is None and drop is not None else kept
     compute = call.compute
-    allowed = for_groups(mask.allowed(k.shape[2]), q.shape[2] // k.shape[2])
+    allowed = for_groups(mask.allowed(length, k.shape[2]), q.shape[2] // length)
     capped = _capped(call, q, k)
     weights = weights_again(allowed, capped if bias is None else capped + bias, top, log_total)
     dv = dot("bnst,bnsh->bnth", dropped(weights, drop, bits), g, compute)

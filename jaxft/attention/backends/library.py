@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxft.attention.backends.scores import Call, nothing_where_blind
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.request import Request, each_device, first_of, whole_rows
+from jaxft.attention.request import Request, each_device, first_of, same_tokens, whole_rows
 
 Array = jax.Array
 
@@ -31,29 +31,30 @@ def _arguments(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: A
     operand = call.compute.matmul_dtype
     q, k, v = (x.astype(operand).swapaxes(1, 2) for x in (q, k, v))
     if bias is not None:
-        bias, _ = _seen_bias(bias, mask, q.shape[1])
+        bias, _ = _seen_bias(bias, mask)
         return {"query": q, "key": k, "value": v, "bias": bias, "mask": None, "is_causal": False, "scale": call.scale}
-    causal = mask.causal and mask.window is None
-    allowed = (dataclasses.replace(mask, causal=False) if causal else mask).allowed(q.shape[1])
+    square = q.shape[1] == k.shape[1] and not mask.shifted
+    causal = mask.causal and mask.window is None and square
+    allowed = (dataclasses.replace(mask, causal=False) if causal else mask).allowed(q.shape[1], k.shape[1])
     if allowed is not None:  # broadcast here: kernels have failed on [B, 1, 1, T] (jax #28974)
         allowed = jnp.broadcast_to(allowed, (q.shape[0], 1, q.shape[1], k.shape[1]))
     return {"query": q, "key": k, "value": v, "bias": None, "mask": allowed, "is_causal": causal, "scale": call.scale}
 
 
-def _seen_bias(bias: Array, mask: MaskSpec, length: int) -> tuple[Array, Array]:
+def _seen_bias(bias: Array, mask: MaskSpec) -> tuple[Array, Array]:
     """The bias, -inf where the mask hides a key, and [B or 1, N or 1, S, 1] whether a query sees any: others get zeros, of
     which a softmax has a gradient."""
-    bias, allowed = bias.astype(jnp.float32), mask.allowed(length)
+    bias, allowed = bias.astype(jnp.float32), mask.allowed(*bias.shape[2:])
     bias = bias if allowed is None else jnp.where(allowed, bias, -jnp.inf)
     sees = (bias != -jnp.inf).any(-1, keepdims=True)
     return jnp.where(sees, bias, 0.0), sees
 
 
-def _finished(call: Call, out: Array, mask: MaskSpec, bias: Array | None = None) -> Array:
+def _finished(call: Call, out: Array, mask: MaskSpec, keys: int, bias: Array | None = None) -> Array:
     out = out.swapaxes(1, 2).astype(call.compute.activation_dtype)
     if bias is None:
-        return nothing_where_blind(out, mask)
-    return jnp.where(_seen_bias(bias, mask, out.shape[2])[1], out, jnp.zeros_like(out))
+        return nothing_where_blind(out, mask, keys)
+    return jnp.where(_seen_bias(bias, mask)[1], out, jnp.zeros_like(out))
 
 
 def _exactly(call: Call) -> contextlib.AbstractContextManager[Any]:
@@ -85,7 +86,7 @@ def jax_attention(
         given |= {name: given[name].astype(jnp.float32) for name in ("query", "key", "value")}
     with _exactly(call):
         out = jax.nn.dot_product_attention(**given, implementation="xla")
-    return _finished(call, out, mask, bias)
+    return _finished(call, out, mask, k.shape[2], bias)
 
 
 def cudnn_refuses(request: Request) -> str | None:
@@ -98,6 +99,7 @@ def cudnn_refuses(request: Request) -> str | None:
             (request.length % 2 != 0, "takes even lengths only"),
         )
         or each_device(request)
+        or same_tokens(request)
         or _no_dropout_no_cap(request)
     )
 
@@ -115,7 +117,7 @@ def cudnn(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropou
         seen = dataclasses.replace(mask, padding=None)
     given = _arguments(call, q, k, v, seen, None)
     out = jax.nn.dot_product_attention(**given, key_value_seq_lengths=lengths, implementation="cudnn")
-    return _finished(call, out, mask)
+    return _finished(call, out, mask, k.shape[2])
 
 
 def tokamax_refuses(request: Request) -> str | None:
@@ -123,7 +125,7 @@ def tokamax_refuses(request: Request) -> str | None:
     return first_of(
         (importlib.util.find_spec("tokamax") is None, "is not installed (pip install tokamax)"),
         (request.dropout is not None, "has no dropout"),
-    ) or each_device(request)
+    ) or (each_device(request) or same_tokens(request))
 
 
 def tokamax(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
@@ -133,4 +135,4 @@ def tokamax(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Drop
     arguments = _arguments(call, q, k, v, mask, None)
     with _exactly(call):
         out = library.dot_product_attention(**arguments, logits_soft_cap=call.soft_cap)
-    return _finished(call, out, mask)
+    return _finished(call, out, mask, k.shape[2])

@@ -21,7 +21,7 @@ def reference(
     k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
     logits = call.capped(jnp.einsum("bnsh,bnth->bnst", q, k, precision="highest") * call.exact_scale)
     logits = logits if bias is None else logits + bias
-    allowed = mask.allowed(q.shape[2])
+    allowed = mask.allowed(q.shape[2], k.shape[2])
     if bias is not None:
         seen = logits != -jnp.inf
         allowed = seen if allowed is None else allowed & seen

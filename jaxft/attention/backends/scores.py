@@ -101,7 +101,7 @@ def dropped(weights: Array, drop: Dropout | None, kept: Array | None) -> Array:
     return weights if drop is None or kept is None else jnp.where(kept, weights * drop.scale, 0.0)
 
 
-def nothing_where_blind(out: Array, mask: MaskSpec) -> Array:
-    """``out`` [B, N, S, H], zeros for queries that may see nothing, whose gradients it cuts off too."""
-    sees = mask.sees_any(out.shape[2])
+def nothing_where_blind(out: Array, mask: MaskSpec, keys: int) -> Array:
+    """``out`` [B, N, S, H], zeros for queries that may see none of ``keys`` keys, whose gradients it cuts off too."""
+    sees = mask.sees_any(out.shape[2], keys)
     return out if sees is None else jnp.where(sees[:, None, :, None], out, jnp.zeros_like(out))

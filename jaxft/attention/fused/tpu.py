@@ -20,7 +20,7 @@ from jaxft.attention.dropout import Dropout
 from jaxft.attention.fused import fused_attention
 from jaxft.attention.fused.blocks import Spec
 from jaxft.attention.mask import MaskSpec
-from jaxft.attention.request import Request, each_device, first_of
+from jaxft.attention.request import Request, each_device, first_of, same_tokens
 from jaxft.layers.bits import row_words
 
 Array = jax.Array
@@ -58,14 +58,15 @@ def _ready(
 
 
 def _finished(call: Call, out: Array, mask: MaskSpec, length: int) -> Array:
-    return nothing_where_blind(out[:, :, :length].astype(call.compute.activation_dtype), mask)
+    return nothing_where_blind(out[:, :, :length].astype(call.compute.activation_dtype), mask, length)
 
 
 def _kernel_refuses(request: Request) -> str | None:
-    return first_of(
+    reason = first_of(
         (request.platform != "tpu", "runs on TPUs only"),
         (request.dropout is not None, "has no dropout"),
-    ) or each_device(request)
+    )
+    return reason or each_device(request) or same_tokens(request)
 
 
 _FUSED_LENGTH = 2048
@@ -87,7 +88,7 @@ def fused_refuses(request: Request) -> str | None:
             request.heads // request.key_heads * min(request.length, 1024) > 8 * 1024,
             "unrolls over the query heads of a key head: these are too many for such rows",
         ),
-    ) or each_device(request)
+    ) or (each_device(request) or same_tokens(request))
 
 
 def fused_tokens_last(request: Request) -> bool:

@@ -24,7 +24,7 @@ from jaxft.attention.backends.scores import Call
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.native.compiled import BACKWARD, ENDINGS, FORWARD, multiplies_bfloat16, unavailable
-from jaxft.attention.request import Request, each_device, first_of
+from jaxft.attention.request import Request, each_device, first_of, unshifted
 from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
@@ -39,7 +39,7 @@ def native_refuses(request: Request) -> str | None:
         (request.dropout == "threefry", "draws no threefry bits (model.dropout_bits=hash)"),
         (request.soft_cap, "has no soft cap"),
     )
-    return reason or each_device(request) or unavailable()
+    return reason or each_device(request) or unshifted(request) or unavailable()
 
 
 def native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
@@ -83,23 +83,23 @@ def _types(call: Call, q: Array) -> tuple[str, str]:
 def _inputs(
     call: Call, types: tuple[str, str], q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, ...]:
-    """q, k, v, who a token is to queries and to keys [B, S], words and rows of dropout; empty where there is nothing."""
+    """q, k, v, numbers of queries [B, S] and of keys [B, T], words and rows of dropout; empty where there is nothing."""
     operand, dtype = types
     # Kernels that multiply bfloat16 round by themselves.
     rounded = dtype if operand == "bfloat16" else call.compute.matmul_dtype
     operands = (x.astype(rounded).astype(dtype) for x in (q, k, v))
     none = jnp.zeros((0,), jnp.uint32)
     words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
-    return *operands, *_ids(mask), words, rows
+    return *operands, *_ids(mask, q.shape[2]), words, rows
 
 
-def _ids(mask: MaskSpec) -> tuple[Array, Array]:
+def _ids(mask: MaskSpec, length: int) -> tuple[Array, Array]:
     """Numbers for queries and for keys: a query sees the keys that have its own number, and none of number 0."""
-    if mask.segments is not None:
-        return mask.segments, mask.segments
+    if mask.segments is not None and mask.of_keys is not None:
+        return mask.segments, mask.of_keys
     if mask.padding is not None:
         keys = mask.padding.astype(jnp.int32)
-        return jnp.ones_like(keys), keys
+        return jnp.ones((keys.shape[0], length), jnp.int32), keys
     none = jnp.zeros((0,), jnp.int32)
     return none, none
 
@@ -142,7 +142,8 @@ def _run(kernel: _Kernel, *inputs: Array) -> tuple[Array, ...]:
 
     @jax.custom_batching.custom_vmap
     def run(*inputs: Array) -> tuple[Array, ...]:
-        return _partitioned(kernel, inputs[0].shape[1] == inputs[1].shape[1], tuple(x.ndim for x in inputs))(*inputs)
+        alike = tuple(inputs[0].shape[axis] == inputs[1].shape[axis] for axis in (1, 2))
+        return _partitioned(kernel, *alike, tuple(x.ndim for x in inputs))(*inputs)
 
     @run.def_vmap
     def more_rows(size: int, mapped: list[bool], *inputs: Array) -> tuple[tuple[Array, ...], Any]:
@@ -161,20 +162,21 @@ def _run(kernel: _Kernel, *inputs: Array) -> tuple[Array, ...]:
 _WORDS = 5  # which of the inputs
 
 
-_TERMS = ("b n s h", "b k s h", "b k s h", "b s", "b s", "w", "b n", "b n s h", "b n s t", "b n s h")
+_TERMS = ("b n s h", "b k t h", "b k t h", "b s", "b t", "w", "b n", "b n s h", "b n s u", "b n s h")
 
 
 @functools.lru_cache(maxsize=256)
-def _partitioned(kernel: _Kernel, same_heads: bool, dims: tuple[int, ...]) -> Any:
+def _partitioned(kernel: _Kernel, same_heads: bool, same_length: bool, dims: tuple[int, ...]) -> Any:
     """The kernel as a function that the compiler may run on parts of the rows and, unless they are grouped, of the heads.
 
     Otherwise it would gather all rows on every device, where a mesh that is not a run's (:func:`jaxft.parallel.sharding.run_mesh`) splits
     them. On one device, and inside a ``shard_map``, it is the plain call.
     """
     terms = [term if len(term.split()) == n else "z" for term, n in zip(_TERMS, dims, strict=False)]
-    results = _TERMS[:3] if kernel.backward else ("b n s h", "b n s t")
+    results = _TERMS[:3] if kernel.backward else ("b n s h", "b n s u")
     rule = f"{', '.join(terms)} -> {', '.join(results)}"
     rule = rule.replace("k", "n") if same_heads else rule
+    rule = rule.replace("t", "s") if same_length else rule
     split = ("b", "n") if same_heads else ("b",)
     whole = [name for name in dict.fromkeys(rule.replace(",", "").replace("->", "").split()) if name not in split]
 

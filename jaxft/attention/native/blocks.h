@@ -17,10 +17,10 @@ uint32_t lowbias32(uint32_t x) {
 // What is the same for all heads, but for what is multiplied.
 struct Geometry {
   const int32_t* query_ids;  // [B, S]; null where every token may see every other
-  const int32_t* key_ids;
+  const int32_t* key_ids;    // [B, T]
   const uint32_t* words;  // of the dropout's key
   const uint32_t* rows;   // [B, N], its rows
-  int64_t batch, heads, key_heads, length, size;
+  int64_t batch, heads, key_heads, length, keys, size;  // B, N, K, S, T, H
   bool causal;
   int64_t window;  // 0: none
   float scale;
@@ -34,16 +34,16 @@ struct Geometry {
 template <int Cols>
 struct Block {
   Block(const Geometry& call, int64_t batch, int64_t head, int64_t first)
-      : call(call), ids(call.key_ids ? call.key_ids + batch * call.length : nullptr), first(first) {
+      : call(call), ids(call.key_ids ? call.key_ids + batch * call.keys : nullptr), first(first) {
     const int64_t last = std::min(first + Cols * kLanes, call.length) - 1;
-    const int64_t reach = call.window ? call.window - 1 : call.length;
+    const int64_t reach = call.window ? call.window - 1 : call.length + call.keys;
     for (int j = 0; j < Cols; ++j)
       for (int i = 0; i < kLanes; ++i) {
         // Lanes beyond the row's end follow its last token: they see something, and no one uses it.
         const int64_t s = std::min(first + j * kLanes + i, last);
         place[j][i] = static_cast<int32_t>(s);
         low[j][i] = static_cast<int32_t>(std::max<int64_t>(s - reach, 0));
-        high[j][i] = static_cast<int32_t>(call.causal ? s : std::min(s + reach, call.length - 1));
+        high[j][i] = static_cast<int32_t>(call.causal ? s : std::min(s + reach, call.keys - 1));
         id[j][i] = ids ? call.query_ids[batch * call.length + s] : 1;
       }
     least_low = low[0][0], most_low = low[Cols - 1][kLanes - 1];
@@ -81,7 +81,7 @@ struct Block {
 
   Int kept(int64_t t, int j) const {  // jaxft/layers/bits.py
     constexpr uint32_t kGolden = 0x9E3779B9u;
-    Word x = (Word)place[j] * (static_cast<uint32_t>(call.length) * kGolden) + (static_cast<uint32_t>(t) * kGolden + a);
+    Word x = (Word)place[j] * (static_cast<uint32_t>(call.keys) * kGolden) + (static_cast<uint32_t>(t) * kGolden + a);
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x = (x ^ (x >> 15) ^ b) * 0x846CA68Bu;
     return (Int)(x >> 16) < call.keep;

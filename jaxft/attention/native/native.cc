@@ -5,7 +5,7 @@
 // (only queries and cotangents are transposed, once). A block of logits never leaves the core's own caches; the softmax is
 // a running one (Dao et al. 2022). Vectors are those of the GCC and Clang extension, as wide as the machine's.
 //
-// Dims: B rows, N query heads, K key heads, S tokens, H head size. s counts queries, t keys.
+// Dims: B rows, N query heads, K key heads, S queries, T keys, H head size. s counts queries, t keys.
 
 #include <algorithm>
 #include <cmath>
@@ -53,7 +53,7 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
   const B block(call, batch, head, first);
   const int64_t size = call.size, tokens = std::min<int64_t>(kQueries, call.length - first);
   const int64_t of_query = (batch * call.heads + head) * call.length + first;
-  const int64_t of_key = (batch * call.key_heads + head / (call.heads / call.key_heads)) * call.length * size;
+  const int64_t of_key = (batch * call.key_heads + head / (call.heads / call.key_heads)) * call.keys * size;
   const auto *keys = call.k + of_key, *values = call.v + of_key;
   const float c = call.log_scale();
   float *queries = scratch, *sums = queries + size * kQueries, *weights = sums + size * kQueries;
@@ -62,8 +62,8 @@ void forward_block(const Call<Operand>& call, int64_t batch, int64_t head, int64
   std::memset(sums, 0, 4 * size * kQueries);
   Vec most[Cols], total[Cols];
   for (int j = 0; j < Cols; ++j) most[j] = all(kMasked), total[j] = Vec{};
-  for (int64_t t = 0; t < call.length; t += kKeys) {
-    const int64_t count = std::min<int64_t>(kKeys, call.length - t);
+  for (int64_t t = 0; t < call.keys; t += kKeys) {
+    const int64_t count = std::min<int64_t>(kKeys, call.keys - t);
     const auto sight = block.sight(t, count);
     if (sight == B::kNone) continue;
     const bool masked = sight == B::kSome;
@@ -138,14 +138,14 @@ struct Backward {
         sum_panel(call.size * kQueries),
         narrow(Operand::kPack > 1),
         memory(blocks * (2 * panel + sum_panel + 3 * kQueries) + 2 * kKeys * kQueries +
-               narrow * (3 * blocks * sum_panel + 2 * call.length * call.size + kKeys * (kQueries + call.size))) {
+               narrow * (3 * blocks * sum_panel + 2 * call.keys * call.size + kKeys * (kQueries + call.size))) {
     queries = memory.data, cotangents = queries + blocks * panel, sums = cotangents + blocks * panel;
     mean = sums + blocks * sum_panel, top = mean + blocks * kQueries, log_total = top + blocks * kQueries;
     weights = log_total + blocks * kQueries, dlogits = weights + kKeys * kQueries;
     if (!narrow) return;
     dlogit_words = dlogits + kKeys * kQueries, key_words = dlogit_words + kKeys * kQueries;
     query_words = key_words + kKeys * call.size, cotangent_words = query_words + blocks * sum_panel;
-    dk = cotangent_words + blocks * sum_panel, dv = dk + call.length * call.size;
+    dk = cotangent_words + blocks * sum_panel, dv = dk + call.keys * call.size;
   }
   int64_t blocks, panel, sum_panel, narrow;
   Memory memory;
@@ -223,8 +223,8 @@ void backward_head(const Call<Operand>& call, const Gradients<Operand, Result>& 
   std::memset(own.sums, 0, 4 * own.blocks * own.sum_panel);
   const float* query_rows = rows_as_words<Operand>(queries, call.length, size, own.query_words);
   const float* cotangent_rows = rows_as_words<Operand>(cotangents, call.length, size, own.cotangent_words);
-  for (int64_t t = 0; t < call.length; t += kKeys) {
-    const int64_t count = std::min<int64_t>(kKeys, call.length - t);
+  for (int64_t t = 0; t < call.keys; t += kKeys) {
+    const int64_t count = std::min<int64_t>(kKeys, call.keys - t);
     const float* left = rows_as_words<Operand>(keys + t * size, count, size, own.key_words);
     for (int64_t first = 0; first < call.length; first += kQueries)
       with_columns(call.length - first, [&](auto cols) {
@@ -247,7 +247,7 @@ void backward_head(const Call<Operand>& call, const Gradients<Operand, Result>& 
 template <class Operand, class Result>
 void backward_group(const Call<Operand>& call, const Gradients<Operand, Result>& grads, Backward<Operand>& own, int64_t batch,
                     int64_t key_head) {
-  const int64_t groups = call.heads / call.key_heads, count = call.length * call.size;
+  const int64_t groups = call.heads / call.key_heads, count = call.keys * call.size;
   const int64_t of_key = (batch * call.key_heads + key_head) * count;
   float *dk = own.dk, *dv = own.dv;
   if constexpr (Result::kPack == 1) dk = grads.dk + of_key, dv = grads.dv + of_key;
@@ -327,6 +327,7 @@ struct Pass {
                             dims[1],
                             of_key[1],
                             dims[2],
+                            of_key[2],
                             dims[3],
                             causal != 0,
                             window,

@@ -35,6 +35,7 @@ from jaxft.layers import (
     vocabulary_logits,
 )
 from jaxft.models.blocks import GatedMlp, RotaryAttention
+from jaxft.models.caches import Cache
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import normal
@@ -44,6 +45,7 @@ from jaxft.models.rotary_files import SUPERSEDED_KEYS, rotary_from_hf, rotary_to
 Array = jax.Array
 
 MODEL_TYPES = {"llama": "Llama"}
+_OPTIONS = ("key", "hidden_states", "attentions", "cache")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ class Layer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None, mask: MaskSpec, positions: Array) -> Array:
+    def __call__(
+        self, x: Array, key: Array | None, mask: MaskSpec, positions: Array, state: tuple[Array, Array] | None = None
+    ) -> Any:
+        """The next layer's input; with ``state``, keys and values of a cache, those of these tokens too."""
         c, start = self.config, normal(self.config)
 
         def norm(name: str, x: Array) -> Array:
@@ -126,10 +131,12 @@ class Layer(nn.Module):
         attention = RotaryAttention(
             *sizes, self.compute, start, start, c.attention_dropout, c.attention_bias, name="attention"
         )
-        x = x + attention(norm("norm", x), mask, positions, key, c.rope)
+        mixed, new = attention(norm("norm", x), mask, positions, key, c.rope, state)
+        x = x + mixed
         mlp = GatedMlp(c.intermediate_size, c.hidden_act, self.compute, start, start, c.mlp_bias, name="mlp")
         x = x + mlp(norm("mlp_norm", x))
-        return self.compute.rules.constrain(x, "batch", "length", "act_embed")
+        x = self.compute.rules.constrain(x, "batch", "length", "act_embed")
+        return x if state is None else (x, new)
 
 
 class CausalLm(nn.Module):
@@ -192,6 +199,7 @@ class Model(nn.Module):
         key: Array | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
+        cache: Cache | None = None,
         **unknown: Any,
     ) -> Output:
         """Runs the model.
@@ -199,23 +207,33 @@ class Model(nn.Module):
         Args:
           tokens: [B, S] int32 ids.
           mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          positions: [B, S] int32. None: 0..S-1 in each row.
+          positions: [B, S] int32. None: 0..S-1 in each row; with a cache, padding apart, they count on.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
           targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
+          cache: what the model keeps of the tokens before these (:func:`jaxft.models.caches.init_cache`); the output has the next
+            one. In a program, which cannot know how many places are filled, tokens beyond the last one give NaN.
 
         Raises:
-          UserError: S is beyond ``max_position_embeddings``; an argument that there is not, two keys, or a mesh of explicit axes.
+          UserError: S is beyond ``max_position_embeddings``, or the cache's places; an argument that there is not, two keys, or
+            a mesh of explicit axes; segments or attentions with a cache.
         """
-        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
+        key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, *_OPTIONS))
         head = head_named("llama", self.head, HEADS)
         c, (b, s) = self.config, tokens.shape
         if s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
-        positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
-        spec = MaskSpec(None if mask is None else mask.astype(bool), segments, causal=True)
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
+            spec = MaskSpec(None if mask is None else mask.astype(bool), segments, causal=True)
+        elif segments is None and not attentions:
+            cache, positions, spec = cache.admitted(tokens, mask, positions)
+        else:
+            raise UserError(
+                f"a cache is of one text a row: no {'attentions' if segments is None else 'segments'} with it"
+            )
 
         embed = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, normal(c), name="embed")
         x = embed(tokens)
@@ -226,12 +244,15 @@ class Model(nn.Module):
         example = (x[:1], None, MaskSpec(causal=True), positions[:1])
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example)
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
-        x, states = apply_stack(*stack, keep=hidden_states or attentions)
+        past = None if cache is None else (cache.keys, cache.values)
+        x, states, new = apply_stack(*stack, keep=hidden_states or attentions, state=past)
         looked = _attentions(c, layers, states, spec, positions) if attentions else None
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
+        if cache is not None and new is not None:
+            hidden, cache = cache.with_room(hidden), cache.extended(*new)
         # The last one normalised, as the reference has it.
         states = states.at[-1].set(hidden) if hidden_states and states is not None else None
-        more = {"hidden_states": states, "attentions": looked}
+        more = {"hidden_states": states, "attentions": looked, "cache": cache}
         if head.make is None:
             return Output(hidden, **more)
         made = head.make(c, self.compute, "head")(Features(hidden, table=embed.embedding, targets=targets), None)

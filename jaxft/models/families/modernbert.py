@@ -154,7 +154,7 @@ class Layer(nn.Module):
             *sizes, how, *starts, c.attention_dropout, c.attention_bias, together=True, name="attention"
         )
         seen = LayerNorm(c.norm_eps, how, c.norm_bias, name="norm")(x) if kind.normed else x
-        mixed = attention(seen, kind.mask(mask, x.shape[1]), positions, subkey(key, 0), kind.rope)
+        mixed, _ = attention(seen, kind.mask(mask, x.shape[1]), positions, subkey(key, 0), kind.rope)
         x = x + drop(mixed, c.attention_dropout, subkey(key, 1))
         seen = LayerNorm(c.norm_eps, how, c.norm_bias, name="mlp_norm")(x)
         sizes = (c.intermediate_size, c.hidden_activation)
@@ -275,7 +275,7 @@ class Model(nn.Module):
         example = (x[:1], None, MaskSpec(), positions[:1], c.kinds[-1])
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example, begins=_BEGINS)
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
-        x, states = apply_stack(*stack, keep=hidden_states or attentions, kinds=c.kinds, begins=_BEGINS)
+        x, states, _ = apply_stack(*stack, keep=hidden_states or attentions, kinds=c.kinds, begins=_BEGINS)
         looked = _attentions(c, layers, states, spec, positions) if attentions else None
         hidden = LayerNorm(c.norm_eps, self.compute, c.norm_bias, name="norm")(x)
         # The last one normalised, as the reference has it.

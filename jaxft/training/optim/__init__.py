@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxft.training.optim.ema import init_ema, update_ema
-    from jaxft.training.optim.freezing import decay_mask, frozen_mask
+    from jaxft.training.optim.freezing import decay_mask, frozen_mask, without_frozen
     from jaxft.training.optim.optimizers import global_norm, make_optimizer, map_state, update_count
     from jaxft.training.optim.schedules import make_schedule, warmup_steps_of
 
@@ -23,6 +23,7 @@ _HOME = {
     "update_count": "optimizers",
     "decay_mask": "freezing",
     "frozen_mask": "freezing",
+    "without_frozen": "freezing",
     "make_schedule": "schedules",
     "warmup_steps_of": "schedules",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "update_count",
     "update_ema",
     "warmup_steps_of",
+    "without_frozen",
 ]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxft.errors import UserError, nearest
@@ -42,6 +44,18 @@ def frozen_mask(params: PyTree, axes: PyTree, patterns: Sequence[str]) -> PyTree
     if all(found is True for found in frozen.values()):
         raise UserError(f"optim.freeze={list(patterns)}: freezes every parameter; leave something to train")
     return map_paths(lambda path, _: frozen[path], params)
+
+
+def without_frozen(tree: PyTree, frozen: PyTree | None) -> tuple[list[Any], Callable[[list[Any]], PyTree]]:
+    """The leaves of ``tree`` that are not frozen, and a function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    stays = [False] * len(leaves) if frozen is None else jax.tree.leaves(frozen)
+
+    def join(trained: list[Any]) -> Any:
+        given = iter(trained)
+        return structure.unflatten([leaf if stay else next(given) for leaf, stay in zip(leaves, stays, strict=True)])
+
+    return [leaf for leaf, stay in zip(leaves, stays, strict=True) if not stay], join
 
 
 def _match(pattern: str, leaves: dict[str, Leaf]) -> dict[str, Frozen]:

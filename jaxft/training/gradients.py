@@ -1,0 +1,194 @@
+"""Where a train step's gradients come from: the whole batch (:func:`of_batch`), or each of its rows (:func:`of_each_row`).
+
+Dims: B rows of a batch, R rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxft.errors import UserError
+from jaxft.parallel.sharding import run_mesh
+from jaxft.tasks.contract import Task
+from jaxft.training.optim import global_norm, without_frozen
+from jaxft.training.step import Batch, Gradient, Sums, forward_of
+
+
+def of_batch(
+    model: Any, task: Task, *, accumulation: int = 1, param_shardings: Any = None, frozen: Any = None
+) -> Gradient:
+    """The gradient of a batch's summed loss, divided by its weight.
+
+    Args:
+      accumulation: micro-batches, one after the other.
+      param_shardings: gradients are constrained to these (in Auto mode they were seen to come out unsharded). None: not.
+      frozen: tree of bool, True for parameters that get no gradient. None: all do.
+    """
+    # By their specs alone: on an Explicit mesh, the one set in the step is its Auto twin.
+    specs = None if param_shardings is None else jax.tree.map(lambda sharding: sharding.spec, param_shardings)
+
+    def gradient_of(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
+        trained, join = without_frozen(params, frozen)
+
+        def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
+            sums = task.sums(forward_of(model, join(trained)), batch, key)
+            # What else is counted is for evaluations: left out here, the compiler drops it.
+            return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
+
+        gradient, sums = jax.grad(loss_of, has_aux=True)(trained)
+        if specs is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, without_frozen(specs, frozen)[0])
+        return gradient, sums
+
+    def gradient(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
+        return _accumulated(gradient_of, accumulation, params, batch, key, weight)
+
+    return gradient
+
+
+def _accumulated(
+    gradient_of: Gradient, accumulation: int, params: Any, batch: Batch, key: jax.Array, weight: jax.Array
+) -> tuple[list[Any], Sums]:
+    """Gradients of the trained leaves and sums of a batch, over ``accumulation`` micro-batches in turn."""
+    if accumulation == 1:
+        return gradient_of(params, batch, key, weight)
+    # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
+    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
+    # In bfloat16, small micro-batches would be rounded away beside the total.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
+
+    def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
+        part, index = item
+        parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
+        return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
+
+    return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
+
+
+def of_rows(
+    model: Any, task: Task, frozen: Any = None
+) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[list[Any], Sums]]:
+    """``(params, batch [R], key, numbers [R]) -> (a gradient [R, ...] per trained leaf, loss and weight [R])``, a row at a time.
+
+    The loss of a row is its summed loss as the task weighs it, not divided by anything: of a text to be classified, its cross-entropy
+    times the weight of its class; in language modelling, the sum over its predicted tokens, so that long texts weigh more. A row of
+    weight 0 has no gradient. Its dropout follows from ``key`` and its number, whatever rows are computed beside it.
+
+    Args:
+      frozen: as of :func:`of_batch`.
+    """
+
+    def of_row(params: Any, row: Batch, key: jax.Array, number: jax.Array) -> tuple[list[Any], Sums]:
+        trained, join = without_frozen(params, frozen)
+        alone = jax.tree.map(lambda x: x[None], row)
+
+        def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
+            sums = task.sums(forward_of(model, join(trained)), alone, jax.random.fold_in(key, number))
+            return sums["loss"], {name: sums[name] for name in ("loss", "weight")}
+
+        gradient, sums = jax.grad(loss_of, has_aux=True)(trained)
+        counts = sums["weight"] > 0  # not by a product: what padding gives may not be finite
+        return jax.tree.map(lambda x: jnp.where(counts, x, jnp.zeros_like(x)), (gradient, sums))
+
+    return jax.vmap(of_row, in_axes=(None, 0, None, 0))
+
+
+def of_each_row(
+    model: Any, task: Task, clip: float, at_once: int, *, param_shardings: Any = None, frozen: Any = None
+) -> Gradient:
+    """The gradients of rows (:func:`of_rows`), each shortened to a norm of ``clip`` at most, summed, and divided by the weight that
+    the step gives: the core of DP-SGD (Abadi et al. 2016). No row moves the sum by more than ``clip``, whatever is in it.
+
+    Without anything to shorten, this is :func:`of_batch`, but for its dropout. It adds no noise and keeps no account of privacy: who
+    does divides by a number that says nothing of the data. Parameters of which only some layers are frozen count in the norm.
+
+    Args:
+      clip: Euclidean norm of a row's gradient, over all parameters together.
+      at_once: R, rows whose gradients each device holds side by side; their memory is R times that of the parameters.
+      param_shardings, frozen: as of :func:`of_batch`. Each device computes its own rows with whole parameters: nothing but rows may
+        be split.
+
+    Raises:
+      UserError: of the call, where a mesh splits anything but rows, or ``at_once`` does not divide the rows of a device.
+    """
+    if not clip > 0 or at_once < 1:
+        raise UserError(f"gradients of each row: clip={clip} must be above 0, at_once={at_once} at least 1")
+    gradients_of = of_rows(model, task, frozen)
+
+    def clipped(params: Any, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[Any], Sums]:
+        gradients, sums = gradients_of(params, batch, key, numbers)
+        norms = jax.vmap(global_norm)(gradients)
+        shares = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-30))
+
+        def shortened(x: jax.Array) -> jax.Array:
+            return (x.astype(jnp.float32) * shares.reshape(-1, *[1] * (x.ndim - 1))).sum(0)
+
+        return jax.tree.map(shortened, gradients), jax.tree.map(lambda x: x.sum(0), sums)
+
+    def gradient(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
+        def of_device(params: Any, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[Any], Sums]:
+            return _in_turn(clipped, at_once, params, batch, key, numbers)
+
+        numbers = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+        axes = _row_axes(model.compute.rules, param_shardings)
+        run = _on_devices(of_device, axes) if axes else of_device
+        total, sums = run(params, batch, key, numbers)
+        return jax.tree.map(lambda x: x / weight, total), sums
+
+    return gradient
+
+
+def _in_turn(
+    clipped: Callable[..., tuple[list[Any], Sums]],
+    at_once: int,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    numbers: jax.Array,
+) -> tuple[list[Any], Sums]:
+    """The sum over groups of ``at_once`` rows."""
+    if (rows := numbers.size) % at_once:
+        raise UserError(f"gradients of each row: at_once={at_once} does not divide the {rows} rows of a device")
+    if rows == at_once:
+        return clipped(params, batch, key, numbers)
+    groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (batch, numbers))
+    some_rows, some_numbers = jax.tree.map(lambda x: x[0], groups)
+    shapes = jax.eval_shape(clipped, params, some_rows, key, some_numbers)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total: Any, group: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, clipped(params, group[0], key, group[1])), None
+
+    return jax.lax.scan(add, zeros, groups)[0]
+
+
+def _row_axes(rules: Any, param_shardings: Any) -> tuple[str, ...]:
+    """The axes of the current mesh that split rows."""
+    mesh = run_mesh()
+    if mesh is None:
+        return ()
+    of_params = jax.tree.leaves(jax.tree.map(lambda sharding: [*sharding.spec], param_shardings))
+    split = {axis for entry in of_params for axis in ([entry] if isinstance(entry, str) else entry or ())}
+    axes = dict(rules.table)["batch"]
+    others = [name for name in mesh.axis_names if mesh.shape[name] > 1 and (name not in axes or name in split)]
+    if others:
+        raise UserError(
+            f"gradients of each row: the mesh splits more than rows ({', '.join(others)}); only mesh.data and mesh.slices may be above 1"
+        )
+    return axes
+
+
+def _on_devices(of_device: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """``of_device`` of each device's rows, and the sum over devices."""
+
+    def summed(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), of_device(*arguments))
+
+    whole, rows = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(summed, in_specs=(whole, rows, whole, rows), out_specs=whole, check_vma=False)
