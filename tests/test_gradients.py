@@ -90,7 +90,7 @@ def looped(task: str, rate: float = 0.0) -> list[Any]:
 @pytest.mark.parametrize(
     ("task", "attention"),
     [
-        ("classification", "blockwise"),
+        pytest.param("classification", "blockwise", marks=pytest.mark.slow),
         pytest.param("classification", "xla", marks=pytest.mark.slow),
         pytest.param("classification", "native", marks=(*NATIVE.marks, pytest.mark.slow)),
         pytest.param("masked_lm", "blockwise", marks=pytest.mark.slow),

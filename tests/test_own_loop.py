@@ -322,6 +322,7 @@ def test_a_command_sets_switches_aside_and_says_so(
         jax.config.update(name, before)
 
 
+@pytest.mark.slow
 def test_a_run_with_keys_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, data = make_folder(tmp_path / "model"), write_csv(tmp_path / "data.csv", rows(8))
     with jax.default_prng_impl("rbg"):

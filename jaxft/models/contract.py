@@ -51,7 +51,7 @@ class Features(NamedTuple):
     """What a head may look at."""
 
     hidden: Float[Array, "B M D"]
-    """Of each token, M = S; of M ones where positions to predict were given."""
+    """Vectors of each token, M = S; of M ones where positions to predict were given."""
     pooled: Float[Array, "B D"] | None = None
     """One vector per row, where the head reads it."""
     table: Float[Array, "V D"] | None = None

@@ -58,7 +58,7 @@ def _attend(
     drop: Dropout | None,
     kept: Any,
 ) -> Array:
-    """Of :func:`grouped` queries; ``length`` is S."""
+    """Attention of :func:`grouped` queries; ``length`` is S."""
     return _attend_fwd(call, length, q, k, v, mask, bias, drop, kept)[0]
 
 
