@@ -110,15 +110,19 @@ def program() -> NoReturn:
     except Exception:  # noqa: BLE001 - a fault of jaxft, told as Python tells it
         traceback.print_exc()
         code = 1
-    _end_if_compiling(code)
+    _end_if_compiling(code, together=code in (0, 130))
     sys.exit(code)
 
 
-def _end_if_compiling(code: int) -> None:
-    """Ends the process if a compiler is still at work: Python would wait for it, or crash."""
+def _end_if_compiling(code: int, *, together: bool = False) -> None:
+    """Ends the process if a compiler is still at work: Python would wait for it, or crash.
+
+    Args:
+      together: all processes of the run come here, and count on being told that this one leaves.
+    """
     if "jaxft.machine.threads" not in sys.modules or not sys.modules["jaxft.machine.threads"].still_working():
         return
-    if "jax" in sys.modules and code == 0:  # the other processes count on being told
+    if together and "jax" in sys.modules:
         from jaxft.machine.processes import leave
 
         leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -116,10 +117,13 @@ def test_training_begins_with_the_first_program_and_waits_for_the_next(
     assert any(note.startswith(f"compiled train {first}") for note in notes)
 
 
+@pytest.mark.parametrize("every", [8, 1])  # 1: the step is stored already
 def test_a_signal_that_comes_while_a_program_is_waited_for_saves_what_is_done(
-    ready: Setup, whole: tuple[bytes, programs.Programs], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    every: int, ready: Setup, whole: tuple[bytes, programs.Programs], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, other, at = first_two(ready)
+    stored = dataclasses.replace(ready.config.checkpoint, every=every, keep=99)
+    ready = dataclasses.replace(ready, config=dataclasses.replace(ready.config, checkpoint=stored))
     over, log = threading.Event(), tmp_path / "log.jsonl"
 
     def gate(name: programs.Name) -> None:
@@ -134,7 +138,7 @@ def test_a_signal_that_comes_while_a_program_is_waited_for_saves_what_is_done(
     over.set()
     assert (result.interrupted, result.step) == (True, at)
     with Checkpoints(tmp_path / "checkpoints", keep=9) as store:
-        assert store.steps() == (at,)
+        assert store.steps() == ((at,) if every == 8 else tuple(range(1, at + 1)))
     fit(ready, whole[1], tmp_path)
     assert log.read_bytes() == whole[0]
 

@@ -122,7 +122,9 @@ def _fit(
                 if pending is not None:
                     _report_step(setup, sinks, lap, progress, *pending)
                 sinks.sync()
-                store.save(step, state, meta | {"progress": progress.__dict__})
+                store.wait()
+                if step not in store.steps():  # the last evaluation may have stored it, as the best one perhaps
+                    store.save(step, state, meta | {"progress": progress.__dict__})
                 break
             profile.before(step + 1)
             state, metrics = programs.train[shape](state, placed, seed_array)
