@@ -180,6 +180,25 @@ def test_work_is_done_ahead_in_the_order_given_and_what_is_waited_for_comes_next
     assert (ahead.news(), len(ahead)) == ([], 5)
 
 
+def test_what_is_needed_first_may_be_made_alone() -> None:
+    first_is_done, both_at_work, begun = threading.Event(), threading.Barrier(2), []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 0:
+            assert first_is_done.wait(10)
+        else:
+            both_at_work.wait(10)  # broken unless two threads are at work
+        return item
+
+    ahead = Ahead(work, [0, 1, 2], 2, first_alone=True)
+    assert not ahead.wait(1, lambda: bool(begun))
+    time.sleep(0.1)
+    assert begun == [0]
+    first_is_done.set()
+    assert [ahead.result(item) for item in (2, 1, 0)] == [2, 1, 0]
+
+
 def test_an_error_of_work_ahead_is_told_to_whoever_asks() -> None:
     seen = []
 

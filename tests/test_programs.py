@@ -63,13 +63,13 @@ def held_back(
     """The same programs, each there once ``gate`` lets it pass."""
 
     class Gated(Ahead[programs.Name, Any]):
-        def __init__(self, function: Any, names: Any, count: int) -> None:
+        def __init__(self, function: Any, names: Any, count: int, **how: Any) -> None:
             def passed(name: programs.Name) -> programs.Compiled:
                 gate(name)
                 kind, shape = name
                 return programs.Compiled((made.train if kind == "train" else made.evaluate)[shape], [])
 
-            super().__init__(passed, names, count)
+            super().__init__(passed, names, count, **how)
 
     monkeypatch.setattr(programs, "Ahead", Gated)
     return programs.compile_programs(ready, lambda text: None)

@@ -23,9 +23,10 @@ class Ahead(Generic[K, T]):
       function: what makes a result.
       names: what it is called with, in the order in which the results will be needed.
       count: threads.
+      first_alone: whether the others begin only when the first result is there, which then comes sooner where cores are few.
     """
 
-    def __init__(self, function: Callable[[K], T], names: Sequence[K], count: int) -> None:
+    def __init__(self, function: Callable[[K], T], names: Sequence[K], count: int, *, first_alone: bool = False) -> None:
         self._function, self._count = function, len(names)
         self._todo = list(names)
         self._results: dict[K, T] = {}
@@ -33,8 +34,9 @@ class Ahead(Generic[K, T]):
         self._error: BaseException | None = None
         self._told = 0
         self._changed = threading.Condition()
-        for _ in range(min(count, len(names))):
-            threading.Thread(target=self._work, name=_NAME, daemon=True).start()
+        threads = min(count, len(names))
+        self._later = threads - 1 if first_alone else 0
+        self._start(threads - self._later)
 
     def __len__(self) -> int:
         """The number of results that there will be."""
@@ -84,6 +86,10 @@ class Ahead(Generic[K, T]):
             self._dropped += self._todo
             self._todo.clear()
 
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            threading.Thread(target=self._work, name=_NAME, daemon=True).start()
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -100,6 +106,8 @@ class Ahead(Generic[K, T]):
             with self._changed:
                 self._results[name] = result
                 self._changed.notify_all()
+                later, self._later = self._later, 0
+            self._start(later)
 
 
 def still_working() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ Kind = Literal["train", "eval"]
 Name = tuple[Kind, Shape]
 _THREADS = 2
 """XLA compiles a program mostly on one thread."""
+_FEW_CORES = 4
+"""With fewer, a second program that is compiled beside the first, and beside the loading of weights, holds up the first step."""
 _LOOKED_AHEAD = 200
 """Steps that are looked through for the order in which shapes come."""
 
@@ -136,7 +139,7 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
 
     order = needed(setup, batches, held_out, start)
     note(f"compiling {len(order)} programs, {order[0][0]} {order[0][1]} first")
-    ahead = Ahead(compiled, order, _THREADS)
+    ahead = Ahead(compiled, order, _THREADS, first_alone=(os.cpu_count() or 1) < _FEW_CORES)
     return Programs(
         Steps("train", batches.shapes(), ahead),
         Steps("eval", held_out.shapes(), ahead),
