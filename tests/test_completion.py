@@ -78,10 +78,7 @@ def test_help_names_the_main_keys() -> None:
         ("mesh.data=-1 mesh.fsdp=-1", "mesh: only one size may be -1"),
         ("mesh.context=3", "cannot be split 3 ways (mesh context)"),
         ("mesh.rules={vocabulary: []}", "mesh.rules.vocabulary: unknown logical axis"),
-        (
-            "data.packing=best_fit",
-            "data.packing=best_fit: rows of the task classification cannot share a row yet; use none",
-        ),
+        ("data.packing=best_fits", "data.packing"),
         ("train.steps=20 optim.warmup_steps=50", "optim.warmup_steps=50: longer than the whole run of 20 steps"),
         ("task.name=masked_lm eval.metric=loss task.label_smoothing=0.1", "label_smoothing"),
     ],

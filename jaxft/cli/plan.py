@@ -83,12 +83,15 @@ def _set_up(devices: int, llo_folder: Path | None) -> None:
 def _run(options: argparse.Namespace, config: RunConfig, topology: Topology, llo_folder: Path | None) -> int:
     import dataclasses
 
+    from jaxft import tasks
     from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules, ways
     from jaxft.planning.advice import advice_for
     from jaxft.planning.measure import DoesNotFit, Plan, devices_of, largest_batch, make_plan
     from jaxft.planning.table import plan_json, plan_text
+    from jaxft.training.packing import refuse_unknown_rows
     from jaxft.training.setup import buckets_of, check_batch_shapes
 
+    refuse_unknown_rows(config, tasks.task(config.task.name).fields(config, 0))
     length = max(buckets_of(config))
     platform = "cpu" if topology.chip is None else topology.chip.platform
     mesh = (

@@ -70,7 +70,7 @@ def check_ranges(config: RunConfig) -> None:
             f"must reach data.max_length={data.max_length}",
         ),
         (
-            data.buckets is None or data.packing == "none",
+            data.buckets is None or data.packing != "best_fit",
             "data.buckets",
             data.buckets,
             "has no use with data.packing; leave it out",

@@ -134,9 +134,10 @@ class DataConfig:
     buckets: tuple[int, ...] | None = None
     """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
     ``max_length``."""
-    packing: Literal["none", "best_fit"] = "none"
-    """``best_fit``: several texts share a row of ``max_length`` tokens, and do not see each other (tasks without labels
-    only). Every batch then has one shape."""
+    packing: Literal["none", "best_fit", "auto"] = "none"
+    """``best_fit``: several texts share a row of ``max_length`` tokens, and do not see each other. Every batch then has one shape; of
+    labelled texts, ``train.batch_size`` counts texts, which as many rows hold on average. ``auto``: whichever of packing and buckets
+    is expected to cost less, with the padding of each said."""
     read_ahead: int = 4
     """Batches prepared before they are needed."""
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.data.batch import Fields, HostBatch, Shape, collate, text_shape
+from jaxft.data.batch import Fields, HostBatch, Shape, collate
 from jaxft.data.examples import Examples
 from jaxft.parallel.sharding import AxisRules, batch_sharding
 
@@ -62,7 +62,7 @@ class Batches:
     def shape_of(self, step: int) -> Shape:
         """The padded shape of the global batch of a step."""
         longest = int(self.split.sizes("length")[self.rows_of(step)].max())
-        return text_shape(self.batch_size, bucket_of(longest, self.buckets))
+        return self._shape(bucket_of(longest, self.buckets))
 
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
@@ -76,7 +76,18 @@ class Batches:
         """The shapes that batches of this split can have."""
         lengths = self.split.sizes("length")
         shortest, longest = (bucket_of(int(size), self.buckets) for size in (lengths.min(), lengths.max()))
-        return tuple(text_shape(self.batch_size, length) for length in self.buckets if shortest <= length <= longest)
+        return tuple(self._shape(length) for length in self.buckets if shortest <= length <= longest)
+
+    def _shape(self, length: int) -> Shape:
+        return Shape(self.batch_size, (("length", length), *self._other_sizes))
+
+    @functools.cached_property
+    def _other_sizes(self) -> tuple[tuple[str, int], ...]:
+        """Axes besides ``length``, with the most that any row has."""
+        axes = dict.fromkeys(axis for field in self.split.fields.values() for axis in field.axes[1:])
+        return tuple(
+            (axis, int(self.split.sizes(axis).max())) for axis in axes if isinstance(axis, str) and axis != "length"
+        )
 
 
 @functools.lru_cache(maxsize=64)

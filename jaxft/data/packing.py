@@ -15,16 +15,33 @@ from jaxft.data.examples import Split, offsets_of, stable_order
 _ROWS = 4096  # hashed together
 
 
+TEXTS = "texts"
+"""The axis of what is said of each text of a row: labels, weights, where it begins. Rows that hold fewer texts than others are padded."""
+
+
 def packed_fields(fields: Fields) -> Fields:
-    """The fields of batches whose rows hold several texts each, from those of rows of one text."""
-    return {**fields, **dict.fromkeys(("segments", "positions"), Field(("batch", "length")))}
+    """The fields of batches whose rows hold several texts each, from those of rows of one text.
+
+    Fields of one value per text get the axis ``texts``, and so do weights; beside them is ``starts``, the place of each text's first
+    token. Where rows have no such field (language models), weights stay those of rows.
+    """
+    places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
+    of_texts = {
+        name: field._replace(axes=("batch", TEXTS, *field.axes[1:]))
+        for name, field in fields.items()
+        if "length" not in field.axes
+    }
+    if set(of_texts) == {"weights"}:
+        return {**fields, **places}
+    return {**fields, **of_texts, "starts": Field(("batch", TEXTS)), **places}
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """Rows of several texts each, put together when they are asked for: the texts stay where they are.
 
-    Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text), [tokens] int32.
+    Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text), [tokens] int32; and ``starts`` (first token of
+    each text), [texts] int32, where texts have fields of one value.
     """
 
     source: Split
@@ -47,7 +64,9 @@ class Packed:
         return len(self.first) - 1
 
     def sizes(self, axis: str) -> np.ndarray:
-        """[rows] int64, tokens of each."""
+        """[rows] int64, tokens or ``texts`` of each."""
+        if axis == TEXTS and TEXTS in self.fields["weights"].axes:
+            return np.diff(self.first)
         if axis != "length":
             raise KeyError(axis)
         return self._lengths
@@ -68,7 +87,10 @@ class Packed:
         ends = lengths.cumsum()
         positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
         index = positions + starts.repeat(lengths)
-        found = {name: values[index] for name, values in self.source.columns.items()}
+        columns = self.source.columns.items()
+        found = {name: values[index if self.source.axis(name) else texts] for name, values in columns}
+        if TEXTS in self.fields["weights"].axes:
+            found["starts"] = (ends - lengths).astype(np.int32)
         numbers = np.arange(1, len(texts) + 1, dtype=np.int32)
         if stop > start + 1:
             numbers -= (first[:-1] - first[0]).repeat(np.diff(first)).astype(np.int32)

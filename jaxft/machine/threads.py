@@ -26,7 +26,9 @@ class Ahead(Generic[K, T]):
       first_alone: whether the others begin only when the first result is there, which then comes sooner where cores are few.
     """
 
-    def __init__(self, function: Callable[[K], T], names: Sequence[K], count: int, *, first_alone: bool = False) -> None:
+    def __init__(
+        self, function: Callable[[K], T], names: Sequence[K], count: int, *, first_alone: bool = False
+    ) -> None:
         self._function, self._count = function, len(names)
         self._todo = list(names)
         self._results: dict[K, T] = {}

@@ -29,14 +29,14 @@ __all__ = ["Facts", "Family", "Features", "Field", "Fields", "Head", "Layout", "
 
 
 class Output(NamedTuple):
-    """What a forward pass gives. B rows, S tokens, D width, C classes, V vocabulary, L layers."""
+    """What a forward pass gives. B rows, S tokens, E texts of a row, D width, C classes, V vocabulary, L layers."""
 
     hidden: Float[Array, "B S D"]
     """After the last layer and its norm."""
-    pooled: Float[Array, "B D"] | None = None
-    """One vector per row; None: the model makes none."""
+    pooled: Float[Array, "B *texts D"] | None = None
+    """One vector per row, or [B, E, D] where the model was told where each of E texts of a row starts; None: the model makes none."""
     logits: Float32[Array, "B *places C"] | None = None
-    """What the head gives: [B, C] for a row, [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
+    """What the head gives: [B, C] for a row ([B, E, C] for its texts), [B, S, C] for its tokens, [B, S (or M), V] for a vocabulary."""
     score: TokenScore | None = None
     """A vocabulary head's score instead of logits, where there are targets and ``compute.vocab_tile`` is set."""
     hidden_states: Float[Array, "states B S D"] | None = None
@@ -52,12 +52,14 @@ class Features(NamedTuple):
 
     hidden: Float[Array, "B M D"]
     """Vectors of each token, M = S; of M ones where positions to predict were given."""
-    pooled: Float[Array, "B D"] | None = None
-    """One vector per row, where the head reads it."""
+    pooled: Float[Array, "B *texts D"] | None = None
+    """One vector per row, or per text of packed rows, where the head reads it."""
     table: Float[Array, "V D"] | None = None
     """The embeddings of tokens."""
     targets: Integer[Array, "B M"] | None = None
     """What the head's logits are scored against."""
+    starts: Integer[Array, "B E"] | None = None
+    """Where each text of packed rows begins; None: rows hold one text each."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ class Facts:
     def causal(self) -> bool:
         """Whether no token sees a later one."""
         return all(stack.causal for stack in self.stacks)
+
+
+STARTS = Field(("batch", "texts"))
+"""The input ``starts`` of models that can tell the texts of packed rows apart."""
 
 
 def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str, **more: Field) -> Fields:

@@ -38,8 +38,8 @@ from jaxft.layers import (
     usual_promotion,
 )
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import normal
+from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
+from jaxft.models.heads import first_of_texts, normal
 
 Array = jax.Array
 
@@ -219,6 +219,7 @@ class EncoderModel(nn.Module):
         types: Array | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
+        starts: Array | None = None,
         predict: Array | None = None,
         targets: Array | None = None,
         key: Array | None = None,
@@ -234,6 +235,7 @@ class EncoderModel(nn.Module):
           types: [B, S] int32 token types (0 first text, 1 second). None: all 0.
           positions: [B, S] int32. None: 0..S-1 in each row.
           segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          starts: [B, E] int32, where each text of packed rows begins; vectors and logits of rows are then those of texts.
           predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
           targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
@@ -264,12 +266,12 @@ class EncoderModel(nn.Module):
         pooled = None
         if head.pooled or (head.make is None and c.pooler):
             dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, normal(c), name="pooler")
-            pooled = jnp.tanh(dense(hidden[:, 0]))
+            pooled = jnp.tanh(dense(first_of_texts(hidden, starts)))
         if head.make is None:
             return Output(hidden, pooled, **more)
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
-        features = Features(seen, pooled, embeddings.token.embedding, targets)
+        features = Features(seen, pooled, embeddings.token.embedding, targets, starts)
         made = head.make(c, self.compute, "head")(features, subkey(key, 2))
         if isinstance(made, TokenScore):
             return Output(hidden, pooled, score=made, **more)
@@ -289,7 +291,9 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
     types = Field(("batch", "length"), count=config.type_vocab_size)
-    inputs = text_inputs(config.vocab_size, config.pad_token_id, config.limit, scored="predicted", types=types)
+    inputs = text_inputs(
+        config.vocab_size, config.pad_token_id, config.limit, scored="predicted", types=types, starts=STARTS
+    )
     heads, size = config.num_attention_heads, config.head_size
     return Facts(
         inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit

@@ -1,6 +1,6 @@
 """Heads that several families share. Each maps :class:`~jaxft.models.contract.Features` and a dropout key to logits.
 
-Dims: B batch, S length, D model width, V vocabulary, C classes.
+Dims: B batch, S length, E texts of a packed row, D model width, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Integer, Shaped
 
 from jaxft.layers import (
     ACTIVATIONS,
@@ -40,7 +41,7 @@ def exact(compute: Compute) -> Compute:
 
 
 class PooledClasses(nn.Module):
-    """Dropout and one affine map of the pooled vector: logits [B, C]."""
+    """Dropout and one affine map of the pooled vector: logits [B, C], or [B, E, C] for the texts of packed rows."""
 
     width: int
     classes: int
@@ -57,7 +58,7 @@ class PooledClasses(nn.Module):
 
 
 class FirstTokenClasses(nn.Module):
-    """Dropout, affine, tanh, dropout and affine on the first token's vector: logits [B, C]."""
+    """Dropout, affine, tanh, dropout and affine on the first token's vector: logits [B, C], or [B, E, C] for the texts of packed rows."""
 
     width: int
     classes: int
@@ -68,7 +69,7 @@ class FirstTokenClasses(nn.Module):
     @nn.compact
     def __call__(self, seen: Features, key: Array | None) -> Array:
         bits = self.compute.dropout_bits
-        x = dropout(seen.hidden[:, 0], self.rate, subkey(key, 0), bits)
+        x = dropout(first_of_texts(seen.hidden, seen.starts), self.rate, subkey(key, 0), bits)
         x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
         x = dropout(x, self.rate, subkey(key, 1), bits)
         shape = (self.width, self.classes)
@@ -155,20 +156,48 @@ class MaskedLm(nn.Module):
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
 
 
-def mean_of_text(hidden: Array, mask: Array | None, segments: Array | None) -> Array:
-    """[B, D], the mean over the tokens of each row that are no padding; of packed rows, over those of the first text.
+def first_of_texts(hidden: Float[Array, "B S D"], starts: Integer[Array, "B E"] | None) -> Float[Array, "B *texts D"]:
+    """The vector of each row's first token, [B, D]; with ``starts``, of the first one of each text of packed rows, [B, E, D]."""
+    return hidden[:, 0] if starts is None else jnp.take_along_axis(hidden, starts[..., None], axis=1)
+
+
+def mean_of_texts(
+    hidden: Float[Array, "B S D"],
+    mask: Shaped[Array, "B S"] | None,
+    segments: Integer[Array, "B S"] | None,
+    starts: Integer[Array, "B E"] | None,
+) -> Float[Array, "B *texts D"]:
+    """The mean over the tokens of each row that are no padding, [B, D]; of packed rows, over those of the first text, or, with
+    ``starts``, of each text, [B, E, D].
 
     Args:
-      hidden: [B, S, D].
-      mask: [B, S], 0 or False where a token is padding; None: nothing is.
-      segments: [B, S] int32 of packed rows, 0 is padding; None: each row is one text.
+      mask: 0 or False where a token is padding; None: nothing is.
+      segments: 1, 2, ... by text of packed rows, 0 is padding; None: each row is one text.
+      starts: where each text begins. How many there are is all that is read of it: segments say which tokens are of which text.
     """
     there = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
+    if starts is not None:
+        assert segments is not None  # rows that hold several texts have segments
+        numbers = jnp.arange(1, starts.shape[1] + 1)
+        chosen = (there[:, None] & (segments[:, None] == numbers[:, None])).astype(jnp.float32)
+        sums = jnp.einsum("bes,bsd->bed", chosen, hidden.astype(jnp.float32), precision="highest")
+        return (sums / jnp.maximum(chosen.sum(-1, keepdims=True), 1.0)).astype(hidden.dtype)
     if segments is not None:
         there = there & (segments != 0)
         there = there & (segments == jnp.take_along_axis(segments, there.argmax(1)[:, None], axis=1))
     weights = there.astype(jnp.float32)[..., None]
     return ((hidden * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)).astype(hidden.dtype)
+
+
+def pooled_texts(
+    how: str,
+    hidden: Float[Array, "B S D"],
+    mask: Shaped[Array, "B S"] | None,
+    segments: Integer[Array, "B S"] | None,
+    starts: Integer[Array, "B E"] | None,
+) -> Float[Array, "B *texts D"]:
+    """One vector per text: its first token's where ``how`` is ``cls``, else the mean over its tokens (:func:`mean_of_texts`)."""
+    return first_of_texts(hidden, starts) if how == "cls" else mean_of_texts(hidden, mask, segments, starts)
 
 
 def dense_rules(ours: str, theirs: str, biased: bool = True) -> tuple[Rule, ...]:

@@ -38,6 +38,7 @@ DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("length", ("context",)),
     ("predicted", ()),
     ("target", ()),
+    ("texts", ()),
     ("act_embed", ()),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),

@@ -23,10 +23,11 @@ from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._classes import class_names, class_weights
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
+from jaxft.tasks._texts import by_text, logits_by_text
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
-PACKING = False
+PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ()
 SINGLE_LABEL = "single_label_classification"
 """The ``problem_type`` of heads that give each text exactly one of several labels."""
@@ -77,9 +78,9 @@ class Task:
         Up to ``MOST_CONFUSION_CLASSES`` classes also ``confusion`` [C true, C predicted]. Rows of weight 0 (padding of the last
         batch) add nothing.
         """
-        logits, labels = _logits(forward, batch, key), batch["labels"]
+        logits, labels = logits_by_text(forward(batch, key)), by_text(batch["labels"])
         loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
-        count = batch["weights"]
+        count = by_text(batch["weights"])
         true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
         counted = true * count[:, None]
         sums = {
@@ -94,18 +95,18 @@ class Task:
         return sums
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
-        """What the model says of each row: ``predicted`` [B] int32 and its ``probability`` [B] float32.
+        """What the model says of each text: ``predicted`` int32 and its ``probability`` float32, [B] ([B E] of packed rows).
 
         Of two classes also ``positive``, the probability of the second, and ``margin``, by how much its logit is higher [B]: unlike
         the probability, it does not round to 1.
         """
-        logits = _logits(forward, batch, None).astype(jnp.float32)
+        logits = logits_by_text(forward(batch, None)).astype(jnp.float32)
         probabilities, predicted = jax.nn.softmax(logits, axis=-1), self._predicted(logits)
         chosen = jax.nn.one_hot(predicted, len(self.labels))
         found = {"predicted": predicted, "probability": jnp.where(chosen > 0, probabilities, 0.0).sum(-1)}
         if self._binary:
             found |= {"positive": probabilities[:, 1], "margin": logits[:, 1] - logits[:, 0]}
-        return found | {"labels": batch["labels"], "weights": batch["weights"]}
+        return found | {name: by_text(batch[name]) for name in ("labels", "weights")}
 
     def _predicted(self, logits: Array) -> Array:
         if self.threshold is None:
@@ -114,7 +115,7 @@ class Task:
 
     def predictions(self, forward: Forward, batch: Batch) -> Batch:
         """``probabilities`` [B, C] float32 of each row."""
-        return {"probabilities": jax.nn.softmax(_logits(forward, batch, None), axis=-1)}
+        return {"probabilities": jax.nn.softmax(logits_by_text(forward(batch, None)), axis=-1)}
 
     def answer(self, texts: Sequence[Any], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
         """The label of a text (or pair), its probability, and the probabilities of all labels; None instead of NaN."""
@@ -216,12 +217,6 @@ def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array
     if class_weights is None:
         return batch["weights"]
     return batch["weights"] * jnp.asarray(class_weights, jnp.float32)[batch["labels"]]
-
-
-def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:
-    logits = forward(batch, key).logits
-    assert logits is not None  # models with this head have logits
-    return logits
 
 
 def _rounded(probability: Any) -> float | None:

@@ -32,10 +32,11 @@ from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._classes import class_names, distinct
 from jaxft.tasks._entities import entity_scores, token_scores
+from jaxft.tasks._texts import at_tokens
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("windows", "truncate")
-PACKING = False
+PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ("scheme", "label_pieces")
 
 _ENTITY_MARKS = ("B-", "I-", "E-", "S-")
@@ -87,8 +88,8 @@ class Task:
             "predicted": jnp.where(sound, logits.argmax(-1), -1).astype(jnp.int32),
             "labels": batch["labels"],
             "word": batch["word"],
-            "row": jnp.broadcast_to(batch["row"][:, None], batch["word"].shape),
-            "weights": batch["counts"] * batch["weights"][:, None],
+            "row": jnp.broadcast_to(at_tokens(batch["row"], batch), batch["word"].shape),
+            "weights": batch["counts"] * at_tokens(batch["weights"], batch),
         }
         return {name: value.reshape(-1) for name, value in found.items()}
 
@@ -220,7 +221,7 @@ def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:
 
 def _learnt(batch: Batch) -> Array:
     """[B, S] float32: 1 where a token has a label to be learnt, times the weight of its row."""
-    return (batch["labels"] >= 0) * batch["weights"][:, None]
+    return (batch["labels"] >= 0) * at_tokens(batch["weights"], batch)
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows

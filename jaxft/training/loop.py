@@ -23,6 +23,7 @@ from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
+from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
@@ -114,7 +115,7 @@ def _fit(
         # A run that has stopped early stays stopped when it is resumed.
         last = start if _out_of_patience(config, progress) else total
         for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
-            placed = to_global(batch, setup.fields, setup.mesh, rules, config.train.batch_size)
+            placed = to_global(batch, setup.fields, setup.mesh, rules, batches.batch_size)
             shape = batches.shape_of(step)
             if not _compiled(programs, "train", (shape,), lap, goodput, stop):
                 # Told to stop while the program of the next step was being compiled.
@@ -134,7 +135,7 @@ def _fit(
             if pending is not None:
                 _report_step(setup, sinks, lap, progress, *pending)
             step += 1
-            pending = (step, metrics, len(batches.rows_of(step - 1)), shape)
+            pending = (step, metrics, examples_in(setup.train, batches.rows_of(step - 1)), shape)
             for line in programs.compilation.news():
                 sinks.note(line)
 
@@ -286,7 +287,7 @@ def _report_step(
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),
-                "epoch": step / steps_per_epoch(setup.config, len(setup.train)),
+                "epoch": step / steps_per_epoch(setup.config, setup.train),
             },
         )
 
@@ -325,7 +326,7 @@ def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
     def parts() -> Iterator[Any]:
         ahead = setup.config.data.read_ahead
         for step, batch in enumerate(stream(batches, 0, batches.steps_per_epoch, ahead)):
-            placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, setup.config.eval.batch_size)
+            placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             yield programs.evaluate[batches.shape_of(step)](params, placed)
 
     return setup.task.score(*tasks.collected(parts()))

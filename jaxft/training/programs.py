@@ -126,7 +126,8 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
     state, train = setup.state, setup.train_program()
     evaluate = jitted(make_eval_step(setup.model, setup.task), setup.mesh, whole)
     batches, held_out = setup.train_batches(setup.config.train.seed), setup.eval_batches()
-    note(f"compiled shapes (rows x tokens): train {_shown(batches)}, eval {_shown(held_out)}")
+    sizes = " x ".join("tokens" if axis == "length" else axis for axis, _ in batches.shapes()[0].sizes)
+    note(f"compiled shapes (rows x {sizes}): train {_shown(batches)}, eval {_shown(held_out)}")
 
     def compiled(name: Name) -> Compiled:
         kind, shape = name

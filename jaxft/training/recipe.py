@@ -165,6 +165,9 @@ def make_recipe(
     optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
     shardings = shardings_of(mesh, rules, shapes, axes)
     fields = module.fields(config, tokenizer.pad_id)
+    if config.data.packing == "best_fit":
+        fields = packed_fields(fields)
+        _check_tells_texts_apart(config, base, fields, family_name)
     return Recipe(
         config=config,
         mesh=mesh,
@@ -172,7 +175,7 @@ def make_recipe(
         model=model,
         task=task,
         targets=targets,
-        fields=fields if config.data.packing == "none" else packed_fields(fields),
+        fields=fields,
         shapes=shapes,
         axes=axes,
         shardings=shardings,
@@ -181,6 +184,16 @@ def make_recipe(
         frozen=jax.tree.map(lambda rows: rows is True, frozen_mask(shapes, axes, freeze)),
         state=_state(config, mesh, optimizer, shapes, shardings),
     )
+
+
+def _check_tells_texts_apart(config: RunConfig, model: Any, fields: Fields, family: str) -> None:
+    """Raises UserError if a model answers once a row, where each text of a row has labels of its own."""
+    inputs, head = model.facts.inputs, models.family(family).HEADS[model.head]
+    if "starts" in fields and "starts" not in inputs and head.classes != "tokens":
+        raise UserError(
+            f"data.packing={config.data.packing}: models of the family {family} give one answer a row, not one for each of its texts; "
+            "use none"
+        )
 
 
 def _state(config: RunConfig, mesh: Mesh, optimizer: Any, shapes: Any, shardings: Any) -> TrainState:

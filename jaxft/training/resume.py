@@ -153,7 +153,7 @@ def changes_said(setup: Setup, meta: dict[str, Any], step: int, seed: int) -> It
             f"warning: {setup.tokenizer.folder}: the tokenizer has changed since this run was begun: the training rows have "
             "the same ids, other texts may not"
         )
-    before = steps_of(run_config(stored_config(meta)), len(setup.train))
+    before = steps_of(run_config(stored_config(meta)), setup.train)
     if before != setup.total_steps:
         yield from _length_said(setup, before, step)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
@@ -20,7 +21,6 @@ from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
-from jaxft.data.packing import Packed, pack
 from jaxft.data.processors.contract import SpecialIds
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
@@ -32,7 +32,8 @@ from jaxft.models.contract import Facts
 from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
 from jaxft.training.optim import make_schedule
-from jaxft.training.recipe import Recipe, make_recipe, open_start
+from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
+from jaxft.training.recipe import Recipe, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 
 
@@ -73,15 +74,15 @@ class Setup(Recipe):
 
     def train_batches(self, seed: int) -> Batches:
         """Training batches, shuffled by ``seed``."""
-        return self._batches(self.train, self.config.train.batch_size, seed)
+        return self._batches(self.train, rows_of_batch(self.train, self.config.train.batch_size), seed)
 
     def eval_batches(self) -> Batches:
         """Held-out batches: every row once."""
-        return self._batches(self.held_out, self.config.eval.batch_size, None)
+        return self._batches(self.held_out, rows_of_batch(self.held_out, self.config.eval.batch_size), None)
 
-    def _batches(self, split: Examples, size: int, seed: int | None) -> Batches:
-        part = local_rows(self.mesh, self.model.compute.rules, size)
-        return Batches(split, size, self.buckets, seed, part)
+    def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
+        part = local_rows(self.mesh, self.model.compute.rules, rows)
+        return Batches(split, rows, self.buckets, seed, part)
 
     def start_params(self, seed: int, note: Note) -> Any:
         """The parameters before step 0, placed on the mesh."""
@@ -116,9 +117,14 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     _report_data(found, config, note)
     _advise(found.train, config, source, note)
     texts = found.train, found.held_out
-    train, held_out = texts if config.data.packing == "none" else (_packed(part, config, note) for part in texts)
+    if config.data.packing == "auto":
+        facts, _ = planned_targets(config, source)
+        chosen = choose_packing(found.train, config, facts, module.PACKING, note)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
+    train, held_out = texts if config.data.packing == "none" else (packed(part, config, note) for part in texts)
+    check_packed_batches(config, mesh, rules, train, held_out, note)
 
-    total = steps_of(config, len(train))
+    total = steps_of(config, train)
     recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
@@ -133,7 +139,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         held_out=held_out,
         buckets=buckets_of(config),
         total_steps=total,
-        eval_every=config.eval.every or steps_per_epoch(config, len(train)),
+        eval_every=config.eval.every or steps_per_epoch(config, train),
     )
 
 
@@ -187,14 +193,14 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
     return config
 
 
-def steps_per_epoch(config: RunConfig, rows: int) -> int:
-    """Optimizer steps that show so many training rows once."""
-    return -(-rows // config.train.batch_size)
+def steps_per_epoch(config: RunConfig, train: Examples) -> int:
+    """Optimizer steps that show the training rows once."""
+    return -(-len(train) // rows_of_batch(train, config.train.batch_size))
 
 
-def steps_of(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of a whole run on so many training rows."""
-    return config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch(config, rows)))
+def steps_of(config: RunConfig, train: Examples) -> int:
+    """Optimizer steps of a whole run on these training rows."""
+    return config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch(config, train)))
 
 
 def open_tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
@@ -276,19 +282,9 @@ def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) 
         note(hint)
 
 
-def _packed(split: Split, config: RunConfig, note: Note) -> Packed:
-    length = config.data.max_length
-    packed = pack(split, length)
-    note(
-        f"{split.name}: packed {len(split)} texts into {len(packed)} rows of {length} tokens, "
-        f"{packed.sizes('length').sum() / (len(packed) * length):.1%} full"
-    )
-    return packed
-
-
 def buckets_of(config: RunConfig) -> tuple[int, ...]:
     """The padded lengths that a run's batches can have."""
-    if config.data.packing != "none":
+    if config.data.packing == "best_fit":
         return (config.data.max_length,)
     return make_buckets(config.data.buckets, config.data.max_length)
 
@@ -297,7 +293,9 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
     """Raises UserError if batches or rows cannot be split over the mesh."""
     parts = ways(mesh, rules, "batch")
     micro = config.train.batch_size // config.train.accumulation
-    for key, size in (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)):
+    sizes = (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size))
+    of_texts = config.data.packing != "none" and counts_texts(tasks.task(config.task.name).fields(config, 0))
+    for key, size in () if of_texts else sizes:  # how many rows labelled texts take is known once they are packed
         if size % parts:
             raise UserError(
                 f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
@@ -309,6 +307,30 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
             raise UserError(
                 f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
             )
+
+
+def check_packed_batches(
+    config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules, train: Examples, held_out: Examples, note: Note
+) -> None:
+    """Says how many rows a batch of packed labelled texts takes. Raises UserError if they cannot be split over the mesh, or in
+    micro-batches."""
+    if not holds_texts(train):
+        return
+    parts, said = ways(mesh, rules, "batch"), []
+    for split, key, size, parts_of in (
+        (train, "train.batch_size", config.train.batch_size, parts * config.train.accumulation),
+        (held_out, "eval.batch_size", config.eval.batch_size, parts),
+    ):
+        rows, each = rows_of_batch(split, size), examples_in(split, np.arange(len(split))) / len(split)
+        if rows % parts_of:
+            wanted = (max(1, rows // parts_of) * parts_of, -(-rows // parts_of) * parts_of)
+            choose = " or ".join(dict.fromkeys(f"{round(each * n)} ({n} rows)" for n in wanted))
+            raise UserError(
+                f"{key}={size} is {rows} packed rows, which cannot be split {parts_of} ways (mesh slices x data x fsdp, "
+                f"train.accumulation); choose {choose}"
+            )
+        said.append(f"{split.name} {size} texts in {rows} rows")
+    note(f"batches: {', '.join(said)}, on average")
 
 
 def check_lengths(config: RunConfig, limit: int | None) -> None:

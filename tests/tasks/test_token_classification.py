@@ -287,4 +287,3 @@ def test_a_head_for_words_is_trained_further_and_others_are_said_to_be_fresh(
     assert "the checkpoint's head is kept" in out
     assert "unknown config key 'task.mask_rate'" in refusal(capsys, *common, "task.mask_rate=0.2")
     assert "data.stride=4" in refusal(capsys, *common, "data.long_texts=truncate", "data.stride=4")
-    assert "data.packing" in refusal(capsys, *common, f"model.init={home / 'encoder'}", "data.packing=best_fit")

@@ -40,8 +40,8 @@ from jaxft.layers import (
 )
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import SPAN_ENDS, MaskedLm, Transform, TransformedClasses, dense_rules, mean_of_text, norm_rules
+from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
+from jaxft.models.heads import SPAN_ENDS, MaskedLm, Transform, TransformedClasses, dense_rules, norm_rules, pooled_texts
 from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
@@ -238,6 +238,7 @@ class Model(nn.Module):
         mask: Array | None = None,
         positions: Array | None = None,
         segments: Array | None = None,
+        starts: Array | None = None,
         predict: Array | None = None,
         targets: Array | None = None,
         key: Array | None = None,
@@ -251,7 +252,8 @@ class Model(nn.Module):
           tokens: [B, S] int32 ids.
           mask: [B, S], 0 or False where a token is padding. None: nothing is.
           positions: [B, S] int32. None: 0..S-1 in each row.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment, and the first one is pooled.
+          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
+          starts: [B, E] int32, where each text of packed rows begins: each is pooled. None: the first is.
           predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
           targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
@@ -285,11 +287,11 @@ class Model(nn.Module):
             return Output(hidden, **more)
         pooled = None
         if head.pooled:
-            pooled = hidden[:, 0] if c.classifier_pooling == "cls" else mean_of_text(hidden, mask, segments)
+            pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts)
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
         made = head.make(c, self.compute, "head")(
-            Features(seen, pooled, embed.token.embedding, targets), subkey(key, 2)
+            Features(seen, pooled, embed.token.embedding, targets, starts), subkey(key, 2)
         )
         if isinstance(made, TokenScore):
             return Output(hidden, pooled, score=made, **more)
@@ -315,7 +317,7 @@ def _attentions(c: Config, layers: Any, states: Any, mask: MaskSpec, positions: 
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of an encoder."""
     limit = config.max_position_embeddings
-    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted")
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted", starts=STARTS)
     heads = config.num_attention_heads
     sizes, windows = (config.hidden_size, heads, heads, config.head_size), tuple(kind.window for kind in config.kinds)
     stack = Stack("layers", config.num_hidden_layers, *sizes, windows=windows)

@@ -1,0 +1,109 @@
+"""How the rows of a run are packed: whether at all, and how many rows a batch of so many labelled texts takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from jaxft.config import RunConfig
+from jaxft.data.batch import Fields
+from jaxft.data.examples import Examples, Split
+from jaxft.data.loader import Batches, make_buckets
+from jaxft.data.packing import TEXTS, Packed, pack, packed_fields
+from jaxft.errors import UserError
+from jaxft.models.contract import Facts
+
+Note = Callable[[str], None]
+_LOOKED_AT = 200
+"""Batches whose padding stands for that of all."""
+_WORTH = 0.95
+"""Packing is taken where it costs at most this share of what buckets cost: how rows are put together is not free of charge."""
+
+
+def counts_texts(fields: Fields) -> bool:
+    """Whether batches of packed rows are counted in texts, each of which has labels or the like of its own; language models count
+    rows.
+
+    Args:
+      fields: of batches of one text a row.
+    """
+    return TEXTS in packed_fields(fields)["weights"].axes
+
+
+def rows_of_batch(split: Examples, size: int) -> int:
+    """The rows of a batch of so many examples: as many, or, where rows hold several labelled texts, those that hold ``size`` texts on
+    average. No mesh changes it: a run is the same on any."""
+    if not holds_texts(split):
+        return size
+    return max(1, round(size * len(split) / int(split.sizes(TEXTS).sum())))
+
+
+def examples_in(split: Examples, rows: np.ndarray) -> int:
+    """How many examples some rows hold."""
+    return int(split.sizes(TEXTS)[rows].sum()) if holds_texts(split) else len(rows)
+
+
+def holds_texts(split: Examples) -> bool:
+    """Whether rows hold several texts each, with labels or the like of their own."""
+    return TEXTS in split.fields["weights"].axes
+
+
+def refuse_unknown_rows(config: RunConfig, fields: Fields) -> None:
+    """For those who have read no texts. Raises UserError if only these say how many rows a batch has, or whether rows are packed at all.
+
+    Args:
+      fields: of batches of one text a row.
+    """
+    if config.data.packing == "auto" or (config.data.packing != "none" and counts_texts(fields)):
+        raise UserError(
+            f"data.packing={config.data.packing}: what a batch looks like follows from the lengths of the texts, which are not read here; "
+            "give the rows that `jaxft train` says: data.packing=none train.batch_size=ROWS data.buckets=[data.max_length]"
+        )
+
+
+def packed(split: Split, config: RunConfig, note: Note) -> Packed:
+    """The texts of a split in rows of ``data.max_length`` tokens; says how full they are."""
+    length = config.data.max_length
+    made = pack(split, length)
+    tokens = made.sizes("length").sum()
+    note(
+        f"{split.name}: packed {len(split)} texts into {len(made)} rows of {length} tokens, "
+        f"{tokens / (len(made) * length):.1%} full"
+    )
+    return made
+
+
+def choose_packing(
+    split: Split, config: RunConfig, facts: Facts | None, able: bool, note: Note
+) -> Literal["none", "best_fit"]:
+    """What ``data.packing=auto`` means for a run, ``none`` or ``best_fit``: whichever is expected to cost less; says why.
+
+    Padding in buckets is that of the run's own first batches. A token costs what its layers do, and attention to all others of its row:
+    of D features and rows of S tokens, 1 + S / (6 D) (Kaplan et al. 2020, section 2.1).
+
+    Args:
+      split: training rows.
+      facts: of the model; None: it is not known yet, and attention is left out.
+      able: whether the task can train on packed rows.
+    """
+    length, size = config.data.max_length, config.train.batch_size
+    batches = Batches(split, size, make_buckets(config.data.buckets, length), config.train.seed)
+    shapes = [batches.shape_of(step) for step in range(min(_LOOKED_AT, batches.steps_per_epoch))]
+    tokens = sum(int(split.sizes("length")[batches.rows_of(step)].sum()) for step in range(len(shapes)))
+    padded = sum(shape.tokens for shape in shapes)
+    in_buckets = f"{1 - tokens / padded:.1%} of the tokens in buckets are padding"
+    if not able:
+        note(f"data.packing=auto: none, for rows of the task {config.task.name} cannot share a row; {in_buckets}")
+        return "none"
+    made = pack(split, length)
+    share = made.sizes("length").sum() / (len(made) * length)
+
+    def cost(tokens: float, long: int) -> float:
+        return tokens * (1 + (0 if facts is None else long / (6 * facts.stacks[0].width)))
+
+    bucketed = sum(cost(shape.tokens, dict(shape.sizes)["length"]) for shape in shapes)
+    chosen: Literal["none", "best_fit"] = "best_fit" if cost(tokens / share, length) <= _WORTH * bucketed else "none"
+    note(f"data.packing=auto: {chosen}; {in_buckets}, {1 - share:.1%} in packed rows of {length}")
+    return chosen
