@@ -15,7 +15,9 @@ os.environ["COLUMNS"] = "100"
 
 import gc
 import sys
+from collections import Counter
 
+import pytest
 from hypothesis import settings
 
 from jaxft.machine.memory import release_freed
@@ -26,6 +28,20 @@ settings.load_profile("jaxft")
 _STATM = Path("/proc/self/statm")
 _GROWTH = 600 * 2**20
 _most = 1200 * 2**20
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is ``sampled(n)``, all but every n-th are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is None:
+            continue
+        name = item.nodeid.split("[")[0]
+        if seen[name] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[name] += 1
 
 
 def _resident() -> int:

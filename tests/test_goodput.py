@@ -47,6 +47,7 @@ def test_a_profiled_run_leaves_a_trace_and_its_time_by_cause(
     assert not any("mfu_percent" in line for line in timing)
 
 
+@pytest.mark.slow
 def test_a_profiled_run_ends_well_beside_an_installed_libtpu(tmp_path: Path) -> None:
     # As users start it: nothing in the environment says that there is no TPU. (With libtpu loaded, the trace was a
     # segmentation fault.)

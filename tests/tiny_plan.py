@@ -52,7 +52,7 @@ def recipe_of(base: dict[str, str], *changes: str, platform: str = "cpu") -> Rec
 # whole is 7 % off, with two 10.2 %.
 LAYOUTS = [
     pytest.param(["mesh.data=8"], id="data8", marks=pytest.mark.slow),
-    pytest.param(["mesh.data=1", "mesh.fsdp=8"], id="fsdp8"),
+    pytest.param(["mesh.data=1", "mesh.fsdp=8"], id="fsdp8", marks=pytest.mark.slow),
     pytest.param(["mesh.data=1", "mesh.tensor=8"], id="tensor8", marks=pytest.mark.slow),
     pytest.param(["mesh.data=2", "mesh.context=4"], id="data2_context4", marks=pytest.mark.slow),
     pytest.param(["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"], id="2x2x2", marks=pytest.mark.slow),

@@ -101,6 +101,7 @@ def test_grouped_heads_are_repeated_heads() -> None:
         np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize(

@@ -41,12 +41,14 @@ def assert_equal(case: Case, backend: str, **options: Any) -> None:
         np.testing.assert_allclose(one, other, atol=TOLERANCE[case.operands], err_msg=name)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("backend", ["blockwise", NATIVE])
 @pytest.mark.parametrize("case", few_cases(), ids=str)
 def test_a_backend_that_cuts_rows_and_heads_follows_the_reference(case: Case, backend: str) -> None:
     assert_equal(case, backend)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("backend", ["xla", "jax"])
 @pytest.mark.parametrize("case", few_cases()[::3], ids=str)
 def test_a_backend_of_the_same_few_lines_for_all_follows_the_reference(case: Case, backend: str) -> None:
@@ -60,6 +62,7 @@ def test_a_backend_follows_the_reference_everywhere(case: Case, backend: str) ->
     assert_equal(case, backend)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
 @pytest.mark.parametrize("bits", ["threefry", "hash"])
 @pytest.mark.parametrize("case", few_cases()[::5], ids=str)
@@ -105,6 +108,7 @@ def test_a_bias_and_its_gradient(backend: str, shape: tuple[int, int], heads: st
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.sampled(3)
 @needs_torch
 @pytest.mark.parametrize("case", [c for c in few_cases() if c.hidden != "none" or c.heads == "gqa"], ids=str)
 def test_the_reference_is_torch(case: Case) -> None:

@@ -87,6 +87,7 @@ def check(backends: tuple[str, ...], case: tuple[Any, ...], platform: str = "cpu
             truth.check(both(*arrays), f"{backend}, {case}, inputs of {size:.0e}")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(pairwise(*AXES))), ids=str)
 def test_all_that_a_call_varies_in_pairs(number: int, case: tuple[Any, ...]) -> None:
     # The last two are a few lines for all masks.
@@ -116,6 +117,7 @@ def check_kernel(backend: str, case: tuple[Any, ...]) -> None:
         check((backend,), case, "tpu", KERNELS[backend], 64)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("backend", "case"),
     [

@@ -55,6 +55,7 @@ def assert_same(arrays: list[jax.Array], mask: MaskSpec, tolerance: float = 2e-5
         np.testing.assert_allclose(one, other, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.sampled(3)
 @needs_compiler
 @pytest.mark.parametrize("hidden", ["none", "padding", "documents", "shuffled"])
 @pytest.mark.parametrize("direction", [*DIRECTIONS, "far_window"])
@@ -122,6 +123,7 @@ def test_bfloat16_operands_of_float32_activations(length: int, dropout: bool) ->
             assert (one != np.asarray(jnp.asarray(one).astype(jnp.bfloat16), np.float32)).mean() > 0.9
 
 
+@pytest.mark.sampled(7)
 @needs_compiler
 @pytest.mark.parametrize("size", [32, 48, 64])  # 48 no vector of pairs divides: float32 products of rounded numbers
 @pytest.mark.parametrize("length", [1, 63, 333])
@@ -207,6 +209,7 @@ def test_what_it_refuses(change: dict[str, Any], reason: str) -> None:
         choose(dataclasses.replace(CPU, **change), "native")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [

@@ -22,14 +22,14 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bench")
-    arguments = ["--lengths", "24", "40", "--backends", "blockwise", "auto", "--hidden", "segments", "--causal"]
+    arguments = ["--lengths", "24", "40", "--backends", "blockwise", "--hidden", "segments", "--causal"]
     assert main([*SMALL, *arguments, "--out", str(out)]) == 0
     return out
 
 
 def test_every_contender_is_timed_in_both_passes(folder: Path) -> None:
     tree = json.loads((folder / "attention.json").read_text())
-    names = {"blockwise", "auto"} | ({"torch-sdpa"} if HAS_TORCH else set())
+    names = {"blockwise"} | ({"torch-sdpa"} if HAS_TORCH else set())
     assert {(r["case"]["backend"], r["case"]["length"]) for r in tree["results"]} == {
         (name, length) for name in names for length in (24, 40)
     }

@@ -160,6 +160,7 @@ def real_env(env: dict[str, str]) -> dict[str, str]:
     return env | flags | {"PYTHON": sys.executable}
 
 
+@pytest.mark.slow  # the stub's signals are tried above, real training under them in tests/processes
 def test_training_stops_and_saves_at_the_limit(stub: dict[str, str], tmp_path: Path) -> None:
     """Two real processes of jaxft, both told SIGTERM, as a step's tasks are."""
     env = real_env(stub) | {"STUB_NODES": "localhost"}

@@ -122,6 +122,7 @@ CASES = [("default", head) for head in HEADS] + [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("variant", "head"), CASES)
 def test_loss_logits_and_every_gradient_equal_the_reference(variant: str, head: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"num_hidden_layers": 2} | VARIANTS[variant]
@@ -165,6 +166,7 @@ def test_starts_and_ends_of_answers_equal_the_reference(tmp_path: Path) -> None:
     compare_spans(bert, dataclasses.replace(bert.TINY, num_hidden_layers=1), "bert", tmp_path)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_every_activation_equals_the_reference(activation: str, tmp_path: Path) -> None:
     if activation not in transformers.activations.ACT2FN:

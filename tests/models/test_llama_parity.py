@@ -71,6 +71,7 @@ def reference(config: llama.Config, head: str | None) -> Any:
     return model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_values_loss_and_gradients(variant: str, tmp_path: Path) -> None:
     config = dataclasses.replace(BASE, **VARIANTS[variant])

@@ -74,6 +74,7 @@ def test_padding_inside_a_row_moves_positions_as_in_the_reference(tmp_path: Path
     close(out.pooled, expected.pooler_output, "pooled")
 
 
+@pytest.mark.slow  # rows that hold several texts are tried in tests/tasks/test_packed_texts.py
 def test_packed_texts_equal_texts_of_their_own() -> None:
     model: Any = roberta.Model(SMALL, "token_classification", Compute())
     params = init_params(model, 0)

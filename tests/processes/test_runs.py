@@ -65,12 +65,14 @@ def logged(folder: Path, out: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
 
 
-def test_one_course_on_one_two_and_four_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_course_on_one_process_and_several(later: int, tmp_path: Path) -> None:
     finish([sys.executable, "-m", "jaxft", "train", *arguments(tmp_path, "one")])
     two = [LOCAL, "2", *arguments(tmp_path, "many", "mesh.data=1", "mesh.fsdp=2")]
     stopped = stop_at(two, tmp_path / "many" / "log.jsonl", 9)
     assert 9 <= stopped < 60
-    finish([LOCAL, "4", *arguments(tmp_path, "many", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")])
+    sizes = {2: ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=2"), 4: ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")}
+    finish([LOCAL, str(later), *arguments(tmp_path, "many", *sizes[later])])
 
     one, many = logged(tmp_path, "one"), logged(tmp_path, "many")
     assert [(line["step"], line["kind"]) for line in one] == [(line["step"], line["kind"]) for line in many]

@@ -87,7 +87,7 @@ def write_decoder_tokenizer(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize("packing", ["best_fit", pytest.param("none", marks=pytest.mark.slow)])
 def test_train_eval_and_export(packing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = write_decoder_tokenizer(tmp_path / "tokenizer")
     texts = tmp_path / "texts.txt"

@@ -147,7 +147,7 @@ def test_loss_and_gradient_are_those_of_the_reference(model: Any, params: Any, t
             np.testing.assert_allclose(tensor.read(), wanted_gradient.numpy(), atol=2e-5, err_msg=tensor.name)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_micro_batches_equal_one_batch(model: Any, params: Any, accumulation: int) -> None:
     config = OptimConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0)
     schedule = make_schedule(config, 10)
