@@ -34,6 +34,8 @@ MARKER = "orbax.checkpoint"
 COUNTERS = "counters"
 _DATA_FILE_BYTES = 256 * 2**20
 """Several files instead of one are hashed in parallel."""
+_SLICE_BYTES = 2**20
+"""Of an array that several processes hold whole, each writes a part, if that is no smaller than this."""
 _SHOWN = 4
 
 
@@ -125,6 +127,9 @@ def start_save(
     # Shardings are always given at restore: those of the devices that happened to save are of no use, and Orbax cannot
     # read them on fewer devices (google/orbax#648).
     context.array.saving.enable_write_sharding_file = False
+    # Replicas write a part each, which a program per shape and part cuts off: where one process writes all, for nothing.
+    context.array.saving.use_replica_parallel = jax.process_count() > 1
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
     groups = unflatten({_stored_path(path): leaf if keeps else _detach(leaf) for path, leaf in flat.items()})
     with context:
         return ocp.save_checkpointables_async(str(folder), groups)
@@ -137,7 +142,7 @@ def _detach(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     wants the donated buffer, waits for the disk. From other devices, Orbax copies to the host before it returns.
     """
     if isinstance(leaf, jax.Array) and all(device.platform == "cpu" for device in leaf.sharding.device_set):
-        return jnp.copy(leaf)
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)  # jnp.copy would compile a program per shape
     return leaf
 
 
