@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # they import jax
     from jaxft.hub.parity import Difference
     from jaxft.hub.source import Source
     from jaxft.hub.weights import Weights
+    from jaxft.models.contract import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +96,9 @@ class _Opened:
     """A model to convert."""
 
     family_name: str
-    model: Any
+    model: Model
     params: PyTree[Array]
-    hf_config: dict[str, Any]
+    hf_config: dict[str, object]
     labels: tuple[str, ...] | None
     tokenizer: Tokenizer | None
     """None where it cannot be read."""
@@ -378,7 +380,8 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
     wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float32), _rounded(params, options.dtype))
     from jaxft.hub.source import read_json
 
-    reference = parity.load_reference(target, read_json(target / "config.json")["architectures"][0])
+    architectures: Any = read_json(target / "config.json")["architectures"]
+    reference = parity.load_reference(target, architectures[0])
     print(
         f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"
     )
@@ -386,7 +389,7 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
     return parity.compare(parity.outputs(got.model, wide, batch), theirs, batch["mask"], "jaxft")
 
 
-def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Any, PyTree[Array]]:
+def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Model, PyTree[Array]]:
     """The model and its parameters, opened from what was written."""
     import jax
     import jax.numpy as jnp
@@ -401,5 +404,6 @@ def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[A
         model = source.family.Model(source.config, got.model.head, Compute())
         return model, load_params(source, model, lambda text: None)
     params, meta = checkpoint.restore_params(target)
-    model = type(got.model)(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
+    kind: Callable[..., Model] = type(got.model)
+    model = kind(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
     return model, jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxft.attention import MaskSpec
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:  # whose outputs hold a cache
+    from jaxft.models.contract import Model
 
 Array = jax.Array
 
@@ -82,7 +86,7 @@ class Cache:
         )
 
 
-def init_cache(model: Any, rows: int, length: int, dtype: Any = None) -> Cache:
+def init_cache(model: Model, rows: int, length: int, dtype: DTypeLike | None = None) -> Cache:
     """An empty cache.
 
     Args:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, PyTree
 
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.probabilities import attention_probabilities
@@ -224,7 +225,7 @@ class EncoderModel(nn.Module):
         key: Array | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> Output:
         """Runs the model.
 
@@ -258,7 +259,7 @@ class EncoderModel(nn.Module):
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
         keep = hidden_states or attentions
         hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
-        looked = _attentions(layers, states, spec) if attentions else None
+        looked = _attentions(layers, states, spec) if attentions and states is not None else None
         more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 
         pooled = None
@@ -276,7 +277,7 @@ class EncoderModel(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
+def _attentions(layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:

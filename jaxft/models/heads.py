@@ -6,7 +6,7 @@ Dims: B batch, S length, D model width, V vocabulary, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -198,6 +198,13 @@ def decoder_rules(theirs: str, bias: str, *, tied: bool) -> tuple[Rule, ...]:
     return Rule("head/kernel", f"{theirs}.weight", "v d -> d v"), Rule("head/bias", f"{theirs}.bias", None, (bias,))
 
 
-def normal(config: Any) -> Initializer:
+class _Spread(Protocol):
+    """A Config that says how wide its fresh weights spread."""
+
+    @property
+    def initializer_range(self) -> float: ...
+
+
+def normal(config: _Spread) -> Initializer:
     """The initialiser of a Config's weights."""
     return nn.initializers.normal(config.initializer_range)

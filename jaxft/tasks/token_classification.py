@@ -129,7 +129,7 @@ class Task:
                 [self.labels[predicted[i]] if predicted[i] >= 0 else ".NaN" for i in places],
             )
 
-    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, object]]:
         """For each row, its tags beside those predicted: see :class:`~jaxft.tasks.contract.Judging`."""
         del order
         found = {one.row: one for one in self._sentences(outputs)}
@@ -170,7 +170,7 @@ class Task:
                 _joined(words[first:stop], label, scores[first:stop], texts[0])
                 for label, first, stop in entities_of(tags)
             ]
-            record: dict[str, Any] = {"entities": made}
+            record: dict[str, list[Said]] = {"entities": made}
         else:
             made = [
                 {**word, "label": tag, "score": _rounded(score)}
@@ -180,6 +180,10 @@ class Task:
         return Answer(record, {name: json.dumps(value, ensure_ascii=False) for name, value in record.items()})
 
 
+Said = dict[str, Any]
+"""A word or an entity as answers tell it: texts, places and a score."""
+
+
 class _Sentence(NamedTuple):
     row: int
     words: list[int]
@@ -187,7 +191,7 @@ class _Sentence(NamedTuple):
     predicted: list[str]
 
 
-def _with_rows(row: Mapping[str, float]) -> dict[str, Any]:
+def _with_rows(row: Mapping[str, float]) -> dict[str, float]:
     return {**{name: row[name] for name in ("precision", "recall", "f1")}, "rows": int(row["support"])}
 
 
@@ -195,14 +199,14 @@ def _rounded(score: float) -> float | None:
     return None if math.isnan(score) else round(score, 6)
 
 
-def _words(text: str | Sequence[str], windows: Sequence[Window]) -> list[dict[str, Any]]:
+def _words(text: str | Sequence[str], windows: Sequence[Window]) -> list[Said]:
     """The words of a row: with their characters in the text, or with their number in the list."""
     if isinstance(text, str):
         return [{"text": text[a:b], "start": a, "end": b} for a, b in word_spans(text, windows)]
     return [{"text": word, "word": i} for i, word in enumerate(text)]
 
 
-def _joined(words: Sequence[dict[str, Any]], label: str, scores: Sequence[float], text: Any) -> dict[str, Any]:
+def _joined(words: Sequence[Said], label: str, scores: Sequence[float], text: object) -> Said:
     """An entity of some words of a row."""
     score = _rounded(float(np.mean([one for one in scores if not math.isnan(one)] or [math.nan])))
     if isinstance(text, str):
@@ -236,7 +240,7 @@ class _Labelled(NamedTuple):
 
     text: str | list[str]
     """A text, or its words."""
-    labels: list[Any]
+    labels: Sequence[object]
     """A label for each word, or stretches of characters of the text."""
 
 
@@ -265,7 +269,7 @@ def _read(row: Row) -> str | list[str]:
     return text if isinstance(text, str) else [str(word) for word in _list(text, row, "words")]
 
 
-def _list(value: Any, row: Row, what: str) -> list[Any]:
+def _list(value: object, row: Row, what: str) -> list[object]:
     if isinstance(value, list) and not any(isinstance(one, Mapping | list) for one in value):
         return value
     raise UserError(f"{row.where}: expected a list of {what}, found {str(value)[:60]!r}; set data.text and data.label")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,6 +34,7 @@ from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, ma
 from jaxft.training.optim import make_schedule
 from jaxft.training.recipe import Recipe, make_recipe, open_start
 from jaxft.training.rows import Rows, open_rows
+from jaxft.trees import Params
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Times:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def part(self, name: str) -> Any:
+    def part(self, name: str) -> Iterator[None]:
         """Adds the time of the block to ``name``."""
         start = time.perf_counter()
         try:
@@ -83,7 +84,7 @@ class Setup(Recipe):
         part = local_rows(self.mesh, self.model.compute.rules, size)
         return Batches(split, size, self.buckets, seed, part)
 
-    def start_params(self, seed: int, note: Note) -> Any:
+    def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
         if self.source is None:
             return init_params(self.model, seed, self.shardings)
@@ -91,7 +92,7 @@ class Setup(Recipe):
         fresh = self.fresh_head
         with processes.raise_together():  # each process reads, and judges, what its devices keep
             loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
-        if base is self.model:
+        if not isinstance(self.model, adapters.Adapted):
             return loaded
         return adapters.with_adapters(self.model, loaded, seed, self.shardings)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, PyTree
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -186,7 +187,7 @@ def _transform(c: Config) -> Transform:
     return Transform(c.hidden_size, act, c.norm_eps, start, c.classifier_bias, c.norm_bias)
 
 
-def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head:
+def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head[Config]:
     """A head with classes, or, with None, with the two ends of an answer. Their tensors have the same names."""
     pooled = classes == "rows"
 
@@ -210,7 +211,7 @@ def _masked_lm_rules(c: Config) -> tuple[Rule, ...]:
     return (*_transform(c).rules("head.dense", "head.norm"), *kernel, *bias)
 
 
-HEADS: Mapping[str | None, Head] = {
+HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": _classes("ForSequenceClassification", "rows"),
     "token_classification": _classes("ForTokenClassification", "tokens"),
@@ -243,7 +244,7 @@ class Model(nn.Module):
         key: Array | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> Output:
         """Runs the model.
 
@@ -276,7 +277,7 @@ class Model(nn.Module):
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example, begins=_BEGINS)
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
         x, states, _ = apply_stack(*stack, keep=hidden_states or attentions, kinds=c.kinds, begins=_BEGINS)
-        looked = _attentions(c, layers, states, spec, positions) if attentions else None
+        looked = _attentions(c, layers, states, spec, positions) if attentions and states is not None else None
         hidden = LayerNorm(c.norm_eps, self.compute, c.norm_bias, name="norm")(x)
         # The last one normalised, as the reference has it.
         states = states.at[-1].set(hidden) if hidden_states and states is not None else None
@@ -296,7 +297,9 @@ class Model(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(c: Config, layers: Any, states: Any, mask: MaskSpec, positions: Array) -> Array:
+def _attentions(
+    c: Config, layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec, positions: Array
+) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def looked(number: int, kind: Kind) -> Array:
@@ -331,21 +334,21 @@ _MEANINGLESS = ("deterministic_flash_attn", "reference_compile", "repad_logits_w
 SUPERSEDED = ("global_rope_theta", "local_rope_theta", "rope_scaling", "rope_theta", *_MEANINGLESS)
 
 
-def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
     which are the reference's.
 
     Raises:
       UserError: a type of layer or rotary positions that are not supported.
     """
-    layers = hf.get("num_hidden_layers", Config.num_hidden_layers)
+    layers: Any = hf.get("num_hidden_layers", Config.num_hidden_layers)
     types = types_from_hf(hf, layers, Config.global_attn_every_n_layers)
     ropes = rotaries_from_hf(hf, _BASES, Config.max_position_embeddings)
     same = {name: hf[name] for name in _SAME_NAME if name in hf}
     return {**same, **types, "global_rope": ropes[GLOBAL], "local_rope": ropes[LOCAL]}
 
 
-def config_to_hf(config: Config) -> dict[str, Any]:
+def config_to_hf(config: Config) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type, label names and architecture."""
     same = {name: getattr(config, name) for name in _SAME_NAME}
     types = {"layer_types": list(config.types), "global_attn_every_n_layers": config.global_attn_every_n_layers}
@@ -353,9 +356,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return {**same, **types, "rope_parameters": ropes}
 
 
-def config_of_weights(weights: Tensors) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     if "classifier.weight" in weights.names():
         said["num_labels"] = weights.shape("classifier.weight")[0]
     # transformers ties the two only where they are equal, whatever config.json says.
