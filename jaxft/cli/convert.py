@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # they import jax
     from jax import Array
     from jaxtyping import PyTree
 
     from jaxft.config import RunConfig
+    from jaxft.config.stored import RunMeta
     from jaxft.data.batch import HostBatch
     from jaxft.data.processors.tokenizer import Tokenizer
     from jaxft.hub.parity import Difference
@@ -403,7 +404,8 @@ def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[M
         source = open_source(target, lambda text: None, family=got.family_name)
         model = source.family.Model(source.config, got.model.head, Compute())
         return model, load_params(source, model, lambda text: None)
-    params, meta = checkpoint.restore_params(target)
+    params, said = checkpoint.restore_params(target)
+    meta = cast("RunMeta", said)
     kind: Callable[..., Model] = type(got.model)
     model = kind(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
     return model, jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options
@@ -43,29 +43,30 @@ class RunMeta(TypedDict):
     tokenizer_digest: NotRequired[str]
 
 
-def without_gone(tree: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def without_gone(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration without the keys that are gone; ``tree`` itself stays as it is."""
     kept = dict(tree)
     for path in GONE:
         section, key = path.split(".")
-        if isinstance(kept.get(section), dict):
-            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+        found = kept.get(section)
+        if isinstance(found, dict):
+            kept[section] = {name: value for name, value in found.items() if name != key}
     return kept
 
 
-def without_other_options(tree: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def without_other_options(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration without the options of other tasks, which the section had when all tasks shared it."""
     section = tree.get("task")
     if not isinstance(section, dict):
-        return tree
+        return dict(tree)
     name = section.get("name", TaskConfig.name)
     options = task_options(str(getattr(name, "value", name)))
     known = {field.name for field in dataclasses.fields(options)}
     kept = {key: value for key, value in section.items() if key in known or key not in _ONCE_SHARED}
-    return tree | {"task": kept}
+    return {**tree, "task": kept}
 
 
-def as_today(tree: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def as_today(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration as today's versions read it."""
     return without_other_options(without_gone(tree))
 
@@ -86,10 +87,11 @@ def wrong_best(tree: Mapping[str, object]) -> str | None:
     return f"this run of an earlier version (eval.mode={section['mode']}) kept the checkpoint of the {kind} {metric}, its worst"
 
 
-def stored_config(meta: RunMeta) -> dict[str, dict[str, Any]]:
+def stored_config(meta: RunMeta) -> dict[str, object]:
     """The configuration in a checkpoint's ``meta`` as today's versions write it, with ``eval.metric`` named."""
     tree = as_today(meta["config"])
-    return tree | {"eval": tree.get("eval", {}) | {"metric": stored_metric(meta)}}
+    section = cast(dict[str, object], tree.get("eval", {}))
+    return tree | {"eval": section | {"metric": stored_metric(meta)}}
 
 
 def stored_metric(meta: RunMeta) -> str:

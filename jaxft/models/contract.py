@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, 
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray
 
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
@@ -184,7 +184,7 @@ class Model(Protocol):
         """The same, computed otherwise."""
         ...
 
-    def init(self, rngs: Array, /, *args: Any, **kwargs: Any) -> Mapping[str, Tree[Labelled]]:
+    def init(self, rngs: PRNGKeyArray, /, *args: Any, **kwargs: Any) -> Mapping[str, Tree[Labelled]]:
         """``{"params": labelled parameters}``."""
         ...
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, Shaped
 
 from jaxft.layers import (
     ACTIVATIONS,
@@ -49,7 +50,7 @@ class PooledClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B C"]:
         assert seen.pooled is not None  # models with this head have a pooler
         x = dropout(seen.pooled, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
@@ -66,7 +67,7 @@ class FirstTokenClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B C"]:
         bits = self.compute.dropout_bits
         x = dropout(seen.hidden[:, 0], self.rate, subkey(key, 0), bits)
         x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
@@ -85,7 +86,7 @@ class TokenClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B S C"]:
         x = dropout(seen.hidden, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
@@ -102,7 +103,7 @@ class Transform:
     dense_bias: bool = True
     norm_bias: bool = True
 
-    def __call__(self, x: Array, compute: Compute) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"], compute: Compute) -> Float[Array, "*rows D"]:
         shape, names = (self.width,) * 2, ("embed", "pooled")
         x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
         return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
@@ -123,7 +124,7 @@ class TransformedClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *places C"]:
         x = seen.pooled if self.pooled else seen.hidden
         assert x is not None  # models pool for heads that ask for it
         x = dropout(self.transform(x, self.compute), self.rate, key, self.compute.dropout_bits)
@@ -142,7 +143,7 @@ class MaskedLm(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
         x = self.transform(seen.hidden, self.compute)
         (d, v), dtype = (self.transform.width, self.vocabulary), self.compute.param_dtype
@@ -155,13 +156,15 @@ class MaskedLm(nn.Module):
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
 
 
-def mean_of_text(hidden: Array, mask: Array | None, segments: Array | None) -> Array:
-    """[B, D], the mean over the tokens of each row that are no padding; of packed rows, over those of the first text.
+def mean_of_text(
+    hidden: Float[Array, "B S D"], mask: Shaped[Array, "B S"] | None, segments: Integer[Array, "B S"] | None
+) -> Float[Array, "B D"]:
+    """The mean over the tokens of each row that are no padding; of packed rows, over those of the first text.
 
     Args:
-      hidden: [B, S, D].
-      mask: [B, S], 0 or False where a token is padding; None: nothing is.
-      segments: [B, S] int32 of packed rows, 0 is padding; None: each row is one text.
+      hidden: vectors of the tokens.
+      mask: 0 or False where a token is padding; None: nothing is.
+      segments: of packed rows, 0 is padding; None: each row is one text.
     """
     there = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
     if segments is not None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ class Task:
             for place in np.flatnonzero(encoded.example["counts"]).tolist():
                 word = int(encoded.example["word"][place])
                 said[word] = self.labels[int(outputs["tag"][place])], float(outputs["score"][place])
-        words = _words(texts[0], [encoded.origin for encoded, _ in parts])
+        words = _words(texts[0], [cast(Window, encoded.origin) for encoded, _ in parts])
         unsaid = any(math.isnan(score) for _, score in said.values())
         # A word of which the tokenizer makes nothing is in no entity.
         tags, scores = (

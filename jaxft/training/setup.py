@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -21,7 +21,7 @@ from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.packing import Packed, pack
-from jaxft.data.processors.contract import SpecialIds
+from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
@@ -164,10 +164,11 @@ def check_config(config: RunConfig) -> None:
         make_schedule(config.optim, config.train.steps)
 
 
-def stand_in_tokenizer(vocab_size: int = 30522) -> Any:
+def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:
     """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
     special = SpecialIds(pad=0, mask=3, end=2)
-    return SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
+    made = SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
+    return cast(TextProcessor, made)
 
 
 def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -34,7 +34,7 @@ from jaxft.layers import (
     usual_promotion,
     vocabulary_logits,
 )
-from jaxft.models.blocks import GatedMlp, RotaryAttention
+from jaxft.models.blocks import GatedMlp, KeysAndValues, RotaryAttention
 from jaxft.models.caches import Cache
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
@@ -119,8 +119,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, key: Array | None, mask: MaskSpec, positions: Array, state: tuple[Array, Array] | None = None
-    ) -> Array | tuple[Array, tuple[Array, Array] | None]:
+        self,
+        x: Float[Array, "B S D"],
+        key: PRNGKeyArray | None,
+        mask: MaskSpec,
+        positions: Integer[Array, "B S"],
+        state: KeysAndValues | None = None,
+    ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], KeysAndValues | None]:
         """The next layer's input; with ``state``, keys and values of a cache, those of these tokens too."""
         c, start = self.config, normal(self.config)
 
@@ -146,7 +151,7 @@ class CausalLm(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
         c = self.config
         if c.tie_word_embeddings:
@@ -191,12 +196,12 @@ class Model(nn.Module):
     @usual_promotion
     def __call__(
         self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        targets: Array | None = None,
-        key: Array | None = None,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None = None,
+        positions: Integer[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
+        targets: Integer[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         cache: Cache | None = None,
@@ -205,11 +210,11 @@ class Model(nn.Module):
         """Runs the model.
 
         Args:
-          tokens: [B, S] int32 ids.
-          mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          positions: [B, S] int32. None: 0..S-1 in each row; with a cache, padding apart, they count on.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
-          targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
+          tokens: ids.
+          mask: 0 or False where a token is padding. None: nothing is.
+          positions: of the tokens. None: 0..S-1 in each row; with a cache, padding apart, they count on.
+          segments: for packed rows, 0 is padding; tokens see only their own segment.
+          targets: the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -174,7 +174,7 @@ class Embeddings(nn.Module):
         self.token = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, c.initial())
         self.norm = LayerNorm(c.norm_eps, self.compute, c.norm_bias)
 
-    def __call__(self, tokens: Array, key: Array | None) -> Array:
+    def __call__(self, tokens: Integer[Array, "B S"], key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
         c, x = self.config, self.token(tokens)
         if c.pad_token_id is not None:
             x = jnp.where((tokens == c.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
@@ -235,13 +235,13 @@ class Model(nn.Module):
     @usual_promotion
     def __call__(
         self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        predict: Array | None = None,
-        targets: Array | None = None,
-        key: Array | None = None,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None = None,
+        positions: Integer[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
+        predict: Integer[Array, "B M"] | None = None,
+        targets: Integer[Array, "B M"] | None = None,
+        key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         **unknown: object,
@@ -249,12 +249,12 @@ class Model(nn.Module):
         """Runs the model.
 
         Args:
-          tokens: [B, S] int32 ids.
-          mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          positions: [B, S] int32. None: 0..S-1 in each row.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment, and the first one is pooled.
-          predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
-          targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
+          tokens: ids.
+          mask: 0 or False where a token is padding. None: nothing is.
+          positions: of the tokens. None: 0..S-1 in each row.
+          segments: for packed rows, 0 is padding; tokens see only their own segment, and the first one is pooled.
+          predict: positions for the masked-LM head, which sees no others. None: all.
+          targets: what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
@@ -297,9 +297,7 @@ class Model(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(
-    c: Config, layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec, positions: Array
-) -> Array:
+def _attentions(c: Config, layers: PyTree[Array], states: Array, mask: MaskSpec, positions: Array) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def looked(number: int, kind: Kind) -> Array:

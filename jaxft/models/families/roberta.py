@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Integer
 
 from jaxft.errors import UserError
 from jaxft.models import encoder, encoder_files
@@ -40,8 +41,8 @@ class Config(encoder.EncoderConfig):
     def _first(self) -> int:
         return (self.pad_token_id or 0) + 1
 
-    def places(self, tokens: Array, positions: Array | None) -> Array:
-        """Where each token's position is looked up: [B, S] int32."""
+    def places(self, tokens: Integer[Array, "B S"], positions: Integer[Array, "B S"] | None) -> Integer[Array, "B S"]:
+        """Where each token's position is looked up."""
         if positions is not None:
             return positions + self._first
         there = jnp.not_equal(tokens, self.pad_token_id or 0).astype(jnp.int32)
