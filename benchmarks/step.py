@@ -189,7 +189,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
         return metrics["loss"]
 
     kind_of_device = jax.devices()[0].device_kind
-    stats = program.memory_analysis()
+    stats: Any = program.memory_analysis()
     extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
     about = {
         "flops": model_flops(recipe, shape).total,

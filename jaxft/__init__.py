@@ -13,7 +13,7 @@ Importing this package imports neither jax nor transformers: names load on first
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxft.cli.from_python import Trained, train
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'jaxft' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxft.{_HOME[name]}"), name)

@@ -6,13 +6,26 @@ all layers of the network in their first dimension; ``layers:1`` those from laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast, overload
 
 import jax
+from jaxtyping import PyTree
+from typing_extensions import TypeAliasType
 
-PyTree = Any
+T = TypeVar("T")
+
+Tree = TypeAliasType("Tree", "Mapping[str, T | Tree[T]]", type_params=(T,))
+"""A plain nested dict: parameters, or something of each of them."""
+Params = Tree[jax.Array]
+"""The parameters of a model, or numbers of their shapes: gradients, averages."""
+Shapes = Tree[jax.ShapeDtypeStruct]
+"""Their shapes and types."""
+Shardings = Tree[jax.sharding.NamedSharding]
+"""How they lie on a mesh."""
+Axes = Tree[tuple[str | None, ...]]
+"""The logical names of their axes."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +86,36 @@ def of_layers(name: str | None) -> bool:
     return name is not None and name.partition(":")[0] == "layers"
 
 
-def _path_of(keys: tuple[Any, ...]) -> str:
+def _path_of(keys: tuple[object, ...]) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in keys)
 
 
-def map_paths(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+def map_paths(function: Callable[..., T], tree: PyTree, *rest: PyTree) -> Tree[T]:
     """``function(path, leaf, *leaves of rest)`` for each leaf."""
     return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(_path_of(keys), *leaves), tree, *rest)
 
 
+@overload
+def paths_of(tree: Tree[T]) -> dict[str, T]: ...
+@overload
+def paths_of(tree: PyTree[jax.Array]) -> dict[str, jax.Array]: ...
 def paths_of(tree: PyTree) -> dict[str, Any]:
     """Leaves by path: ``{"layers/attention/query/kernel": ..., ...}``."""
     return {_path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def leaves_of(params: PyTree, axes: PyTree) -> dict[str, Leaf]:
+def leaves_of(params: Params | Shapes, axes: Axes) -> dict[str, Leaf]:
     """What is known of each parameter, by path, from arrays or shapes and the tree of logical axes."""
     described = map_paths(lambda path, leaf, names: Leaf(path, tuple(leaf.shape), tuple(names)), params, axes)
     return paths_of(described)
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
+def branch(tree: Tree[T], name: str) -> Tree[T]:
+    """What a key holds that is not a leaf's."""
+    return cast(Tree[T], tree[name])
+
+
+def nested(flat: Mapping[str, T]) -> Tree[T]:
     """The inverse of :func:`paths_of`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():

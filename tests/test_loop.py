@@ -139,7 +139,7 @@ def fit(ready: Ready, out: Path, seed: int = 0, stop_at: int | None = None) -> R
     return Run(result, seen, notes)
 
 
-def stored(ready: Ready, out: Path, step: int) -> tuple[Any, dict[str, Any]]:
+def stored(ready: Ready, out: Path, step: int) -> tuple[Any, Any]:
     with Checkpoints(out / "checkpoints", keep=99) as store:
         restored = store.restore(ready.programs.shapes, step)
     return restored.state, restored.meta
@@ -306,7 +306,7 @@ def scripted(patch: pytest.MonkeyPatch, metric: str, sign: int, already: int = 0
     real, count = loop.evaluate, iter(range(already, 100))
 
     def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
-        return real(setup, programs, params) | {metric: sign * FALLING[next(count)]}
+        return {**real(setup, programs, params), metric: sign * FALLING[next(count)]}
 
     patch.setattr(loop, "evaluate", evaluate)
 
@@ -432,7 +432,7 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     now = to_tree(config)
     before = now | {"data": {key: value for key, value in now["data"].items() if key != "packing"}}
-    meta = {"config": before, "seed": 0}
+    meta: Any = {"config": before, "seed": 0}
     assert list(resume._changes(meta, config, 0)) == []
     packed = dataclasses.replace(config, data=dataclasses.replace(config.data, packing="best_fit"))
     assert list(resume._changes(meta, packed, 0)) == [("data.packing", "'none'", "'best_fit'")]
@@ -482,7 +482,7 @@ def test_steps_without_a_finite_loss_are_left_out_of_the_mean() -> None:
     assert np.isnan(progress.mean())
 
 
-def moved_on(ready: Ready, whole: tuple[Run, Path], out: Path) -> dict[str, Any]:
+def moved_on(ready: Ready, whole: tuple[Run, Path], out: Path) -> Any:
     """A copy of the finished run in ``out``, and what its last checkpoint says of itself."""
     shutil.copytree(whole[1], out, dirs_exist_ok=True)
     return stored(ready, out, TOTAL)[1]

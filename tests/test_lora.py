@@ -26,7 +26,7 @@ from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.training.loop import fit
 from jaxft.training.programs import compile_programs
 from jaxft.training.setup import Times, prepare
-from jaxft.trees import map_paths, paths_of
+from jaxft.trees import branch, map_paths, paths_of
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
 
@@ -50,10 +50,11 @@ def filled(tree: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_adapters_change_nothing(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
+    assert isinstance(model, adapters.Adapted)
     params = init_params(model, 0)
     tokens = jnp.arange(12).reshape(2, 6)
     ours = model.apply({"params": params}, tokens).hidden
-    np.testing.assert_array_equal(ours, model.base.apply({"params": params["base"]}, tokens).hidden)
+    np.testing.assert_array_equal(ours, model.base.apply({"params": branch(params, "base")}, tokens).hidden)
     thin = paths_of(params["lora"])
     assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in thin.items())
 
@@ -61,6 +62,7 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
+    assert isinstance(model, adapters.Adapted)
     params = filled(shapes_and_axes(model)[0])
     tokens = jnp.arange(12).reshape(2, 6)
 
@@ -217,6 +219,7 @@ def exported(family: str, folder: Path, targets: str = "layers/*") -> None:
     kind = models.family(family)
     config = dataclasses.replace(kind.TINY, num_hidden_layers=2)
     model = adapters.adapted(kind.Model(config, HEAD[family], Compute()), dataclasses.replace(ALL, targets=(targets,)))
+    assert isinstance(model, adapters.Adapted)
     params = filled(shapes_and_axes(model)[0])
     trained = tuple(path for path in paths_of(params["base"]) if path.startswith("head/") and family in LABELLED)
     merged = adapters.merged(params, model.alpha)
@@ -269,6 +272,7 @@ def test_stored_adapters_make_the_merged_model_of_the_base(family: str, targets:
 def test_part_of_a_fused_tensor_that_is_trained_is_said() -> None:
     kind = models.family("modernbert")
     model = adapters.adapted(kind.Model(kind.TINY, None, Compute()), ALL)
+    assert isinstance(model, adapters.Adapted)
     q, k, v = (f"layers/attention/{name}/kernel" for name in ("query", "key", "value"))
     assert not_storable(kind, model, (q, k, v, "norm/scale")) is None
     said = not_storable(kind, model, (k,))

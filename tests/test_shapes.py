@@ -29,7 +29,13 @@ FUNCTIONS = [
         if inspect.isfunction(getattr(layers, name)) or isinstance(getattr(layers, name), jax.custom_vjp)
     ),
 ]
-MODULES = ("Embed", "FromHeads", "LayerNorm", "Linear", "Projection", "RMSNorm")
+MODULES = (
+    *(("jaxft.layers", name) for name in ("Embed", "FromHeads", "LayerNorm", "Linear", "Projection", "RMSNorm")),
+    *(("jaxft.models.blocks", name) for name in ("RotaryAttention", "GatedMlp")),
+    *(("jaxft.models.heads", name) for name in ("PooledClasses", "FirstTokenClasses", "TokenClasses")),
+    *(("jaxft.models.heads", name) for name in ("TransformedClasses", "MaskedLm")),
+    *((f"jaxft.models.families.{name}", "Model") for name in models.families()),
+)
 
 
 class Mismatch(TypeError):
@@ -73,8 +79,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         for module in [module for key, module in sys.modules.items() if key.startswith("jaxft.")]:
             for alias in [alias for alias, value in vars(module).items() if value is plain]:
                 monkeypatch.setattr(module, alias, own)
-    for name in MODULES:
-        module: Any = getattr(layers, name)
+    for home, name in MODULES:
+        module: Any = getattr(importlib.import_module(home), name)
         monkeypatch.setattr(module, "__call__", checked(module.__call__, names, name))
     return names
 
@@ -113,7 +119,7 @@ def test_models_keep_to_the_shapes_that_signatures_state(
             check_fields(output.score)
 
     jax.eval_shape(forward, shapes_and_axes(model)[0], batch, jax.random.key(0))
-    assert {"apply_stack", "attend", "subkey", "Embed", "Linear", "affine"} <= called
+    assert {"apply_stack", "attend", "subkey", "Embed", "Linear", "affine", "Model"} <= called
 
 
 def test_a_wrong_shape_is_caught(called: set[str]) -> None:
@@ -126,6 +132,11 @@ def test_a_wrong_shape_is_caught(called: set[str]) -> None:
             attend(q, k, wrong, MaskSpec(), Compute(attention="xla"))
     with pytest.raises(Mismatch, match="layer_norm: scale"):
         layers.layer_norm(q, jnp.ones(8), jnp.ones(16), 1e-5)
+    bert: Any = models.family("bert")
+    model, ids = bert.Model(bert.TINY, "classification"), jnp.zeros((2, 4), jnp.int32)
+    for name, wrong in {"mask": jnp.ones((2, 5)), "types": ids[:1], "tokens": ids.astype(jnp.float32)}.items():
+        with pytest.raises(Mismatch, match=f"Model: {name} is "):
+            model.init(jax.random.key(0), **{"tokens": ids, name: wrong})
     with pytest.raises(Mismatch, match=r"Output\.pooled"):
         check_fields(Output(jnp.zeros((2, 3, 4)), jnp.zeros((3, 4))))
     with pytest.raises(Mismatch, match=r"Features\.targets"):

@@ -90,7 +90,7 @@ def random_batch(seed: int, rows: int = 16, padding: int = 0) -> dict[str, np.nd
 
 class Trainer(NamedTuple):
     step: Any
-    state: TrainState
+    state: Any
     schedule: Any
 
 
@@ -103,7 +103,8 @@ def make(
     params = random_params(dtype)
     optimizer = make_optimizer(config, schedule, params, AXES)
     task = task or Task(LABELS)
-    gradient_of = of_batch(Network(rate), task, accumulation=accumulation)
+    network: Any = Network(rate)
+    gradient_of = of_batch(network, task, accumulation=accumulation)
     step = make_train_step(task, gradient_of, optimizer, schedule, ema=config.ema)
     state = init_state(params, optimizer, config.ema is not None)
     # Half the time to compile.
@@ -111,7 +112,7 @@ def make(
     return Trainer(jax.jit(step, donate_argnums=0, compiler_options=quick), state, schedule)
 
 
-def run(trainer: Trainer, batches: list[dict[str, np.ndarray]], seed: int = 0) -> tuple[TrainState, list[Any]]:
+def run(trainer: Trainer, batches: list[dict[str, np.ndarray]], seed: int = 0) -> tuple[Any, list[Any]]:
     state = jax.tree.map(jnp.copy, trainer.state)
     log = []
     for batch in batches:
@@ -318,7 +319,8 @@ def test_the_state_is_donated(dtype: Any) -> None:
 
 def test_eval_sums_do_not_depend_on_batching() -> None:
     params, task = random_params(), WEIGHTED
-    step = jax.jit(make_eval_step(Network(0.5), task))
+    network: Any = Network(0.5)
+    step = jax.jit(make_eval_step(network, task))
     batch = random_batch(0, rows=16)
     whole = step(params, batch)
     halves = [step(params, {name: value[i : i + 8] for name, value in batch.items()}) for i in (0, 8)]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import jax
 
@@ -35,8 +35,14 @@ def _placed(run: Run) -> Callable[..., Array]:
     return placed
 
 
-def _local(name: str, run: Run, refuses: Callable[[Request], str | None], **more: Any) -> Backend:
-    return Backend(name, _placed(run), refuses, run, **more)
+def _local(
+    name: str,
+    run: Run,
+    refuses: Callable[[Request], str | None],
+    *,
+    tokens_last: Callable[[Request], bool] = lambda request: False,
+) -> Backend:
+    return Backend(name, _placed(run), refuses, run, tokens_last)
 
 
 def _all_to_all(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, bias: None, drop: Dropout | None) -> Array:
@@ -141,8 +147,20 @@ def _reasons(request: Request) -> str:
     return "; ".join(f"{b.name} {reason}" for b in asked if (reason := b.refuses(request)) is not None)
 
 
+class Measured(TypedDict):
+    """A row of the table behind ``auto``."""
+
+    platform: str
+    operands: str
+    size: int
+    length: int
+    dropout: bool
+    ms: dict[str, float]
+    """Per backend, forwards and backwards."""
+
+
 @functools.cache
-def measured() -> list[dict[str, Any]]:
+def measured() -> list[Measured]:
     """Rows of the table behind ``auto``: platform, operands, size, length, dropout, and ms per backend, forwards and backwards.
 
     Written by ``benchmarks/attention.py --table`` (CPU, as timed) and ``benchmarks/attention_tpu.py`` (TPU, the compiler's
@@ -151,12 +169,12 @@ def measured() -> list[dict[str, Any]]:
     return json.loads(importlib.resources.files("jaxft.attention").joinpath("measured.json").read_text())["rows"]
 
 
-def _nearest_row(request: Request) -> dict[str, Any] | None:
+def _nearest_row(request: Request) -> Measured | None:
     """The measured case most like a request: same platform, then dropout or not, operands, length, head size."""
 
     length = math.sqrt(request.length * (request.key_length or request.length))
 
-    def distance(row: dict[str, Any]) -> tuple[float, ...]:
+    def distance(row: Measured) -> tuple[float, ...]:
         return (
             row["dropout"] != (request.dropout is not None),
             row["operands"] != request.operands,

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Integer, PyTree
 
 Array = jax.Array
 
@@ -41,7 +40,9 @@ class MaskSpec:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window}: must be at least 1, for a token sees itself")
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+    def tree_flatten_with_keys(
+        self,
+    ) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, PyTree], ...], tuple[bool, int | None, int | None]]:
         """For jax: arrays are leaves, the rest is static."""
         static = self.first if isinstance(self.first, int) else None
         arrays = {
@@ -54,7 +55,7 @@ class MaskSpec:
         return leaves, (self.causal, self.window, static)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> MaskSpec:
+    def tree_unflatten(cls, static: tuple[bool, int | None, int | None], leaves: tuple[PyTree, ...]) -> MaskSpec:
         """For jax: the inverse of :meth:`tree_flatten_with_keys`."""
         causal, window, first = static
         padding, segments, key_segments, places = leaves

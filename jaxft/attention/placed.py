@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
 
 from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
@@ -47,12 +47,12 @@ def heads_split(rules: AxisRules) -> int:
     return math.prod(mesh.shape[axis] for axis in _axes(rules.spec(QUERY_NAMES)[1]))
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Mesh axes of one dimension of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def specs_of(rules: AxisRules, mask: MaskSpec, drop: Dropout | None) -> dict[str, Any]:
+def specs_of(rules: AxisRules, mask: MaskSpec, drop: Dropout | None) -> dict[str, PyTree[PartitionSpec]]:
     """Where the arguments of a backend lie."""
     query, key = rules.spec(QUERY_NAMES), rules.spec(KEY_NAMES)
     row = rules.spec(("batch", "length"))

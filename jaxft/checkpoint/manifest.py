@@ -64,13 +64,13 @@ class Manifest:
     """Saved as the best one so far by the metric of the run."""
     tree: dict[str, LeafSpec]
     """Arrays by path: ``params/layers/attention/query/kernel``."""
-    meta: dict[str, Any]
+    meta: dict[str, object]
     """What the caller stored besides, and under ``versions`` what wrote it."""
     files: dict[str, FileSpec]
     """By path inside the folder, all but ``jaxft.json``."""
 
 
-def copy_json(meta: Mapping[str, object]) -> dict[str, Any]:
+def copy_json(meta: Mapping[str, object]) -> dict[str, object]:
     """A copy, which the caller cannot change while it waits to be written.
 
     Raises:

@@ -8,12 +8,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jaxft.checkpoint import layout
@@ -23,6 +24,7 @@ from jaxft.checkpoint.store import load_checked, step_folders, with_versions
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
 from jaxft.machine import processes
+from jaxft.trees import Tree
 
 T = TypeVar("T")
 _KEPT = 3
@@ -83,7 +85,7 @@ def _remove(temporary: Path) -> None:
 
 def restore_params(
     folder: Path, like: PyTree[Array] | None = None, *, average: bool = True, verify: bool = True
-) -> tuple[PyTree[Array], dict[str, Any]]:
+) -> tuple[PyTree[Array], dict[str, object]]:
     """Parameters and meta from whatever holds them; optimizer state is neither read nor hashed.
 
     Args:
@@ -99,7 +101,9 @@ def restore_params(
     return _first_sound(folder, lambda path: _restore(path, like, average, verify))
 
 
-def open_params(folder: Path, *, average: bool = True, verify: bool = True) -> tuple[Any, dict[str, Any]]:
+def open_params(
+    folder: Path, *, average: bool = True, verify: bool = True
+) -> tuple[Tree[StoredArray], dict[str, object]]:
     """Parameters, as dicts of :class:`StoredArray` that are read when they are used, and meta, from whatever holds them.
 
     Arguments and errors are those of :func:`restore_params`; files are compared with their hashes here, before anything is used.
@@ -147,7 +151,7 @@ def _is_best(folder: Path) -> bool:
 
 def _restore(
     folder: Path, like: PyTree[Array] | None, average: bool, verify: bool
-) -> tuple[PyTree[Array], dict[str, Any]]:
+) -> tuple[PyTree[Array], dict[str, object]]:
     manifest = read_manifest(folder)
     group = _group(manifest, average)
     stored = layout.subtree(manifest, group)
@@ -173,11 +177,11 @@ class StoredArray:
     def __getitem__(self, index: int) -> np.ndarray:
         return self._read()[index]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self._read() if dtype is None else self._read().astype(dtype)
 
 
-def _opened(folder: Path, average: bool, verify: bool) -> tuple[Any, dict[str, Any]]:
+def _opened(folder: Path, average: bool, verify: bool) -> tuple[Tree[StoredArray], dict[str, object]]:
     manifest = read_manifest(folder)
     group = _group(manifest, average)
     stored = layout.subtree(manifest, group)

@@ -12,7 +12,7 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ class Restored(NamedTuple):
 
     step: int
     state: PyTree[jax.Array]
-    meta: dict[str, Any]
+    meta: dict[str, object]
 
 
 class Checkpoints:
@@ -307,7 +307,7 @@ def step_folders(folder: Path) -> dict[int, Path]:
     }
 
 
-def with_versions(meta: Mapping[str, object]) -> dict[str, Any]:
+def with_versions(meta: Mapping[str, object]) -> dict[str, object]:
     """A copy of ``meta`` with the versions that write it."""
     versions = {"jaxft": jaxft.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
     return {**copy_json(meta), "versions": versions}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # they import jax
     from jax import Array
     from jaxtyping import PyTree
 
     from jaxft.config import RunConfig
+    from jaxft.config.stored import RunMeta
     from jaxft.data.batch import HostBatch
     from jaxft.data.processors.tokenizer import Tokenizer
     from jaxft.hub.parity import Difference
     from jaxft.hub.source import Source
     from jaxft.hub.weights import Weights
+    from jaxft.models.contract import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +97,9 @@ class _Opened:
     """A model to convert."""
 
     family_name: str
-    model: Any
+    model: Model
     params: PyTree[Array]
-    hf_config: dict[str, Any]
+    hf_config: dict[str, object]
     labels: tuple[str, ...] | None
     tokenizer: Tokenizer | None
     """None where it cannot be read."""
@@ -378,7 +381,8 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
     wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float32), _rounded(params, options.dtype))
     from jaxft.hub.source import read_json
 
-    reference = parity.load_reference(target, read_json(target / "config.json")["architectures"][0])
+    architectures: Any = read_json(target / "config.json")["architectures"]
+    reference = parity.load_reference(target, architectures[0])
     print(
         f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"
     )
@@ -386,7 +390,7 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
     return parity.compare(parity.outputs(got.model, wide, batch), theirs, batch["mask"], "jaxft")
 
 
-def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Any, PyTree[Array]]:
+def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Model, PyTree[Array]]:
     """The model and its parameters, opened from what was written."""
     import jax
     import jax.numpy as jnp
@@ -400,6 +404,8 @@ def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[A
         source = open_source(target, lambda text: None, family=got.family_name)
         model = source.family.Model(source.config, got.model.head, Compute())
         return model, load_params(source, model, lambda text: None)
-    params, meta = checkpoint.restore_params(target)
-    model = type(got.model)(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
+    params, said = checkpoint.restore_params(target)
+    meta = cast("RunMeta", said)
+    kind: Callable[..., Model] = type(got.model)
+    model = kind(make_config(models.family(meta["family"]), meta["arch"]), meta["head"], Compute())
     return model, jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)

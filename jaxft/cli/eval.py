@@ -7,6 +7,10 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from jaxft.tasks.contract import Judging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.rows:
         order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])
-        write_rows(Path(options.rows), task.judged(outputs, [row.values for row in rows], order))
+        write_rows(Path(options.rows), cast("Judging", task).judged(outputs, [row.values for row in rows], order))
         print(f"wrote {options.rows}")
     if options.out:
         for path in write_report(Path(options.out), metrics, labels, []):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a run file is read, and refused, before jax is imported
 
     from jaxft.data.processors.tokenizer import Tokenizer
     from jaxft.inference.predict import Served
+    from jaxft.models.contract import Model
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Trained:
         return open_model(str(self.folder), [], lambda text: None)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The best model; adapters merged in."""
         return self.served.model
 

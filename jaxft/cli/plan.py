@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
@@ -19,6 +19,8 @@ from jaxft.machine.platform import COMPILE_ENV
 from jaxft.planning.hlo.llo import llo_flags
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jaxft.machine.chips import Topology
     from jaxft.training.recipe import Recipe
 
@@ -101,7 +103,8 @@ def _run(options: argparse.Namespace, config: RunConfig, topology: Topology, llo
     )
     rules = make_rules(config.mesh)
     check_batch_shapes(config, mesh, rules)
-    recipe = _recipe(config, mesh, platform)
+    # A mesh of devices that are not there places shapes as one of devices does.
+    recipe = _recipe(config, cast("Mesh", mesh), platform)
 
     def plan_of(rows: int, analytic: bool = options.analytic) -> Plan:
         if llo_folder is not None:
@@ -130,7 +133,7 @@ def _note(text: str) -> None:
     print(text, flush=True)
 
 
-def _recipe(config: RunConfig, mesh: Any, platform: str) -> Recipe:
+def _recipe(config: RunConfig, mesh: Mesh, platform: str) -> Recipe:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
     from jaxft.training.recipe import make_recipe, open_start, planned_targets
     from jaxft.training.setup import check_lengths, stand_in_tokenizer

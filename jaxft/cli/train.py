@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxft import __version__
 from jaxft.cli.console import WIDTH, first_in_environment, lasting_output, model_lines, no_interrupt, settings_lines
@@ -104,7 +104,7 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
     programs = compile_programs(ready, _note, begun)
     if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
         _state(config, out)
-    results: dict[int, dict[str, Any]] = {}
+    results: dict[int, Mapping[str, object]] = {}
     for seed in seeds:
         folder = _folder_of(config, seed)
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
@@ -230,16 +230,16 @@ def _export_adapter(ready: Setup, result: Result, target: Path) -> None:
     from jaxft.hub.peft import not_storable, write_adapter
     from jaxft.machine import processes
     from jaxft.models import adapters
-    from jaxft.trees import paths_of
+    from jaxft.trees import branch, paths_of
 
     model, config = ready.model, ready.config.model
-    if adapters.base_of(model) is model:
+    if not isinstance(model, adapters.Adapted):
         return
     if config.init is None:
         _note("no adapters are exported: without model.init there is no model to load them onto")
         return
     frozen = set(adapters.frozen_paths(model, config.lora, bool(ready.targets.labels)))
-    own = {path: leaf for path, leaf in paths_of(result.params["base"]).items() if f"base/{path}" not in frozen}
+    own = {path: leaf for path, leaf in paths_of(branch(result.params, "base")).items() if f"base/{path}" not in frozen}
     if (why := not_storable(_family(ready), model, own)) is not None:
         _note(f"no adapters are exported for peft: {why}; the merged export is whole")
         return
@@ -250,12 +250,12 @@ def _export_adapter(ready: Setup, result: Result, target: Path) -> None:
         _note(f"exported {target} (adapters alone, for peft)")
 
 
-def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[Array], Mapping[str, Any]]:
+def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[Array], Mapping[str, object]]:
     """What is exported, adapters merged in, and its held-out metrics."""
     from jaxft.models import adapters
     from jaxft.training.loop import evaluate
 
-    if adapters.base_of(ready.model) is ready.model:
+    if not isinstance(ready.model, adapters.Adapted):
         return result.params, result.metrics
     merged = adapters.merge(ready.model, result.params, ready.shardings, ready.mesh)
     return merged, evaluate(ready, programs, adapters.unchanged(merged, result.params))
@@ -304,7 +304,12 @@ def _family(ready: Setup) -> Family:
 
 
 def _compare(
-    ready: Setup, programs: Programs, exported: PyTree[Array], metrics: Mapping[str, Any], result: Result, target: Path
+    ready: Setup,
+    programs: Programs,
+    exported: PyTree[Array],
+    metrics: Mapping[str, object],
+    result: Result,
+    target: Path,
 ) -> None:
     import jax
     import jax.numpy as jnp

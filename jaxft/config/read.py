@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxft.config.decode import decode
 from jaxft.config.names import meant
@@ -20,7 +20,7 @@ from jaxft.errors import UserError
 from jaxft.files import find_file
 
 
-def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
+def _read_tree(path: Path, depth: int = 0) -> dict[str, object]:
     """The merged tree of a YAML file and of what it extends."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -42,7 +42,7 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
         raise UserError(f"{path}: `extends:` takes one or two file names")
     if parents and depth == 4:
         raise UserError(f"{path}: `extends:` goes deeper than 4 files; is it circular?")
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     for parent in parents:
         found = path.parent / parent
         if not found.is_file():
@@ -51,14 +51,15 @@ def _read_tree(path: Path, depth: int = 0) -> dict[str, Any]:
     return _merge(merged, tree)
 
 
-def stored_tree(path: Path) -> dict[str, Any]:
+def stored_tree(path: Path) -> dict[str, object]:
     """The plain tree of a configuration that a run wrote, with the keys that are gone since."""
     tree = _read_tree(path)
     task = settle(task_options(_task_name(tree)), tree.get("task", {}), "task")
-    return settle(RunConfig, {name: value for name, value in tree.items() if name != "task"}, "") | {"task": task}
+    rest = settle(RunConfig, {name: value for name, value in tree.items() if name != "task"}, "")
+    return cast(dict[str, object], rest) | {"task": task}
 
 
-def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
+def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
     merged = dict(below)
     for key, value in above.items():
         found = merged.get(key)
@@ -66,7 +67,7 @@ def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str
     return merged
 
 
-def _override(tree: Mapping[str, object], assignment: str) -> dict[str, Any]:
+def _override(tree: Mapping[str, object], assignment: str) -> dict[str, object]:
     """``tree`` with one dotted ``key=value`` applied; the type of the key says how the value is read."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
@@ -111,7 +112,7 @@ def load_config(
     Raises:
       UserError: missing or malformed file, unknown key, value of the wrong type or out of range.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, object] = {}
     if path is not None:
         tree = _read_tree(find_file(str(path), "config file"))
         tree = as_today(tree) if stored else tree

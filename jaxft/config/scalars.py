@@ -58,7 +58,7 @@ def value_kind(kind: object) -> object:
     return next((typing.get_args(one)[1] for one in members(kind) if typing.get_origin(one) is dict), None)
 
 
-def settle(kind: object, tree: object, where: str) -> Any:
+def settle(kind: object, tree: object, where: str) -> object:
     """``tree`` without :class:`Scalar`: text where ``kind`` wants text, the value elsewhere.
 
     Raises:
@@ -171,7 +171,7 @@ Loader.yaml_constructors = {
 }
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """The tree of a YAML document, with :class:`Scalar` in it.
 
     Raises:

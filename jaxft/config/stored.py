@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options
@@ -18,29 +18,55 @@ _ONCE_SHARED = ("label_smoothing", "class_weights", "mask_rate")  # options of t
 _LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with eval.mode had
 
 
-def without_gone(tree: Mapping[str, Any]) -> dict[str, Any]:
+class RunMeta(TypedDict):
+    """What a checkpoint says of its run (:func:`jaxft.training.loop.run_meta`), as JSON holds it."""
+
+    config: dict[str, dict[str, Any]]
+    """By section and key."""
+    seed: int
+    family: str
+    arch: dict[str, object]
+    """The family's Config."""
+    head: str | None
+    labels: list[str]
+    hf_config: dict[str, object]
+    """The config.json of the folder that the run started from; empty if there was none."""
+    tokenizer: str
+    max_length: int
+    tokenizer_inside: NotRequired[str]
+    """Where the tokenizer lies inside the run's folder."""
+    progress: NotRequired[dict[str, Any]]
+    """Fields of the loop's Progress."""
+    train_rows: NotRequired[str]
+    """Digest of the encoded rows; versions before this one's do not say."""
+    eval_rows: NotRequired[str]
+    tokenizer_digest: NotRequired[str]
+
+
+def without_gone(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration without the keys that are gone; ``tree`` itself stays as it is."""
     kept = dict(tree)
     for path in GONE:
         section, key = path.split(".")
-        if isinstance(kept.get(section), dict):
-            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+        found = kept.get(section)
+        if isinstance(found, dict):
+            kept[section] = {name: value for name, value in found.items() if name != key}
     return kept
 
 
-def without_other_options(tree: dict[str, Any]) -> dict[str, Any]:
+def without_other_options(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration without the options of other tasks, which the section had when all tasks shared it."""
     section = tree.get("task")
     if not isinstance(section, dict):
-        return tree
+        return dict(tree)
     name = section.get("name", TaskConfig.name)
     options = task_options(str(getattr(name, "value", name)))
     known = {field.name for field in dataclasses.fields(options)}
     kept = {key: value for key, value in section.items() if key in known or key not in _ONCE_SHARED}
-    return tree | {"task": kept}
+    return {**tree, "task": kept}
 
 
-def as_today(tree: dict[str, Any]) -> dict[str, Any]:
+def as_today(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration as today's versions read it."""
     return without_other_options(without_gone(tree))
 
@@ -61,13 +87,14 @@ def wrong_best(tree: Mapping[str, object]) -> str | None:
     return f"this run of an earlier version (eval.mode={section['mode']}) kept the checkpoint of the {kind} {metric}, its worst"
 
 
-def stored_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+def stored_config(meta: RunMeta) -> dict[str, object]:
     """The configuration in a checkpoint's ``meta`` as today's versions write it, with ``eval.metric`` named."""
     tree = as_today(meta["config"])
-    return tree | {"eval": tree.get("eval", {}) | {"metric": stored_metric(meta)}}
+    section = cast(dict[str, object], tree.get("eval", {}))
+    return tree | {"eval": section | {"metric": stored_metric(meta)}}
 
 
-def stored_metric(meta: Mapping[str, Any]) -> str:
+def stored_metric(meta: RunMeta) -> str:
     """The metric that chose the best checkpoint of the run that a checkpoint's ``meta`` is of."""
     before = meta["config"].get("eval", {}).get("metric")  # versions that did not write the other always had this one
     return meta.get("progress", {}).get("metric") or before or "accuracy"

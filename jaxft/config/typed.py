@@ -7,6 +7,7 @@ would drop or change without a word (comments, anchors, tags, folded lines) is r
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import yaml
 
@@ -55,7 +56,7 @@ def _text(kind: object, text: str, where: str) -> str | None:
     if _DOUBLE.fullmatch(text):
         if "\n" in text or "\r" in text:
             raise UserError(f"{where}: a line break in double quotes would be changed; write \\n for it, or no quotes")
-        return parse_yaml(text, where)
+        return cast(str, parse_yaml(text, where))
     return text
 
 

@@ -18,6 +18,8 @@ from jaxft.data.batch import Field, Fields
 from jaxft.data.cache_files import (
     AGAIN,
     DROPPED,
+    ArraySaid,
+    FileSaid,
     Stored,
     column_file,
     hashes,
@@ -40,7 +42,7 @@ class Cache(Split):
     """Encoded rows in files. Their hash is known from when they were written; nothing is read before it is asked for."""
 
     folder: Path = Path()
-    made: Mapping[str, Any] = field(default_factory=dict)
+    made: Mapping[str, object] = field(default_factory=dict)
     """What the rows were made of and by, by dotted name."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else whoever wrote it had to say: ``rows``, how many rows the examples are of, and more."""
@@ -87,11 +89,13 @@ def open_cache(folder: Path, name: str, fields: Fields) -> Cache:
     )
 
 
-def _array(said: Mapping[str, Any]) -> Stored:
+def _array(said: ArraySaid) -> Stored:
     return Stored(said["file"], said["dtype"], tuple(said["shape"]))
 
 
-def check_made(folder: Path, made: Mapping[str, Any], wanted: Mapping[str, Any], shown: Mapping[str, str]) -> None:
+def check_made(
+    folder: Path, made: Mapping[str, object], wanted: Mapping[str, object], shown: Mapping[str, str]
+) -> None:
     """Raises UserError if a cache was made otherwise than wanted: names the first difference.
 
     Args:
@@ -131,8 +135,8 @@ def write_cache(
     folder: Path,
     encoded: Iterable[Encoded],
     fields: Fields,
-    made: Mapping[str, Any],
-    about: Callable[[Split], Mapping[str, Any]],
+    made: Mapping[str, object],
+    about: Callable[[Split], Mapping[str, object]],
     highest: Mapping[str, int] | None = None,
 ) -> None:
     """Writes encoded rows as they come; they are a cache when the call is over.
@@ -174,11 +178,11 @@ def write_cache(
         write_manifest(folder, body)
 
 
-def _said(array: Stored) -> dict[str, Any]:
+def _said(array: Stored) -> ArraySaid:
     return {"file": array.file, "dtype": array.dtype, "shape": list(array.shape)}
 
 
-def _hashed(folder: Path, arrays: list[Stored], fields: Fields) -> tuple[dict[str, Any], str]:
+def _hashed(folder: Path, arrays: list[Stored], fields: Fields) -> tuple[dict[str, FileSaid], str]:
     """Size and hashes of each file, and one hash of all as the arrays would be in memory: that of :meth:`Split.digest`."""
     whole, files = hashlib.sha256(), {}
     for array in arrays:

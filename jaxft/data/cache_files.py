@@ -9,10 +9,10 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -99,21 +99,53 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_manifest(folder: Path, body: dict[str, Any]) -> None:
+class ArraySaid(TypedDict):
+    """What a manifest says of an array."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+    axes: NotRequired[list[str | int]]
+    """Of a column: those of its field."""
+
+
+class FileSaid(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: list[str]
+    """Of each block."""
+
+
+class Body(TypedDict):
+    """What a manifest says, without its checksum."""
+
+    examples: int
+    columns: dict[str, ArraySaid]
+    offsets: dict[str, ArraySaid]
+    dropped: ArraySaid
+    made: dict[str, object]
+    about: dict[str, Any]
+    """What whoever wrote it had to say."""
+    digest: str
+    files: dict[str, FileSaid]
+
+
+def write_manifest(folder: Path, body: Mapping[str, object]) -> None:
     """Makes the files of ``folder`` a cache."""
     body = {"format": FORMAT, **body}
     write_atomic(folder / MANIFEST, _render({**body, _CHECKSUM: _checksum(body)}))
 
 
-def _render(body: dict[str, Any]) -> str:
+def _render(body: Mapping[str, object]) -> str:
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def _checksum(body: Mapping[str, object]) -> str:
     return hashlib.sha256(_render(body).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Body:
     """What a cache's manifest says; the files that it names have the sizes that it says.
 
     Raises:
@@ -133,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Body:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -154,7 +186,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cache format {body['format']}, but this jaxft reads format {FORMAT}; {AGAIN}")
     if body.pop(_CHECKSUM, None) != _checksum(body):
         raise UserError(damaged)
-    return body
+    return cast(Body, body)
 
 
 def damages(folder: Path) -> Iterator[str]:

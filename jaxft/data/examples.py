@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class Encoded(NamedTuple):
     """Index of its row."""
     dropped: int = 0
     """Tokens of the row that were cut off and are in no other example."""
-    origin: Any = None
+    origin: object = None
     """What a task needs to answer in the row's own terms, for instance a :class:`~jaxft.data.processors.tokenizer.Window`."""
 
 
@@ -135,7 +135,7 @@ def make_split(name: str, encoded: Iterable[Encoded], fields: Fields) -> Split:
     Args:
       fields: that its batches may have: those that the examples store, and those with a ``value`` of their own.
     """
-    parts: dict[str, list[Any]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     dropped: list[int] = []
     for one in encoded:
         parts = parts or {name: [] for name in fields if name in one.example}

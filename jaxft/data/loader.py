@@ -9,9 +9,9 @@ is seen exactly once per epoch, and a batch has one of a few declared lengths ("
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import grain
 import jax
@@ -91,7 +91,7 @@ class Batches:
 
 
 @functools.lru_cache(maxsize=64)
-def _shuffled(rows: int, seed: int) -> Any:
+def _shuffled(rows: int, seed: int) -> grain.MapDataset[int]:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
 
 
@@ -141,7 +141,7 @@ def stream(batches: Batches, start: int, stop: int, read_ahead: int) -> Iterator
     if start >= stop:
         return iter(())
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=read_ahead)
-    source: Any = batches  # random access by __len__ and __getitem__ is all that Grain asks for
+    source = cast(Sequence[HostBatch], batches)  # random access by __len__ and __getitem__ is all that Grain asks for
     return iter(grain.MapDataset.source(source)[start:stop].to_iter_dataset(options))
 
 

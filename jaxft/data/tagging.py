@@ -40,7 +40,7 @@ def word_spans(text: str, windows: Sequence[Window]) -> list[tuple[int, int]]:
 
 
 def tags_of_spans(
-    spans: Sequence[Mapping[str, Any]],
+    spans: Sequence[object],
     words: Sequence[tuple[int, int]],
     scheme: Scheme,
     where: str,
@@ -92,7 +92,7 @@ def _tags(label: str, count: int, scheme: Scheme) -> list[str]:
     return [f"{mark}-{label}" for mark in marks]
 
 
-def _checked(span: Mapping[str, Any], size: int, where: str) -> tuple[int, int, str]:
+def _checked(span: Any, size: int, where: str) -> tuple[int, int, str]:
     if not isinstance(span, Mapping) or not {"start", "end", "label"} <= set(span):
         raise UserError(f'{where}: {span!r:.80} is no span; expected {{"start": 0, "end": 5, "label": "NAME"}}')
     start, end, label = span["start"], span["end"], label_text(span["label"])

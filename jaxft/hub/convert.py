@@ -13,28 +13,36 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
 from jaxft.errors import UserError
 from jaxft.hub.stored import Source, Stored, StoredParam, load_param
 from jaxft.hub.weights import TensorOut, Weights
 from jaxft.hub.weights.numbers import copy_rounded, is_float
 from jaxft.models.layout import Layout, Rule, same_numbers
-from jaxft.trees import nested, paths_of
+from jaxft.trees import Params, Shapes, Tree, nested, paths_of
+
+Exported = Array | np.ndarray | StoredParam
+"""A parameter that can be written: on devices, on the host, or in an open checkpoint."""
 
 _THREADS = 2  # reading overlaps with rearranging; more threads hold more tensors in memory at once
 _SHOWN = 4  # names of each kind in an error message
 
 
+Leaf = TypeVar("Leaf")
+
+
 @dataclass(frozen=True)
-class Imported:
+class Imported(Generic[Leaf]):
     """Parameters read from a checkpoint."""
 
-    params: dict[str, Any]
+    params: Tree[Leaf]
     """Nested dict of jax arrays, or of :class:`StoredParam`; lacks what is in ``fresh``."""
     fresh: tuple[str, ...]
     """Our paths that the checkpoint does not have."""
@@ -78,10 +86,10 @@ def file_names(weights: Weights, layout: Layout) -> dict[str, str]:
 def import_params(
     weights: Weights,
     layout: Layout,
-    shapes: dict[str, Any],
+    shapes: Shapes,
     place: Callable[[str], jax.sharding.Sharding | None],
-    dtype: Any,
-) -> Imported:
+    dtype: DTypeLike,
+) -> Imported[Array]:
     """Reads a checkpoint, tensor by tensor, into (sharded) arrays.
 
     Args:
@@ -110,7 +118,7 @@ def import_params(
     return Imported(nested(arrays), plan.fresh, plan.unused, plan.substituted, sorted(non_finite))
 
 
-def stored_params(weights: Weights, layout: Layout, shapes: dict[str, Any]) -> Imported:
+def stored_params(weights: Weights, layout: Layout, shapes: Shapes) -> Imported[StoredParam]:
     """The parameters of a checkpoint as they are stored, each tensor read when it is asked for.
 
     Args:
@@ -142,7 +150,7 @@ class _Plan:
     substituted: tuple[tuple[str, str], ...]
 
 
-def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
+def _plan(weights: Weights, layout: Layout, ours: Mapping[str, jax.ShapeDtypeStruct]) -> _Plan:
     names = file_names(weights, layout)
     _check_paths(layout, ours)
     problems = _Problems([], [], [], [])
@@ -180,13 +188,13 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, Any]) -> _Plan:
     return _Plan(sources, tuple(fresh), tuple(unused), tuple(substituted))
 
 
-def _check_paths(layout: Layout, ours: Mapping[str, Any]) -> None:
+def _check_paths(layout: Layout, ours: Mapping[str, object]) -> None:
     paths = [path for rule in layout.rules for path in rule.paths]
     if set(paths) != set(ours):
         raise ValueError(f"rules and parameters differ: {sorted(set(paths) ^ set(ours))}")
 
 
-def _is_fresh(path: str, sources: Mapping[str, Any], layout: Layout) -> bool:
+def _is_fresh(path: str, sources: Mapping[str, object], layout: Layout) -> bool:
     """Whether a missing parameter may be initialised: one of a head of which nothing is there."""
     part = path.split("/")[0] + "/"
     return _matches(path, layout.fresh) and not any(other.startswith(part) for other in sources)
@@ -226,7 +234,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 # ------------------------------------------------------------------------------------------------------------ export
 
 
-def export_tensors(params: dict[str, Any], layout: Layout, *, bare: bool, dtype: Any = None) -> list[TensorOut]:
+def export_tensors(
+    params: Params | Tree[Exported], layout: Layout, *, bare: bool, dtype: DTypeLike | None = None
+) -> list[TensorOut]:
     """The reference's tensors, in table order, each made when it is read.
 
     Args:
@@ -247,7 +257,9 @@ def export_tensors(params: dict[str, Any], layout: Layout, *, bare: bool, dtype:
     ]
 
 
-def _exported(rule: Rule, leaves: list[Any], layout: Layout, bare: bool, dtype: Any) -> Iterator[TensorOut]:
+def _exported(
+    rule: Rule, leaves: Sequence[Exported], layout: Layout, bare: bool, dtype: DTypeLike | None
+) -> Iterator[TensorOut]:
     shape, places = rule.parts([rule.one(leaf.shape) for leaf in leaves])
     names = rule.of_layers(rule.theirs, leaves[0].shape[0] if rule.stacked else 1)
 
@@ -270,12 +282,12 @@ def _exported(rule: Rule, leaves: list[Any], layout: Layout, bare: bool, dtype: 
             yield TensorOut(written, shape, kind, reader(written, layer, kind))
 
 
-def _as_theirs(rule: Rule, ours: Any) -> np.ndarray:
+def _as_theirs(rule: Rule, ours: Array | np.ndarray | StoredParam) -> np.ndarray:
     whole = np.asarray(ours)
     return rule.arrangement(whole.ndim).to_theirs(whole)
 
 
-def _stored_type(leaves: list[Any], layer: int) -> Any:
+def _stored_type(leaves: Sequence[Exported], layer: int) -> np.dtype:
     """The type of a tensor in the file: the least that holds all of ours that it is made of."""
     kinds = [leaf.dtypes[layer] if isinstance(leaf, StoredParam) else leaf.dtype for leaf in leaves]
     return functools.reduce(jnp.promote_types, kinds)

@@ -15,6 +15,8 @@ import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.layers import Compute
+from jaxft.models.contract import Model, Output
+from jaxft.trees import Params
 
 TOLERANCE = 2e-5
 """Largest difference, relative to the largest value compared (and absolute below 1)."""
@@ -45,7 +47,7 @@ class Reference:
     """Names of parameters that the folder does not have and that were initialised at random."""
 
 
-def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = None, **config: Any) -> Reference:
+def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = None, **config: object) -> Reference:
     """Loads a folder in Hugging Face layout with `transformers`.
 
     Args:
@@ -116,7 +118,7 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
     return {"hidden states": found["hidden states"]}
 
 
-def outputs(model: Any, params: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def outputs(model: Model, params: Params, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hidden states [B, S, D], and logits or the pooled vector [B, D] if the model has them, computed by us in float32."""
     ours = _apply(model.clone(compute=Compute()), params, batch)
     named = {
@@ -128,7 +130,7 @@ def outputs(model: Any, params: Any, batch: dict[str, np.ndarray]) -> dict[str, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(model: Any, params: Any, batch: dict[str, jax.Array]) -> Any:
+def _apply(model: Model, params: Params, batch: dict[str, np.ndarray]) -> Output:
     return model.apply({"params": params}, **batch)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jax import Array
 
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hub.convert import export_tensors
@@ -21,7 +21,7 @@ from jaxft.models.adapters import Adapted
 from jaxft.models.contract import Family
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout, Rule
-from jaxft.trees import nested, paths_of
+from jaxft.trees import Params, branch, nested, paths_of
 
 _PREFIX = "base_model.model."
 _TASKS = {
@@ -32,7 +32,7 @@ _TASKS = {
 
 
 def write_adapter(
-    target: Path, family: Family, model: Adapted, params: Any, trained: tuple[str, ...], base: str
+    target: Path, family: Family, model: Adapted, params: Params, trained: tuple[str, ...], base: str
 ) -> None:
     """Writes a folder that ``peft.PeftModel.from_pretrained`` loads onto the model that the run started from.
 
@@ -45,7 +45,7 @@ def write_adapter(
       UserError: ``target`` exists and is not empty.
     """
     layout, bare = family.hf_layout(model.config, model.head), model.head is None
-    adapters, own = paths_of(params["lora"]), paths_of(params["base"])
+    adapters, own = paths_of(branch(params, "lora")), paths_of(branch(params, "base"))
     adapted = {rule: [path for path in rule.paths if path in model.targets] for rule in layout.rules}
     adapted = {rule: paths for rule, paths in adapted.items() if paths}
     modules = {rule: _module(rule, layout, bare) for rule in adapted}
@@ -126,7 +126,7 @@ def not_storable(family: Family, model: Adapted, trained: Collection[str]) -> st
 
 
 def _of_rule(
-    rule: Rule, module: str, pairs: Mapping[str, tuple[Any, Any]], shapes: Mapping[str, tuple[int, ...]]
+    rule: Rule, module: str, pairs: Mapping[str, tuple[Array, Array]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[TensorOut]:
     """lora_A and lora_B of each layer, from A [L, inputs.., r] and B [L, r, outputs..] of each adapted part of a weight."""
     whole, places = rule.parts([rule.one(shapes[path]) for path in rule.paths])

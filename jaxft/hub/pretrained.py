@@ -10,12 +10,12 @@ import glob
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from jaxft.config import to_tree
@@ -23,31 +23,32 @@ from jaxft.data.processors.contract import Processor
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, copy_files
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
-from jaxft.hub.convert import Imported, export_tensors, file_names, import_params, stored_params
+from jaxft.hub.convert import Imported, Leaf, export_tensors, file_names, import_params, stored_params
 from jaxft.hub.source import SINGLE_LABEL, Note, Source
+from jaxft.hub.stored import StoredParam
 from jaxft.hub.weights import Weights, write_safetensors
 from jaxft.hub.weights.beside import CODE_SETTINGS, take_over
 from jaxft.hub.weights.numbers import QUANTISATION_KEYS, name_non_finite
 from jaxft.hub.weights.part import Part
-from jaxft.models.contract import Family, architecture_of, classes_of
+from jaxft.models.contract import Family, Model, architecture_of, classes_of
 from jaxft.models.initial import init_some, shapes_and_axes, spread
 from jaxft.models.layout import Layout
 from jaxft.parallel.sharding import shardings_of
-from jaxft.trees import nested, paths_of
+from jaxft.trees import Params, Shapes, Tree, nested, paths_of
 
 # ------------------------------------------------------------------------------------------------------------- import
 
 
 def load_params(
     source: Source,
-    model: Any,
+    model: Model,
     note: Note,
     *,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     seed: int = 0,
     fresh_head: bool = False,
     finite: bool = False,
-) -> Any:
+) -> Params:
     """The parameters of ``model`` from a model folder.
 
     A head that the folder does not have, or ``fresh_head``, is initialised; one that it has must be there whole.
@@ -67,7 +68,7 @@ def load_params(
     """
     shapes, axes = shapes_and_axes(model)
     shardings = None if mesh is None else shardings_of(mesh, model.compute.rules, shapes, axes)
-    placed = {} if shardings is None else paths_of(shardings)
+    placed: Mapping[str, NamedSharding] = {} if shardings is None else paths_of(shardings)
     with source.open() as weights:
         seen = _seen(source, model, weights, shapes, fresh_head)
         got = import_params(seen.weights, seen.layout, shapes, placed.get, np.dtype(model.compute.param_dtype))
@@ -78,7 +79,9 @@ def load_params(
     return _completed(got, source, model, seen, shapes, placed, seed, note)
 
 
-def open_params(source: Source, model: Any, weights: Weights, note: Note, *, seed: int = 0) -> Imported:
+def open_params(
+    source: Source, model: Model, weights: Weights, note: Note, *, seed: int = 0
+) -> Imported[StoredParam | Array]:
     """The parameters of ``model`` as ``weights`` (the source's) store them, read one tensor at a time when they are used.
 
     Nothing is cast, and nothing but a fresh head kept in memory. ``non_finite`` of the result fills as tensors are read.
@@ -89,7 +92,8 @@ def open_params(source: Source, model: Any, weights: Weights, note: Note, *, see
     shapes, _ = shapes_and_axes(model)
     seen = _seen(source, model, weights, shapes, False)
     got = stored_params(seen.weights, seen.layout, shapes)
-    return dataclasses.replace(got, params=_completed(got, source, model, seen, shapes, {}, seed, note))
+    params = _completed(got, source, model, seen, shapes, {}, seed, note)
+    return Imported(params, got.fresh, got.unused, got.substituted, got.non_finite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ class _Seen:
     """The head must be there whole."""
 
 
-def _seen(source: Source, model: Any, weights: Weights, shapes: Any, fresh_head: bool) -> _Seen:
+def _seen(source: Source, model: Model, weights: Weights, shapes: Shapes, fresh_head: bool) -> _Seen:
     layout = source.family.hf_layout(model.config, model.head)
     names = file_names(weights, layout)
     # A head that the family does not have may share names with one that it has.
@@ -125,10 +129,17 @@ def _seen(source: Source, model: Any, weights: Weights, shapes: Any, fresh_head:
 
 
 def _completed(
-    got: Imported, source: Source, model: Any, seen: _Seen, shapes: Any, placed: dict[str, Any], seed: int, note: Note
-) -> dict[str, Any]:
+    got: Imported[Leaf],
+    source: Source,
+    model: Model,
+    seen: _Seen,
+    shapes: Shapes,
+    placed: Mapping[str, NamedSharding],
+    seed: int,
+    note: Note,
+) -> Tree[Leaf | Array]:
     """What was read, with what was not initialised; says so."""
-    flat = paths_of(got.params)
+    flat: dict[str, Leaf | Array] = {**paths_of(got.params)}
     if got.fresh and seen.whole:
         absent = [rule.theirs for rule in seen.layout.rules if set(rule.paths) & set(got.fresh)]
         stated = architecture_of(source.family, model.head, source.model_type)
@@ -156,7 +167,7 @@ def _head_names(names: Mapping[str, str], layout: Layout) -> list[str]:
     return [names[name] for rule in rules for name in rule.names() if name in names]
 
 
-def _deeper_layers(names: Collection[str], layout: Layout, shapes: Any) -> list[str]:
+def _deeper_layers(names: Collection[str], layout: Layout, shapes: Shapes) -> list[str]:
     """Tensors of layers past those that the model has, by the names of the rules."""
     ours, found = paths_of(shapes), []
     for rule in layout.rules:
@@ -196,7 +207,7 @@ def check_changes(source: Source, head: str | None, note: Note) -> None:
         note(f"the first {wanted[0]} of the {stored[0]} layers in {source.folder} are used")
 
 
-def _changed(source: Source, key: str, head: str | None) -> Any:
+def _changed(source: Source, key: str, head: str | None) -> Model:
     """The stored model with one change; the stored one where that is none that can stand alone."""
     try:
         config = dataclasses.replace(source.stored, **{key: getattr(source.config, key)})
@@ -205,7 +216,7 @@ def _changed(source: Source, key: str, head: str | None) -> Any:
     return source.family.Model(config, head)
 
 
-def _layer_shapes(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
+def _layer_shapes(model: Model) -> tuple[int, dict[str, tuple[int, ...]]]:
     """How many layers a model has, and the shape of each parameter, of layers that of one."""
     flat = {path: leaf.shape for path, leaf in paths_of(shapes_and_axes(model)[0]).items()}
     depth = max(shape[0] for path, shape in flat.items() if path.startswith("layers/"))
@@ -217,9 +228,9 @@ def _layer_shapes(model: Any) -> tuple[int, dict[str, tuple[int, ...]]]:
 
 def export_folder(
     target: str | Path,
-    source_config: dict[str, Any],
+    source_config: dict[str, object],
     family: Family,
-    model: Any,
+    model: Model,
     params: PyTree[Array],
     *,
     tokenizer: Processor | None = None,
@@ -271,13 +282,13 @@ def export_folder(
 
 
 def _exported_config(
-    before: dict[str, Any],
+    before: dict[str, object],
     family: Family,
-    model: Any,
+    model: Model,
     labels: Sequence[str] | None,
     problem_type: str | None,
     dtype: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     stale = {"_name_or_path", "torch_dtype", "num_labels", *CODE_SETTINGS, *QUANTISATION_KEYS, *family.SUPERSEDED}
     config = {key: value for key, value in before.items() if key not in stale}
     kinds, stated = family.MODEL_TYPES, before.get("model_type")

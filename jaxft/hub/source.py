@@ -68,7 +68,7 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """A JSON object.
 
     Raises:
@@ -94,7 +94,7 @@ class Source:
     """A model folder, read as far as needed to decide what to build."""
 
     folder: Path
-    hf_config: dict[str, Any]
+    hf_config: dict[str, object]
     family: Family
     family_name: str
     config: Any
@@ -107,7 +107,7 @@ class Source:
     """What the folder's head is called, if it is one that the family does not have."""
     stored: Any = None
     """The family's Config as the folder has it."""
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, object] = field(default_factory=dict)
     """What was changed of it on request."""
     wrapper: str = ""
     """A prefix of all tensor names that is none of the family's (``module.``, say)."""
@@ -146,7 +146,7 @@ class Source:
 
 
 def open_source(
-    reference: str | Path, note: Note, *, family: str | None = None, arch: dict[str, Any] | None = None
+    reference: str | Path, note: Note, *, family: str | None = None, arch: dict[str, object] | None = None
 ) -> Source:
     """Reads a model folder's config.json and the names and shapes of its weights.
 
@@ -196,7 +196,7 @@ def open_source(
     )
 
 
-def _compare_counts(hf_config: Mapping[str, Any], rows: int, note: Note) -> None:
+def _compare_counts(hf_config: Mapping[str, object], rows: object, note: Note) -> None:
     """Says if config.json claims another number of labels than the weights have."""
     # num_labels is not always written; id2label then says it, and two is the reference's default.
     by_id = hf_config.get("id2label")
@@ -207,17 +207,17 @@ def _compare_counts(hf_config: Mapping[str, Any], rows: int, note: Note) -> None
         note(f"config.json says {claimed} labels, the weights have {rows}: the weights are believed")
 
 
-def make_config(family: Family, tree: dict[str, Any]) -> Any:
+def make_config(family: Family, tree: dict[str, object]) -> Any:
     """A family's Config from a plain dict; UserError for unknown fields or wrong types."""
     return decode(family.Config, tree, "model.arch")
 
 
-def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(tree: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     """``tree`` with ``changes``; of a group of settings, only those named change."""
     both = {
-        key: _merged(tree[key], value)
+        key: _merged(below, value)
         for key, value in changes.items()
-        if isinstance(value, Mapping) and isinstance(tree.get(key), Mapping)
+        if isinstance(value, Mapping) and isinstance(below := tree.get(key), Mapping)
     }
     return {**tree, **changes, **both}
 
@@ -245,7 +245,7 @@ def _wrapper_of(names: Sequence[str], family: Family) -> str:
 # ------------------------------------------------------------------------------------------------------- what it says
 
 
-def _family_name(hf_config: dict[str, Any], family: str | None, folder: Path, note: Note) -> str:
+def _family_name(hf_config: dict[str, object], family: str | None, folder: Path, note: Note) -> str:
     stated = hf_config.get("model_type")
     if family is not None:
         if stated not in (None, family, family.rpartition(".")[2], *models.family(family).MODEL_TYPES):
@@ -268,7 +268,7 @@ def _family_name(hf_config: dict[str, Any], family: str | None, folder: Path, no
     )
 
 
-def _architectures(hf_config: Mapping[str, Any]) -> list[str]:
+def _architectures(hf_config: Mapping[str, object]) -> list[str]:
     """The reference's classes that config.json names; those of TensorFlow and Flax by their PyTorch names."""
     listed = hf_config.get("architectures")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
@@ -276,7 +276,7 @@ def _architectures(hf_config: Mapping[str, Any]) -> list[str]:
 
 
 def _head(
-    hf_config: Mapping[str, Any], family: Family, names: Collection[str], note: Note
+    hf_config: Mapping[str, object], family: Family, names: Collection[str], note: Note
 ) -> tuple[str | None, str | None]:
     """The head that a folder has, and what it is called if the family has no such head."""
     seen, named, known = head_of(names, family.HEADS), _architectures(hf_config), architectures(family)
@@ -305,13 +305,13 @@ def _head_tensors(family: Family, names: Collection[str]) -> list[str]:
     return [name for name in names if name.split(".")[0] in roots]
 
 
-def problem_of(hf_config: Mapping[str, Any], classes: int | None) -> str:
+def problem_of(hf_config: Mapping[str, object], classes: int | None) -> str:
     """What a classification head is for: the ``problem_type`` of config.json; one output without it is a regression."""
     stated = hf_config.get("problem_type")
     return str(stated) if stated else "regression" if classes == 1 else SINGLE_LABEL
 
 
-def refuse_other_problems(hf_config: Mapping[str, Any], classes: int | None, what: str, instead: str) -> None:
+def refuse_other_problems(hf_config: Mapping[str, object], classes: int | None, what: str, instead: str) -> None:
     """Raises UserError if a classification head does not give each text one of several labels.
 
     Args:
@@ -327,7 +327,7 @@ def refuse_other_problems(hf_config: Mapping[str, Any], classes: int | None, wha
     raise UserError(f"the model's head is for {problem} ({outputs}), not for one label of several: {what}; {instead}")
 
 
-def _labels(hf_config: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _labels(hf_config: Mapping[str, object]) -> tuple[str, ...] | None:
     """Named labels in the order of their ids; None if there are none, or only LABEL_0, LABEL_1, ..."""
     by_id = hf_config.get("id2label")
     if not isinstance(by_id, dict) or not by_id:

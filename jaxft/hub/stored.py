@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxft.hub.weights import Weights
 from jaxft.hub.weights.numbers import copy_rounded, is_finite
@@ -93,18 +93,18 @@ class StoredParam:
     def __getitem__(self, layer: int) -> np.ndarray:
         return self._stored.tensor(layer)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         stacked = self._stored.rule.stacked
         whole = np.stack([self[i] for i in range(self.shape[0])]) if stacked else self._stored.tensor(0)
         return whole if dtype is None else whole.astype(dtype)
 
 
-def load_param(stored: Stored, sharding: Any, dtype: Any) -> jax.Array:
+def load_param(stored: Stored, sharding: jax.sharding.Sharding | None, dtype: DTypeLike) -> jax.Array:
     """One parameter: what the devices of this process keep of it is read once, and copied into the part of each."""
     shape = stored.shape
     whole = {None: (slice(None),) * len(shape)}
-    indices: dict[Any, Any] = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
-    parts: dict[Any, np.ndarray] = {}
+    indices = whole if sharding is None else dict(sharding.addressable_devices_indices_map(shape))
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     keys = {device: _index_key(index, shape) for device, index in indices.items()}
     for key in keys.values():
         if key not in parts:
@@ -148,7 +148,7 @@ def _index_key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Memory that XLA's CPU backend takes over without a copy: it wants 64-byte alignment."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize

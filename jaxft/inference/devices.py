@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jaxft.config import load_config
 from jaxft.data.batch import Fields, HostBatch
 from jaxft.data.loader import to_global
 from jaxft.errors import UserError
+from jaxft.models.contract import Model
 from jaxft.models.initial import shapes_and_axes
 from jaxft.parallel.sharding import (
     DEFAULT_RULES,
@@ -53,7 +53,7 @@ class Devices:
                 f"{key}={size} cannot be split {self.batch_ways} ways (mesh slices x data x fsdp); choose a multiple"
             )
 
-    def spread(self, model: nn.Module, params: PyTree[Array]) -> PyTree[Array]:
+    def spread(self, model: Model, params: PyTree[Array]) -> PyTree[Array]:
         """Parameters, each in the parts that the devices hold; those that lie in a file are read one after the other."""
         if self.mesh is None:
             return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)

@@ -16,7 +16,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.hub.pretrained import check_changes, export_folder, load_params
 from jaxft.hub.source import Note, Source, open_source
 from jaxft.layers import Compute
-from jaxft.models.contract import classes_of
+from jaxft.models.contract import Model, classes_of
 from jaxft.trees import paths_of
 
 
@@ -24,7 +24,7 @@ from jaxft.trees import paths_of
 class Loaded:
     """What :func:`load` gives; unpacks into (model, params, tokenizer)."""
 
-    model: Any
+    model: Model
     """A Linen module: ``model.apply({"params": params}, **inputs)`` is an :class:`~jaxft.models.contract.Output`."""
     params: PyTree[Array]
     tokenizer: Tokenizer | None

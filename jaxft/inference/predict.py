@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import PyTree
 from jaxft import checkpoint, models, tasks
 from jaxft.config import RunConfig, TaskConfig, load_config, run_config
 from jaxft.config.read import stored_tree
-from jaxft.config.stored import as_today, wrong_best
+from jaxft.config.stored import RunMeta, as_today, wrong_best
 from jaxft.config.tasks import task_options
 from jaxft.data.batch import collate, text_shape
 from jaxft.data.examples import Encoded
@@ -34,8 +35,8 @@ from jaxft.hub.source import SINGLE_LABEL, Note, make_config, open_source, refus
 from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
-from jaxft.models.contract import classes_of
-from jaxft.tasks.contract import Answer, Batch, TaskModule
+from jaxft.models.contract import Model, classes_of
+from jaxft.tasks.contract import Answer, Answering, Batch, Task, TaskModule
 from jaxft.training.recipe import make_compute
 from jaxft.training.setup import settled
 from jaxft.training.step import forward_of
@@ -45,9 +46,9 @@ Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
 """Answers to rows in their order, each with whether something of the row was cut off."""
 
 
-def _options_of(module: Any) -> TaskConfig:
+def _options_of(module: TaskModule) -> TaskConfig:
     """The usual options of a task: the model was not trained by a run of it here."""
-    name = module.__name__.removeprefix("jaxft.tasks.")
+    name = cast(ModuleType, module).__name__.removeprefix("jaxft.tasks.")
     return task_options(name)(name=name)
 
 
@@ -58,12 +59,12 @@ class Served:
     config: RunConfig
     """The run's configuration if the model came from a run, else the defaults; overrides applied."""
     family_name: str
-    model: Any
+    model: Model
     params: PyTree[Array]
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     """Label names in the order of class ids; empty where the head has no classes."""
-    hf_config: dict[str, Any]
+    hf_config: dict[str, object]
     devices: Devices
 
     def refuse_other_problems(self, command: str) -> None:
@@ -79,7 +80,7 @@ class Served:
             return self.config
         return dataclasses.replace(self.config, task=_options_of(module))
 
-    def task(self, **changes: object) -> tuple[TaskModule, Any]:
+    def task(self, **changes: object) -> tuple[TaskModule, Task]:
         """The module of the task that the model's head is for, and the task.
 
         Args:
@@ -166,12 +167,13 @@ def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
 
 def restored(
     folder: Path, overrides: list[str], note: Note
-) -> tuple[RunConfig, str, Any, PyTree[Array], Path, tuple[str, ...], dict[str, Any]]:
+) -> tuple[RunConfig, str, Model, PyTree[Array], Path, tuple[str, ...], dict[str, object]]:
     """A checkpoint's configuration, family name, model, parameters, tokenizer folder (unread), labels and config.json.
 
     Parameters are read when they are used (:func:`jaxft.checkpoint.open_params`), unless there are adapters to be merged.
     """
-    params, meta = checkpoint.open_params(folder)
+    params, said = checkpoint.open_params(folder)
+    meta = cast(RunMeta, said)
     config = _override(as_today(meta["config"]), overrides)
     _warn_of_wrong_best(meta["config"], note)
     family = models.family(meta["family"])
@@ -190,7 +192,7 @@ def restored(
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
 
 
-def _tokenizer_of(folder: Path, meta: Mapping[str, Any], config: RunConfig, note: Note, *, named: bool) -> Path:
+def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, note: Note, *, named: bool) -> Path:
     """The tokenizer's folder of a checkpoint: as ``named`` by the user, where the run had it, or what the run named then."""
     if named and config.data.tokenizer is not None:
         found: Path | None = resolve_folder(config.data.tokenizer)
@@ -215,7 +217,7 @@ def _warn_of_wrong_best(tree: Mapping[str, object], note: Note) -> None:
         note(f"warning: {wrong}")
 
 
-def _override(tree: dict[str, object], overrides: list[str]) -> RunConfig:
+def _override(tree: Mapping[str, object], overrides: list[str]) -> RunConfig:
     import tempfile
 
     run_config(tree)
@@ -229,11 +231,11 @@ def _override(tree: dict[str, object], overrides: list[str]) -> RunConfig:
 def _served(
     config: RunConfig,
     family: str,
-    model: Any,
+    model: Model,
     params: PyTree[Array],
     tokenizer_folder: Path,
     labels: tuple[str, ...],
-    hf_config: dict[str, Any],
+    hf_config: dict[str, object],
     devices: Devices,
 ) -> Served:
     limit = model.facts.limit
@@ -267,9 +269,10 @@ def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers
       UserError: no task answers with the model's head, or not with these changes.
     """
     served.refuse_other_problems("predict")
-    module, task = served.task(**changes)
-    if not hasattr(task, "predictions"):
+    module, made = served.task(**changes)
+    if not hasattr(made, "predictions"):
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
+    task = cast(Answering, made)
     config, tokenizer = settled(served.config_for(module), module), served.tokenizer
     fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways
     served.devices.check_batch("--batch-size", batch_size)

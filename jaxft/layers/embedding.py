@@ -6,7 +6,6 @@ Dims: B batch, S length, D width, V rows of the table.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +62,13 @@ def _look_up(compute: Compute, names: AxisNames, table: Array, ids: Array | np.n
     return jnp.where(there[..., None], rows, jnp.nan)
 
 
-def _look_up_fwd(compute: Compute, names: AxisNames, table: Array, ids: Array) -> tuple[Array, tuple[Any, ...]]:
+def _look_up_fwd(
+    compute: Compute, names: AxisNames, table: Array, ids: Array
+) -> tuple[Array, tuple[Array, np.ndarray]]:
     return _look_up(compute, names, table, ids), (ids, np.empty((table.shape[0], 0), table.dtype))
 
 
-def _look_up_bwd(compute: Compute, names: AxisNames, kept: tuple[Any, ...], g: Array) -> tuple[Array, None]:
+def _look_up_bwd(compute: Compute, names: AxisNames, kept: tuple[Array, np.ndarray], g: Array) -> tuple[Array, None]:
     ids, like = kept
     ids = jnp.clip(ids, 0, like.shape[0] - 1)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, PyTree
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.promotion import usual_promotion
@@ -102,12 +102,16 @@ class _Product(NamedTuple):
         return self.rules.constrain(w, *self.weight), g
 
 
+_Kept = tuple[Array, Array, np.ndarray, np.ndarray]
+"""The operands as they were multiplied, and empty arrays of the types that they had."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(spec: str, how: _Product, x: Array, w: Array) -> Array:
     return _dot(spec, how.operand, how.result, x, how.whole(w))
 
 
-def _einsum_fwd(spec: str, how: _Product, x: Array, w: Array) -> tuple[Array, tuple[Any, ...]]:
+def _einsum_fwd(spec: str, how: _Product, x: Array, w: Array) -> tuple[Array, _Kept]:
     # The rounded operands are what the backward matmuls need: keeping them halves what is stored. Each device keeps its part.
     kept = (x.astype(how.operand), w.astype(how.operand), np.empty(0, x.dtype), np.empty(0, w.dtype))
     return _einsum(spec, how, x, w), kept
@@ -128,7 +132,7 @@ def cpu_after(x: Tree, *earlier: Array) -> Tree:
     if not mesh.empty and mesh.size > 1:
         return x
 
-    def late(x: Any, *earlier: Array) -> Any:
+    def late(x: Tree, *earlier: Array) -> Tree:
         zero = lax.optimization_barrier(sum(y.reshape(-1)[0].astype(jnp.float32) * 0.0 for y in earlier))
         return jax.tree.map(lambda y: y + jnp.asarray(zero, y.dtype), x)
 
@@ -144,7 +148,7 @@ def recomputed_from(x: Tree, g: Array) -> tuple[Tree, Array]:
     return cpu_after(x, g), g
 
 
-def _einsum_bwd(spec: str, how: _Product, kept: tuple[Any, ...], g: Array) -> tuple[Array, Array]:
+def _einsum_bwd(spec: str, how: _Product, kept: _Kept, g: Array) -> tuple[Array, Array]:
     x, w, x_like, w_like = kept
     w, g = how.again(w, g)
     (first, second), out = spec.split("->")[0].split(","), spec.split("->")[1]
@@ -190,6 +194,8 @@ def einsum(
 Activation = Callable[[Array], Array]
 Operand = Float[Array, "*_"] | tuple[Float[Array, "*_"], ...]
 """What is multiplied; for an activation of several arrays, all of them."""
+OfOperand = Callable[[PyTree[Array]], Array]
+"""An activation of one array or, for gated ones, of two."""
 
 
 def affine(
@@ -198,7 +204,7 @@ def affine(
     w: Float[Array, "*_"],
     b: Float[Array, " E"] | None,
     compute: Compute,
-    act: Callable[[Any], Array] | None = None,
+    act: OfOperand | None = None,
     weight: AxisNames | None = None,
 ) -> Float[Array, "*_"]:
     """``einsum(spec, act(x), w, compute, weight) + b``, with ``b``, if any, along the one dimension of the result that ``w`` adds.
@@ -216,13 +222,13 @@ def _others(spec: str) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _affine(spec: str, act: Callable[[Any], Array] | None, how: _Product, x: Any, w: Array, b: Array | None) -> Array:
+def _affine(spec: str, act: OfOperand | None, how: _Product, x: PyTree[Array], w: Array, b: Array | None) -> Array:
     return _affine_fwd(spec, act, how, x, w, b)[0]
 
 
 def _affine_fwd(
-    spec: str, act: Callable[[Any], Array] | None, how: _Product, x: Any, w: Array, b: Array | None
-) -> tuple[Array, tuple[Any, ...]]:
+    spec: str, act: OfOperand | None, how: _Product, x: PyTree[Array], w: Array, b: Array | None
+) -> tuple[Array, tuple[PyTree[Array], ...]]:
     y, (rounded, *rest) = _einsum_fwd(spec, how, x if act is None else act(x), w)
     if b is not None:
         y = y + jnp.expand_dims(b.astype(y.dtype), _others(spec))
@@ -230,10 +236,10 @@ def _affine_fwd(
 
 
 def _affine_bwd(
-    spec: str, act: Callable[[Any], Array] | None, how: _Product, kept: tuple[Any, ...], g: Array
-) -> tuple[Any, Array, Array | None]:
+    spec: str, act: OfOperand | None, how: _Product, kept: tuple[PyTree[Array], ...], g: Array
+) -> tuple[PyTree[Array], Array, Array | None]:
     x, *rest, b = kept
-    act_vjp: Callable[[Array], tuple[Any]] | None = None
+    act_vjp: Callable[[Array], tuple[PyTree[Array]]] | None = None
     if act is not None:
         x, g = recomputed_from(x, g)
         x, act_vjp = jax.vjp(act, x)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Float, Integer
+from jax.typing import DTypeLike
+from jaxtyping import Float, Integer, PyTree
 
 from jaxft.layers.compute import Compute
 from jaxft.layers.embedding import look_up
@@ -23,7 +24,7 @@ from jaxft.layers.matmul import Operand, affine
 from jaxft.parallel.sharding import AxisNames
 
 Array = jax.Array
-Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 
 
 class Labelled(struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -32,37 +33,37 @@ class Labelled(struct.PyTreeNode, nn.meta.AxisMetadata):
     Not flax's ``Partitioned``, which applies sharding constraints by itself when it is opened under a mesh.
     """
 
-    value: Any
+    value: Array
     names: AxisNames = struct.field(pytree_node=False)
 
-    def unbox(self) -> Any:
+    def unbox(self) -> Array:
         return self.value
 
-    def replace_boxed(self, val: Any) -> Labelled:
+    def replace_boxed(self, val: object) -> Labelled:
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Labelled:
+    def add_axis(self, index: int, params: dict[str, str]) -> Labelled:
         return self.replace(names=(*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:]))
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Labelled:
+    def remove_axis(self, index: int, params: dict[str, str]) -> Labelled:
         return self.replace(names=self.names[:index] + self.names[index + 1 :])
 
 
-def labelled(init: Initializer, *names: str | None) -> Callable[..., Any]:
+def labelled(init: Initializer, *names: str | None) -> Callable[[Array, tuple[int, ...], DTypeLike], Labelled]:
     """An initializer whose result is :class:`Labelled` with logical axis names."""
 
-    def init_labelled(key: Array, shape: tuple[int, ...], dtype: Any) -> Labelled:
+    def init_labelled(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Labelled:
         return Labelled(init(key, shape, dtype), names)
 
     return init_labelled
 
 
 def declare(
-    module: nn.Module, name: str, init: Initializer, names: AxisNames, shape: tuple[int, ...], dtype: Any
-) -> Any:
+    module: nn.Module, name: str, init: Initializer, names: AxisNames, shape: tuple[int, ...], dtype: DTypeLike
+) -> Array:
     """A parameter of ``module``: :class:`Labelled` with its logical axis names, or, in a module of someone else's that ours is
     a part of, a plain array, as Linen's own layers make them."""
-    return module.param(name, labelled(init, *names) if is_ours(module) else init, shape, dtype)
+    return cast(Array, module.param(name, labelled(init, *names) if is_ours(module) else init, shape, dtype))
 
 
 _in_stack = contextvars.ContextVar("in_stack", default=False)
@@ -86,10 +87,10 @@ def is_ours(module: nn.Module) -> bool:
     return ours or hasattr(type(module), "facts") or _in_stack.get()
 
 
-def unlabel(tree: Any) -> tuple[Any, Any]:
+def unlabel(tree: PyTree[Labelled]) -> tuple[PyTree, PyTree]:
     """A tree of :class:`Labelled` leaves as (tree of values, tree of their axis names)."""
 
-    def is_label(leaf: Any) -> bool:
+    def is_label(leaf: object) -> bool:
         return isinstance(leaf, Labelled)
 
     return (

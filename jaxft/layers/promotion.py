@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import jax
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def usual_promotion(function: F) -> F:
+def usual_promotion(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, in which ranks and types are promoted as jax does by default.
 
     Both passes of a function with a gradient of its own need it: jax traces them later, outside of what called them.
     """
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any, **named: Any) -> Any:
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return function(*arguments, **named)
 
-    return cast(F, wrapped)
+    return wrapped

@@ -19,17 +19,21 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
-from jaxft.layers.modules import is_ours, labelled_stack, unlabel
+from jaxft.layers.modules import Labelled, is_ours, labelled_stack, unlabel
 from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import no_mesh
+from jaxft.trees import Params, Tree
 
 Array = jax.Array
 
 
+_Run = Callable[[Params, Array, Array | None, PyTree[Array]], tuple[Array, PyTree[Array]]]
+"""One layer: ``(its parameters, x, dropout key, its state) -> (x, what it says of its state)``."""
+
 _ALL: Mapping[str, int] = MappingProxyType({})
 """Every layer has all parameters."""
 _INPUT = "layer_input"
-_POLICIES: dict[str, Any] = {
+_POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -71,7 +75,7 @@ def stacked_params(
         others alone, and their axis is called "layers:1", with that layer's number.
     """
 
-    def init(key: Array) -> Any:
+    def init(key: Array) -> Tree[Labelled] | Params:
         # The attention backend asked for may refuse the example.
         quick = layer.clone(compute=dataclasses.replace(layer.compute, attention="xla"))
         with no_mesh(), labelled_stack():  # the example is too small to be split
@@ -116,8 +120,10 @@ def apply_stack(
     """
     compute: Compute = layer.compute
 
-    def runner(*kind: Hashable) -> Callable[..., Any]:
-        def run(layer_params: Any, x: Array, layer_key: Array | None, own: Any) -> tuple[Array, Any]:
+    def runner(*kind: Hashable) -> _Run:
+        def run(
+            layer_params: Params, x: Array, layer_key: Array | None, own: PyTree[Array]
+        ) -> tuple[Array, PyTree[Array]]:
             given = {} if own is None else {"state": own}
             out: Any = layer.apply(
                 {"params": layer_params}, checkpoint_name(x, _INPUT), layer_key, *args, *kind, **given
@@ -140,13 +146,13 @@ def apply_stack(
 
 
 def _unrolled(
-    runs: Sequence[Callable[..., Any]],
-    layers: Sequence[Any],
-    numbers: Iterable[Any],
+    runs: Sequence[_Run],
+    layers: Sequence[Params],
+    numbers: Iterable[int | Array],
     x: Array,
     key: Array | None,
-    state: Any,
-) -> tuple[Array, list[Array], Any]:
+    state: PyTree[Array],
+) -> tuple[Array, list[Array], PyTree[Array]]:
     """(x after the last of some layers, what went into the first and came out of each, what each said of its state, stacked).
 
     Args:
@@ -166,15 +172,15 @@ def _unrolled(
 
 
 def _scanned(
-    runs: Sequence[Callable[..., Any]],
+    runs: Sequence[_Run],
     period: _Period,
-    params: Any,
+    params: Params,
     begins: Mapping[str, int],
     x: Array,
     key: Array | None,
     keep: bool,
-    state: Any,
-) -> tuple[Array, Array | None, Any]:
+    state: PyTree[Array],
+) -> tuple[Array, Array | None, PyTree[Array]]:
     """Some layers, a scan over periods of layers, some layers."""
     before, size, times = period
     end, length = before + size * times, len(runs)
@@ -182,7 +188,7 @@ def _scanned(
         x, seen, said = _unrolled(runs, _by_layer(params, begins, length), range(length), x, key, state)
         return x, jnp.stack(seen) if keep else None, said
 
-    def body(x: Array, item: tuple[Any, Array, Any]) -> tuple[Array, tuple[Array | None, Any]]:
+    def body(x: Array, item: tuple[Params, Array, PyTree[Array]]) -> tuple[Array, tuple[Array | None, PyTree[Array]]]:
         stacked, numbers, own = item
         if size == 1:
             x, said = runs[before](stacked, x, subkey(key, numbers), own)
@@ -191,7 +197,7 @@ def _scanned(
         x, seen, said = _unrolled(runs[before:end][:size], layers, numbers, x, key, own)
         return x, (jnp.stack(seen[1:]) if keep else None, said)
 
-    def part(first: int, last: int) -> Any:
+    def part(first: int, last: int) -> PyTree[Array]:
         return jax.tree.map(lambda leaf: leaf[first:last], state)
 
     pieces = _cut(params, begins, (*range(before), before, *range(end, length + 1)))
@@ -246,9 +252,9 @@ def _period_of(signs: tuple[Hashable, ...]) -> _Period:
     return best
 
 
-def _by_layer(params: Any, begins: Mapping[str, int], length: int) -> list[Any]:
+def _by_layer(params: Params, begins: Mapping[str, int], length: int) -> list[dict[str, Params]]:
     """The parameters of each layer."""
-    made: list[dict[str, Any]] = [{} for _ in range(length)]
+    made: list[dict[str, Params]] = [{} for _ in range(length)]
     for child, stacked in sorted(params.items()):
         first = begins.get(child, 0)
         leaves, tree = jax.tree.flatten(stacked)
@@ -257,9 +263,9 @@ def _by_layer(params: Any, begins: Mapping[str, int], length: int) -> list[Any]:
     return made
 
 
-def _cut(params: Any, begins: Mapping[str, int], cuts: Sequence[int]) -> list[Any]:
+def _cut(params: Params, begins: Mapping[str, int], cuts: Sequence[int]) -> list[dict[str, Params]]:
     """The parameters of layers from each cut to the next, still stacked. Each ``begins`` is at a cut, or behind the last."""
-    made: list[dict[str, Any]] = [{} for _ in cuts[1:]]
+    made: list[dict[str, Params]] = [{} for _ in cuts[1:]]
     for child, stacked in sorted(params.items()):
         pieces = [i for i, cut in enumerate(cuts[:-1]) if cut >= begins.get(child, 0)]
         sizes = tuple(cuts[i + 1] - cuts[i] for i in pieces)

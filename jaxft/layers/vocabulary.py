@@ -6,7 +6,7 @@ Dims: B batch, M predicted tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def _scored(compute: Compute, x: Array, table: Array, bias: Array, targets: Arra
 
 def _scored_fwd(
     compute: Compute, x: Array, table: Array, bias: Array, targets: Array
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     def add(so_far: tuple[Array, ...], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
         top, total, of_target, best = so_far
         first, rows, offsets = tile
@@ -144,7 +144,7 @@ def _scored_fwd(
     return (normaliser - of_target, best), (x, table, bias, targets, normaliser)
 
 
-def _scored_bwd(compute: Compute, kept: tuple[Any, ...], g: tuple[Array, Any]) -> tuple[Array | None, ...]:
+def _scored_bwd(compute: Compute, kept: tuple[Array, ...], g: tuple[Array, Array]) -> tuple[Array | None, ...]:
     x, table, bias, targets, normaliser = kept
     of_loss = g[0][..., None]
 

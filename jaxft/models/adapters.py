@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from string import ascii_lowercase
@@ -18,14 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxft.config import LoraConfig
 from jaxft.errors import UserError
-from jaxft.layers import Compute, labelled, unlabel
-from jaxft.models.contract import Facts
+from jaxft.layers import Compute, Labelled, labelled, unlabel
+from jaxft.models.contract import Facts, Model, Output
 from jaxft.models.initial import initialisable, shapes_and_axes
 from jaxft.parallel.sharding import jitted
-from jaxft.trees import Leaf, leaves_of, map_paths, nested, paths_of
+from jaxft.trees import Leaf, Params, Shardings, Tree, branch, leaves_of, map_paths, nested, paths_of
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ Array = jax.Array
 class Adapted:
     """A model with adapters; stands where the model stands."""
 
-    base: Any
+    base: Model
     rank: int
     alpha: float
     targets: tuple[str, ...]
@@ -64,11 +65,11 @@ class Adapted:
         """The same, computed otherwise."""
         return dataclasses.replace(self, base=self.base.clone(compute=compute))
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Mapping[str, Params], *args: object, **kwargs: object) -> Output:
         """The model's output with merged weights."""
         return self.base.apply({"params": merged(variables["params"], self.alpha)}, *args, **kwargs)
 
-    def init(self, key: Array, *args: Any, **kwargs: Any) -> Any:
+    def init(self, key: Array, *args: object, **kwargs: object) -> dict[str, Tree[Labelled]]:
         """Labelled parameters: the model's, and adapters that change nothing yet."""
         base = self.base.init(key, *args, **kwargs)["params"]
         shapes, axes = unlabel(base)
@@ -79,7 +80,7 @@ class Adapted:
         return {"params": {"base": base, "lora": nested(flat)}}
 
 
-def adapted(model: Any, config: LoraConfig) -> Any:
+def adapted(model: Model, config: LoraConfig) -> Model:
     """``model`` with adapters as the ``model.lora`` section says; the model itself if it asks for none.
 
     Raises:
@@ -96,7 +97,7 @@ def adapted(model: Any, config: LoraConfig) -> Any:
     return Adapted(model, config.rank, config.alpha, targets)
 
 
-def frozen_paths(model: Any, config: LoraConfig, labelled_task: bool) -> tuple[str, ...]:
+def frozen_paths(model: Model, config: LoraConfig, labelled_task: bool) -> tuple[str, ...]:
     """Paths of a run's parameters that do not train: of the adapted model, all but the adapters and ``model.lora.train``.
 
     Raises:
@@ -113,14 +114,14 @@ def frozen_paths(model: Any, config: LoraConfig, labelled_task: bool) -> tuple[s
     return tuple(f"base/{path}" for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns))
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: Model) -> Model:
     """The model without adapters."""
     return model.base if isinstance(model, Adapted) else model
 
 
-def merged(params: Any, alpha: float) -> Any:
+def merged(params: Params, alpha: float) -> Params:
     """The model's own parameter tree with the adapters added in; each weight keeps its type."""
-    flat = paths_of(params["lora"])
+    flat = paths_of(branch(params, "lora"))
 
     def add(path: str, weight: Array) -> Array:
         if f"{path}/a" not in flat:
@@ -131,32 +132,34 @@ def merged(params: Any, alpha: float) -> Any:
         product = jnp.einsum(f"y{left}z,yz{right}->y{left}{right}", a, b, precision="highest")
         return weight + (alpha / a.shape[-1] * product).astype(weight.dtype)
 
-    return map_paths(add, params["base"])
+    return map_paths(add, branch(params, "base"))
 
 
-def merge(model: Adapted, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def merge(model: Adapted, params: Params, shardings: Shardings, mesh: Mesh) -> Params:
     """:func:`merged`, computed where the weights lie."""
     with jax.set_mesh(mesh):
-        return jitted(functools.partial(merged, alpha=model.alpha), mesh, shardings["base"])(params)
+        return jitted(functools.partial(merged, alpha=model.alpha), mesh, branch(shardings, "base"))(params)
 
 
-def unchanged(base_params: Any, params: Any) -> Any:
+def unchanged(base_params: Params, params: Params) -> Params:
     """A run's tree of these weights, with adapters like those of ``params`` that add nothing."""
     return {"base": base_params, "lora": jax.tree.map(jnp.zeros_like, params["lora"])}
 
 
-def with_adapters(model: Adapted, base_params: Any, seed: int, shardings: Any) -> Any:
+def with_adapters(model: Adapted, base_params: Params, seed: int, shardings: Shardings) -> Params:
     """A run's tree of loaded weights, with fresh adapters."""
-    made = jax.jit(_init_adapters, static_argnums=0, out_shardings=shardings["lora"])(model, jax.random.key(seed))
+    made = jax.jit(_init_adapters, static_argnums=0, out_shardings=branch(shardings, "lora"))(
+        model, jax.random.key(seed)
+    )
     return {"base": base_params, "lora": made}
 
 
-def _init_adapters(model: Adapted, key: Array) -> Any:
+def _init_adapters(model: Adapted, key: Array) -> Params:
     # The model's own parameters are not computed: nothing asks for them.
-    return unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]["lora"]
+    return branch(unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0], "lora")
 
 
-def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Any]:
+def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Labelled]:
     """A uniform within 1 / sqrt(inputs), B zero: as the authors' and Hugging Face's peft libraries do."""
     assert leaf.matrix is not None
     inputs, outputs = leaf.matrix
@@ -166,7 +169,7 @@ def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Any]:
     for i in inputs:
         width *= leaf.shape[i]
 
-    def uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
 
     names_a = (leaf.axes[0], *(leaf.axes[i] for i in inputs), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+from jaxtyping import Float, Integer, PRNGKeyArray
 
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.layers import (
@@ -25,6 +26,10 @@ from jaxft.layers import (
 )
 
 Array = jax.Array
+
+
+KeysAndValues = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"]]
+"""Of the tokens of a call, or of all places of a cache."""
 
 
 class RotaryAttention(nn.Module):
@@ -46,20 +51,20 @@ class RotaryAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "B S D"],
         mask: MaskSpec,
-        positions: Array,
-        key: Array | None,
+        positions: Integer[Array, "B S"],
+        key: PRNGKeyArray | None,
         rope: Rotary,
-        past: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """(the result, keys and values of these tokens [B, K, S, H]; None where there is no past).
+        past: KeysAndValues | None = None,
+    ) -> tuple[Float[Array, "B S D"], KeysAndValues | None]:
+        """(the result, keys and values of these tokens; None where there is no past).
 
         Args:
           mask: which key each token may see; those of ``past``, if there is one, with these at place ``mask.first``.
-          positions: [B, S] int32.
+          positions: of the tokens.
           key: dropout key; None: no dropout.
-          past: keys and values [B, K, T, H] of a cache with room for these.
+          past: keys and values of a cache with room for these.
         """
         rules, (b, s, d), h = self.compute.rules, x.shape, self.head_size
         shape, drops = (b, self.heads, s, h), key is not None and self.rate > 0.0
@@ -113,7 +118,7 @@ class GatedMlp(nn.Module):
     """Dropout of the product."""
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
+    def __call__(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None = None) -> Float[Array, "B S D"]:
         rules, d, f = self.compute.rules, x.shape[-1], self.width
         act = ACTIVATIONS[self.act]
 

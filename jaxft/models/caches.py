@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int32, Integer, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:  # whose outputs hold a cache
+    from jaxft.models.contract import Model
 
 Array = jax.Array
 
@@ -27,27 +32,30 @@ class Cache:
     not count as a position.
     """
 
-    keys: Array
-    """[L, B, K, T, H]."""
-    values: Array
-    """[L, B, K, T, H]."""
-    mask: Array
-    """[B, T] bool, which places hold a token."""
-    filled: Array
-    """[] int32."""
+    keys: Float[Array, "L B K T H"]
+    values: Float[Array, "L B K T H"]
+    mask: Bool[Array, "B T"]
+    """Which places hold a token."""
+    filled: Int32[Array, ""]
+    """How many places are taken."""
 
     @property
     def length(self) -> int:
         """Places of a row, T."""
         return self.mask.shape[1]
 
-    def admitted(self, tokens: Array, mask: Array | None, positions: Array | None) -> tuple[Cache, Array, MaskSpec]:
-        """(the cache whose mask knows of new tokens, their positions [B, S], which keys they may see).
+    def admitted(
+        self,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None,
+        positions: Integer[Array, "B S"] | None,
+    ) -> tuple[Cache, Integer[Array, "B S"], MaskSpec]:
+        """(the cache whose mask knows of new tokens, their positions, which keys they may see).
 
         Args:
-          tokens: [B, S] int32, the next of each row.
-          mask: [B, S], 0 or False where one is padding. None: nothing is.
-          positions: [B, S] int32. None: padding apart, they count on.
+          tokens: the next of each row.
+          mask: 0 or False where one is padding. None: nothing is.
+          positions: of the tokens. None: padding apart, they count on.
 
         Raises:
           UserError: rows of another number, or more tokens than places; how many are filled is only known outside of ``jit``.
@@ -67,12 +75,12 @@ class Cache:
         spec = MaskSpec(seen, causal=True, first=self.filled)
         return dataclasses.replace(self, mask=seen), positions, spec
 
-    def with_room(self, x: Array) -> Array:
-        """``x`` [B, S, D] of new tokens, NaN if there is no room for them: what is not known before the program runs."""
+    def with_room(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """``x`` of new tokens, NaN if there is no room for them: what is not known before the program runs."""
         return jnp.where(self.filled + x.shape[1] <= self.length, x, jnp.nan)
 
-    def extended(self, keys: Array, values: Array) -> Cache:
-        """With those of new tokens, [L, B, K, S, H], at the places after the filled ones. In place where the cache is donated."""
+    def extended(self, keys: Float[Array, "L B K S H"], values: Float[Array, "L B K S H"]) -> Cache:
+        """With those of new tokens, at the places after the filled ones. In place where the cache is donated."""
         at = (0, 0, 0, self.filled, 0)
         return dataclasses.replace(
             self,
@@ -82,7 +90,7 @@ class Cache:
         )
 
 
-def init_cache(model: Any, rows: int, length: int, dtype: Any = None) -> Cache:
+def init_cache(model: Model, rows: int, length: int, dtype: DTypeLike | None = None) -> Cache:
     """An empty cache.
 
     Args:

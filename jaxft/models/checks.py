@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 from jaxft.errors import UserError, nearest
 from jaxft.layers import ACTIVATIONS
 
 
+class _Tokens(Protocol):
+    """A Config, as far as every family has its fields."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+
 def check_fields(
-    config: Any, sizes: tuple[str, ...], rates: tuple[str, ...] = (), activations: tuple[str, ...] = ()
+    config: _Tokens, sizes: tuple[str, ...], rates: tuple[str, ...] = (), activations: tuple[str, ...] = ()
 ) -> None:
     """Refuses fields out of range; None is a default that the Config knows.
 

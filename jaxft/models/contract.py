@@ -9,22 +9,36 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray
 
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
-from jaxft.layers import Compute, TokenScore
+from jaxft.layers import Compute, Labelled, TokenScore
 from jaxft.models.caches import Cache
 from jaxft.models.layout import Layout, Rule, Tensors
+from jaxft.trees import Params, Tree
 
 Array = jax.Array
 
-__all__ = ["Facts", "Family", "Features", "Field", "Fields", "Head", "Layout", "Output", "Rule", "Stack", "Tensors"]
+__all__ = [
+    "Facts",
+    "Family",
+    "Features",
+    "Field",
+    "Fields",
+    "Head",
+    "Layout",
+    "Model",
+    "Output",
+    "Rule",
+    "Stack",
+    "Tensors",
+]
 """What a family from outside of jaxft is made of (docs/api.md)."""
 
 
@@ -138,21 +152,68 @@ def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str
     }
 
 
-def _no_rules(config: Any) -> tuple[Rule, ...]:
+class FamilyConfig(Protocol):
+    """A family's Config as others see it: a dataclass, whatever its fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+C = TypeVar("C", bound=FamilyConfig)
+OfConfig = TypeVar("OfConfig", contravariant=True)
+"""The Config that a head is made from."""
+
+
+class Model(Protocol):
+    """A model, with adapters or without: a family's Linen module, or what stands where it stands."""
+
+    @property
+    def config(self) -> Any:
+        """The family's Config, with the fields that it has there."""
+        ...
+
+    @property
+    def head(self) -> str | None:
+        """The name of its head; None: the bare encoder."""
+        ...
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """What the rest of jaxft may know of it."""
+        ...
+
+    def clone(self, *, compute: Compute) -> Self:
+        """The same, computed otherwise."""
+        ...
+
+    def init(self, rngs: PRNGKeyArray, /, *args: Any, **kwargs: Any) -> Mapping[str, Tree[Labelled]]:
+        """``{"params": labelled parameters}``."""
+        ...
+
+    def apply(self, variables: Mapping[str, Params], /, *args: Any, **kwargs: Any) -> Any:
+        """The :class:`Output` of a batch; Linen's own signature does not say so."""
+        ...
+
+
+def _no_rules(config: object) -> tuple[Rule, ...]:
     del config
     return ()
 
 
 @dataclass(frozen=True)
-class Head:
+class Head(Generic[OfConfig]):
     """What a family can put on top of its encoder."""
 
     suffix: str
     """Ending of the reference's class, for instance ``ForMaskedLM``."""
-    make: Callable[[Any, Compute, str], nn.Module] | None = None
+    make: Callable[[OfConfig, Compute, str], nn.Module] | None = None
     """``(config, compute, name)`` to a module that maps (Features, dropout key or None) to logits, or to a TokenScore. None: the
     bare encoder."""
-    rules: Callable[[Any], tuple[Rule, ...]] = _no_rules
+    rules: Callable[[OfConfig], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()
     """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones."""
@@ -183,17 +244,17 @@ class Family(Protocol):
         ...
 
     @property
-    def Config(self) -> type:
+    def Config(self) -> type[FamilyConfig]:
         """Frozen dataclass of everything that changes the maths; ``num_labels`` if a head has classes."""
         ...
 
     @property
-    def Model(self) -> type[nn.Module]:
+    def Model(self) -> Callable[..., Model]:
         """``Model(config, head, compute)``; its ``facts`` are those of its config."""
         ...
 
     @property
-    def TINY(self) -> Any:
+    def TINY(self) -> FamilyConfig:
         """A Config that tests can afford."""
         ...
 
@@ -201,15 +262,15 @@ class Family(Protocol):
         """What the rest of jaxft may know of a model of this Config."""
         ...
 
-    def config_from_hf(self, hf: dict[str, Any]) -> dict[str, Any]:
+    def config_from_hf(self, hf: dict[str, object]) -> dict[str, object]:
         """Fields of Config that a config.json states; UserError for what is not supported."""
         ...
 
-    def config_to_hf(self, config: Any) -> dict[str, Any]:
+    def config_to_hf(self, config: Any) -> dict[str, object]:
         """The keys of config.json, without ``model_type``, ``architectures`` and names of labels."""
         ...
 
-    def config_of_weights(self, weights: Tensors) -> dict[str, Any]:
+    def config_of_weights(self, weights: Tensors) -> dict[str, object]:
         """Fields of Config that tensors alone show; believed over config.json."""
         ...
 
@@ -267,12 +328,12 @@ TIED = "tie_word_embeddings"
 """The field of a Config, where its family has the choice, that makes the table of tokens the vocabulary matrix too."""
 
 
-def classes_of(config: Any) -> int | None:
+def classes_of(config: FamilyConfig) -> int | None:
     """How many classes the heads of a Config tell apart; None: no head of its family has classes."""
     return getattr(config, "num_labels", None)
 
 
-def with_classes(config: Any, count: int) -> Any:
+def with_classes(config: C, count: int) -> C:
     """The Config with another number of classes."""
     return dataclasses.replace(config, num_labels=count)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.probabilities import attention_probabilities
@@ -94,12 +95,12 @@ class EncoderConfig:
         """Before the classes."""
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
-    def places(self, tokens: Array, positions: Array | None) -> Array:
-        """Where each token's position is looked up: [B, S] int32.
+    def places(self, tokens: Integer[Array, "B S"], positions: Integer[Array, "B S"] | None) -> Integer[Array, "B S"]:
+        """Where each token's position is looked up.
 
         Args:
-          tokens: [B, S] int32.
-          positions: [B, S] int32, from 0 in each text; None: in each row.
+          tokens: ids.
+          positions: from 0 in each text; None: in each row.
         """
         return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
 
@@ -115,7 +116,7 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, mask: MaskSpec, key: Array | None) -> Array:
+    def __call__(self, x: Float[Array, "B S D"], mask: MaskSpec, key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
         c, rules = self.config, self.compute.rules
         d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
 
@@ -143,7 +144,7 @@ class Mlp(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None) -> Array:
+    def __call__(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
         c, rules = self.config, self.compute.rules
         d, f = c.hidden_size, c.intermediate_size
         up = Linear((d, f), ("embed", "mlp"), self.compute, normal(c), name="up")(x)
@@ -161,7 +162,7 @@ class Layer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None, mask: MaskSpec) -> Array:
+    def __call__(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None, mask: MaskSpec) -> Float[Array, "B S D"]:
         x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0))
         x = Mlp(self.config, self.compute, name="mlp")(x, subkey(key, 1))
         return self.compute.rules.constrain(x, "batch", "length", "act_embed")
@@ -184,7 +185,13 @@ class Embeddings(nn.Module):
         self.type = table(c.type_vocab_size, "types")
         self.norm = LayerNorm(c.layer_norm_eps, self.compute)
 
-    def __call__(self, tokens: Array, types: Array, positions: Array, key: Array | None) -> Array:
+    def __call__(
+        self,
+        tokens: Integer[Array, "B S"],
+        types: Integer[Array, "B S"],
+        positions: Integer[Array, "B S"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B S D"]:
         words = self.token(tokens)
         if self.config.pad_token_id is not None:
             frozen = (tokens == self.config.pad_token_id)[..., None]
@@ -214,30 +221,30 @@ class EncoderModel(nn.Module):
     @usual_promotion
     def __call__(
         self,
-        tokens: Array,
-        mask: Array | None = None,
-        types: Array | None = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        starts: Array | None = None,
-        predict: Array | None = None,
-        targets: Array | None = None,
-        key: Array | None = None,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None = None,
+        types: Integer[Array, "B S"] | None = None,
+        positions: Integer[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
+        starts: Integer[Array, "B E"] | None = None,
+        predict: Integer[Array, "B M"] | None = None,
+        targets: Integer[Array, "B M"] | None = None,
+        key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> Output:
         """Runs the model.
 
         Args:
-          tokens: [B, S] int32 ids.
-          mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          types: [B, S] int32 token types (0 first text, 1 second). None: all 0.
-          positions: [B, S] int32. None: 0..S-1 in each row.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
-          starts: [B, E] int32, where each text of packed rows begins; vectors and logits of rows are then those of texts.
-          predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
-          targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
+          tokens: ids.
+          mask: 0 or False where a token is padding. None: nothing is.
+          types: token types (0 first text, 1 second). None: all 0.
+          positions: of the tokens. None: 0..S-1 in each row.
+          segments: for packed rows, 0 is padding; tokens see only their own segment.
+          starts: where each text of packed rows begins; vectors and logits of rows are then those of texts.
+          predict: positions for the masked-LM head, which sees no others. None: all.
+          targets: what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
@@ -260,7 +267,7 @@ class EncoderModel(nn.Module):
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
         keep = hidden_states or attentions
         hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
-        looked = _attentions(layers, states, spec) if attentions else None
+        looked = _attentions(layers, states, spec) if attentions and states is not None else None
         more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 
         pooled = None
@@ -278,8 +285,10 @@ class EncoderModel(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
-    """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
+def _attentions(
+    layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec
+) -> Float32[Array, "L B N S S"]:
+    """How much each token looks at each other one, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:
         return project_exactly(states[number], layers["attention"][name], number)

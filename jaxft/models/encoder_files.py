@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 from jaxft.errors import UserError
 from jaxft.layers import Compute
@@ -21,6 +21,8 @@ from jaxft.models.heads import (
 )
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
+C = TypeVar("C", bound=EncoderConfig)
+
 SAME_NAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
@@ -34,7 +36,7 @@ RENAMED = ((".gamma", ".weight"), (".beta", ".bias"))
 """LayerNorm in the original TensorFlow port, still on the hub."""
 
 
-def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     """The fields of :class:`EncoderConfig` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
     which are the reference's.
 
@@ -51,7 +53,7 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     return {name: hf[name] for name in SAME_NAME if name in hf}
 
 
-def config_to_hf(config: EncoderConfig) -> dict[str, Any]:
+def config_to_hf(config: EncoderConfig) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type, label names and architecture."""
     return {name: getattr(config, name) for name in SAME_NAME}
 
@@ -86,7 +88,7 @@ def encoder_rules(prefix: str, spares: tuple[str, ...] = ()) -> tuple[Rule, ...]
     )
 
 
-TOKEN_CLASSIFICATION = Head(
+TOKEN_CLASSIFICATION: Head[EncoderConfig] = Head(
     "ForTokenClassification",
     lambda c, compute, name: TokenClasses(c.hidden_size, c.num_labels, c.class_dropout, compute, normal(c), name=name),
     lambda c: dense_rules("head/linear", "classifier"),
@@ -94,7 +96,7 @@ TOKEN_CLASSIFICATION = Head(
     classes="tokens",
 )
 
-QUESTION_ANSWERING = Head(
+QUESTION_ANSWERING: Head[EncoderConfig] = Head(
     "ForQuestionAnswering",
     lambda c, compute, name: TokenClasses(c.hidden_size, SPAN_ENDS, 0.0, compute, normal(c), name=name),
     lambda c: dense_rules("head/linear", "qa_outputs"),
@@ -102,7 +104,9 @@ QUESTION_ANSWERING = Head(
 )
 
 
-def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = None, **more: Any) -> Head:
+def masked_lm(
+    dense: str, norm: str, decoder: str, bias: str, act: str | None = None, read_as: tuple[str, ...] = ()
+) -> Head[EncoderConfig]:
     """The masked-LM head, by the names of its tensors.
 
     Args:
@@ -111,25 +115,25 @@ def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = 
       decoder: of the vocabulary matrix and its bias.
       bias: the other name of that bias.
       act: activation between affine map and norm; None: the one of the Config.
-      more: fields of the Head.
+      read_as: field of the Head.
     """
 
-    def transform(c: Any) -> Transform:
+    def transform(c: EncoderConfig) -> Transform:
         return Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c))
 
-    def make(c: Any, compute: Compute, name: str) -> MaskedLm:
+    def make(c: EncoderConfig, compute: Compute, name: str) -> MaskedLm:
         return MaskedLm(transform(c), c.vocab_size, c.tie_word_embeddings, compute, name=name)
 
-    def rules(c: Any) -> tuple[Rule, ...]:
+    def rules(c: EncoderConfig) -> tuple[Rule, ...]:
         return (*transform(c).rules(dense, norm), *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
 
-    return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), **more)
+    return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), read_as=read_as)
 
 
 def hf_layout(
-    config: EncoderConfig,
+    config: C,
     head: str | None,
-    heads: Mapping[str | None, Head],
+    heads: Mapping[str | None, Head[C]],
     prefix: str,
     *,
     decoder: str,
@@ -159,7 +163,7 @@ _LEFTOVERS = (
 )
 
 
-def config_of_weights(weights: Tensors, classifiers: tuple[str, ...], decoder: str) -> dict[str, Any]:
+def config_of_weights(weights: Tensors, classifiers: tuple[str, ...], decoder: str) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json.
 
     Args:
@@ -167,7 +171,7 @@ def config_of_weights(weights: Tensors, classifiers: tuple[str, ...], decoder: s
       decoder: the masked-LM head's matrix over the vocabulary.
     """
     names = weights.names()
-    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in names)}
+    said: dict[str, object] = {"pooler": any(name.endswith("pooler.dense.weight") for name in names)}
     for name in classifiers:
         if name in names:
             said["num_labels"] = weights.shape(name)[0]

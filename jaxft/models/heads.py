@@ -6,12 +6,12 @@ Dims: B batch, S length, E texts of a packed row, D model width, V vocabulary, C
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, Shaped
 
 from jaxft.layers import (
     ACTIVATIONS,
@@ -50,7 +50,7 @@ class PooledClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *texts C"]:
         assert seen.pooled is not None  # models with this head have a pooler
         x = dropout(seen.pooled, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
@@ -67,7 +67,7 @@ class FirstTokenClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *texts C"]:
         bits = self.compute.dropout_bits
         x = dropout(first_of_texts(seen.hidden, seen.starts), self.rate, subkey(key, 0), bits)
         x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
@@ -86,7 +86,7 @@ class TokenClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B S C"]:
         x = dropout(seen.hidden, self.rate, key, self.compute.dropout_bits)
         shape = (self.width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
@@ -103,7 +103,7 @@ class Transform:
     dense_bias: bool = True
     norm_bias: bool = True
 
-    def __call__(self, x: Array, compute: Compute) -> Array:
+    def __call__(self, x: Float[Array, "*rows D"], compute: Compute) -> Float[Array, "*rows D"]:
         shape, names = (self.width,) * 2, ("embed", "pooled")
         x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
         return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
@@ -124,7 +124,7 @@ class TransformedClasses(nn.Module):
     initial: Initializer
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *places C"]:
         x = seen.pooled if self.pooled else seen.hidden
         assert x is not None  # models pool for heads that ask for it
         x = dropout(self.transform(x, self.compute), self.rate, key, self.compute.dropout_bits)
@@ -143,7 +143,7 @@ class MaskedLm(nn.Module):
     biased: bool = True
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
         x = self.transform(seen.hidden, self.compute)
         (d, v), dtype = (self.transform.width, self.vocabulary), self.compute.param_dtype
@@ -227,6 +227,13 @@ def decoder_rules(theirs: str, bias: str, *, tied: bool) -> tuple[Rule, ...]:
     return Rule("head/kernel", f"{theirs}.weight", "v d -> d v"), Rule("head/bias", f"{theirs}.bias", None, (bias,))
 
 
-def normal(config: Any) -> Initializer:
+class _Spread(Protocol):
+    """A Config that says how wide its fresh weights spread."""
+
+    @property
+    def initializer_range(self) -> float: ...
+
+
+def normal(config: _Spread) -> Initializer:
     """The initialiser of a Config's weights."""
     return nn.initializers.normal(config.initializer_range)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft.layers import unlabel
+from jaxft.models.contract import Model
 from jaxft.parallel.sharding import no_mesh
-from jaxft.trees import paths_of
+from jaxft.trees import Axes, Params, Shapes, Shardings, paths_of
+
+M = TypeVar("M", bound=Model)
 
 
-def shapes_and_axes(model: Any) -> tuple[Any, Any]:
+def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
     """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
     example = jnp.zeros((1, 2), jnp.int32)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
@@ -23,28 +26,29 @@ def shapes_and_axes(model: Any) -> tuple[Any, Any]:
         return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
 
 
-def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
+def init_params(model: Model, seed: int, shardings: Shardings | None = None) -> Params:
     """Freshly initialised parameters, made where they will lie."""
     # The model is a static argument, not part of a new function: other seeds find the compiled program.
     return jax.jit(_init, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
 
 
-def initialisable(model: Any, **how: Any) -> Any:
+def initialisable(model: M, layers: Literal["unrolled", "scanned"] | None = None) -> M:
     """The model as it can be initialised: the attention backend asked for may refuse the tiny example."""
-    return model.clone(compute=dataclasses.replace(model.compute, attention="xla", **how))
+    how = model.compute if layers is None else dataclasses.replace(model.compute, layers=layers)
+    return model.clone(compute=dataclasses.replace(how, attention="xla"))
 
 
-def _init(model: Any, key: jax.Array) -> Any:
+def _init(model: Model, key: jax.Array) -> Params:
     with no_mesh():  # the example is too small to be split
         return unlabel(initialisable(model).init(key, jnp.zeros((1, 2), jnp.int32))["params"])[0]
 
 
-def spread(value: jax.Array, sharding: Any) -> jax.Array:
+def spread(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has made, as one array over the devices of all."""
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def init_some(model: Any, wanted: tuple[str, ...], key: jax.Array) -> dict[str, Any]:
+def init_some(model: Model, wanted: tuple[str, ...], key: jax.Array) -> dict[str, jax.Array]:
     """Freshly initialised parameters of some paths; under jit, the rest of the initialisation is not computed."""
     return {path: value for path, value in paths_of(_init(model, key)).items() if path in wanted}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.attention import MaskSpec
 from jaxft.errors import UserError, nearest
@@ -39,7 +38,7 @@ def alternating(every: int, layers: int) -> tuple[str, ...]:
     return tuple(LOCAL if i % every else GLOBAL for i in range(layers))
 
 
-def types_from_hf(hf: Mapping[str, Any], layers: int, usual: int) -> dict[str, Any]:
+def types_from_hf(hf: Mapping[str, object], layers: int, usual: int) -> dict[str, object]:
     """``global_attn_every_n_layers`` where types come in such an order, else ``layer_types``.
 
     Args:
@@ -68,8 +67,8 @@ def types_from_hf(hf: Mapping[str, Any], layers: int, usual: int) -> dict[str, A
 
 
 def rotaries_from_hf(
-    hf: Mapping[str, Any], usual: Mapping[str, tuple[str, float]], usual_limit: int
-) -> dict[str, dict[str, Any]]:
+    hf: Mapping[str, object], usual: Mapping[str, tuple[str, float]], usual_limit: int
+) -> dict[str, dict[str, object]]:
     """The fields of :class:`~jaxft.layers.Rotary` of each type of layer.
 
     Args:
@@ -93,6 +92,6 @@ def rotaries_from_hf(
     return made
 
 
-def rotaries_to_hf(rotaries: Mapping[str, Rotary]) -> dict[str, Any]:
+def rotaries_to_hf(rotaries: Mapping[str, Rotary]) -> dict[str, object]:
     """``rope_parameters`` of a config.json, by type of layer."""
     return {name: rotary_to_hf(rotary) for name, rotary in rotaries.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jaxft.errors import UserError
@@ -14,7 +15,7 @@ SUPERSEDED_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "origi
 """Older keys of config.json for what :func:`rotary_to_hf` writes; the reference would believe some of them."""
 
 
-def rotary_from_hf(hf: dict[str, Any], usual_limit: int) -> dict[str, Any]:
+def rotary_from_hf(hf: Mapping[str, object], usual_limit: int) -> dict[str, object]:
     """The fields of :class:`~jaxft.layers.Rotary` that a config.json states, by the rules of `modeling_rope_utils.py` of
     transformers 5.24.
 
@@ -27,10 +28,10 @@ def rotary_from_hf(hf: dict[str, Any], usual_limit: int) -> dict[str, Any]:
     """
     # v5 has rope_parameters; v4 has rope_theta beside rope_scaling, whose kind was called "type" at first. Where a file has
     # both, the reference reads rope_scaling alone.
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_scaling={rope!r} is not an object of keys and values")
-    rope = {"rope_theta": hf.get("rope_theta", Rotary.theta), **rope}
+    stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(stated, dict):
+        raise UserError(f"config.json: rope_scaling={stated!r} is not an object of keys and values")
+    rope: dict[str, Any] = {"rope_theta": hf.get("rope_theta", Rotary.theta), **stated}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in tuple(_ROPE_KEYS_OF):
         raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")
@@ -43,14 +44,14 @@ def rotary_from_hf(hf: dict[str, Any], usual_limit: int) -> dict[str, Any]:
     for key in ("rope_theta", *_ROPE_KEYS_OF[kind]):
         value: Any = rope.get(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            stated = f"{value!r}, not a number above 0" if key in rope else "missing"
-            raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {stated}")
+            shown = f"{value!r}, not a number above 0" if key in rope else "missing"
+            raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {shown}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise UserError("config.json: rope_type='llama3' needs a low_freq_factor below its high_freq_factor")
     return {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS_OF[kind]}
 
 
-def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
+def rotary_to_hf(rotary: Rotary) -> dict[str, object]:
     """``rope_parameters`` of a config.json."""
     keys = _ROPE_KEYS_OF[rotary.kind]
     return {"rope_type": rotary.kind, "rope_theta": rotary.theta, **{key: getattr(rotary, key) for key in keys}}

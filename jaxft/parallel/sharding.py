@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -206,11 +205,13 @@ def ways(mesh: Mesh | AbstractMesh, rules: AxisRules, name: str) -> int:
     return int(np.prod([mesh.shape[axis] for axis in dict(rules.table)[name.partition(":")[0]]]))
 
 
-def jitted(function: Callable[..., Any], mesh: Mesh, out_shardings: PyTree, **options: Any) -> jax.stages.Wrapped:
+def jitted(
+    function: Callable[..., object], mesh: Mesh, out_shardings: PyTree, donate_argnums: int | tuple[int, ...] = ()
+) -> jax.stages.Wrapped:
     """``jax.jit`` for either kind of axes: on an Explicit mesh, the inside of ``function`` is left to the compiler too."""
     if AxisType.Explicit in mesh.axis_types:
         function = jax.sharding.auto_axes(function, out_sharding=out_shardings)
-    return jax.jit(function, out_shardings=out_shardings, **options)
+    return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums)
 
 
 def device_kind(mesh: Mesh | AbstractMesh) -> str | None:

@@ -234,7 +234,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([line(head), *(line(row) for row in rows)])
 
 
-def _shape(plan: Plan) -> dict[str, object]:
+def _shape(plan: Plan) -> dict[str, Any]:
     shape = list(plan.topology.shape)
     if not isinstance(plan.topology.chip, Gpu):
         return {"torus": shape}

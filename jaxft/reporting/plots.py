@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxft.errors import UserError, printable
 from jaxft.files import write_atomic
+from jaxft.reporting.records import step_of
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
@@ -39,13 +40,13 @@ class Series(NamedTuple):
     values: Sequence[float]
 
 
-def series_of(log: Sequence[Mapping[str, Any]], kind: str, name: str) -> Series:
+def series_of(log: Sequence[Mapping[str, float | str]], kind: str, name: str) -> Series:
     """The values of one name in the train or eval records of a log."""
     records = [record for record in log if record.get("kind") == kind and name in record]
-    return Series(name, [record["step"] for record in records], [float(record[name]) for record in records])
+    return Series(name, [step_of(record) for record in records], [float(record[name]) for record in records])
 
 
-def score_series(log: Sequence[Mapping[str, Any]]) -> list[Series]:
+def score_series(log: Sequence[Mapping[str, float | str]]) -> list[Series]:
     """The curves of the evaluation scores: every float besides the loss.
 
     Of equal curves, only the first: micro F1 is the accuracy when each row has one label.
@@ -208,7 +209,7 @@ def _write_cells(axes: Axes, confusion: Sequence[Sequence[int]], shares: list[li
             axes.text(j, i, str(cell), ha="center", va="center", fontsize=size, color=colour)
 
 
-def curves_png(path: Path, log: Sequence[Mapping[str, Any]]) -> Path | None:
+def curves_png(path: Path, log: Sequence[Mapping[str, float | str]]) -> Path | None:
     """Loss, evaluation scores and learning rate over steps, one above the other; None if there is nothing to draw."""
     train, evaluated = series_of(log, "train", "loss"), series_of(log, "eval", "loss")
     scores, rate = score_series(log), series_of(log, "train", "learning_rate")

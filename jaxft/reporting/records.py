@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
@@ -29,6 +29,11 @@ def to_json(value: object) -> Any:
     if isinstance(plain, float) and not math.isfinite(plain):
         return str(plain)
     return plain if not isinstance(plain, list) else to_json(plain)
+
+
+def step_of(record: Mapping[str, float | str]) -> int:
+    """The step that a record belongs to."""
+    return cast(int, record["step"])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +84,7 @@ class LineFile:
         self._path = path
         if path.exists():
             # A run that starts at 0 repeats everything, an evaluation at step 0 included.
-            kept = [line for line, record in _lines_of(path) if record["step"] <= start_step] if start_step else []
+            kept = [line for line, record in _lines_of(path) if step_of(record) <= start_step] if start_step else []
             content = b"".join(kept)
             if content != path.read_bytes():
                 write_atomic(path, content)

@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from jaxft.files import write_atomic
 from jaxft.reporting.plots import (
@@ -48,8 +48,24 @@ _HEADLINE = (
 )
 
 
+class _Known(TypedDict, total=False):
+    """What is shown of scores besides the numbers of the headline, where a task has it."""
+
+    rows: int
+    classes: dict[str, dict[str, float]]
+    """Precision, recall, F1 and rows of each."""
+    confusion: list[list[int]]
+    positive: str
+    best_threshold: dict[str, float] | None
+
+
+def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
+    """The scores that stand at the top, as they are called there."""
+    return [(shown, cast(float, metrics[name])) for name, shown in _HEADLINE if name in metrics]
+
+
 def write_report(
-    out: Path, metrics: Mapping[str, Any], labels: Sequence[str], log: Sequence[Mapping[str, Any]]
+    out: Path, metrics: Mapping[str, object], labels: Sequence[str], log: Sequence[Mapping[str, float | str]]
 ) -> list[Path]:
     """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
     :func:`jaxft.reporting.plots.lacking` says why.
@@ -63,12 +79,13 @@ def write_report(
       The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
+    known = cast(_Known, metrics)
     written = [
         _write_json(out / "metrics.json", metrics),
     ]
     if lacking() is None:
         written += [
-            confusion_png(out / "confusion.png", metrics["confusion"], labels) if "confusion" in metrics else None,
+            confusion_png(out / "confusion.png", known["confusion"], labels) if "confusion" in known else None,
             curves_png(out / "curves.png", log),
         ]
     return [path for path in written if path is not None]
@@ -93,9 +110,9 @@ def _shown(score: float) -> str:
 
 
 def report_text(
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, object],
     labels: Sequence[str],
-    log: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, float | str]],
     width: int = 100,
     *,
     colour: bool | None = None,
@@ -109,17 +126,18 @@ def report_text(
     """
     blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
-    scores = [f"{shown} {_shown(metrics[name])}" for name, shown in _HEADLINE if name in metrics]
-    rows = [f"rows {metrics['rows']:,}"] if "rows" in metrics else []
+    known = cast(_Known, metrics)
+    scores = [f"{shown} {_shown(value)}" for shown, value in _headline(metrics)]
+    rows = [f"rows {known['rows']:,}"] if "rows" in known else []
     head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
     parts = [head]
-    parts += [line for line in (_threshold_text(metrics), _no_score_text(metrics)) if line]
-    if "classes" in metrics:
-        table = metrics["classes"]
+    parts += [line for line in (_threshold_text(known), _no_score_text(metrics)) if line]
+    if "classes" in known:
+        table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
-    if "confusion" in metrics:
-        parts.append(_confusion_text(metrics["confusion"], names, width))
+    if "confusion" in known:
+        parts.append(_confusion_text(known["confusion"], names, width))
     parts += _curves(log, width, wanted, blocks)
     text = "\n\n".join(part for part in parts if part)
     return text if blocks else in_ascii(text)
@@ -135,7 +153,7 @@ def _joined(items: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _threshold_text(metrics: Mapping[str, Any]) -> str:
+def _threshold_text(metrics: _Known) -> str:
     best = metrics.get("best_threshold")
     if not best:
         return ""
@@ -143,12 +161,12 @@ def _threshold_text(metrics: Mapping[str, Any]) -> str:
     return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
 
 
-def _no_score_text(metrics: Mapping[str, Any]) -> str:
+def _no_score_text(metrics: Mapping[str, object]) -> str:
     """Why a headline says n/a."""
-    missing = [shown for name, shown in _HEADLINE if math.isnan(metrics.get(name, 0.0))]
+    missing = [shown for shown, value in _headline(metrics) if math.isnan(value)]
     if not missing:
         return ""
-    if not math.isnan(metrics["loss"]):
+    if not math.isnan(cast(float, metrics["loss"])):
         return f"No {', '.join(missing)}: all rows are of one class."
     return "Scores that are n/a are NaN: of nothing that could be predicted, or of a model that gives no numbers."
 
@@ -236,7 +254,7 @@ def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], wi
     return "\n".join(lines)
 
 
-def _curves(log: Sequence[Mapping[str, Any]], width: int, colour: bool, blocks: bool) -> list[str]:
+def _curves(log: Sequence[Mapping[str, float | str]], width: int, colour: bool, blocks: bool) -> list[str]:
     train = series_of(log, "train", "loss")
     evaluated = series_of(log, "eval", "loss")._replace(name="eval")
     charts = [

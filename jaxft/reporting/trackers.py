@@ -6,7 +6,7 @@ import importlib
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jaxft.config import LogConfig
 from jaxft.errors import UserError
@@ -61,7 +61,7 @@ class _Wandb:
 
     def __init__(self, out: Path, project: str, start_step: int, run_config: Mapping[str, object]) -> None:
         try:
-            wandb: Any = importlib.import_module("wandb")
+            wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise UserError(f"log.wandb={project} needs wandb: pip install wandb") from error
         kept = out / "wandb.id"

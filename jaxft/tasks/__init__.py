@@ -10,10 +10,21 @@ from typing import cast
 
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
-from jaxft.tasks._scores import collected, is_better
+from jaxft.tasks._scores import collected, is_better, scalar
 from jaxft.tasks.contract import Targets, Task, TaskModule
 
-__all__ = ["Targets", "Task", "TaskModule", "collected", "is_better", "metric_of", "task", "task_of_head", "tasks"]
+__all__ = [
+    "Targets",
+    "Task",
+    "TaskModule",
+    "collected",
+    "is_better",
+    "metric_of",
+    "scalar",
+    "task",
+    "task_of_head",
+    "tasks",
+]
 
 _NEEDED = (
     *("Task", "LONG_TEXTS", "PACKING", "columns", "study", "encode", "fields", "make_task"),

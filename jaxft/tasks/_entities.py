@@ -5,16 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from jaxft.data.tagging import entities_of
 
 Sentences = Sequence[Sequence[str]]
+Rates = dict[str, float]
+"""``precision``, ``recall``, ``f1`` and ``support``."""
 
 
-def entity_scores(true: Sentences, predicted: Sentences) -> dict[str, Any]:
+class _Averages(TypedDict):
+    micro: Rates
+    macro: Rates
+    weighted: Rates
+
+
+class EntityScores(_Averages):
+    """Scores of entities: averages, and those of each label."""
+
+    labels: dict[str, Rates]
+
+
+class TokenScores(_Averages):
+    """Scores of words: averages, and those of each tag."""
+
+    accuracy: float
+    tags: dict[str, Rates]
+
+
+def entity_scores(true: Sentences, predicted: Sentences) -> EntityScores:
     """Precision, recall and F1 of entities: one is right if its label, its first and its last word are.
 
     Args:
@@ -37,10 +58,10 @@ def entity_scores(true: Sentences, predicted: Sentences) -> dict[str, Any]:
         np.bincount([ids[label] for label, _, _ in entities], minlength=len(labels))
         for entities in (found & given, found, given)
     )
-    return _averages(right, expected, answered) | {"labels": _by_name(labels, right, expected, answered)}
+    return {**_averages(right, expected, answered), "labels": _by_name(labels, right, expected, answered)}
 
 
-def token_scores(true: Sentences, predicted: Sentences, *, outside: str | None = "O") -> dict[str, Any]:
+def token_scores(true: Sentences, predicted: Sentences, *, outside: str | None = "O") -> TokenScores:
     """How many words have the right tag, and precision, recall and F1 by tag.
 
     Args:
@@ -86,11 +107,11 @@ def _rates(right: np.ndarray, expected: np.ndarray, answered: np.ndarray) -> tup
     return precision, recall, 2 * precision * recall / np.where(total > 0, total, 1)
 
 
-def _averages(right: np.ndarray, expected: np.ndarray, answered: np.ndarray) -> dict[str, dict[str, float]]:
+def _averages(right: np.ndarray, expected: np.ndarray, answered: np.ndarray) -> _Averages:
     """Averages: of all labels together (micro), over labels (macro), and over labels by their share (weighted)."""
     if not len(right):
         nothing = dict.fromkeys(("precision", "recall", "f1"), math.nan) | {"support": 0}
-        return {name: dict(nothing) for name in ("micro", "macro", "weighted")}
+        return {"micro": dict(nothing), "macro": dict(nothing), "weighted": dict(nothing)}
     support = int(expected.sum())
     micro = _rates(right.sum(), expected.sum(), answered.sum())
     rates = _rates(right, expected, answered)
@@ -109,6 +130,6 @@ def _by_name(
     return {name: _row([rate[i] for rate in rates], expected[i]) for i, name in enumerate(names)}
 
 
-def _row(rates: Sequence[Any], support: Any) -> dict[str, float]:
+def _row(rates: Sequence[np.ndarray | np.floating], support: int | np.integer) -> dict[str, float]:
     precision, recall, f1 = map(float, rates)
     return {"precision": precision, "recall": recall, "f1": f1, "support": int(support)}

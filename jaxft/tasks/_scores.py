@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import jax
 import numpy as np
+
+from jaxft.tasks.contract import Batch, Sums, Task
 
 Arrays = dict[str, np.ndarray]
 
 _AHEAD = 2  # batches that the device may be at work on while an earlier one is fetched
 
 
-def collected(parts: Iterable[tuple[Any, Any]]) -> tuple[Arrays, Arrays]:
+def collected(parts: Iterable[tuple[Sums, Batch]]) -> tuple[Arrays, Arrays]:
     """Sums and outputs of all batches on the host: sums added up in float64, outputs that count (of ``weights`` above 0) one after
     the other.
 
@@ -32,8 +34,8 @@ def collected(parts: Iterable[tuple[Any, Any]]) -> tuple[Arrays, Arrays]:
     return sums, {name: np.concatenate(found) for name, found in outputs.items()}
 
 
-def _fetched(parts: Iterable[Any]) -> Iterator[Any]:
-    waiting: deque[Any] = deque()
+def _fetched(parts: Iterable[tuple[Sums, Batch]]) -> Iterator[tuple[Arrays, Arrays]]:
+    waiting: deque[tuple[Sums, Batch]] = deque()
     for part in parts:
         waiting.append(part)
         if len(waiting) > _AHEAD:
@@ -42,7 +44,12 @@ def _fetched(parts: Iterable[Any]) -> Iterator[Any]:
         yield jax.device_get(part)
 
 
-def is_better(task: Any, metric: str, value: float, best: float | None) -> bool:
+def scalar(scores: Mapping[str, object], metric: str) -> float:
+    """The score that a task's ``metrics`` name: a number, whatever else it counts."""
+    return cast(float, scores[metric])
+
+
+def is_better(task: Task, metric: str, value: float, best: float | None) -> bool:
     """Whether a value of a metric is better than the best one so far (None: there is none); one that is not finite never is."""
     if not math.isfinite(value):
         return False

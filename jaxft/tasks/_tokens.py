@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ class TokenTask:
         del forward, batch
         return {}
 
-    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, float]:
         """Mean loss in nats, its exponential, and the share of tokens guessed right; NaN if no token was predicted."""
         del outputs
         tokens = float(sums["weight"]) or math.nan

@@ -117,7 +117,7 @@ class Task:
         """``probabilities`` [B, C] float32 of each row."""
         return {"probabilities": jax.nn.softmax(logits_by_text(forward(batch, None)), axis=-1)}
 
-    def answer(self, texts: Sequence[Any], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
+    def answer(self, texts: Sequence[object], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
         """The label of a text (or pair), its probability, and the probabilities of all labels; None instead of NaN."""
         probabilities = parts[0][1]["probabilities"]
         unsaid = bool(np.isnan(probabilities).any())
@@ -132,7 +132,9 @@ class Task:
         record = {"label": label, "probability": probability, "probabilities": by_label}
         return Answer(record, cells, unsaid)
 
-    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+    def judged(
+        self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
+    ) -> Iterator[dict[str, object]]:
         """For each row, its true label beside what the model says: see :class:`~jaxft.tasks.contract.Judging`."""
         back = order.argsort()
         found = (outputs[name][back].tolist() for name in ("labels", "predicted", "probability"))
@@ -167,7 +169,7 @@ class Task:
         recall = hits / np.maximum(true, 1)
         f1 = 2 * hits / np.maximum(true + predicted, 1)
         seen = (true + predicted) > 0
-        scores = {
+        scores: dict[str, object] = {
             "loss": float(sums["loss"]) / (float(sums["weight"]) or math.nan),
             "accuracy": float(hits.sum()) / (rows or math.nan),
             "macro_f1": float(f1[seen].mean()) if seen.any() else math.nan,
@@ -189,7 +191,7 @@ class Task:
             scores["confusion"] = np.rint(sums["confusion"]).astype(np.int64).tolist()
         return scores
 
-    def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, object]:
         positive = outputs["labels"] == 1
         cut = best_cut(outputs["positive"], positive)
         return {
@@ -219,7 +221,7 @@ def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array
     return batch["weights"] * jnp.asarray(class_weights, jnp.float32)[batch["labels"]]
 
 
-def _rounded(probability: Any) -> float | None:
+def _rounded(probability: np.floating) -> float | None:
     return None if math.isnan(probability) else round(float(probability), 6)
 
 

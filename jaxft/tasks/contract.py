@@ -114,7 +114,7 @@ class Task(Protocol):
         number of rows. ``{}`` where sums suffice."""
         ...
 
-    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> Mapping[str, object]:
         """The final numbers, on the host, from the sums and outputs of all batches. A score of nothing is NaN."""
         ...
 

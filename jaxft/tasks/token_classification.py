@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Task:
                 [self.labels[predicted[i]] if predicted[i] >= 0 else ".NaN" for i in places],
             )
 
-    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, Any]]:
+    def judged(self, outputs: Arrays, rows: Sequence[Sequence[Any]], order: np.ndarray) -> Iterator[dict[str, object]]:
         """For each row, its tags beside those predicted: see :class:`~jaxft.tasks.contract.Judging`."""
         del order
         found = {one.row: one for one in self._sentences(outputs)}
@@ -157,7 +157,7 @@ class Task:
             for place in np.flatnonzero(encoded.example["counts"]).tolist():
                 word = int(encoded.example["word"][place])
                 said[word] = self.labels[int(outputs["tag"][place])], float(outputs["score"][place])
-        words = _words(texts[0], [encoded.origin for encoded, _ in parts])
+        words = _words(texts[0], [cast(Window, encoded.origin) for encoded, _ in parts])
         unsaid = any(math.isnan(score) for _, score in said.values())
         # A word of which the tokenizer makes nothing is in no entity.
         tags, scores = (
@@ -171,7 +171,7 @@ class Task:
                 _joined(words[first:stop], label, scores[first:stop], texts[0])
                 for label, first, stop in entities_of(tags)
             ]
-            record: dict[str, Any] = {"entities": made}
+            record: dict[str, list[Said]] = {"entities": made}
         else:
             made = [
                 {**word, "label": tag, "score": _rounded(score)}
@@ -181,6 +181,10 @@ class Task:
         return Answer(record, {name: json.dumps(value, ensure_ascii=False) for name, value in record.items()})
 
 
+Said = dict[str, Any]
+"""A word or an entity as answers tell it: texts, places and a score."""
+
+
 class _Sentence(NamedTuple):
     row: int
     words: list[int]
@@ -188,7 +192,7 @@ class _Sentence(NamedTuple):
     predicted: list[str]
 
 
-def _with_rows(row: Mapping[str, float]) -> dict[str, Any]:
+def _with_rows(row: Mapping[str, float]) -> dict[str, float]:
     return {**{name: row[name] for name in ("precision", "recall", "f1")}, "rows": int(row["support"])}
 
 
@@ -196,14 +200,14 @@ def _rounded(score: float) -> float | None:
     return None if math.isnan(score) else round(score, 6)
 
 
-def _words(text: str | Sequence[str], windows: Sequence[Window]) -> list[dict[str, Any]]:
+def _words(text: str | Sequence[str], windows: Sequence[Window]) -> list[Said]:
     """The words of a row: with their characters in the text, or with their number in the list."""
     if isinstance(text, str):
         return [{"text": text[a:b], "start": a, "end": b} for a, b in word_spans(text, windows)]
     return [{"text": word, "word": i} for i, word in enumerate(text)]
 
 
-def _joined(words: Sequence[dict[str, Any]], label: str, scores: Sequence[float], text: Any) -> dict[str, Any]:
+def _joined(words: Sequence[Said], label: str, scores: Sequence[float], text: object) -> Said:
     """An entity of some words of a row."""
     score = _rounded(float(np.mean([one for one in scores if not math.isnan(one)] or [math.nan])))
     if isinstance(text, str):
@@ -237,7 +241,7 @@ class _Labelled(NamedTuple):
 
     text: str | list[str]
     """A text, or its words."""
-    labels: list[Any]
+    labels: Sequence[object]
     """A label for each word, or stretches of characters of the text."""
 
 
@@ -266,7 +270,7 @@ def _read(row: Row) -> str | list[str]:
     return text if isinstance(text, str) else [str(word) for word in _list(text, row, "words")]
 
 
-def _list(value: Any, row: Row, what: str) -> list[Any]:
+def _list(value: object, row: Row, what: str) -> list[object]:
     if isinstance(value, list) and not any(isinstance(one, Mapping | list) for one in value):
         return value
     raise UserError(f"{row.where}: expected a list of {what}, found {str(value)[:60]!r}; set data.text and data.label")

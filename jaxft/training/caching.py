@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from itertools import compress
 from pathlib import Path
@@ -140,7 +140,7 @@ class _Build:
         pace = _Pace(folder.name, total, self._note)
         encoded = module.encode(pace.counted(rows.chosen(mask)), tokenizer, self.targets, config)
 
-        def about(split: Split) -> dict[str, Any]:
+        def about(split: Split) -> dict[str, object]:
             targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels))
             return {
                 "rows": pace.rows,
@@ -187,7 +187,7 @@ class _Pace:
         return self.rows / max(time.monotonic() - self._began, 1e-9)
 
 
-def _identity(reference: Reference, *, hashed: bool = True) -> list[dict[str, Any]]:
+def _identity(reference: Reference, *, hashed: bool = True) -> list[dict[str, object]]:
     """Path, size and hash of the files that a source is read from."""
     return [
         {"path": str(path), "size": path.stat().st_size, "sha256": _sha256(path) if hashed else None}
@@ -200,7 +200,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sources_said(folder: Path, about: dict[str, Any]) -> Iterator[str]:
+def sources_said(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
     """Whether the files that a cache was made of are as they were, a line each."""
     for said in about["source"]["files"]:
         path = Path(said["path"])

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.extend as jex
 
 from jaxft.data.batch import Shape
+from jaxft.models.contract import Output
 from jaxft.models.initial import initialisable
 from jaxft.parallel.sharding import no_mesh
 from jaxft.training.recipe import Recipe
-from jaxft.training.step import apply_model
+from jaxft.training.step import Batch, apply_model
+from jaxft.trees import Params
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
     key = jax.eval_shape(lambda: jax.random.key(0))
     model = initialisable(recipe.model)  # whose attention is products that can be seen; those of a kernel cannot
 
-    def forward(params: Any, batch: Any, key: Any) -> Any:
+    def forward(params: Params, batch: Batch, key: jax.Array) -> Output:
         batch = recipe.task.prepare(batch, key)
         return apply_model(model, params, batch, None)
 
@@ -97,7 +99,7 @@ def _counted(jaxpr: jex.core.Jaxpr) -> tuple[float, float]:
     return dense, attention
 
 
-def _inside(equation: Any) -> list[Any]:
+def _inside(equation: jex.core.JaxprEqn) -> list[jex.core.Jaxpr]:
     """The programs that an equation calls."""
     found = []
     for value in equation.params.values():

@@ -6,9 +6,9 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from jaxft.data.batch import Shape
 from jaxft.files import write_atomic
@@ -81,7 +81,7 @@ class Profile:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
-    def after(self, step: int, result: Any) -> bool:
+    def after(self, step: int, result: PyTree[jax.Array]) -> bool:
         """To be called after it; whether the trace has just been written. Waits for the devices at its last step."""
         if not self._running or step != self._last:
             return False

@@ -5,22 +5,28 @@ Dims: B rows of a batch, R rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxft.errors import UserError
-from jaxft.parallel.sharding import run_mesh
+from jaxft.models.contract import Model
+from jaxft.parallel.sharding import AxisRules, run_mesh
 from jaxft.tasks.contract import Task
 from jaxft.training.optim import global_norm, without_frozen
 from jaxft.training.step import Batch, Gradient, Sums, forward_of
+from jaxft.trees import Params, Shardings, Tree
+
+_Total = tuple[list[jax.Array], Sums]
 
 
 def of_batch(
-    model: Any, task: Task, *, accumulation: int = 1, param_shardings: Any = None, frozen: Any = None
+    model: Model,
+    task: Task,
+    *,
+    accumulation: int = 1,
+    param_shardings: Shardings | None = None,
+    frozen: Tree[bool] | None = None,
 ) -> Gradient:
     """The gradient of a batch's summed loss, divided by its weight.
 
@@ -32,10 +38,10 @@ def of_batch(
     # By their specs alone: on an Explicit mesh, the one set in the step is its Auto twin.
     specs = None if param_shardings is None else jax.tree.map(lambda sharding: sharding.spec, param_shardings)
 
-    def gradient_of(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
+    def gradient_of(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
         trained, join = without_frozen(params, frozen)
 
-        def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
+        def loss_of(trained: list[jax.Array]) -> tuple[jax.Array, Sums]:
             sums = task.sums(forward_of(model, join(trained)), batch, key)
             # What else is counted is for evaluations: left out here, the compiler drops it.
             return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
@@ -45,15 +51,15 @@ def of_batch(
             gradient = jax.lax.with_sharding_constraint(gradient, without_frozen(specs, frozen)[0])
         return gradient, sums
 
-    def gradient(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
+    def gradient(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
         return _accumulated(gradient_of, accumulation, params, batch, key, weight)
 
     return gradient
 
 
 def _accumulated(
-    gradient_of: Gradient, accumulation: int, params: Any, batch: Batch, key: jax.Array, weight: jax.Array
-) -> tuple[list[Any], Sums]:
+    gradient_of: Gradient, accumulation: int, params: Params, batch: Batch, key: jax.Array, weight: jax.Array
+) -> tuple[list[jax.Array], Sums]:
     """Gradients of the trained leaves and sums of a batch, over ``accumulation`` micro-batches in turn."""
     if accumulation == 1:
         return gradient_of(params, batch, key, weight)
@@ -63,7 +69,7 @@ def _accumulated(
     # In bfloat16, small micro-batches would be rounded away beside the total.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
-    def add(total: tuple[Any, Sums], item: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Sums], None]:
+    def add(total: _Total, item: tuple[Batch, jax.Array]) -> tuple[_Total, None]:
         part, index = item
         parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
         return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
@@ -71,9 +77,7 @@ def _accumulated(
     return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
 
 
-def of_rows(
-    model: Any, task: Task, frozen: Any = None
-) -> Callable[[Any, Batch, jax.Array, jax.Array], tuple[list[Any], Sums]]:
+def of_rows(model: Model, task: Task, frozen: Tree[bool] | None = None) -> Gradient:
     """``(params, batch [R], key, numbers [R]) -> (a gradient [R, ...] per trained leaf, loss and weight [R])``, a row at a time.
 
     The loss of a row is its summed loss as the task weighs it, not divided by anything: of a text to be classified, its cross-entropy
@@ -84,11 +88,11 @@ def of_rows(
       frozen: as of :func:`of_batch`.
     """
 
-    def of_row(params: Any, row: Batch, key: jax.Array, number: jax.Array) -> tuple[list[Any], Sums]:
+    def of_row(params: Params, row: Batch, key: jax.Array, number: jax.Array) -> tuple[list[jax.Array], Sums]:
         trained, join = without_frozen(params, frozen)
         alone = jax.tree.map(lambda x: x[None], row)
 
-        def loss_of(trained: list[Any]) -> tuple[jax.Array, Sums]:
+        def loss_of(trained: list[jax.Array]) -> tuple[jax.Array, Sums]:
             sums = task.sums(forward_of(model, join(trained)), alone, jax.random.fold_in(key, number))
             return sums["loss"], {name: sums[name] for name in ("loss", "weight")}
 
@@ -100,7 +104,13 @@ def of_rows(
 
 
 def of_each_row(
-    model: Any, task: Task, clip: float, at_once: int, *, param_shardings: Any = None, frozen: Any = None
+    model: Model,
+    task: Task,
+    clip: float,
+    at_once: int,
+    *,
+    param_shardings: Shardings | None = None,
+    frozen: Tree[bool] | None = None,
 ) -> Gradient:
     """The gradients of rows (:func:`of_rows`), each shortened to a norm of ``clip`` at most, summed, and divided by the weight that
     the step gives: the core of DP-SGD (Abadi et al. 2016). No row moves the sum by more than ``clip``, whatever is in it.
@@ -121,7 +131,7 @@ def of_each_row(
         raise UserError(f"gradients of each row: clip={clip} must be above 0, at_once={at_once} at least 1")
     gradients_of = of_rows(model, task, frozen)
 
-    def clipped(params: Any, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[Any], Sums]:
+    def clipped(params: Params, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[jax.Array], Sums]:
         gradients, sums = gradients_of(params, batch, key, numbers)
         norms = jax.vmap(global_norm)(gradients)
         shares = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-30))
@@ -131,8 +141,8 @@ def of_each_row(
 
         return jax.tree.map(shortened, gradients), jax.tree.map(lambda x: x.sum(0), sums)
 
-    def gradient(params: Any, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[Any], Sums]:
-        def of_device(params: Any, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[Any], Sums]:
+    def gradient(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
+        def of_device(params: Params, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[jax.Array], Sums]:
             return _in_turn(clipped, at_once, params, batch, key, numbers)
 
         numbers = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
@@ -145,13 +155,13 @@ def of_each_row(
 
 
 def _in_turn(
-    clipped: Callable[..., tuple[list[Any], Sums]],
+    clipped: Gradient,
     at_once: int,
-    params: Any,
+    params: Params,
     batch: Batch,
     key: jax.Array,
     numbers: jax.Array,
-) -> tuple[list[Any], Sums]:
+) -> tuple[list[jax.Array], Sums]:
     """The sum over groups of ``at_once`` rows."""
     if (rows := numbers.size) % at_once:
         raise UserError(f"gradients of each row: at_once={at_once} does not divide the {rows} rows of a device")
@@ -162,13 +172,13 @@ def _in_turn(
     shapes = jax.eval_shape(clipped, params, some_rows, key, some_numbers)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: Any, group: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add(total: _Total, group: tuple[Batch, jax.Array]) -> tuple[_Total, None]:
         return jax.tree.map(jnp.add, total, clipped(params, group[0], key, group[1])), None
 
     return jax.lax.scan(add, zeros, groups)[0]
 
 
-def _row_axes(rules: Any, param_shardings: Any) -> tuple[str, ...]:
+def _row_axes(rules: AxisRules, param_shardings: Shardings | None) -> tuple[str, ...]:
     """The axes of the current mesh that split rows."""
     mesh = run_mesh()
     if mesh is None:
@@ -184,11 +194,11 @@ def _row_axes(rules: Any, param_shardings: Any) -> tuple[str, ...]:
     return axes
 
 
-def _on_devices(of_device: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+def _on_devices(of_device: Gradient, axes: tuple[str, ...]) -> Gradient:
     """``of_device`` of each device's rows, and the sum over devices."""
 
-    def summed(*arguments: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.psum(x, axes), of_device(*arguments))
+    def summed(params: Params, batch: Batch, key: jax.Array, numbers: jax.Array) -> _Total:
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), of_device(params, batch, key, numbers))
 
     whole, rows = PartitionSpec(), PartitionSpec(axes)
     return jax.shard_map(summed, in_specs=(whole, rows, whole, rows), out_specs=whole, check_vma=False)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
 
 from jaxft import checkpoint, tasks
 from jaxft.config import RunConfig, to_tree
-from jaxft.config.stored import stored_metric, wrong_best
+from jaxft.config.stored import RunMeta, stored_metric, wrong_best
 from jaxft.data.batch import Shape
 from jaxft.data.loader import stream, to_global
 from jaxft.errors import UserError
@@ -22,12 +22,17 @@ from jaxft.machine.memory import release_freed
 from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
+from jaxft.tasks import Task
+from jaxft.tasks.contract import Batch, Sums
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
+from jaxft.trees import Params
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,9 +67,9 @@ class Result:
     """How a run ended."""
 
     step: int
-    params: Any
+    params: Params
     """The best ones by ``eval.metric``, or the last ones if nothing was evaluated."""
-    metrics: dict[str, Any]
+    metrics: Mapping[str, object]
     """Scores of ``params`` on the held-out rows."""
     best_step: int
     interrupted: bool = False
@@ -106,8 +111,8 @@ def _fit(
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
     interrupted, step, lap = False, start, lap_of(setup)
     goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
-    best_metrics: dict[str, Any] | None = None
-    pending: tuple[int, Any, int, Shape] | None = None
+    best_metrics: Mapping[str, object] | None = None
+    pending: tuple[int, Sums, int, Shape] | None = None
 
     sinks = _sinks(setup, out, start)
     with sinks, stop_on_signal() as stop:
@@ -200,12 +205,13 @@ def _start(
         metric = tasks.metric_of(setup.task, setup.config.eval.metric)
         return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)
-    check_goes_on(setup, restored.meta, restored.step, seed, out)
+    meta = cast(RunMeta, restored.meta)
+    check_goes_on(setup, meta, restored.step, seed, out)
     note(f"resuming from step {restored.step}")
-    for line in changes_said(setup, restored.meta, restored.step, seed):
+    for line in changes_said(setup, meta, restored.step, seed):
         note(line)
-    progress = _progress(restored.meta, note)
-    reason = scores_differ(setup, restored.meta, seed)
+    progress = _progress(meta, note)
+    reason = scores_differ(setup, meta, seed)
     progress.metric = setup.config.eval.metric or progress.metric
     if reason is not None and progress.best_step is not None:
         _score_best_anew(setup, programs, progress, restored, store)
@@ -215,7 +221,7 @@ def _start(
     return restored.state, progress, restored.step
 
 
-def _progress(meta: dict[str, Any], note: Note) -> Progress:
+def _progress(meta: RunMeta, note: Note) -> Progress:
     """The progress in a checkpoint; what an earlier version took for the best by mistake is forgotten."""
     progress = Progress(**meta["progress"])
     if progress.metric is None:
@@ -232,11 +238,11 @@ def _score_best_anew(
 ) -> None:
     """Makes the best value one that evaluations from now on can be compared with."""
     best = restored if progress.best_step == restored.step else store.restore(programs.shapes, progress.best_step)
-    value = evaluate(setup, programs, best.state.best_params)[str(progress.metric)]
+    value = tasks.scalar(evaluate(setup, programs, best.state.best_params), str(progress.metric))
     progress.best_value, progress.bad_evals = value if math.isfinite(value) else None, 0
 
 
-def run_meta(setup: Setup, out: Path, seed: int) -> dict[str, Any]:
+def run_meta(setup: Setup, out: Path, seed: int) -> RunMeta:
     """What a checkpoint says about itself: enough to go on, and to serve the model without the run's files."""
     source = setup.source
     return {
@@ -264,7 +270,7 @@ def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
 
 
 def _report_step(
-    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Any, rows: int, shape: Shape
+    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Sums, rows: int, shape: Shape
 ) -> None:
     """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
     values = jax.device_get(metrics)
@@ -294,23 +300,25 @@ def _report_step(
 
 def _evaluate(
     setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int, chosen: str | None
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Scores the held-out rows and logs it; ``chosen`` names the metric that the best checkpoint is chosen by."""
     metrics = evaluate(setup, programs, state.best_params)
-    if chosen is not None and not np.isfinite(metrics[chosen]):
+    if chosen is not None and not np.isfinite(tasks.scalar(metrics, chosen)):
         sinks.note(
             f"warning: {chosen} of the held-out rows is {metrics[chosen]} at step {step}: not taken for the best"
         )
     sinks.log(
-        step, "eval", {name: metrics[name] for name in sorted(setup.task.metrics, key=lambda name: name != "loss")}
+        step,
+        "eval",
+        {name: tasks.scalar(metrics, name) for name in sorted(setup.task.metrics, key=lambda name: name != "loss")},
     )
     return metrics
 
 
-def _is_better(task: Any, progress: Progress, metrics: dict[str, Any], step: int) -> bool:
+def _is_better(task: Task, progress: Progress, metrics: Mapping[str, object], step: int) -> bool:
     """Whether an evaluation is the best so far; notes it in ``progress``."""
     assert progress.metric is not None
-    value = metrics[progress.metric]
+    value = tasks.scalar(metrics, progress.metric)
     better = tasks.is_better(task, progress.metric, value, progress.best_value)
     if better:
         progress.best_value, progress.best_step, progress.bad_evals = value, step, 0
@@ -319,11 +327,11 @@ def _is_better(task: Any, progress: Progress, metrics: dict[str, Any], step: int
     return better
 
 
-def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
+def evaluate(setup: Setup, programs: Programs, params: Params) -> Mapping[str, object]:
     """Metrics of ``params`` on the held-out rows; the final partial batch counts exactly its rows."""
     batches = setup.eval_batches()
 
-    def parts() -> Iterator[Any]:
+    def parts() -> Iterator[tuple[Sums, Batch]]:
         ahead = setup.config.data.read_ahead
         for step, batch in enumerate(stream(batches, 0, batches.steps_per_epoch, ahead)):
             placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
@@ -340,7 +348,7 @@ def _result(
     progress: Progress,
     store: checkpoint.Checkpoints,
     interrupted: bool,
-    best_metrics: dict[str, Any] | None,
+    best_metrics: Mapping[str, object] | None,
 ) -> Result:
     best = step if progress.best_step is None else progress.best_step
     if interrupted:  # whoever sent the signal does not wait for long
@@ -352,7 +360,7 @@ def _result(
     return Result(step, params, best_metrics or evaluate(setup, programs, params), best)
 
 
-def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
+def _timed(batches: Iterator[T], clock: Clock) -> Iterator[T]:
     """The same batches; the time spent waiting for each is told to the clock."""
     while True:
         with clock.waiting():

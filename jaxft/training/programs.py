@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -32,18 +32,18 @@ _LOOKED_AHEAD = 200
 class Compiled(NamedTuple):
     """A program, and which attention backends it uses."""
 
-    program: Any
+    program: jax.stages.Compiled
     choices: list[Choice]
 
 
-class Steps(Mapping[Shape, Any]):
+class Steps(Mapping[Shape, jax.stages.Compiled]):
     """The programs of one kind by batch shape. One that is still being compiled is waited for."""
 
     def __init__(self, kind: Kind, shapes: tuple[Shape, ...], ahead: Ahead[Name, Compiled]) -> None:
         self._kind: Kind = kind
         self._shapes, self._ahead = shapes, ahead
 
-    def __getitem__(self, shape: Shape) -> Any:
+    def __getitem__(self, shape: Shape) -> jax.stages.Compiled:
         if shape not in self._shapes:
             raise KeyError(shape)
         return self._ahead.result((self._kind, shape)).program
@@ -105,13 +105,13 @@ class Compilation:
 class Programs:
     """Compiled steps by batch shape; shared by all seeds of a run."""
 
-    train: Mapping[Shape, Any]
+    train: Mapping[Shape, jax.stages.Compiled]
     """``(state, batch, seed) -> (state, metrics)``."""
-    evaluate: Mapping[Shape, Any]
+    evaluate: Mapping[Shape, jax.stages.Compiled]
     """``(params, batch)`` to what the scores are made of."""
-    init: Any
+    init: jax.stages.Wrapped
     """``params -> state``."""
-    shapes: TrainState
+    shapes: TrainState[jax.ShapeDtypeStruct]
     """The state, as shapes with shardings."""
     compilation: Compilation
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxft import models, tasks
@@ -18,12 +18,13 @@ from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.batch import Fields, Shape, shaped
 from jaxft.data.labels import declared_labels
 from jaxft.data.packing import packed_fields
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import check_changes
 from jaxft.hub.source import Note, Source, make_config, open_source, refuse_other_problems
 from jaxft.layers import Compute
 from jaxft.models import adapters
-from jaxft.models.contract import Facts, Family, classes_of, with_classes
+from jaxft.models.contract import Facts, Family, FamilyConfig, Model, classes_of, with_classes
 from jaxft.models.initial import shapes_and_axes
 from jaxft.parallel.sharding import (
     DEFAULT_RULES,
@@ -38,8 +39,10 @@ from jaxft.parallel.sharding import (
 from jaxft.tasks import Targets, Task
 from jaxft.training import gradients
 from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
+from jaxft.training.optim.schedules import Schedule
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import make_train_step
+from jaxft.trees import Axes, Params, Shapes, Shardings, Tree
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,25 @@ class Recipe:
     config: RunConfig
     mesh: Mesh
     family_name: str
-    model: Any
+    model: Model
     task: Task
     targets: Targets
     fields: Fields
     """Fields of a batch."""
-    shapes: Any
+    shapes: Shapes
     """Shaped parameter tree."""
-    axes: Any
+    axes: Axes
     """Logical axis names of each parameter."""
-    shardings: Any
+    shardings: Shardings
     """Where each parameter lies."""
-    schedule: Any
-    optimizer: Any
-    frozen: Any
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    frozen: Tree[bool]
     """Tree of bool: which parameters do not train at all; they get no gradient."""
-    state: TrainState
+    state: TrainState[jax.ShapeDtypeStruct]
     """The training state, as shapes with shardings."""
 
-    def start(self, params: Any) -> TrainState:
+    def start(self, params: Params) -> TrainState[jax.Array]:
         """The state before step 0. Traceable."""
         return init_state(params, self.optimizer, self.config.optim.ema is not None)
 
@@ -79,7 +82,7 @@ class Recipe:
         """The seed argument of the train step."""
         return jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.mesh))
 
-    def train_program(self) -> Any:
+    def train_program(self) -> jax.stages.Wrapped:
         """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state."""
         gradient_of = gradients.of_batch(
             self.model,
@@ -136,7 +139,7 @@ def make_recipe(
     mesh: Mesh,
     source: Source | None,
     targets: Targets,
-    tokenizer: Any,
+    tokenizer: TextProcessor,
     total_steps: int,
     platform: str,
 ) -> Recipe:
@@ -186,7 +189,7 @@ def make_recipe(
     )
 
 
-def _check_tells_texts_apart(config: RunConfig, model: Any, fields: Fields, family: str) -> None:
+def _check_tells_texts_apart(config: RunConfig, model: Model, fields: Fields, family: str) -> None:
     """Raises UserError if a model answers once a row, where each text of a row has labels of its own."""
     inputs, head = model.facts.inputs, models.family(family).HEADS[model.head]
     if "starts" in fields and "starts" not in inputs and head.classes != "tokens":
@@ -196,7 +199,9 @@ def _check_tells_texts_apart(config: RunConfig, model: Any, fields: Fields, fami
         )
 
 
-def _state(config: RunConfig, mesh: Mesh, optimizer: Any, shapes: Any, shardings: Any) -> TrainState:
+def _state(
+    config: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Shapes, shardings: Shardings
+) -> TrainState[jax.ShapeDtypeStruct]:
     shaped = jax.eval_shape(lambda params: init_state(params, optimizer, config.optim.ema is not None), shapes)
     places = state_shardings(shaped, optimizer, shardings, mesh)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
@@ -231,7 +236,7 @@ def make_compute(
     )
 
 
-def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family, Any]:
+def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family, FamilyConfig]:
     if source is not None:
         return source.family, source.config
     if config.model.family is None:
@@ -242,7 +247,7 @@ def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family
 
 def _make_model(
     config: RunConfig, source: Source | None, head: str | None, labels: tuple[str, ...], compute: Compute
-) -> tuple[str, Any]:
+) -> tuple[str, Model]:
     """The family's name, and the model."""
     if labels and config.model.arch.get("num_labels", len(labels)) != len(labels):
         raise UserError(

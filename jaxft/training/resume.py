@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from jaxft import checkpoint
 from jaxft.config import RunConfig, flat, run_config, to_tree
-from jaxft.config.stored import stored_config
+from jaxft.config.stored import RunMeta, stored_config
 from jaxft.data.examples import Examples
 from jaxft.data.packing import Packed
 from jaxft.errors import UserError
@@ -52,11 +52,11 @@ def check_folder(setup: Setup, out: Path, seed: int) -> None:
             manifest = checkpoint.read_manifest(folder)
         except checkpoint.DamagedCheckpoint:
             continue  # restoring falls back in the same order, with its warning
-        check_goes_on(setup, manifest.meta, manifest.step or 0, seed, out)
+        check_goes_on(setup, cast(RunMeta, manifest.meta), manifest.step or 0, seed, out)
         return
 
 
-def check_goes_on(setup: Setup, meta: dict[str, Any], step: int, seed: int, out: Path) -> None:
+def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) -> None:
     """Refuses to go on from a checkpoint of another run.
 
     Args:
@@ -102,12 +102,12 @@ def _are(examples: Examples, digest: str) -> bool:
     return examples.is_of(digest) if isinstance(examples, Packed) else examples.digest() == digest
 
 
-def _other_tokenizer(setup: Setup, meta: dict[str, Any]) -> bool:
+def _other_tokenizer(setup: Setup, meta: RunMeta) -> bool:
     """Whether the tokenizer means something else than when the checkpoint was made; earlier versions' do not say."""
     return meta.get("tokenizer_digest") not in (None, setup.tokenizer.digest())
 
 
-def _check_model(setup: Setup, meta: dict[str, Any], out: Path) -> None:
+def _check_model(setup: Setup, meta: RunMeta, out: Path) -> None:
     """Raises UserError if the checkpoint's model is not the one that ``model.init`` and the data now lead to."""
     old, new = flat(meta["arch"], "arch"), flat(to_tree(setup.model.config), "arch")
     was = {"family": meta["family"], "head": meta["head"], "labels": list(meta["labels"])} | old
@@ -121,7 +121,7 @@ def _check_model(setup: Setup, meta: dict[str, Any], out: Path) -> None:
             )
 
 
-def _changes(meta: dict[str, Any], config: RunConfig, seed: int) -> Iterator[tuple[str, str, str]]:
+def _changes(meta: RunMeta, config: RunConfig, seed: int) -> Iterator[tuple[str, str, str]]:
     """(key, value in the checkpoint, value now) of all settings that differ, values as Python prints them."""
     # Keys that a run of an earlier version did not have yet had the value that is now their default.
     old, new = flat(to_tree(run_config(stored_config(meta)))), flat(to_tree(config))
@@ -135,7 +135,7 @@ def _changes(meta: dict[str, Any], config: RunConfig, seed: int) -> Iterator[tup
             yield key, was, now
 
 
-def changes_said(setup: Setup, meta: dict[str, Any], step: int, seed: int) -> Iterator[str]:
+def changes_said(setup: Setup, meta: RunMeta, step: int, seed: int) -> Iterator[str]:
     """What has changed since the checkpoint, a line each: what moved, and what another length does to the rates.
 
     Args:
@@ -170,7 +170,7 @@ def _length_said(setup: Setup, before: int, step: int) -> Iterator[str]:
     yield f"the rates so far were those of the {'new' if kept else 'old'} length{'' if kept else ', not of the new one'}"
 
 
-def scores_differ(setup: Setup, meta: dict[str, Any], seed: int) -> str | None:
+def scores_differ(setup: Setup, meta: RunMeta, seed: int) -> str | None:
     """Why the best value that a checkpoint knows cannot be compared with evaluations from now on; None: it can."""
     changed = {key: (was, now) for key, was, now in _changes(meta, setup.config, seed)}
     if "eval.metric" in changed:

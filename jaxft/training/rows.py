@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -167,7 +168,9 @@ def open_held_out(
     return cache
 
 
-def refuse_other_labels(declared: Any, labels: tuple[str, ...], whose: str) -> None:
+def refuse_other_labels(
+    declared: Sequence[object] | Mapping[str, object] | None, labels: tuple[str, ...], whose: str
+) -> None:
     """Raises UserError if ``data.labels`` declares other classes than there are.
 
     Args:
@@ -188,7 +191,7 @@ def targets_of(cache: Cache) -> Targets:
     return Targets(tuple(said["labels"]), tuple(said["counts"]), said["problem"])
 
 
-def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> dict[str, Any]:
+def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> dict[str, object]:
     """What encoded rows depend on besides the texts themselves, by dotted name."""
     options, data = to_tree(config.task), to_tree(config.data)
     # A module of another package need not say which of its options these are.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -21,7 +21,7 @@ from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
-from jaxft.data.processors.contract import SpecialIds
+from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
@@ -35,6 +35,7 @@ from jaxft.training.optim import make_schedule
 from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
 from jaxft.training.recipe import Recipe, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
+from jaxft.trees import Params
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Times:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def part(self, name: str) -> Any:
+    def part(self, name: str) -> Iterator[None]:
         """Adds the time of the block to ``name``."""
         start = time.perf_counter()
         try:
@@ -84,7 +85,7 @@ class Setup(Recipe):
         part = local_rows(self.mesh, self.model.compute.rules, rows)
         return Batches(split, rows, self.buckets, seed, part)
 
-    def start_params(self, seed: int, note: Note) -> Any:
+    def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
         if self.source is None:
             return init_params(self.model, seed, self.shardings)
@@ -92,7 +93,7 @@ class Setup(Recipe):
         fresh = self.fresh_head
         with processes.raise_together():  # each process reads, and judges, what its devices keep
             loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
-        if base is self.model:
+        if not isinstance(self.model, adapters.Adapted):
             return loaded
         return adapters.with_adapters(self.model, loaded, seed, self.shardings)
 
@@ -169,10 +170,11 @@ def check_config(config: RunConfig) -> None:
         make_schedule(config.optim, config.train.steps)
 
 
-def stand_in_tokenizer(vocab_size: int = 30522) -> Any:
+def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:
     """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
     special = SpecialIds(pad=0, mask=3, end=2)
-    return SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
+    made = SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
+    return cast(TextProcessor, made)
 
 
 def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxft.parallel.sharding import replicated
 from jaxft.training.optim import init_ema, map_state
+from jaxft.trees import Params, Shardings, Tree
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TrainState:
-    """The state of training; a checkpoint holds exactly this."""
+class TrainState(Generic[T]):
+    """The state of training; a checkpoint holds exactly this. Of arrays, or of their shapes or shardings."""
 
-    step: Any
+    step: T
     """int32: steps taken, the position in the data."""
-    skipped: Any
+    skipped: T
     """int32: how many of them changed nothing because loss or gradient was not finite."""
-    streak: Any
+    streak: T
     """int32: how many of the latest were skipped in a row."""
-    params: Any
-    opt_state: Any
-    ema: Any
+    params: Tree[T]
+    opt_state: PyTree[T]
+    ema: Tree[T] | None
     """Moving average of ``params``, or None."""
 
     @property
-    def best_params(self) -> Any:
+    def best_params(self) -> Tree[T]:
         """What evaluation and export use: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def init_state(params: Params, optimizer: optax.GradientTransformation, ema: bool) -> TrainState[jax.Array]:
     """The state before step 0. Traceable, for :func:`jax.eval_shape` and sharded initialisation."""
 
     def zero() -> jax.Array:
@@ -45,7 +49,9 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) 
     return TrainState(zero(), zero(), zero(), params, optimizer.init(params), init_ema(params) if ema else None)
 
 
-def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+    state: TrainState[jax.ShapeDtypeStruct], optimizer: optax.GradientTransformation, params: Shardings, mesh: Mesh
+) -> TrainState[NamedSharding]:
     """Shardings of a (shaped) state, given those of its parameters: what mirrors a parameter lies where it lies, the rest
     (counters) is replicated.
 
@@ -55,7 +61,7 @@ def state_shardings(state: TrainState, optimizer: optax.GradientTransformation, 
     """
     whole = replicated(mesh)
 
-    def like_param(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    def like_param(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
         # Adafactor's statistics have size 1 where they are averaged over a dimension.
         spec = (None if size == 1 else axes for size, axes in zip(leaf.shape, sharding.spec, strict=True))
         return NamedSharding(mesh, PartitionSpec(*spec))

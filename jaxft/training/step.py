@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from jaxft.models.contract import Model, Output
 from jaxft.tasks.contract import Forward, Task
 from jaxft.training.optim import global_norm, update_count, update_ema, without_frozen
+from jaxft.training.optim.schedules import Schedule
 from jaxft.training.state import TrainState
+from jaxft.trees import Params, Tree
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Gradient = Callable[[Any, Batch, jax.Array, jax.Array], tuple[list[Any], Sums]]
+Gradient = Callable[[Params, Batch, jax.Array, jax.Array], tuple[list[jax.Array], Sums]]
 """``(params, prepared batch, dropout key, weight) -> (gradients of the leaves that train, summed loss and weight)``; the gradient is
 of the summed loss divided by ``weight``, a scalar."""
 
 _PREPARE = 0x7A5C  # the task's stream of random numbers, apart from that of dropout
 
 
-def apply_model(model: Any, params: Any, batch: Batch, key: jax.Array | None) -> Any:
+def apply_model(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Output:
     """The model's output on a batch."""
     inputs = {name: batch[name] for name in model.facts.inputs if name in batch}
     return model.apply({"params": params}, **inputs, key=key)
 
 
-def forward_of(model: Any, params: Any) -> Forward:
+def forward_of(model: Model, params: Params) -> Forward:
     """The model's forward pass as tasks call it."""
     return lambda batch, key: apply_model(model, params, batch, key)
 
 
 def _once(forward: Forward) -> Forward:
     """The same, traced once for each batch: sums and outputs of one batch share its output."""
-    seen: list[tuple[Batch, Any, Any]] = []
+    seen: list[tuple[Batch, jax.Array | None, Output]] = []
 
-    def output_of(batch: Batch, key: jax.Array | None) -> Any:
+    def output_of(batch: Batch, key: jax.Array | None) -> Output:
         for known, used, output in seen:
             if known is batch and used is key:
                 return output
@@ -51,11 +55,11 @@ def make_train_step(
     task: Task,
     gradient_of: Gradient,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[Any], Any],
+    schedule: Schedule,
     *,
     ema: float | None = None,
-    frozen: Any = None,
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Sums]]:
+    frozen: Tree[bool] | None = None,
+) -> Callable[[TrainState[jax.Array], Batch, ArrayLike], tuple[TrainState[jax.Array], Sums]]:
     """One optimizer step as a pure function ``(state, batch, seed) -> (state, metrics)``.
 
     The loss is summed over the batch and divided by the batch's total weight, whatever the number of micro-batches, devices
@@ -68,7 +72,7 @@ def make_train_step(
       frozen: tree of bool, True for parameters that ``gradient_of`` leaves out. None: it leaves out none.
     """
 
-    def train_step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, Sums]:
+    def train_step(state: TrainState[jax.Array], batch: Batch, seed: ArrayLike) -> tuple[TrainState[jax.Array], Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
         weight = jnp.maximum(task.weight(batch), 1e-30)
@@ -78,10 +82,12 @@ def make_train_step(
 
         count = update_count(state.opt_state)  # of the steps that were taken, not those that were skipped
 
-        def take(params: Any, opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
+        def take(
+            params: Params, opt_state: optax.OptState, average: Params | None
+        ) -> tuple[Params, optax.OptState, Params | None]:
             gradient = without_frozen(jax.tree.map(jnp.zeros_like, params), frozen)[1](trained)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params = cast(Params, optax.apply_updates(params, updates))
             return params, opt_state, None if ema is None else update_ema(average, params, ema, count)
 
         # A branch updates the donated arrays in place. Selecting each element afterwards would need old and new side by
@@ -109,13 +115,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: Any, task: Task) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
+def make_eval_step(model: Model, task: Task) -> Callable[[Params, Batch], tuple[Sums, Batch]]:
     """``(params, batch) -> (sums over the batch, outputs per row)`` of the task.
 
     Rows of weight 0 add nothing to the sums, and each call gives the same.
     """
 
-    def eval_step(params: Any, batch: Batch) -> tuple[Sums, Batch]:
+    def eval_step(params: Params, batch: Batch) -> tuple[Sums, Batch]:
         batch = task.prepare(batch, jax.random.key(_PREPARE))
         forward = _once(forward_of(model, params))
         return task.sums(forward, batch, None), task.outputs(forward, batch)

@@ -32,14 +32,13 @@ def random_params(seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 def trained_state(seed: int = 0, dtype: Any = jnp.float32, **settings: Any) -> TrainState:
     """A state after one update, so that no part of it is trivial."""
-    params = random_params(seed, dtype)
+    params: Any = random_params(seed, dtype)
     config = OptimConfig(**settings)
     optimizer = make_optimizer(config, lambda step: 0.01 * jnp.ones(jnp.shape(step)), params, AXES)
     state = init_state(params, optimizer, config.ema is not None)
     updates, opt_state = jax.jit(optimizer.update)(random_params(seed + 1, dtype), state.opt_state, params)
-    return TrainState(
-        jnp.int32(7), jnp.int32(2), jnp.int32(1), optax.apply_updates(params, updates), opt_state, state.ema
-    )
+    moved: Any = optax.apply_updates(params, updates)
+    return TrainState(jnp.int32(7), jnp.int32(2), jnp.int32(1), moved, opt_state, state.ema)
 
 
 def shaped(state: Any, sharding: Any = None) -> Any:

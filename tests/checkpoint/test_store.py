@@ -31,6 +31,7 @@ def test_every_optimizer_state_comes_back_bit_exact(store: Checkpoints, name: st
     assert_same(found, state)
     assert step == 7
     assert meta["data"] == {"epoch": 1}
+    assert isinstance(meta["versions"], dict)
     assert set(meta["versions"]) == {"jaxft", "jax", "orbax"}
 
 

@@ -93,7 +93,9 @@ def test_pairs_are_cut_as_the_library_cuts_them(folder: Path, direction: str) ->
         assert [(ids, types) for ids, types, _ in found] == [(e.ids, e.type_ids) for e in expected]
         assert [cut for _, _, cut in found] == [max(0, a + b + 3 - limit) for a, b in sizes]
         assert [cut > 0 for _, _, cut in found] == [bool(e.overflowing) for e in expected]
-        assert ours._fast.truncation["max_length"] == limit  # for the single texts that follow
+        truncation = ours._fast.truncation
+        assert truncation is not None
+        assert truncation["max_length"] == limit  # for the single texts that follow
 
 
 def test_two_long_texts_take_no_more_than_one_of_both_lengths(folder: Path) -> None:

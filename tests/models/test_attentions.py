@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 )
 def test_probabilities_equal_the_reference(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     module = models.family(family)
-    config = dataclasses.replace(module.TINY, num_hidden_layers=2, **changes)
+    config: Any = dataclasses.replace(module.TINY, num_hidden_layers=2, **changes)
     theirs = make_reference(module, config, None, family)
     model, params = ours_of(module, theirs, config, None, tmp_path)
     batch = example_batch(module.facts(config), 3, length=12)

@@ -182,7 +182,8 @@ def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp
     tree = llama.config_to_hf(BASE)
     tree.pop("rope_parameters")
     stated = tree | ROPE_SPELLINGS[spelling]
-    rope = Rotary(**llama.config_from_hf(stated)["rope"])
+    fields: Any = llama.config_from_hf(stated)["rope"]
+    rope = Rotary(**fields)
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(dict(stated)))
     close(rope.frequencies(BASE.head_size), theirs.inv_freq, spelling)
     # An export must not keep an old spelling, which the reference would believe over what we write.

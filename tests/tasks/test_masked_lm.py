@@ -111,6 +111,8 @@ def test_gathering_first_changes_nothing(model: Any, params: Any) -> None:
     batch = TASK.prepare(batch_of([9, 16, 12], 16), jax.random.key(0))
     gathered = apply_model(model, params, batch, None).logits
     everything = apply_model(model, params, {k: v for k, v in batch.items() if k != "predict"}, None).logits
+    assert gathered is not None
+    assert everything is not None
     assert gathered.shape == (3, 2, VOCAB)
     np.testing.assert_allclose(
         gathered, jnp.take_along_axis(everything, batch["predict"][..., None], axis=1), atol=1e-5

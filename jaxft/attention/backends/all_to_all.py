@@ -10,7 +10,6 @@ Dims: B batch, S query length, N query heads, K key/value heads, H head size; s 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 from jax import lax
@@ -52,5 +51,5 @@ def with_whole_rows(run: Run, call: Call, q: Array, k: Array, v: Array, mask: Ma
     if drop is not None:
         heads = drop.rows.shape[1] // ways
         drop = dataclasses.replace(drop, rows=lax.dynamic_slice_in_dim(drop.rows, me * heads, heads, 1))
-    out: Any = run(call, whole(q), whole(k), whole(v), mask, drop)
+    out = run(call, whole(q), whole(k), whole(v), mask, drop)
     return lax.all_to_all(out, CONTEXT, split_axis=2, concat_axis=1, tiled=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxft.layers import dot, recomputed_from
 from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
+T = TypeVar("T")
 
 # Logits of a chunk: on a CPU about what its caches hold, elsewhere enough to keep every unit busy.
 _LOGITS = {"cpu": 2**20}
@@ -97,7 +98,7 @@ class _Chunks:
         b, k = self.shape
         return x.reshape(b // self.rows * (k // self.heads), self.rows, self.heads, x.shape[1] // k, *x.shape[2:])
 
-    def cut_rows(self, tree: Any) -> Any:
+    def cut_rows(self, tree: T) -> T:
         """Arrays [B, ...] as [C, R, ...]."""
         b, k = self.shape
         return jax.tree.map(
@@ -151,9 +152,13 @@ def _bands(mask: MaskSpec, length: int, others: int, block: int, *, of_keys: boo
         yield _Band(first, end, other_first, max(min(end + shift + after, others), other_first + 1))
 
 
+_Saved = tuple[Array, Array, Array, MaskSpec, Dropout | None, Array, Array, Array]
+"""q, k, v, mask and dropout of a call, its result, the largest logit of each query, and the logarithm of its normaliser."""
+
+
 def _forward(
     call: Call, blocks: _Blocks, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, _Saved]:
     chunks = _chunks(call, q, k, blocks)
     parts = (chunks.cut(q), chunks.cut(k), chunks.cut(v), chunks.cut_rows(mask), chunks.cut_drop(drop))
     results = lax.map(lambda x: _forward_chunk(call, blocks.queries, drop, *x), parts)
@@ -210,7 +215,7 @@ def _forward_block(
     return out, top[..., 0], jnp.log(total)[..., 0]
 
 
-def _backward(call: Call, blocks: _Blocks, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _backward(call: Call, blocks: _Blocks, saved: _Saved, g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, top, log_total = saved
     (q, k), g = recomputed_from((q, k), g)
     top = _reachable(call, top, q, k)
@@ -336,7 +341,9 @@ def _added_at(total: Array | None, part: Array, seen: slice, shape: tuple[int, .
     return total.at[..., seen].add(part)
 
 
-def _over_blocks(function: Any, band: _Band, block: int, axis: int) -> tuple[Array, ...]:
+def _over_blocks(
+    function: Callable[[Array | int], tuple[Array, ...]], band: _Band, block: int, axis: int
+) -> tuple[Array, ...]:
     """Results of ``function(first token)`` for each block, joined along ``axis``."""
     count = (band.end - band.first) // block
     if count == 1:
@@ -345,7 +352,9 @@ def _over_blocks(function: Any, band: _Band, block: int, axis: int) -> tuple[Arr
     return tuple(_joined(x, axis) for x in results)
 
 
-def _summing_over_blocks(function: Any, start: Array, band: _Band, block: int) -> tuple[Array, tuple[Array, Array]]:
+def _summing_over_blocks(
+    function: Callable[[Array], tuple[Array, Array, Array]], start: Array, band: _Band, block: int
+) -> tuple[Array, tuple[Array, Array]]:
     """The sum of the first result of ``function(first token)`` over all blocks, and the others joined along axis 2."""
 
     def step(total: Array, first: Array) -> tuple[Array, tuple[Array, Array]]:

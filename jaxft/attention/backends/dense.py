@@ -6,7 +6,6 @@ Dims: B batch, S query length, T key length, N query heads, K key/value heads, H
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ def _attend(
     mask: MaskSpec,
     bias: Array | None,
     drop: Dropout | None,
-    kept: Any,
+    kept: Array | None,
 ) -> Array:
     """Attention of :func:`grouped` queries; ``length`` is S."""
     return _attend_fwd(call, length, q, k, v, mask, bias, drop, kept)[0]
@@ -65,6 +64,13 @@ def _attend(
 def _capped(call: Call, q: Array, k: Array) -> Array:
     """float32 [B, K, N/K S, T]."""
     return call.capped(dot("bnsh,bnth->bnst", call.scaled(q), k, call.compute))
+
+
+_Saved = tuple[
+    *tuple[Array, Array, Array, MaskSpec, Array | None, Dropout | None, Array | None],
+    *tuple[Array, Array, Array],
+]
+"""What :func:`_attend` took, its result, the largest logit of each query, and the logarithm of its normaliser."""
 
 
 def _attend_fwd(
@@ -76,8 +82,8 @@ def _attend_fwd(
     mask: MaskSpec,
     bias: Array | None,
     drop: Dropout | None,
-    kept: Any,
-) -> tuple[Array, tuple[Any, ...]]:
+    kept: Array | None,
+) -> tuple[Array, _Saved]:
     allowed = for_groups(mask.allowed(length, k.shape[2]), q.shape[2] // length)
     bits = _kept(call, drop, length, k) if kept is None and drop is not None else kept
     logits = _capped(call, q, k)
@@ -91,7 +97,7 @@ def _attend_fwd(
     return out, (q, k, v, mask, bias, drop, kept, out, top, jnp.log(total))
 
 
-def _attend_bwd(call: Call, length: int, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _attend_bwd(call: Call, length: int, saved: _Saved, g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, bias, drop, kept, out, top, log_total = saved
     (q, k, drop), g = recomputed_from((q, k, drop), g)
     bits = _kept(call, drop, length, k) if kept is None and drop is not None else kept

@@ -57,7 +57,7 @@ def _finished(call: Call, out: Array, mask: MaskSpec, keys: int, bias: Array | N
     return jnp.where(_seen_bias(bias, mask)[1], out, jnp.zeros_like(out))
 
 
-def _exactly(call: Call) -> contextlib.AbstractContextManager[Any]:
+def _exactly(call: Call) -> contextlib.AbstractContextManager[object]:
     """What products of float32 are traced under: left alone, GPUs round their operands to TF32 and TPUs to bfloat16."""
     if call.compute.matmul_dtype == "float32":
         return jax.default_matmul_precision("highest")

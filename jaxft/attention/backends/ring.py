@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import PyTree
 
 from jaxft.attention.backends.scores import MASKED, Call, dropped, exp_where, for_groups, grouped, masked, weights_again
 from jaxft.attention.dropout import Dropout
@@ -26,6 +27,11 @@ from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import CONTEXT
 
 Array = jax.Array
+T = TypeVar("T")
+
+
+_Saved = tuple[Array, Array, Array, MaskSpec, Dropout | None, Array, Array, Array]
+"""q, k, v, mask and dropout of a call, its result, the largest logit of each query, and the logarithm of its normaliser."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -34,15 +40,14 @@ def ring(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout
     return _ring_fwd(call, q, k, v, mask, drop)[0]
 
 
-def _ring_fwd(
-    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
-) -> tuple[Array, tuple[Any, ...]]:
+def _ring_fwd(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, _Saved]:
     local = functools.partial(_forward, call)
-    out, *sums = _on_stretches(call, local, ("q", "top", "log_total"), q=q, k=k, v=v, mask=mask, drop=drop)
-    return out, (q, k, v, mask, drop, out, *sums)
+    results = _on_stretches(call, local, ("q", "top", "log_total"), q=q, k=k, v=v, mask=mask, drop=drop)
+    out, top, log_total = results
+    return out, (q, k, v, mask, drop, out, top, log_total)
 
 
-def _ring_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _ring_bwd(call: Call, saved: _Saved, g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, top, log_total = saved
     # Otherwise compilers find that the forward pass has sent the same round, and keep what every device got.
     (k, v), g = recomputed_from((k, v), g)
@@ -65,7 +70,9 @@ def _ring_bwd(call: Call, saved: tuple[Any, ...], g: Array) -> tuple[Array | Non
 ring.defvjp(usual_promotion(_ring_fwd), usual_promotion(_ring_bwd))
 
 
-def _on_stretches(call: Call, local: Callable[..., Any], results: tuple[str, ...], **arrays: Any) -> Any:
+def _on_stretches(
+    call: Call, local: Callable[..., tuple[Array, ...]], results: tuple[str, ...], **arrays: PyTree[Array]
+) -> tuple[Array, ...]:
     """``local(**arrays)`` on each device's part of the arrays."""
     rules = call.compute.rules
     specs = specs_of(rules, arrays["mask"], arrays["drop"])
@@ -106,7 +113,7 @@ class _Rounds:
         kept = drop.kept(self._me * s + self._place, self.owner(round_) * s, s)
         return grouped(kept, self.key_heads)
 
-    def passed_on(self, tree: Any) -> Any:
+    def passed_on(self, tree: T) -> T:
         """Each array at its next device."""
         pairs = [(i, (i + 1) % self.count) for i in range(self.count)]
         return jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, pairs), tree)

@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxft.layers.bits import GOLDEN, mix
 from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
+T = TypeVar("T")
 
 _MASKED, _SEEN = np.finfo(np.float32).min, np.finfo(np.float32).max  # what logits are at most
 _LOG2E = np.float32(math.log2(math.e))
@@ -55,9 +56,9 @@ def _keeps(place: Array, a: Array, b: Array, keep: int) -> Array:
 class _Task(NamedTuple):
     """Some queries of one head in a step, and the keys they may see."""
 
-    q: tuple[Any, Any, slice]
+    q: tuple[Array, Array, slice]
     """Row, head, and which of the length: an index of a :class:`Block`. k: the same of keys."""
-    k: tuple[Any, Any, slice]
+    k: tuple[Array, Array, slice]
     first: bool
     last: bool
     """Whether it is the first, or last, of its key head."""
@@ -73,17 +74,17 @@ class _Step:
     """N. group: G. length: S."""
     group: int
     length: int
-    words: Any
+    words: jax.Ref | None
     """[2, B N] uint32, or None without dropout. first: where those of the step begin."""
-    first: Any
-    ids: Any
+    first: Array
+    ids: jax.Ref | None
     """[rows, 2, S], or None without segments."""
-    bound: Any
+    bound: jax.Ref | None
     """[rows or 1, T, S]: what a logit is at most, the largest or the least float32; None if all may be seen."""
-    places: Any
+    places: jax.Ref | None
     """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
 
-    def run(self, first_half: Callable[[_Task], Any], second_half: Callable[[_Task, Any], None]) -> None:
+    def run(self, first_half: Callable[[_Task], T], second_half: Callable[[_Task, T], None]) -> None:
         """Runs the tasks. First halves, which need the matrix unit, are started some tasks before second halves."""
         # Later steps of the same rows find the scratch filled.
         pl.when(pl.program_id(1) == 0)(self.fill)
@@ -124,11 +125,11 @@ class _Step:
                 place = (lane + start) * self.spec.row_length + t
                 self.places[:, start : start + LANES] = lax.bitcast_convert_type(place, jnp.uint32) * GOLDEN
         if self.bound is not None:
-            self.fill_bound(t - lane, starts)
+            self.fill_bound(self.bound, t - lane, starts)
 
-    def fill_bound(self, ahead: Array, starts: range) -> None:
+    def fill_bound(self, bound: jax.Ref, ahead: Array, starts: range) -> None:
         """What may be seen; ``ahead`` [T, 128]: how many places a key is ahead of one of the first 128 queries."""
-        for row in range(self.bound.shape[0]):
+        for row in range(bound.shape[0]):
             ids = None if self.ids is None else self.ids[row]  # [2, S]
             keys = None if ids is None else jnp.broadcast_to(ids[1:2], ahead.shape[::-1]).T
             for start in starts:
@@ -136,7 +137,7 @@ class _Step:
                 if ids is not None:
                     allowed += [keys == ids[0:1, start : start + LANES], keys != 0]
                 seen = functools.reduce(jnp.logical_and, allowed)
-                self.bound[row, :, start : start + LANES] = jnp.where(seen, _SEEN, _MASKED)
+                bound[row, :, start : start + LANES] = jnp.where(seen, _SEEN, _MASKED)
 
     def near(self, ahead: Array) -> list[Array]:
         """Conditions on how many places a key is ahead of a query."""
@@ -159,7 +160,7 @@ class _Step:
 
     def dropped(self, task: _Task, *arrays: Array) -> tuple[Array, ...]:
         """[T, S] arrays, 0 where dropout drops."""
-        if self.places is None:
+        if self.places is None or self.words is None:
             return arrays
         at = self.first + task.q[0] * self.heads + task.q[1]
         keep = _keeps(self.places[task.k[2], task.q[2]], self.words[0, at], self.words[1, at], self.spec.keep)
@@ -173,7 +174,7 @@ def _dot(x: Array, y: Array, *, over_last: bool = False) -> Array:
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(step: _Step, q: Any, k: Any, v: Any, out: Any, top: Any, log_total: Any) -> None:
+def _forward_kernel(step: _Step, q: Block, k: Block, v: Block, out: Block, top: Block, log_total: Block) -> None:
     def products(task: _Task) -> Array:
         return _dot(k[task.k].T, q[task.q])
 
@@ -196,17 +197,17 @@ def _forward_kernel(step: _Step, q: Any, k: Any, v: Any, out: Any, top: Any, log
 
 def _backward_kernel(
     step: _Step,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    top: Any,
-    log_total: Any,
-    g: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    sums: Any,
+    q: Block,
+    k: Block,
+    v: Block,
+    out: Block,
+    top: Block,
+    log_total: Block,
+    g: Block,
+    dq: Block,
+    dk: Block,
+    dv: Block,
+    sums: jax.Ref,
 ) -> None:
     drop_scale = step.spec.drop_scale  # of dweights: left out, and made up for in the results
     scale = np.float32(step.spec.scale) * drop_scale
@@ -237,7 +238,7 @@ def _backward_kernel(
     step.run(products, gradients)
 
 
-def _collect(task: _Task, sums: Any, parts: tuple[Array, Array]) -> None:
+def _collect(task: _Task, sums: jax.Ref, parts: tuple[Array, Array]) -> None:
     """Adds gradients of a task's keys to ``sums`` [2, H, T]."""
     keys = task.k[2]
     whole = keys == slice(0, sums.shape[2])
@@ -248,13 +249,19 @@ def _collect(task: _Task, sums: Any, parts: tuple[Array, Array]) -> None:
 
 
 def _call(
-    kernel: Any, spec: Spec, dims: Dims, arrays: tuple[Array, ...], ids: Array | None, words: Array | None, outs: Any
+    kernel: Callable[..., None],
+    spec: Spec,
+    dims: Dims,
+    arrays: tuple[Array, ...],
+    ids: Array | None,
+    words: Array | None,
+    outs: list[jax.ShapeDtypeStruct],
 ) -> list[Array]:
     """Runs a kernel on arrays [N or K times H, B S], or [N, 1, B S]; q is the first of them."""
     b, n, kv, s, h = dims
     sizes, drop = Sizes.of(spec, dims, arrays[0].dtype.itemsize), spec.rate > 0.0
     grid = (b // sizes.rows, kv // sizes.heads)
-    scratch: dict[str, Any] = {}
+    scratch: dict[str, pl.MemoryRef] = {}
     if ids is not None or spec.causal or spec.window is not None:
         scratch["bound"] = pltpu.VMEM((1 if ids is None else sizes.rows, s, s), jnp.float32)
     if drop:
@@ -262,7 +269,7 @@ def _call(
     if kernel is _backward_kernel:
         scratch["sums"] = pltpu.VMEM((2, h, s), jnp.float32)
 
-    def body(*refs: Any) -> None:
+    def body(*refs: jax.Ref) -> None:
         given = iter(refs)
         words_ref, ids_ref = next(given) if drop else None, None if ids is None else next(given)
         operands = [Block(next(given), h, s) for _ in (*arrays, *outs)]
@@ -272,7 +279,7 @@ def _call(
         first = (pl.program_id(0) * sizes.rows * n) + pl.program_id(1) * (n // grid[1])
         kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bound, places), *operands, *held.values())
 
-    def heads_of(x: Any) -> pl.BlockSpec:
+    def heads_of(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         block = (x.shape[0] // grid[1], *x.shape[1:-1], sizes.rows * s)
         return pl.BlockSpec(block, lambda i, j, *_: (j, i) if len(block) == 2 else (j, 0, i))
 
@@ -352,12 +359,17 @@ def fused_attention(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None,
     return _fwd(spec, q, k, v, ids, words)[0]
 
 
-def _attention_fwd(spec: Spec, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, top, log_total = _fwd(spec, *operands)
-    return out, (*operands, out, top, log_total)
+_Saved = tuple[Array, Array, Array, Array | None, Array | None, Array, Array, Array]
 
 
-def _attention_bwd(spec: Spec, saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _attention_fwd(
+    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None
+) -> tuple[Array, _Saved]:
+    out, top, log_total = _fwd(spec, q, k, v, ids, words)
+    return out, (q, k, v, ids, words, out, top, log_total)
+
+
+def _attention_bwd(spec: Spec, saved: _Saved, g: Array) -> tuple[Array | None, ...]:
     q, k, v, ids, words, out, top, log_total = saved
     return (*_bwd(spec, q, k, v, ids, words, out, top, log_total, g), None, None)
 

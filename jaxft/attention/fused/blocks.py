@@ -6,7 +6,7 @@ Dims: B batch, S query and key length, N query heads, K key/value heads, G = N/K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -68,17 +68,21 @@ class Dims(NamedTuple):
     size: int
 
 
+_Index = tuple[Array, Array, slice] | tuple[Array, Array]
+"""Row and head, and which part of the length; without it, the whole."""
+
+
 @dataclass(frozen=True)
 class Block:
     """What a step of the grid sees of an array of heads: [heads H, rows S], or, one number a query, [heads, 1, rows S]."""
 
-    ref: Any
+    ref: jax.Ref
     size: int
     """H."""
     length: int
     """S."""
 
-    def _at(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _at(self, index: _Index) -> tuple[Array | slice | pl.Slice, ...]:
         """The index of part of a row of a head, (row, head, slice), or of the whole, (row, head)."""
         row, head, cut = index if len(index) == 3 else (*index, slice(0, self.length))
         lanes = pl.ds(pl.multiple_of(row * self.length + cut.start, LANES), cut.stop - cut.start)
@@ -86,14 +90,14 @@ class Block:
             return head, slice(None), lanes
         return pl.ds(pl.multiple_of(head * self.size, 8), self.size), lanes
 
-    def __getitem__(self, index: tuple[Any, ...]) -> Array:
+    def __getitem__(self, index: _Index) -> Array:
         return self.ref[self._at(index)]
 
-    def __setitem__(self, index: tuple[Any, ...], value: Array) -> None:
+    def __setitem__(self, index: _Index, value: Array) -> None:
         self.ref[self._at(index)] = value
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Element type of the array."""
         return self.ref.dtype
 

@@ -9,7 +9,8 @@ Dims: B batch, S query length, T key length, N query heads, K key/value heads, H
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -128,13 +129,13 @@ def _splash_block(length: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _splash_kernel(
     length: int, heads: int, causal: bool, window: int | None, grouped: bool, cap: float | None, interpret: bool
-) -> Any:
+) -> Callable[..., Array]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (length, length)
     if window is not None:
-        one: Any = masks.LocalMask(shape, window_size=(window - 1, 0 if causal else window - 1), offset=0)
+        one: masks.Mask = masks.LocalMask(shape, window_size=(window - 1, 0 if causal else window - 1), offset=0)
     else:
         one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     # By price: blocks of 1024 queries and 2048 keys are the largest that fit vector memory (benchmarks/attention_tpu.py).
@@ -153,9 +154,10 @@ def _splash_kernel(
     with (
         jax.ensure_compile_time_eval()
     ):  # its block tables are constants of the kernel, not of the trace it is first used in
-        return make(
+        made = make(
             masks.MultiHeadMask([one] * heads), block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret
         )
+    return cast(Callable[..., Array], made)
 
 
 def splash(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.attention.backends.scores import Call
 from jaxft.attention.dropout import Dropout
@@ -47,20 +47,22 @@ def native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropo
     return _native(call, q, k, v, mask, drop)
 
 
+_Kept = tuple[Array, Array, Array, MaskSpec, Dropout | None, Array, Array]
+"""q, k, v, mask and dropout of a call, its result, and two numbers per query."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _native(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> Array:
     return _forward(call, q, k, v, mask, drop)[0]
 
 
-def _forward(
-    call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
-) -> tuple[Array, tuple[Any, ...]]:
+def _forward(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None) -> tuple[Array, _Kept]:
     types = _types(call, q)
     out, sums = _run(_kernel(FORWARD, types, call, mask, drop), *_inputs(call, types, q, k, v, mask, drop))
     return out.astype(call.compute.activation_dtype), (q, k, v, mask, drop, out, sums)
 
 
-def _backward(call: Call, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+def _backward(call: Call, kept: _Kept, g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, drop, out, sums = kept
     _, dtype = types = _types(call, q)
     inputs = (*_inputs(call, types, q, k, v, mask, drop), out, sums, g.astype(dtype))
@@ -146,7 +148,7 @@ def _run(kernel: _Kernel, *inputs: Array) -> tuple[Array, ...]:
         return _partitioned(kernel, *alike, tuple(x.ndim for x in inputs))(*inputs)
 
     @run.def_vmap
-    def more_rows(size: int, mapped: list[bool], *inputs: Array) -> tuple[tuple[Array, ...], Any]:
+    def more_rows(size: int, mapped: list[bool], *inputs: Array) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
         wide = [x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip(inputs, mapped, strict=True)]
         if mapped[_WORDS] and inputs[_WORDS].size:  # a key for each: the rows of a call share one
             results = jax.lax.map(lambda x: run(*x), tuple(wide))
@@ -162,11 +164,18 @@ def _run(kernel: _Kernel, *inputs: Array) -> tuple[Array, ...]:
 _WORDS = 5  # which of the inputs
 
 
+class _Placed(Protocol):
+    """An argument or result as the compiler has placed it."""
+
+    @property
+    def sharding(self) -> NamedSharding: ...
+
+
 _TERMS = ("b n s h", "b k t h", "b k t h", "b s", "b t", "w", "b n", "b n s h", "b n s u", "b n s h")
 
 
 @functools.lru_cache(maxsize=256)
-def _partitioned(kernel: _Kernel, same_heads: bool, same_length: bool, dims: tuple[int, ...]) -> Any:
+def _partitioned(kernel: _Kernel, same_heads: bool, same_length: bool, dims: tuple[int, ...]) -> custom_partitioning:
     """The kernel as a function that the compiler may run on parts of the rows and, unless they are grouped, of the heads.
 
     Otherwise it would gather all rows on every device, where a mesh that is not a run's (:func:`jaxft.parallel.sharding.run_mesh`) splits
@@ -180,7 +189,9 @@ def _partitioned(kernel: _Kernel, same_heads: bool, same_length: bool, dims: tup
     split = ("b", "n") if same_heads else ("b",)
     whole = [name for name in dict.fromkeys(rule.replace(",", "").replace("->", "").split()) if name not in split]
 
-    def partition(mesh: Any, arguments: Any, results: Any) -> tuple[Any, Any, Any, Any]:
+    def partition(
+        mesh: Mesh, arguments: tuple[_Placed, ...], results: tuple[_Placed, ...]
+    ) -> tuple[Mesh, _Kernel, tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
         rows, heads = (*arguments[0].sharding.spec, None, None)[:2]
         axes = {"b": rows, "n": heads if same_heads else None}
 

@@ -7,15 +7,20 @@ grow with the product of their lengths. So pairs are tokenised whole and cut her
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 
-def count_dropped(encoding: Any, special: int) -> int:
+def count_dropped(encoding: Encoding, special: int) -> int:
     """Tokens of one text that truncation cut off; ``special``: tokens that are added to each row."""
     return sum(len(part) - special for part in encoding.overflowing)
 
 
-def cut_pairs(fast: Any, texts: Sequence[str], pairs: Sequence[str]) -> Iterator[tuple[Any, list[int] | None, int]]:
+def cut_pairs(
+    fast: Tokenizer, texts: Sequence[str], pairs: Sequence[str]
+) -> Iterator[tuple[Encoding, list[int] | None, int]]:
     """Per pair: its whole encoding, the positions that stay (None: all), and how many tokens are cut off.
 
     Args:

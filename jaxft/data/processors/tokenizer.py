@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax import Array
@@ -19,6 +19,9 @@ from jaxft.data.processors.cutting import count_dropped, cut_pairs
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
 from jaxft.data.processors.windows import Window, check_room, cut, whole_tokens
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 __all__ = [
     "Tokenizer",
@@ -166,7 +169,9 @@ class Tokenizer:
         check_room(self.max_length, self._fast.num_special_tokens_to_add(False), stride, str(self.folder))
         return self._windows(texts, split_words, stride)
 
-    def _windows(self, texts: Sequence[Any], split_words: bool, stride: int | None) -> Iterator[Window]:
+    def _windows(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], split_words: bool, stride: int | None
+    ) -> Iterator[Window]:
         remaining, done = iter(texts), 0
         while chunk := list(islice(remaining, _CHUNK)):
             try:
@@ -177,13 +182,13 @@ class Tokenizer:
                 yield from cut(row, tokens, self.max_length, stride)
             done += len(rows)
 
-    def _encodings(self, texts: list[str]) -> list[Any]:
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
         try:
             return self._fast.encode_batch_fast(texts)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise self._unencodable(error) from error
 
-    def _cut_pairs(self, texts: Sequence[str], pairs: Sequence[str]) -> list[Any]:
+    def _cut_pairs(self, texts: Sequence[str], pairs: Sequence[str]) -> list[tuple[Encoding, list[int] | None, int]]:
         try:
             return list(cut_pairs(self._fast, texts, pairs))
         except Exception as error:  # tokenizers raises bare Exceptions
@@ -193,7 +198,7 @@ class Tokenizer:
         limit = "" if self.max_length is None else f" in {self.max_length} tokens"
         return UserError(f"{self.folder}: the tokenizer cannot encode a text{limit}: {error}")
 
-    def _types_of(self, encoding: Any) -> list[int]:
+    def _types_of(self, encoding: Encoding) -> list[int]:
         return encoding.type_ids if self._files.types else [0] * len(encoding)
 
     def _truncate(self, side: str) -> None:
@@ -266,7 +271,7 @@ class Tokenizer:
         )
         return hashlib.sha256(said.encode()).hexdigest()
 
-    def _meant(self, text: str, pair: str | None) -> Any:
+    def _meant(self, text: str, pair: str | None) -> list[list[int]] | str:
         try:
             row = self._fast.encode(text, pair)
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions; not every vocabulary has all letters
@@ -317,7 +322,7 @@ def check_types(tokenizer: TextProcessor, inputs: Fields, *, paired: bool) -> No
 
 
 def pad_rows(
-    tokens: Sequence[Any], types: Sequence[Any], length: int | None, pad_id: int
+    tokens: Sequence[Sequence[int]], types: Sequence[Sequence[int]], length: int | None, pad_id: int
 ) -> dict[str, Int32[np.ndarray, "B S"]]:
     """Ragged rows as [B, S] int32 arrays ``tokens``, ``mask`` and ``types``; S is ``length`` or that of the longest row."""
     width = max(map(len, tokens), default=1) if length is None else length

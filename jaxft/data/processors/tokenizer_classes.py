@@ -11,10 +11,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxft.errors import UserError
 
+if TYPE_CHECKING:  # a compiled library, which those who have no text do without
+    from tokenizers import Tokenizer
+
+Merges = list[tuple[str, str]]
 Settings = Mapping[str, Any]
 
 # The tokens that transformers knows by name, in its order; others are added after them.
@@ -45,7 +49,7 @@ _CLASS_OF_MODEL_TYPES = {
 class Built:
     """A backend, and what its post-processor still needs."""
 
-    fast: Any
+    fast: Tokenizer
     """A ``tokenizers.Tokenizer`` without added tokens (from a class) or with those of its file."""
     truncation_side: str | None = None
     pad_token: str | None = None
@@ -62,9 +66,9 @@ class Kind:
     defaults: Mapping[str, str | None] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     """What it is built from where there is no tokenizer.json."""
-    build: Callable[[Any, Any, Settings], Any] | None = None
+    build: Callable[[dict[str, int], Merges, Settings], Tokenizer] | None = None
     """(vocabulary, merges, settings) -> backend; None: tokenizer.json as it is."""
-    finish: Callable[[Any, Settings], None] | None = None
+    finish: Callable[[Tokenizer, Settings], None] | None = None
     """Sets the post-processor, once the named tokens have their ids."""
 
 
@@ -130,12 +134,12 @@ def build(kind: Kind, folder: Path, settings: Settings) -> Built:
     return Built(kind.build(*models.BPE.read_file(*paths), settings))
 
 
-def _stored(fast: Any) -> tuple[str | None, str | None]:
+def _stored(fast: Tokenizer) -> tuple[str | None, str | None]:
     """Truncation side and padding token that tokenizer.json carries."""
     return (fast.truncation or {}).get("direction"), (fast.padding or {}).get("pad_token")
 
 
-def _by_token(vocabulary: Any, path: Path) -> dict[str, int]:
+def _by_token(vocabulary: object, path: Path) -> dict[str, int]:
     """Ids by token: a Unigram vocabulary is a list of (token, score)."""
     if isinstance(vocabulary, list):
         return {token[0] if isinstance(token, list) else token: i for i, token in enumerate(vocabulary)}
@@ -144,11 +148,11 @@ def _by_token(vocabulary: Any, path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _pairs(merges: Sequence[Any]) -> list[tuple[str, ...]]:
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+def _pairs(merges: Sequence[str | Sequence[str]]) -> Merges:
+    return cast(Merges, [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges])
 
 
-def _without_vocabulary(tree: dict[str, Any], path: Path) -> Any:
+def _without_vocabulary(tree: dict[str, Any], path: Path) -> Tokenizer:
     """A backend with the post-processor, truncation and padding of a tokenizer.json, quickly."""
     from tokenizers import Tokenizer as Fast
 
@@ -162,7 +166,7 @@ def _without_vocabulary(tree: dict[str, Any], path: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------- the classes
 
 
-def _word_piece(vocabulary: dict[str, int], merges: Any, settings: Settings) -> Any:
+def _word_piece(vocabulary: dict[str, int], merges: Merges, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -178,7 +182,7 @@ def _word_piece(vocabulary: dict[str, int], merges: Any, settings: Settings) -> 
     return fast
 
 
-def _with_types(fast: Any, settings: Settings) -> None:
+def _with_types(fast: Tokenizer, settings: Settings) -> None:
     from tokenizers import processors
 
     start, end = str(settings["cls_token"]), str(settings["sep_token"])
@@ -189,7 +193,7 @@ def _with_types(fast: Any, settings: Settings) -> None:
     )
 
 
-def _byte_level(vocabulary: dict[str, int], merges: Any, settings: Settings) -> Any:
+def _byte_level(vocabulary: dict[str, int], merges: Merges, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -207,15 +211,16 @@ def _byte_level(vocabulary: dict[str, int], merges: Any, settings: Settings) -> 
     return fast
 
 
-def _with_doubled_separator(fast: Any, settings: Settings) -> None:
+def _with_doubled_separator(fast: Tokenizer, settings: Settings) -> None:
     from tokenizers import processors
 
-    end, start = ((str(settings[name]), fast.token_to_id(str(settings[name]))) for name in ("sep_token", "cls_token"))
+    names = (str(settings[name]) for name in ("sep_token", "cls_token"))
+    end, start = ((name, cast(int, fast.token_to_id(name))) for name in names)
     trim, prefix = settings.get("trim_offsets", True), settings.get("add_prefix_space", False)
     fast.post_processor = processors.RobertaProcessing(end, start, trim, prefix)
 
 
-def _metaspace(vocabulary: dict[str, int], merges: Any, settings: Settings) -> Any:
+def _metaspace(vocabulary: dict[str, int], merges: Merges, settings: Settings) -> Tokenizer:
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers
 

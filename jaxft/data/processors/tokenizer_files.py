@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxft.data.processors.tokenizer_classes import NAMED, Kind, build, class_of, native
+from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Fast
+    from transformers import PreTrainedTokenizerFast
+
+    Token = str | AddedToken
 
 # What a tokenizer may consist of; copied as they are on export.
 TOKENIZER_FILES = (
@@ -57,7 +65,7 @@ _NOT_SETTINGS = (
 class Files:
     """A tokenizer as its files describe it."""
 
-    fast: Any
+    fast: Fast
     """The ``tokenizers.Tokenizer``, without padding and truncation."""
     named: dict[str, str]
     """Content of named tokens: ``pad_token``, ``mask_token``, ..."""
@@ -124,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _refuse_code(folder: Path, settings: dict[str, Any]) -> None:
+def _refuse_code(folder: Path, settings: Settings) -> None:
     path = folder / "tokenizer_config.json"
     mapped = settings.get("auto_map")
     if mapped is not None and (not isinstance(mapped, dict) or mapped.get("AutoTokenizer") is not None):
@@ -149,7 +157,7 @@ def _first_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------- settings and added tokens
 
 
-def _built(folder: Path, kind: Kind, stored: dict[str, Any]) -> Files:
+def _built(folder: Path, kind: Kind, stored: Settings) -> Files:
     """The tokenizer of a class that is known here."""
     has_json = (folder / "tokenizer.json").is_file()
     settings = _arguments(stored, has_json)
@@ -177,7 +185,7 @@ def _built(folder: Path, kind: Kind, stored: dict[str, Any]) -> Files:
     return Files(_plain(built.fast), contents, side, types, length, denied)
 
 
-def _arguments(stored: dict[str, Any], has_json: bool) -> dict[str, Any]:
+def _arguments(stored: Settings, has_json: bool) -> dict[str, Any]:
     """The class's arguments as tokenizer_config.json gives them."""
     settings = {name: value for name, value in stored.items() if name not in ("tokenizer_class", "auto_map")}
     if has_json:  # there its post-processor decides
@@ -195,11 +203,11 @@ def _arguments(stored: dict[str, Any], has_json: bool) -> dict[str, Any]:
     return settings
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any], has_json: bool) -> dict[int, Any]:
+def _added_tokens(folder: Path, settings: dict[str, Any], has_json: bool) -> dict[int, AddedToken]:
     """Added tokens by the ids that the files state (their order is what counts); changes ``settings`` as these files do."""
     from tokenizers import AddedToken
 
-    added: dict[int, Any] = {}
+    added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in settings:
         for number, token in settings.pop("added_tokens_decoder").items():
             added[int(number)] = AddedToken(**token)
@@ -239,7 +247,7 @@ def _merge_special_tokens_map(folder: Path, settings: dict[str, Any]) -> None:
         settings.setdefault("model_specific_special_tokens", {}).update(settings.pop("extra_special_tokens"))
 
 
-def _tokens_of(value: Any) -> Any:
+def _tokens_of(value: object) -> object:
     """A setting with the tokens in it as such: JSON spells them as objects marked ``"__type": "AddedToken"``."""
     from tokenizers import AddedToken
 
@@ -250,7 +258,7 @@ def _tokens_of(value: Any) -> Any:
     return [_tokens_of(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _named(settings: dict[str, Any]) -> dict[str, Any]:
+def _named(settings: Settings) -> dict[str, Token]:
     """Tokens by name, those that a model defines for itself last."""
     from tokenizers import AddedToken
 
@@ -261,7 +269,7 @@ def _named(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: token for name, token in named.items() if token is not None}
 
 
-def _check(folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
+def _check(folder: Path, kind: Kind, settings: Settings) -> None:
     """Refuses settings that have no meaning, and whose effect would come much later."""
     from tokenizers import AddedToken
 
@@ -285,11 +293,11 @@ def _check(folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
         raise UserError(f"{where}: {needed[0]} is null, but a tokenizer of class {kind.name} needs one")
 
 
-def _add_tokens(fast: Any, added: dict[int, Any], named: dict[str, Any], extra: Any) -> None:
+def _add_tokens(fast: Fast, added: dict[int, AddedToken], named: dict[str, Token], extra: Sequence[Token]) -> None:
     """Adds what is not there yet: first what the files list, by id, then named and other special tokens."""
     from tokenizers import AddedToken
 
-    tokens = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+    tokens: list[Token] = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
     there = {token.content for token in fast.get_added_tokens_decoder().values()} | {str(token) for token in tokens}
     for token in (*named.values(), *extra):
         if str(token) not in there and token not in tokens:
@@ -306,7 +314,7 @@ def _add_tokens(fast: Any, added: dict[int, Any], named: dict[str, Any], extra: 
         fast.add_tokens(made)
 
 
-def _set_ends(fast: Any, named: dict[str, Any], settings: dict[str, Any]) -> None:
+def _set_ends(fast: Fast, named: dict[str, Token], settings: Settings) -> None:
     """Sets the post-processor that puts start and end tokens where ``add_bos_token`` and ``add_eos_token`` ask for them."""
     from tokenizers import processors
 
@@ -326,7 +334,7 @@ def _set_ends(fast: Any, named: dict[str, Any], settings: dict[str, Any]) -> Non
     )
 
 
-def _check_model(folder: Path, fast: Any) -> None:
+def _check_model(folder: Path, fast: Fast) -> None:
     dropout = getattr(fast.model, "dropout", None)
     if dropout:
         raise UserError(
@@ -337,7 +345,7 @@ def _check_model(folder: Path, fast: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------- ends
 
 
-def _of_reference(reference: Any) -> Files:
+def _of_reference(reference: PreTrainedTokenizerFast) -> Files:
     """What a tokenizer of transformers amounts to."""
     named = {name: str(token) for name, token in reference._special_tokens_map.items() if token is not None}
     types = "token_type_ids" in reference.model_input_names
@@ -345,14 +353,14 @@ def _of_reference(reference: Any) -> Files:
     return Files(_plain(reference.backend_tokenizer), named, reference.truncation_side, types, length)
 
 
-def _plain(fast: Any) -> Any:
+def _plain(fast: Fast) -> Fast:
     # Settings of whoever saved the file (sentence-transformers stores its own) must not act unseen.
     fast.no_padding()
     fast.no_truncation()
     return fast
 
 
-def _length(stated: Any) -> int | None:
+def _length(stated: object) -> int | None:
     # The reference writes 1e30 for "unknown".
     return int(stated) if isinstance(stated, int | float) and 2 < stated < 1_000_000 else None
 
@@ -401,11 +409,11 @@ def _adjust(folder: Path, length: int | None) -> None:
         write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _meaning(files: Files) -> tuple[Any, ...]:
+def _meaning(files: Files) -> tuple[object, ...]:
     """What decides the ids."""
     return _tree(files.fast), files.named, files.truncation_side, files.types, files.fast.encode_special_tokens
 
 
-def _tree(fast: Any) -> dict[str, Any]:
+def _tree(fast: Fast) -> dict[str, object]:
     """A backend as tokenizer.json has it, without what is set for each use."""
     return json.loads(fast.to_str()) | {"truncation": None, "padding": None}

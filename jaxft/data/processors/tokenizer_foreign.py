@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from jaxft.data.processors.tokenizer_classes import GENERIC, is_byte_level
+from jaxft.data.processors.tokenizer_classes import GENERIC, Settings, is_byte_level
 from jaxft.errors import UserError
 
+if TYPE_CHECKING:  # seconds
+    from transformers import PreTrainedTokenizerFast
 
-def reference_tokenizer(folder: Path, name: str | None, settings: dict[str, Any], hf_config: dict[str, Any]) -> Any:
+
+def reference_tokenizer(
+    folder: Path, name: str | None, settings: Settings, hf_config: Settings
+) -> PreTrainedTokenizerFast:
     """A tokenizer object of `transformers` itself.
 
     AutoTokenizer is not called: it asks on standard input whether to run a folder's code. The class used here is one of the
@@ -35,7 +41,7 @@ def reference_tokenizer(folder: Path, name: str | None, settings: dict[str, Any]
         logging.set_verbosity(before)
 
 
-def _class(folder: Path, name: str | None, settings: dict[str, Any], hf_config: dict[str, Any]) -> Any:
+def _class(folder: Path, name: str | None, settings: Settings, hf_config: Settings) -> type[PreTrainedTokenizerFast]:
     """The class, resolved as AutoTokenizer would."""
     from transformers.models.auto import tokenization_auto as auto
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -52,7 +58,7 @@ def _class(folder: Path, name: str | None, settings: dict[str, Any], hf_config: 
     return kind
 
 
-def _name(folder: Path, settings: dict[str, Any], hf_config: dict[str, Any], auto: Any) -> str:
+def _name(folder: Path, settings: Settings, hf_config: Settings, auto: ModuleType) -> str:
     """The class's name where transformers has its own opinion of a ``model_type``."""
     model_type = str(hf_config.get("model_type"))
     stated = str(settings.get("tokenizer_class") or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
@@ -66,7 +72,7 @@ def _name(folder: Path, settings: dict[str, Any], hf_config: dict[str, Any], aut
     return stated
 
 
-def _check_files(folder: Path, kind: Any) -> None:
+def _check_files(folder: Path, kind: type[PreTrainedTokenizerFast]) -> None:
     """Refuses a class without its vocabulary, which it would replace by a handful of tokens without a word."""
     if (folder / "tokenizer.json").is_file():
         return

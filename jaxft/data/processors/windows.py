@@ -12,9 +12,14 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from jaxft.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from tokenizers.processors import PostProcessor
 
 # Thai and Lao, Burmese, Khmer, then Chinese and Japanese.
 _WITHOUT_BLANKS = re.compile(
@@ -94,7 +99,9 @@ def check_room(max_length: int | None, special: int, stride: int | None, where: 
         )
 
 
-def whole_tokens(fast: Any, texts: Sequence[Any], *, split_words: bool, typed: bool) -> list[Tokens]:
+def whole_tokens(
+    fast: Tokenizer, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool, typed: bool
+) -> list[Tokens]:
     """Encodes each text, or each list of words, without a limit.
 
     Args:
@@ -119,26 +126,27 @@ def whole_tokens(fast: Any, texts: Sequence[Any], *, split_words: bool, typed: b
         if truncation is not None:
             fast.enable_truncation(**truncation)
     return [
-        _tokens(None if split_words else text, encoding, whole, typed)
+        _tokens(None if split_words else cast(str, text), encoding, whole, typed)
         for text, encoding in zip(texts, encodings, strict=True)
     ]
 
 
-def _tokens(text: str | None, encoding: Any, whole: bool, typed: bool) -> Tokens:
+def _tokens(text: str | None, encoding: Encoding, whole: bool, typed: bool) -> Tokens:
     ids, words, offsets = encoding.ids, encoding.word_ids, encoding.offsets
     types = encoding.type_ids if typed else [0] * len(ids)
     begin = next((i for i, word in enumerate(words) if word is not None), len(words))
     end = next((i for i in range(len(words), begin, -1) if words[i - 1] is not None), begin)
-    given = words[begin:end] if text is None else _words(text, words[begin:end], offsets[begin:end], whole)
-    for column, middle, filled in ((words, given, -1), (offsets, offsets[begin:end], (-1, -1))):
-        column[:] = [filled] * begin + middle + [filled] * (len(ids) - end)
-    return Tokens(ids, types, words, offsets, begin, end)
+    told = cast(list[int], words[begin:end])
+    given = told if text is None else _words(text, told, offsets[begin:end], whole)
+    filled = [-1] * begin + given + [-1] * (len(ids) - end)
+    places = [(-1, -1)] * begin + offsets[begin:end] + [(-1, -1)] * (len(ids) - end)
+    return Tokens(ids, types, filled, places, begin, end)
 
 
 # ---------------------------------------------------------------------------------- lists of words: how each of them begins
 
 
-def _for_words(pre: Any) -> Any:
+def _for_words(pre: PreTokenizer) -> PreTokenizer:
     """A pre-tokenizer which takes each text for a word that follows a blank, as the words of a list do.
 
     That is what ``add_prefix_space=True`` means where transformers reads a tokenizer. Without it, byte-level tokenizers would take
@@ -146,7 +154,7 @@ def _for_words(pre: Any) -> Any:
     """
     from tokenizers import pre_tokenizers
 
-    steps = _steps(pre)
+    steps: list[Any] = _steps(pre)
     places = [i for i, step in enumerate(steps) if isinstance(step, pre_tokenizers.ByteLevel)]
     if places and not any(steps[i].add_prefix_space for i in places):
         if places[0] > 0:  # other steps part words before: the blank comes before these
@@ -159,13 +167,16 @@ def _for_words(pre: Any) -> Any:
     return pre_tokenizers.Sequence(steps) if len(steps) != 1 else steps[0]
 
 
-def _steps(chain: Any) -> list[Any]:
+_Chain = TypeVar("_Chain", "PreTokenizer", "PostProcessor")
+
+
+def _steps(chain: _Chain) -> list[_Chain]:
     """The steps of a pre-tokenizer or post-processor, as copies."""
     from tokenizers import pre_tokenizers, processors
 
     if not isinstance(chain, pre_tokenizers.Sequence | processors.Sequence):
         return [copy.deepcopy(chain)]
-    steps: list[Any] = []
+    steps: list[_Chain] = []
     for place in count():  # these sequences do not tell their length
         try:
             steps += _steps(chain[place])
@@ -174,7 +185,7 @@ def _steps(chain: Any) -> list[Any]:
     return steps
 
 
-def _with_prefix(post: Any) -> Any:
+def _with_prefix(post: PostProcessor) -> PostProcessor:
     """The post-processor that trims places of tokens (as byte-level tokenizers have one), told that the first blank is not of the text."""
     from tokenizers import processors
 
@@ -188,7 +199,7 @@ def _with_prefix(post: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ words of running text
 
 
-def _leaves_whole(pre: Any) -> bool:
+def _leaves_whole(pre: PreTokenizer | None) -> bool:
     """Whether a pre-tokenizer leaves a text in one piece, blanks included."""
     return pre is None or len(pre.pre_tokenize_str("a b")) == 1
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxft.data.sources.rows import Value, plain_value
 from jaxft.errors import UserError
 
-Names = Callable[[int], str] | Mapping[str, Any] | None
+Names: TypeAlias = "Callable[[int], str] | Mapping[str, Names] | None"
 """Where class ids stand in a column and what they are called: one function for all of them, or one (or such a mapping) by key."""
 
 
@@ -34,7 +34,7 @@ def names_in_parquet(metadata: Mapping[bytes, bytes] | None) -> dict[str, Names]
         return {}
 
 
-def _stored_names(feature: Any) -> Names:
+def _stored_names(feature: object) -> Names:
     if isinstance(feature, list):  # as earlier versions of the library write lists of mappings
         feature = feature[0] if len(feature) == 1 else None
     if not isinstance(feature, dict):
@@ -47,7 +47,7 @@ def _stored_names(feature: Any) -> Names:
     return found if any(found.values()) else None
 
 
-def library_value(value: Any, column: str, names: Names, where: str) -> Value:
+def library_value(value: object, column: str, names: Names, where: str) -> Value:
     """A value as tfds, the datasets library or pyarrow gives it: arrays become lists, class ids their names, -1 ("hidden") None.
 
     Raises:
@@ -56,7 +56,7 @@ def library_value(value: Any, column: str, names: Names, where: str) -> Value:
     return plain_value(_python(value, column, names, where), column, where)
 
 
-def _python(value: Any, column: str, names: Names, where: str) -> Any:
+def _python(value: Any, column: str, names: Names, where: str) -> object:
     if isinstance(value, Mapping):
         inner = names if isinstance(names, Mapping) else {}
         return {key: _python(item, column, inner.get(key), where) for key, item in value.items()}

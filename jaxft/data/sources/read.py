@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,11 @@ from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
 from jaxft.files import find_file
+
+if TYPE_CHECKING:  # extras, and slow to import
+    import pyarrow
+    from datasets import Dataset
+    from tensorflow_datasets.core import DatasetBuilder
 
 __all__ = ["Form", "Reference", "Row", "Value", "column_names", "form_of", "iter_rows", "shown"]
 
@@ -170,7 +175,7 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
 
 
-def _values(column: Any) -> list[Any]:
+def _values(column: pyarrow.Array) -> list[object]:
     """A column of an Arrow table as Python values."""
     values = column.to_pylist()
     if str(column.type) in ("float", "halffloat"):
@@ -185,7 +190,7 @@ def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
     tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
     builder = _tfds_builder(tfds, match["name"], reference)
     try:
-        source = builder.as_data_source(split=match["split"])
+        source: Any = builder.as_data_source(split=match["split"])
     except (ValueError, NotImplementedError) as error:
         # An unknown split or slice, or data prepared in TFDS's default format, which only TensorFlow can read.
         hint = "prepared data must be in the array_record format"
@@ -194,14 +199,14 @@ def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
                 f"{name} ({split.num_examples} rows)" for name, split in builder.info.splits.items()
             )
         raise UserError(f"{reference}: cannot be read: {_first_line(error)} ({hint})") from error
-    features = builder.info.features
+    features: Any = builder.info.features
     column_positions(list(features), columns, reference)
     names = [names_in(features[column], tfds.features.ClassLabel) for column in columns]
     for number in range(len(source)):
         yield _library_row(source[number], columns, names, f"{reference} row {number}")
 
 
-def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> Any:
+def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> DatasetBuilder:
     """A builder whose data lie on disk in random-access format."""
     folder = Path(name).expanduser()
     if (folder / "dataset_info.json").is_file():
@@ -235,8 +240,8 @@ def _inner(folder: Path) -> str:
     return f"; did you mean tfds:{found[-1]}:SPLIT?" if found else ""
 
 
-def _registered_builder(tfds: ModuleType, name: str, reference: str) -> Any:
-    def build() -> Any:
+def _registered_builder(tfds: ModuleType, name: str, reference: str) -> DatasetBuilder:
+    def build() -> DatasetBuilder:
         return tfds.builder(name, file_format="array_record")
 
     not_found = tfds.core.registered.DatasetNotFoundError
@@ -284,7 +289,7 @@ def _tables_without_files(folder: Path) -> list[str]:
     return [state["at"] for state in states if not state.get("_data_files")]
 
 
-def _hf_split(loaded: Any, split: str, reference: str) -> Any:
+def _hf_split(loaded: Dataset | dict[str, Dataset], split: str, reference: str) -> Dataset:
     """The table of ``split`` in what load_from_disk gave: one table, or a dict of them."""
     if not isinstance(loaded, dict):
         if split:
@@ -296,7 +301,7 @@ def _hf_split(loaded: Any, split: str, reference: str) -> Any:
     return loaded[split]
 
 
-def _library_row(record: dict[str, Any], columns: tuple[str, ...], names: list[Names], where: str) -> Row:
+def _library_row(record: Any, columns: tuple[str, ...], names: list[Names], where: str) -> Row:
     values = (record[column] for column in columns)
     return Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jaxft.data.sources.lines import Lines, decoded, read_lines
 from jaxft.errors import UserError, nearest
@@ -152,7 +152,7 @@ def _json_value(value: object, name: str, where: str) -> Value:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """The strings in a value of a column."""
     if isinstance(value, str):
         yield value
@@ -201,7 +201,7 @@ def plain_value(value: object, name: str, where: str) -> Value:
     raise UserError(f"{where}: column {name!r} holds a {type(value).__name__}; expected a string, number or boolean")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 

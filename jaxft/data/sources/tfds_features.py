@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxft.errors import UserError
 
@@ -29,7 +28,7 @@ def refuse_foreign_features(path: Path, reference: str) -> None:
         )
 
 
-def _classes(value: Any) -> Iterator[str]:
+def _classes(value: object) -> Iterator[str]:
     """Names of feature classes anywhere in a features.json, those in JSON inside of strings too."""
     if isinstance(value, dict):
         for key, entry in value.items():

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jaxft.errors import UserError
 
@@ -20,7 +20,7 @@ def is_table(path: str | None) -> bool:
     return path is not None and Path(path).suffix.lower() in _TABLES
 
 
-def row_writer(path: str | None, file: IO[str], *, ascii_only: bool = False) -> Callable[[Mapping[str, Any]], None]:
+def row_writer(path: str | None, file: IO[str], *, ascii_only: bool = False) -> Callable[[Mapping[str, object]], None]:
     """A function that writes one row; all rows have the keys of the first, which become the header of a table.
 
     Args:
@@ -34,7 +34,7 @@ def row_writer(path: str | None, file: IO[str], *, ascii_only: bool = False) -> 
     write = csv.writer(file, lineterminator="\n").writerow if separator == "," else _tsv_writer(path, file)
     count = 0
 
-    def write_row(row: Mapping[str, Any]) -> None:
+    def write_row(row: Mapping[str, object]) -> None:
         nonlocal count
         if not count:
             write(list(row))
@@ -44,12 +44,12 @@ def row_writer(path: str | None, file: IO[str], *, ascii_only: bool = False) -> 
     return write_row
 
 
-def _write_json(row: Mapping[str, Any], file: IO[str], ascii_only: bool) -> None:
+def _write_json(row: Mapping[str, object], file: IO[str], ascii_only: bool) -> None:
     line = json.dumps(row, ensure_ascii=ascii_only, allow_nan=False)
     file.write(_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -57,7 +57,7 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _tsv_writer(path: str, file: IO[str]) -> Callable[[list[str]], Any]:
+def _tsv_writer(path: str, file: IO[str]) -> Callable[[list[str]], None]:
     def write(cells: list[str]) -> None:
         for cell in cells:
             if any(mark in cell for mark in "\t\n\r"):

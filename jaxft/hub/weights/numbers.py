@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -61,7 +60,7 @@ def _largest(dtype: np.dtype) -> float:
     return float(ml_dtypes.finfo(dtype).max)
 
 
-def refuse_quantised(config: dict[str, Any], path: Path) -> None:
+def refuse_quantised(config: Mapping[str, object], path: Path) -> None:
     """Refuses a model whose config.json says that its weights are codes, not the numbers themselves.
 
     Raises:

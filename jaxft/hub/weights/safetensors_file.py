@@ -82,7 +82,7 @@ def _check_metadata(metadata: object, path: Path) -> None:
         raise corrupt(path, "__metadata__ in the header is not a map from text to text")
 
 
-def _tensor_range(entry: Any, name: str, path: Path) -> tuple[int, int]:
+def _tensor_range(entry: object, name: str, path: Path) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise corrupt(path, f"the header entry of {quoted(name)} is not exactly dtype, shape and data_offsets")
     offsets = entry["data_offsets"]
@@ -94,7 +94,7 @@ def _tensor_range(entry: Any, name: str, path: Path) -> tuple[int, int]:
     return begin, end
 
 
-def _tensor_spec(entry: dict[str, Any], name: str, path: Path) -> TensorSpec:
+def _tensor_spec(entry: Any, name: str, path: Path) -> TensorSpec:
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS:
         shown = quoted(dtype) if isinstance(dtype, str) else "that is not text"

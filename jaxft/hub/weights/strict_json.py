@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from jaxft.hub.weights.contract import corrupt, quoted
 
@@ -13,7 +12,7 @@ class _DuplicateKey(ValueError):
     pass
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -22,7 +21,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+def parse_object(raw: bytes, path: Path, what: str) -> dict[str, object]:
     """The JSON object in ``raw``; UserError if it is anything else."""
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)

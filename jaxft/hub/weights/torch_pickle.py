@@ -13,7 +13,7 @@ import pickletools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
@@ -163,11 +163,11 @@ class _Interpreter:
         self._archive = archive
         self._stack: list[object] = []
         self._outer: list[list[object]] = []  # stacks set aside by MARK
-        self._memo: dict[int, object] = {}
+        self._memo: dict[object, object] = {}
 
     def run(self, stream: Stream) -> object:
         # Typed for whole files; it asks for no more than a Stream has.
-        for opcode, argument, _ in pickletools.genops(cast(Any, stream)):
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             if opcode.name == "STOP":
                 if len(self._stack) != 1 or self._outer:
                     raise _Malformed("its pickle has something left over at its end")
@@ -175,7 +175,7 @@ class _Interpreter:
             self._step(opcode.name, argument)
         raise _Malformed("its pickle has no end")
 
-    def _step(self, name: str, argument: Any) -> None:
+    def _step(self, name: str, argument: object) -> None:
         stack = self._stack
         if name in ("PROTO", "FRAME"):
             return
@@ -207,7 +207,7 @@ class _Interpreter:
         else:
             self._step_container(name, argument)
 
-    def _step_container(self, name: str, argument: Any) -> None:
+    def _step_container(self, name: str, argument: object) -> None:
         if name == "EMPTY_DICT":
             self._stack.append({})
         elif name == "EMPTY_LIST":
@@ -310,7 +310,7 @@ def _reduced(function: object, arguments: object) -> object:
     raise _Refused(f"calls {quoted(function.name)} with unexpected arguments")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
+def _tensor(storage: object, offset: object, shape: Any, stride: Any) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         raise _Malformed("a tensor is not described the way torch does it")
     for sizes in (shape, stride):

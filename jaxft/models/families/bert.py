@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.models import encoder, encoder_files
 from jaxft.models.contract import Head
@@ -32,7 +31,7 @@ SUPERSEDED = encoder_files.SUPERSEDED
 facts, config_from_hf, config_to_hf = encoder.facts, encoder_files.config_from_hf, encoder_files.config_to_hf
 
 
-HEADS: Mapping[str | None, Head] = {
+HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": Head(
         "ForSequenceClassification",
@@ -75,6 +74,6 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     )
 
 
-def config_of_weights(weights: Tensors) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
     return encoder_files.config_of_weights(weights, ("classifier.weight",), "cls.predictions.decoder.weight")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -34,7 +34,7 @@ from jaxft.layers import (
     usual_promotion,
     vocabulary_logits,
 )
-from jaxft.models.blocks import GatedMlp, RotaryAttention
+from jaxft.models.blocks import GatedMlp, KeysAndValues, RotaryAttention
 from jaxft.models.caches import Cache
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
@@ -119,8 +119,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, key: Array | None, mask: MaskSpec, positions: Array, state: tuple[Array, Array] | None = None
-    ) -> Any:
+        self,
+        x: Float[Array, "B S D"],
+        key: PRNGKeyArray | None,
+        mask: MaskSpec,
+        positions: Integer[Array, "B S"],
+        state: KeysAndValues | None = None,
+    ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], KeysAndValues | None]:
         """The next layer's input; with ``state``, keys and values of a cache, those of these tokens too."""
         c, start = self.config, normal(self.config)
 
@@ -146,7 +151,7 @@ class CausalLm(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
         c = self.config
         if c.tie_word_embeddings:
@@ -164,7 +169,7 @@ def _causal_lm_rules(config: Config) -> tuple[Rule, ...]:
     return () if config.tie_word_embeddings else (Rule("head/kernel", "lm_head.weight", "v d -> d v"),)
 
 
-HEADS: Mapping[str | None, Head] = {
+HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "causal_lm": Head(
         "ForCausalLM",
@@ -191,25 +196,25 @@ class Model(nn.Module):
     @usual_promotion
     def __call__(
         self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        targets: Array | None = None,
-        key: Array | None = None,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None = None,
+        positions: Integer[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
+        targets: Integer[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         cache: Cache | None = None,
-        **unknown: Any,
+        **unknown: object,
     ) -> Output:
         """Runs the model.
 
         Args:
-          tokens: [B, S] int32 ids.
-          mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          positions: [B, S] int32. None: 0..S-1 in each row; with a cache, padding apart, they count on.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
-          targets: [B, S] int32, the next tokens; used where ``compute.vocab_tile`` is set.
+          tokens: ids.
+          mask: 0 or False where a token is padding. None: nothing is.
+          positions: of the tokens. None: 0..S-1 in each row; with a cache, padding apart, they count on.
+          segments: for packed rows, 0 is padding; tokens see only their own segment.
+          targets: the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
@@ -246,7 +251,7 @@ class Model(nn.Module):
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
         past = None if cache is None else (cache.keys, cache.values)
         x, states, new = apply_stack(*stack, keep=hidden_states or attentions, state=past)
-        looked = _attentions(c, layers, states, spec, positions) if attentions else None
+        looked = _attentions(c, layers, states, spec, positions) if attentions and states is not None else None
         hidden = RMSNorm(c.rms_norm_eps, self.compute, name="norm")(x)
         if cache is not None and new is not None:
             hidden, cache = cache.with_room(hidden), cache.extended(*new)
@@ -261,7 +266,9 @@ class Model(nn.Module):
         return Output(hidden, logits=made, **more)
 
 
-def _attentions(config: Config, layers: Any, states: Any, mask: MaskSpec, positions: Array) -> Array:
+def _attentions(
+    config: Config, layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec, positions: Array
+) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:
@@ -291,7 +298,7 @@ _SAME_NAME = (
 SUPERSEDED = SUPERSEDED_KEYS
 
 
-def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
     which are the reference's.
 
@@ -303,7 +310,7 @@ def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def config_to_hf(config: Config) -> dict[str, Any]:
+def config_to_hf(config: Config) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type and architecture."""
     same = {name: getattr(config, name) for name in _SAME_NAME}
     sizes = {"num_key_value_heads": config.key_heads, "head_dim": config.head_size}
@@ -316,7 +323,7 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     return Layout(_rules(config, head), "model.", (), leftovers, ("head/*",))
 
 
-def config_of_weights(weights: Tensors) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
     # transformers ties the two only where they are equal, whatever config.json says.
     return {"tie_word_embeddings": False} if has_own(weights, "lm_head.weight", "embed_tokens.weight") else {}

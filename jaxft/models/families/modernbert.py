@@ -17,6 +17,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -173,7 +174,7 @@ class Embeddings(nn.Module):
         self.token = Embed(c.vocab_size, c.hidden_size, ("vocab", "embed"), self.compute, c.initial())
         self.norm = LayerNorm(c.norm_eps, self.compute, c.norm_bias)
 
-    def __call__(self, tokens: Array, key: Array | None) -> Array:
+    def __call__(self, tokens: Integer[Array, "B S"], key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
         c, x = self.config, self.token(tokens)
         if c.pad_token_id is not None:
             x = jnp.where((tokens == c.pad_token_id)[..., None], jax.lax.stop_gradient(x), x)
@@ -186,7 +187,7 @@ def _transform(c: Config) -> Transform:
     return Transform(c.hidden_size, act, c.norm_eps, start, c.classifier_bias, c.norm_bias)
 
 
-def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head:
+def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head[Config]:
     """A head with classes, or, with None, with the two ends of an answer. Their tensors have the same names."""
     pooled = classes == "rows"
 
@@ -210,7 +211,7 @@ def _masked_lm_rules(c: Config) -> tuple[Rule, ...]:
     return (*_transform(c).rules("head.dense", "head.norm"), *kernel, *bias)
 
 
-HEADS: Mapping[str | None, Head] = {
+HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": _classes("ForSequenceClassification", "rows"),
     "token_classification": _classes("ForTokenClassification", "tokens"),
@@ -234,28 +235,28 @@ class Model(nn.Module):
     @usual_promotion
     def __call__(
         self,
-        tokens: Array,
-        mask: Array | None = None,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        starts: Array | None = None,
-        predict: Array | None = None,
-        targets: Array | None = None,
-        key: Array | None = None,
+        tokens: Integer[Array, "B S"],
+        mask: Shaped[Array, "B S"] | None = None,
+        positions: Integer[Array, "B S"] | None = None,
+        segments: Integer[Array, "B S"] | None = None,
+        starts: Integer[Array, "B E"] | None = None,
+        predict: Integer[Array, "B M"] | None = None,
+        targets: Integer[Array, "B M"] | None = None,
+        key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ) -> Output:
         """Runs the model.
 
         Args:
-          tokens: [B, S] int32 ids.
-          mask: [B, S], 0 or False where a token is padding. None: nothing is.
-          positions: [B, S] int32. None: 0..S-1 in each row.
-          segments: [B, S] int32 for packed rows, 0 is padding; tokens see only their own segment.
-          starts: [B, E] int32, where each text of packed rows begins: each is pooled. None: the first is.
-          predict: [B, M] int32 positions for the masked-LM head, which sees no others. None: all.
-          targets: [B, M] int32, what stands there; used where ``compute.vocab_tile`` is set.
+          tokens: ids.
+          mask: 0 or False where a token is padding. None: nothing is.
+          positions: of the tokens. None: 0..S-1 in each row.
+          segments: for packed rows, 0 is padding; tokens see only their own segment.
+          starts: where each text of packed rows begins: each is pooled. None: the first is.
+          predict: positions for the masked-LM head, which sees no others. None: all.
+          targets: what stands there; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
@@ -278,16 +279,14 @@ class Model(nn.Module):
         layers = stacked_params(self, "layers", layer, c.num_hidden_layers, *example, begins=_BEGINS)
         stack = (layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, positions)
         x, states, _ = apply_stack(*stack, keep=hidden_states or attentions, kinds=c.kinds, begins=_BEGINS)
-        looked = _attentions(c, layers, states, spec, positions) if attentions else None
+        looked = _attentions(c, layers, states, spec, positions) if attentions and states is not None else None
         hidden = LayerNorm(c.norm_eps, self.compute, c.norm_bias, name="norm")(x)
         # The last one normalised, as the reference has it.
         states = states.at[-1].set(hidden) if hidden_states and states is not None else None
         more = {"hidden_states": states, "attentions": looked}
         if head.make is None:
             return Output(hidden, **more)
-        pooled = None
-        if head.pooled:
-            pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts)
+        pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts) if head.pooled else None
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
         made = head.make(c, self.compute, "head")(
@@ -298,7 +297,7 @@ class Model(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(c: Config, layers: Any, states: Any, mask: MaskSpec, positions: Array) -> Array:
+def _attentions(c: Config, layers: PyTree[Array], states: Array, mask: MaskSpec, positions: Array) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def looked(number: int, kind: Kind) -> Array:
@@ -333,21 +332,21 @@ _MEANINGLESS = ("deterministic_flash_attn", "reference_compile", "repad_logits_w
 SUPERSEDED = ("global_rope_theta", "local_rope_theta", "rope_scaling", "rope_theta", *_MEANINGLESS)
 
 
-def config_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
     which are the reference's.
 
     Raises:
       UserError: a type of layer or rotary positions that are not supported.
     """
-    layers = hf.get("num_hidden_layers", Config.num_hidden_layers)
+    layers: Any = hf.get("num_hidden_layers", Config.num_hidden_layers)
     types = types_from_hf(hf, layers, Config.global_attn_every_n_layers)
     ropes = rotaries_from_hf(hf, _BASES, Config.max_position_embeddings)
     same = {name: hf[name] for name in _SAME_NAME if name in hf}
     return {**same, **types, "global_rope": ropes[GLOBAL], "local_rope": ropes[LOCAL]}
 
 
-def config_to_hf(config: Config) -> dict[str, Any]:
+def config_to_hf(config: Config) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type, label names and architecture."""
     same = {name: getattr(config, name) for name in _SAME_NAME}
     types = {"layer_types": list(config.types), "global_attn_every_n_layers": config.global_attn_every_n_layers}
@@ -355,9 +354,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return {**same, **types, "rope_parameters": ropes}
 
 
-def config_of_weights(weights: Tensors) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
-    said: dict[str, Any] = {}
+    said: dict[str, object] = {}
     if "classifier.weight" in weights.names():
         said["num_labels"] = weights.shape("classifier.weight")[0]
     # transformers ties the two only where they are equal, whatever config.json says.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Integer
 
 from jaxft.errors import UserError
 from jaxft.models import encoder, encoder_files
@@ -41,8 +41,8 @@ class Config(encoder.EncoderConfig):
     def _first(self) -> int:
         return (self.pad_token_id or 0) + 1
 
-    def places(self, tokens: Array, positions: Array | None) -> Array:
-        """Where each token's position is looked up: [B, S] int32."""
+    def places(self, tokens: Integer[Array, "B S"], positions: Integer[Array, "B S"] | None) -> Integer[Array, "B S"]:
+        """Where each token's position is looked up."""
         if positions is not None:
             return positions + self._first
         there = jnp.not_equal(tokens, self.pad_token_id or 0).astype(jnp.int32)
@@ -67,7 +67,7 @@ SUPERSEDED = encoder_files.SUPERSEDED
 facts, config_from_hf, config_to_hf = encoder.facts, encoder_files.config_from_hf, encoder_files.config_to_hf
 
 
-HEADS: Mapping[str | None, Head] = {
+HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": Head(
         "ForSequenceClassification",
@@ -99,7 +99,7 @@ def hf_layout(config: Config, head: str | None) -> Layout:
     )
 
 
-def config_of_weights(weights: Tensors) -> dict[str, Any]:
+def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
     return encoder_files.config_of_weights(
         weights, ("classifier.out_proj.weight", "classifier.weight"), "lm_head.decoder.weight"

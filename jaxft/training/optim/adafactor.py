@@ -7,13 +7,14 @@ Here each layer is treated as the matrix that it is, so a stack trains exactly a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
-from jaxft.trees import Leaf, PyTree, map_paths, of_layers
+from jaxft.trees import Leaf, Params, map_paths, of_layers
 
 _SQUARE_EPS = 1e-30
 """Epsilon 1 of the paper."""
@@ -31,11 +32,11 @@ class FactoredState(NamedTuple):
     """
 
     count: jax.Array
-    v_row: PyTree
+    v_row: optax.Params
     """Mean over the output dimensions, for matrices."""
-    v_col: PyTree
+    v_col: optax.Params
     """Mean over the input dimensions, for matrices."""
-    v: PyTree
+    v: optax.Params
     """Full second moment, for all others."""
 
 
@@ -53,13 +54,15 @@ def scale_by_adafactor(leaves: dict[str, Leaf]) -> optax.GradientTransformation:
     for the other optimizers. The Trainer of transformers uses its Adafactor in this way too.
     """
 
-    def init(params: PyTree) -> FactoredState:
-        def zeros(kind: str) -> PyTree:
+    def init(params: optax.Params) -> FactoredState:
+        def zeros(kind: str) -> Params:
             return map_paths(lambda path, p: jnp.zeros(_moment_shape(leaves[path], kind), p.dtype), params)
 
         return FactoredState(jnp.zeros([], jnp.int32), zeros("v_row"), zeros("v_col"), zeros("v"))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, FactoredState]:
+    def update(
+        updates: optax.Updates, state: PyTree, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, FactoredState]:
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
         keep = 1.0 - count.astype(jnp.float32) ** -_DECAY_EXPONENT
@@ -68,7 +71,7 @@ def scale_by_adafactor(leaves: dict[str, Leaf]) -> optax.GradientTransformation:
             updates, state.v_row, state.v_col, state.v,
         )  # fmt: skip
 
-        def part(index: int) -> PyTree:
+        def part(index: int) -> Params:
             return jax.tree.map(lambda r: r[index], results, is_leaf=lambda r: isinstance(r, _Result))
 
         return part(0), FactoredState(count, part(1), part(2), part(3))
@@ -84,7 +87,7 @@ def _moment_shape(leaf: Leaf, kind: str) -> tuple[int, ...]:
     return tuple(1 if i in averaged else size for i, size in enumerate(leaf.shape))
 
 
-def _update(leaf: Leaf, keep: jax.Array, grad: jax.Array, row: Any, col: Any, v: Any) -> _Result:
+def _update(leaf: Leaf, keep: jax.Array, grad: jax.Array, row: jax.Array, col: jax.Array, v: jax.Array) -> _Result:
     square = jnp.square(grad) + _SQUARE_EPS
     if leaf.matrix is None:
         v = keep * v + (1 - keep) * square

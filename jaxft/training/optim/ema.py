@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxft.trees import PyTree
+T = TypeVar("T")
+"""Trees of one kind."""
 
 
-def init_ema(params: PyTree) -> PyTree:
+def init_ema(params: T) -> T:
     """The average before the first update: a copy of the parameters, in float32.
 
     In bfloat16, a change by a share of 1 - decay would be rounded away.
@@ -17,7 +20,7 @@ def init_ema(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
 
 
-def update_ema(average: PyTree, params: PyTree, decay: float, count: ArrayLike) -> PyTree:
+def update_ema(average: T, params: T, decay: float, count: ArrayLike) -> T:
     """The average after the parameters' update number ``count`` (from 0).
 
     The first updates use the smaller decay (1 + count) / (10 + count), so that a short run does not end on an average

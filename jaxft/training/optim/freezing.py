@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from jaxft.errors import UserError, nearest
-from jaxft.trees import Leaf, PyTree, leaves_of, map_paths
+from jaxft.trees import Axes, Leaf, Params, Shapes, Tree, leaves_of, map_paths
+
+T = TypeVar("T")
 
 Frozen = bool | np.ndarray
 """Whether a parameter is frozen; for a stack of which only some layers are, a bool per layer, [L]."""
@@ -19,13 +21,13 @@ Frozen = bool | np.ndarray
 _LAYER_PATTERN = re.compile(r"layers/(\d+)(?:-(\d+))?/(.+)")
 
 
-def decay_mask(params: PyTree, axes: PyTree) -> PyTree:
+def decay_mask(params: Params | Shapes, axes: Axes) -> Tree[bool]:
     """True for each parameter that takes weight decay."""
     leaves = leaves_of(params, axes)
     return map_paths(lambda path, _: leaves[path].decays, params)
 
 
-def frozen_mask(params: PyTree, axes: PyTree, patterns: Sequence[str]) -> PyTree:
+def frozen_mask(params: Params | Shapes, axes: Axes, patterns: Sequence[str]) -> Tree[Frozen]:
     """For each parameter True (frozen), False (trained), or, for a partly frozen stack, a numpy bool [L].
 
     A pattern is a glob over paths in which ``*`` also crosses ``/``. After ``layers/``, one number (``layers/2/*``) or
@@ -46,12 +48,12 @@ def frozen_mask(params: PyTree, axes: PyTree, patterns: Sequence[str]) -> PyTree
     return map_paths(lambda path, _: frozen[path], params)
 
 
-def without_frozen(tree: PyTree, frozen: PyTree | None) -> tuple[list[Any], Callable[[list[Any]], PyTree]]:
+def without_frozen(tree: Tree[T], frozen: Tree[bool] | None) -> tuple[list[T], Callable[[list[T]], Tree[T]]]:
     """The leaves of ``tree`` that are not frozen, and a function that puts others in their places."""
     leaves, structure = jax.tree.flatten(tree)
     stays = [False] * len(leaves) if frozen is None else jax.tree.leaves(frozen)
 
-    def join(trained: list[Any]) -> Any:
+    def join(trained: list[T]) -> Tree[T]:
         given = iter(trained)
         return structure.unflatten([leaf if stay else next(given) for leaf, stay in zip(leaves, stays, strict=True)])
 

@@ -17,18 +17,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from jaxft.errors import UserError
 from jaxft.training.optim.adafactor import scale_by_adafactor
-from jaxft.training.optim.freezing import Frozen, frozen_mask
+from jaxft.training.optim.freezing import frozen_mask
 from jaxft.training.optim.schedules import Schedule
-from jaxft.trees import Leaf, PyTree, leaves_of, map_paths, paths_of
+from jaxft.trees import Axes, Leaf, Params, Shapes, Tree, leaves_of, map_paths, paths_of
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from jaxft.config import OptimConfig
@@ -39,7 +42,7 @@ _MUON_RMS = 0.2
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Schedule, params: PyTree, axes: PyTree
+    config: OptimConfig, schedule: Schedule, params: Params | Shapes, axes: Axes
 ) -> optax.GradientTransformation:
     """The optimizer for parameters of the given shapes and logical axes.
 
@@ -55,7 +58,7 @@ def make_optimizer(
     _check_ranges(config)
     leaves = leaves_of(params, axes)
     frozen = frozen_mask(params, axes, config.freeze)
-    by_path: dict[str, Frozen] = paths_of(frozen)
+    by_path = paths_of(frozen)
     trained = {path: leaf for path, leaf in leaves.items() if by_path[path] is not True}
     partly = {path: rows for path, rows in by_path.items() if isinstance(rows, np.ndarray)}
     factors = _rate_factors(config.layer_decay, leaves, partly)
@@ -76,10 +79,10 @@ def make_optimizer(
     return optax.partition({"train": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def update_count(opt_state: PyTree) -> jax.Array:
+def update_count(opt_state: optax.OptState) -> jax.Array:
     """Number of updates that a state of :func:`make_optimizer` has seen: the step of its schedule, which says the next rate."""
 
-    def is_schedule(node: Any) -> bool:
+    def is_schedule(node: object) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     found = [node.count for node in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(node)]
@@ -90,11 +93,11 @@ def update_count(opt_state: PyTree) -> jax.Array:
 
 def map_state(
     optimizer: optax.GradientTransformation,
-    function: Callable[..., Any],
-    state: PyTree,
+    function: Callable[..., T],
+    state: optax.OptState,
     *rest: PyTree,
-    other: Callable[[Any], Any],
-) -> PyTree:
+    other: Callable[[jax.Array], T],
+) -> PyTree[T]:
     """A tree like the optimizer's state, with each leaf mapped according to the parameter it belongs to.
 
     That is ``function(leaf, *values)``, ``values`` being the parameter's in the trees of ``rest``, and ``other(leaf)``
@@ -103,7 +106,7 @@ def map_state(
     Meant for shardings: such a leaf has the rank of its parameter, and in each dimension its size or 1 (Adafactor).
     """
 
-    def is_masked(node: Any) -> bool:
+    def is_masked(node: object) -> bool:
         return isinstance(node, optax.MaskedNode)
 
     return optax.tree_utils.tree_map_params(
@@ -116,7 +119,7 @@ def map_state(
     )
 
 
-def global_norm(tree: PyTree) -> jax.Array:
+def global_norm(tree: PyTree[jax.Array]) -> jax.Array:
     """Euclidean norm of all leaves together, summed in float32 whatever their type."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.zeros([], jnp.float32)))
@@ -166,7 +169,7 @@ def _muon(config: OptimConfig, trained: dict[str, Leaf]) -> optax.GradientTransf
     if not matrices:
         raise UserError("optim.name=muon: no matrix inside the layers is trained; use adamw, or freeze less")
 
-    def dimensions(updates: PyTree) -> PyTree:
+    def dimensions(updates: optax.Updates) -> Tree[optax.contrib.MuonDimensionNumbers]:
         return map_paths(lambda path, _: contrib.MuonDimensionNumbers(*matrices[path]), updates)
 
     rules: dict[Hashable, optax.GradientTransformation] = {
@@ -243,7 +246,7 @@ def _decay_weights(rate: float, leaves: dict[str, Leaf]) -> optax.GradientTransf
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Clips gradients as ``torch.nn.utils.clip_grad_norm_`` does, epsilon included. One factor for all fuses with the next step."""
 
-    def clip(updates: PyTree, params: PyTree) -> PyTree:
+    def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
         factor = jnp.minimum(1.0, limit / (global_norm(updates) + 1e-6))
         return jax.tree.map(lambda update: update * factor, updates)
@@ -257,11 +260,13 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     For float32 parameters nothing is cast. In bfloat16, JAX would round a decay of 0.999 to 1 before multiplying.
     """
 
-    def widen(tree: PyTree) -> PyTree:
+    def widen(tree: T) -> T:
         narrow = (jnp.bfloat16, jnp.float16)
         return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in narrow else x, tree)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         updates, new_state = inner.update(widen(updates), widen(state), widen(params))
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
 
