@@ -30,9 +30,6 @@ from jaxft.models.layout import Rule
 
 Array = jax.Array
 
-SPAN_ENDS = 2
-"""Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
-
 
 def exact(compute: Compute) -> Compute:
     """How few classes are computed: in full precision, which costs nothing and keeps probabilities clean."""
@@ -57,19 +54,23 @@ class PooledClasses(nn.Module):
 
 
 class FirstTokenClasses(nn.Module):
-    """Dropout, affine, tanh, dropout and affine on the first token's vector: logits [B, C]."""
+    """Dropout, affine, activation, dropout and affine on the first token's vector: logits [B, C]."""
 
     width: int
     classes: int
     rate: float
     compute: Compute
     initial: Initializer
+    act: str = "tanh"
+    first_rate: float | None = None
+    """The first dropout, if it is another one."""
 
     @nn.compact
     def __call__(self, seen: Features, key: Array | None) -> Array:
-        bits = self.compute.dropout_bits
-        x = dropout(seen.hidden[:, 0], self.rate, subkey(key, 0), bits)
-        x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
+        bits, first = self.compute.dropout_bits, self.rate if self.first_rate is None else self.first_rate
+        x = dropout(seen.hidden[:, 0], first, subkey(key, 0), bits)
+        shape, names = (self.width,) * 2, ("embed", "pooled")
+        x = ACTIVATIONS[self.act](Linear(shape, names, self.compute, self.initial, name="dense")(x))
         x = dropout(x, self.rate, subkey(key, 1), bits)
         shape = (self.width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
@@ -101,9 +102,16 @@ class Transform:
     initial: Initializer
     dense_bias: bool = True
     norm_bias: bool = True
+    outputs: int | None = None
+    """Width of what comes out, if it is another one."""
+
+    @property
+    def out_width(self) -> int:
+        """Width of what comes out."""
+        return self.width if self.outputs is None else self.outputs
 
     def __call__(self, x: Array, compute: Compute) -> Array:
-        shape, names = (self.width,) * 2, ("embed", "pooled")
+        shape, names = (self.width, self.out_width), ("embed", "pooled")
         x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
         return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
 
@@ -127,7 +135,7 @@ class TransformedClasses(nn.Module):
         x = seen.pooled if self.pooled else seen.hidden
         assert x is not None  # models pool for heads that ask for it
         x = dropout(self.transform(x, self.compute), self.rate, key, self.compute.dropout_bits)
-        shape = (self.transform.width, self.classes)
+        shape = (self.transform.out_width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
@@ -145,7 +153,7 @@ class MaskedLm(nn.Module):
     def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
         del key
         x = self.transform(seen.hidden, self.compute)
-        (d, v), dtype = (self.transform.width, self.vocabulary), self.compute.param_dtype
+        (d, v), dtype = (self.transform.out_width, self.vocabulary), self.compute.param_dtype
         bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
         initial = self.transform.initial
         table = seen.table if self.tied else declare(self, "kernel", initial, ("embed", "vocab"), (d, v), dtype).T
@@ -155,14 +163,24 @@ class MaskedLm(nn.Module):
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
 
 
-def mean_of_text(hidden: Array, mask: Array | None, segments: Array | None) -> Array:
-    """[B, D], the mean over the tokens of each row that are no padding; of packed rows, over those of the first text.
+def pooled_text(how: str, hidden: Array, mask: Array | None, segments: Array | None, behind_padding: bool) -> Array:
+    """[B, D], one vector per row: of its first token, or the mean over the tokens of its text; of packed rows, of their first text.
 
     Args:
+      how: "cls" or "mean".
       hidden: [B, S, D].
       mask: [B, S], 0 or False where a token is padding; None: nothing is.
       segments: [B, S] int32 of packed rows, 0 is padding; None: each row is one text.
+      behind_padding: the first token of a row that begins with padding is the first one behind it.
     """
+    if how == "mean":
+        return _mean_of_text(hidden, mask, segments)
+    if mask is None or not behind_padding:
+        return hidden[:, 0]
+    return jnp.take_along_axis(hidden, mask.astype(bool).argmax(1)[:, None, None], axis=1)[:, 0]
+
+
+def _mean_of_text(hidden: Array, mask: Array | None, segments: Array | None) -> Array:
     there = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
     if segments is not None:
         there = there & (segments != 0)
@@ -184,14 +202,17 @@ def norm_rules(ours: str, theirs: str, biased: bool = True, first_layer: int = 0
     return (scale, Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)) if biased else (scale,)
 
 
-def decoder_rules(theirs: str, bias: str, *, tied: bool) -> tuple[Rule, ...]:
+def decoder_rules(theirs: str, bias: str | None, *, tied: bool) -> tuple[Rule, ...]:
     """The rows of the weight table for the vocabulary of a masked-LM head.
 
     Args:
       theirs: the reference's decoder, which holds a matrix and a bias.
-      bias: the reference's other name for that bias.
+      bias: the reference's other name for that bias; None: it has no other.
       tied: the matrix is the table of token embeddings.
     """
+    if bias is None:
+        kernel = () if tied else (Rule("head/kernel", f"{theirs}.weight", "v d -> d v"),)
+        return (*kernel, Rule("head/bias", f"{theirs}.bias"))
     if tied:
         return (Rule("head/bias", bias, preferred=(f"{theirs}.bias",)),)
     # transformers v5 reads the decoder's bias; v4 tied the two and stored the other name only.
