@@ -114,7 +114,11 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
 
 def compare_head(family: Family, config: Any, head: str, model_type: str, folder: Path) -> None:
     """Holds a head against the reference's, as its outputs are compared."""
-    of_head = {"question_answering": compare_spans, "multiple_choice": compare_choices}
+    of_head = {
+        "question_answering": compare_spans,
+        "multiple_choice": compare_choices,
+        "replaced_tokens": compare_replaced,
+    }
     if head in of_head:
         of_head[head](family, config, model_type, folder)
     else:
@@ -128,6 +132,27 @@ def drawn(config: Any, values: Mapping[str, Sequence[Any]], number: int, count: 
         for i, (name, some) in enumerate(values.items())
     }
     return dataclasses.replace(config, **changes)
+
+
+def compare_replaced(family: Family, config: Any, model_type: str, folder: Path) -> None:
+    """Holds one logit for each token, their loss and the gradient of every parameter against the reference's."""
+    torch, head = pytest.importorskip("torch"), "replaced_tokens"
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    seen, replaced = batch["mask"].astype(bool), np.random.default_rng(1).integers(0, 2, batch["mask"].shape)
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits = model.apply({"params": params}, **batch).logits
+        each = jax.nn.softplus(logits[..., 0]) - logits[..., 0] * replaced
+        return (each * seen).sum() / seen.sum(), logits
+
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    expected = theirs(**torch_inputs(batch), labels=torch.tensor(replaced))
+    expected.loss.backward()
+    close(logits[seen][:, 0], expected.logits[torch.tensor(seen)], "logits")
+    close(loss, expected.loss, "loss")
+    _compare_gradients(family, theirs, config, head, gradient, folder)
 
 
 def compare_spans(family: Family, config: Any, model_type: str, folder: Path) -> None:

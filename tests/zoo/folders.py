@@ -30,6 +30,7 @@ SIZES: Config = {
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
 DISTIL: Config = {"hidden_dim": 32}
+NARROW: Config = {"embedding_size": 12}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -64,6 +65,12 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
     "distilbert-classes": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}, True),
     "distilbert-spans": ("DistilBertForQuestionAnswering", DISTIL, True),
     "distilbert-choices": ("DistilBertForMultipleChoice", DISTIL, True),
+    "electra": ("ElectraModel", NARROW, True),
+    "electra-mlm": ("ElectraForMaskedLM", NARROW, True),
+    "electra-mlm-untied": ("ElectraForMaskedLM", NARROW | {"tie_word_embeddings": False}, True),
+    "electra-classes": ("ElectraForSequenceClassification", {"num_labels": 3, "embedding_size": 16}, True),
+    "electra-choices": ("ElectraForMultipleChoice", NARROW, True),
+    "electra-replaced": ("ElectraForPreTraining", NARROW, True),
     "llama": ("LlamaModel", {}, True),
     "llama-lm": ("LlamaForCausalLM", {}, True),
     "llama-lm-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),
