@@ -98,7 +98,13 @@ def test_labels(tmp_path: Path) -> None:
     assert "head='clasification': did you mean 'classification'?" in refused(unnamed, head="clasification")
 
 
-@pytest.mark.parametrize("family", SOME)
+def shares_layers(family: str) -> bool:
+    """Whether layers have no parameters of their own: any number of them can run."""
+    module = models.family(family)
+    return any(stack.own < stack.layers for stack in module.facts(module.TINY).stacks)
+
+
+@pytest.mark.parametrize("family", [one for one in SOME if not shares_layers(str(one.values[0]))])
 def test_changes_that_the_weights_allow_and_contradict(family: str, tmp_path: Path) -> None:
     source = make_any(tmp_path / "source", family, None, num_hidden_layers=3)
     loaded, notes = noted(source, num_hidden_layers=2)

@@ -97,7 +97,7 @@ def _ends(
     others = {_module(rule, layout, bare) for rule in layout.rules} - set(names)
     if not any(other.endswith(f".{end}") for other in others for end in ends):
         return ends
-    layers = sum(stack.layers for stack in model.facts.stacks)
+    layers = sum(stack.own for stack in model.facts.stacks)
     return [name for rule in chosen for name in rule.of_layers(modules[rule], layers)]
 
 

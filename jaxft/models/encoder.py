@@ -94,6 +94,16 @@ class EncoderConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def stacked_layers(self) -> int:
+        """Layers that have parameters of their own."""
+        return self.num_hidden_layers
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which of them runs at each place."""
+        return tuple(range(self.num_hidden_layers))
+
+    @property
     def limit(self) -> int:
         """Tokens that a row may have."""
         return self.max_position_embeddings
@@ -296,10 +306,10 @@ class EncoderModel(nn.Module):
         embeddings = Embeddings(c, self.compute, name="embed")
         x = embeddings(tokens, types, places, subkey(key, 0))
         layer = Layer(c, self.compute, parent=None)
-        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
-        keep = hidden_states or attentions
-        hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
-        looked = _attentions(layers, states, spec) if attentions else None
+        layers = stacked_params(self, "layers", layer, c.stacked_layers, x[:1], None, MaskSpec())
+        stack, keep = (layer, layers, len(c.order), x, subkey(key, 1), spec), hidden_states or attentions
+        hidden, states, _ = apply_stack(*stack, keep=keep, order=c.order)
+        looked = _attentions(layers, states, spec, c.order) if attentions else None
         more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 
         pooled = None
@@ -317,21 +327,20 @@ class EncoderModel(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
-    """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
+def _attentions(layers: Any, states: Any, mask: MaskSpec, order: tuple[int, ...]) -> Array:
+    """[L, B, N, S, S] float32, from the layers' stacked parameters and what went in at each place."""
 
-    def heads(name: str, number: int) -> Array:
-        return project_exactly(states[number], layers["attention"][name], number)
+    def heads(name: str, place: int) -> Array:
+        return project_exactly(states[place], layers["attention"][name], order[place])
 
-    count = len(layers["attention"]["query"]["kernel"])
-    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
+    places = range(len(order))
+    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in places])
 
 
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
     types = {"types": Field(("batch", "length"), count=config.type_vocab_size)} if config.type_vocab_size else {}
     inputs = text_inputs(config.vocab_size, config.pad_token_id, config.limit, scored="predicted", **types)
-    heads, size = config.num_attention_heads, config.head_size
-    return Facts(
-        inputs, (Stack("layers", config.num_hidden_layers, config.hidden_size, heads, heads, size),), config.limit
-    )
+    heads, size, own = config.num_attention_heads, config.head_size, config.stacked_layers
+    stack = Stack("layers", len(config.order), config.hidden_size, heads, heads, size, stored=own)
+    return Facts(inputs, (stack,), config.limit)
