@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,49 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
     _compare_gradients(family, theirs, config, head, gradient, folder)
 
 
+def compare_head(family: Family, config: Any, head: str, model_type: str, folder: Path) -> None:
+    """Holds a head against the reference's, as its outputs are compared."""
+    of_head = {
+        "question_answering": compare_spans,
+        "multiple_choice": compare_choices,
+        "replaced_tokens": compare_replaced,
+    }
+    if head in of_head:
+        of_head[head](family, config, model_type, folder)
+    else:
+        compare(family, config, head, model_type, folder)
+
+
+def drawn(config: Any, values: Mapping[str, Sequence[Any]], number: int, count: int = 20) -> Any:
+    """The Config of that number, of ``count`` random ones: each field takes each of its values about equally often."""
+    changes = {
+        name: some[np.random.default_rng(i).permutation(count)[number] % len(some)]
+        for i, (name, some) in enumerate(values.items())
+    }
+    return dataclasses.replace(config, **changes)
+
+
+def compare_replaced(family: Family, config: Any, model_type: str, folder: Path) -> None:
+    """Holds one logit for each token, their loss and the gradient of every parameter against the reference's."""
+    torch, head = pytest.importorskip("torch"), "replaced_tokens"
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    seen, replaced = batch["mask"].astype(bool), np.random.default_rng(1).integers(0, 2, batch["mask"].shape)
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits = model.apply({"params": params}, **batch).logits
+        each = jax.nn.softplus(logits[..., 0]) - logits[..., 0] * replaced
+        return (each * seen).sum() / seen.sum(), logits
+
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    expected = theirs(**torch_inputs(batch), labels=torch.tensor(replaced))
+    expected.loss.backward()
+    close(logits[seen][:, 0], expected.logits[torch.tensor(seen)], "logits")
+    close(loss, expected.loss, "loss")
+    _compare_gradients(family, theirs, config, head, gradient, folder)
+
+
 def compare_spans(family: Family, config: Any, model_type: str, folder: Path) -> None:
     """Holds the logits of starts and ends, their loss and the gradient of every parameter against the reference's."""
     torch = pytest.importorskip("torch")
@@ -134,6 +179,30 @@ def compare_spans(family: Family, config: Any, model_type: str, folder: Path) ->
         close(logits[..., i], wanted, "logits")
     close(loss, expected.loss, "loss")
     _compare_gradients(family, theirs, config, "question_answering", gradient, folder)
+
+
+def compare_choices(family: Family, config: Any, model_type: str, folder: Path, padded_in_front: bool = False) -> None:
+    """Holds the logits of two questions with two choices each, their loss and the gradient of every parameter against the reference's."""
+    torch, head = pytest.importorskip("torch"), "multiple_choice"
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    if padded_in_front:
+        batch = {name: value[:, ::-1] for name, value in batch.items()}
+    right = np.array([1, 0])
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits = model.apply({"params": params}, **batch).logits
+        return cross_entropy(logits.reshape(2, 2), jnp.asarray(right)).mean(), logits
+
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    folded = {name: value.reshape(2, 2, -1) for name, value in torch_inputs(batch).items()}
+    expected = theirs(**folded, labels=torch.tensor(right))
+    expected.loss.backward()
+    assert logits.shape == (4, 1)
+    close(logits.reshape(2, 2), expected.logits, "logits")
+    close(loss, expected.loss, "loss")
+    _compare_gradients(family, theirs, config, head, gradient, folder)
 
 
 def _compare_gradients(family: Family, theirs: Any, config: Any, head: str, gradient: Any, folder: Path) -> None:

@@ -63,9 +63,10 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "model.safetensors")
 
 
-# RoBERTa's weights are BERT's; ModernBERT's own tests hold its weights, test_lora its adapters.
+# Families' own tests hold their weights, test_lora their adapters.
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bert", "llama"))) for name in FAMILIES]
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bert", "llama"))) for name in FAMILIES],
 )
 def test_from_weights_to_weights(family: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_folder(tmp_path / "source", family, None)

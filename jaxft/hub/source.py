@@ -21,7 +21,7 @@ from jaxft.hub.weights import Weights, open_weights
 from jaxft.hub.weights.flax_names import under_pytorch_names
 from jaxft.hub.weights.numbers import refuse_quantised
 from jaxft.hub.weights.prefixed import WithoutPrefix
-from jaxft.models.contract import TIED, Family, architecture_of, architectures, classes_of, head_of
+from jaxft.models.contract import TIED, Family, architecture_of, architectures, classes_of, head_of, head_of_class
 
 Note = Callable[[str], None]
 
@@ -285,7 +285,7 @@ def _head(
     stated = next((name for name in named if name in known), None)
     if stated is None:
         return None, named[0]
-    head = known[stated]
+    head = head_of_class(family, stated, names)
     if head is None and seen is not None:
         tensors = _head_tensors(family, names)
         if tensors:

@@ -103,8 +103,9 @@ def apply_stack(
     kinds: Sequence[Hashable] | None = None,
     begins: Mapping[str, int] = _ALL,
     state: PyTree[Array] | None = None,
+    order: Sequence[int] | None = None,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "states B S D"] | None, PyTree[Array] | None]:
-    """Runs ``length`` stacked layers, each ``layer.apply(params_i, x, key_i, *args) -> x``.
+    """Runs ``length`` stacked layers, one after the other, each ``layer.apply(params_i, x, key_i, *args) -> x``.
 
     Unrolled or scanned, with or without remat, as ``layer.compute`` says; the values are the same.
 
@@ -114,6 +115,9 @@ def apply_stack(
       begins: as of :func:`stacked_params`.
       state: arrays [L, ...] of which each layer gets its own (a cache, for instance): ``layer.apply(..., state=state_i)``, which
         then returns (x, what it has to say of its state).
+      order: which layer of the stack runs at each of the ``length`` places, where some run at several; None: each at its own. Keys,
+        kinds and state are those of places. The gradient of a layer is the sum over its places; scanned, a run of places that repeats
+        is one scan, which has no copies of their parameters.
 
     Returns: (x after the last layer, with ``keep`` what went into the first and came out of each: [L + 1, ...]; else None, what
       layers said of their state, stacked [L, ...]; None without ``state``).
@@ -137,6 +141,13 @@ def apply_stack(
     runs = [known[kind] for kind in kinds] if kinds is not None else [known[None]] * length
     if len(runs) != length:
         raise ValueError(f"{len(runs)} kinds of {length} layers")
+    if order is not None and tuple(order) != tuple(range(length)):
+        if begins or len(order) != length:
+            raise ValueError(f"an order of {len(order)} of {length} layers, begins={dict(begins)}")
+        stored = _by_layer(params, _ALL, len(jax.tree.leaves(params)[0]))
+        signs = tuple(zip(kinds or (None,) * length, order, strict=True))
+        pieces = _repeats(signs) if compute.layers == "scanned" else [_Piece(0, length, 1)]
+        return _shared(runs, [stored[number] for number in order], pieces, x, key, keep, state)
     if compute.layers == "scanned":
         lacks = [tuple(sorted(child for child, first in begins.items() if layer < first)) for layer in range(length)]
         signs = tuple(zip(kinds or (None,) * length, lacks, strict=True))
@@ -220,6 +231,74 @@ def _scanned(
     each = each.reshape(size * times, *x.shape)
     kept = jnp.concatenate([*(one[None] for one in seen), each, *(one[None] for one in more[1:])])
     return x, kept, of_each
+
+
+class _Piece(NamedTuple):
+    """Places that repeat."""
+
+    start: int
+    size: int
+    """Places of what repeats."""
+    times: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size * self.times
+
+
+def _repeats(signs: tuple[Hashable, ...], start: int = 0) -> list[_Piece]:
+    """All places, as few layers as can be being compiled.
+
+    Args:
+      signs: of each place; equal where places differ in their numbers alone.
+      start: number of the first.
+    """
+    before, size, times = _period_of(signs) if signs else (0, 0, 0)
+    if times < 2:
+        return [_Piece(start, len(signs), 1)] if signs else []
+    piece = _Piece(start + before, size, times)
+    return [*_repeats(signs[:before], start), piece, *_repeats(signs[piece.end - start :], piece.end)]
+
+
+def _shared(
+    runs: Sequence[Callable[..., Any]],
+    layers: Sequence[Any],
+    pieces: Sequence[_Piece],
+    x: Array,
+    key: Array | None,
+    keep: bool,
+    state: Any,
+) -> tuple[Array, Array | None, Any]:
+    """Layers of which some run at several places: piece by piece, parameters stand outside of the scans.
+
+    Args:
+      layers: parameters at each place.
+    """
+
+    def body(piece: _Piece, x: Array, item: tuple[Any, Any]) -> tuple[Array, tuple[Array | None, Any]]:
+        numbers, own = item
+        inside = slice(piece.start, piece.start + piece.size)
+        x, seen, said = _unrolled(runs[inside], layers[inside], numbers, x, key, own)
+        return x, (jnp.stack(seen[1:]) if keep else None, said)
+
+    kept: list[Any] = [x[None]]
+    told: list[Any] = []
+    for piece in pieces:
+        own = jax.tree.map(lambda leaf, piece=piece: leaf[piece.start : piece.end], state)
+        one = functools.partial(body, piece)
+        if piece.times == 1:
+            x, (each, said) = one(x, (range(piece.start, piece.end), own))
+        else:
+            folded = (piece.times, piece.size)
+            items = (jnp.arange(piece.start, piece.end), own)
+            x, made = lax.scan(
+                one, x, jax.tree.map(lambda leaf, folded=folded: leaf.reshape(*folded, *leaf.shape[1:]), items)
+            )
+            each, said = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made)
+        kept.append(each)
+        told.append(said)
+    said = None if state is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *told)
+    return x, jnp.concatenate(kept) if keep else None, said
 
 
 class _Period(NamedTuple):

@@ -91,6 +91,13 @@ class Stack:
     """A token sees only those before it."""
     windows: tuple[int | None, ...] = ()
     """What ``MaskSpec.window`` is in each layer; empty: no layer has one."""
+    stored: int | None = None
+    """Layers that have parameters of their own, where some run at several places; None: all."""
+
+    @property
+    def own(self) -> int:
+        """How many layers the stacked parameters are of."""
+        return self.layers if self.stored is None else self.stored
 
     def seen(self, length: int) -> float:
         """The share of query-key pairs that attention looks at in rows of a length, over all layers; half where it is causal."""
@@ -150,6 +157,12 @@ def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str
         **({"predict": Field(targets)} if scored != "length" else {}),
         "targets": Field(targets, count=vocabulary),
     }
+
+
+ONE_CHOICE = 1
+"""Logits of a row of a head for multiple choice: how well the row answers. Rows of one question are compared by a softmax."""
+SPAN_ENDS = 2
+"""Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
 
 
 class FamilyConfig(Protocol):
@@ -216,7 +229,8 @@ class Head(Generic[OfConfig]):
     rules: Callable[[OfConfig], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()
-    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones."""
+    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones; one
+    that only config.json shows has none."""
     classes: Literal["rows", "tokens"] | None = None
     """What its outputs are classes of, as many as ``num_labels`` of the Config says, with names; None: no classes."""
     pooled: bool = False
@@ -292,7 +306,7 @@ def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | N
     marked = {name: head.marks for name, head in heads.items() if name and head.marks}
     known = {**FOREIGN_HEADS, **marked}
     for marks in known.values():
-        if all(any(fnmatch.fnmatchcase(tensor, mark) for tensor in names) for mark in marks):
+        if _shown(marks, names):
             return " or ".join(name for name, others in known.items() if others == marks)
     return None
 
@@ -315,13 +329,27 @@ def architecture_of(family: Family, head: str | None, model_type: str | None = N
 
 
 def architectures(family: Family) -> dict[str, str | None]:
-    """Every class of the reference that the family reads, and the head that it is read as."""
-    return {
-        stem + suffix: name
-        for stem in family.MODEL_TYPES.values()
-        for name, head in family.HEADS.items()
-        for suffix in (head.suffix, *head.read_as)
-    }
+    """Every class of the reference that the family reads, and the head that it is read as: of several, the first in ``HEADS``."""
+    return {name: heads[0] for name, heads in _heads_of_classes(family).items()}
+
+
+def head_of_class(family: Family, stated: str, names: Collection[str]) -> str | None:
+    """The head that a class of the reference is read as: of several, the first whose tensors are among ``names``."""
+    heads = _heads_of_classes(family)[stated]
+    return next((head for head in heads if _shown(family.HEADS[head].marks, names)), heads[0])
+
+
+def _heads_of_classes(family: Family) -> dict[str, list[str | None]]:
+    found: dict[str, list[str | None]] = {}
+    for stem in family.MODEL_TYPES.values():
+        for name, head in family.HEADS.items():
+            for suffix in (head.suffix, *head.read_as):
+                found.setdefault(stem + suffix, []).append(name)
+    return found
+
+
+def _shown(marks: Collection[str], names: Collection[str]) -> bool:
+    return all(any(fnmatch.fnmatchcase(tensor, mark) for tensor in names) for mark in marks)
 
 
 TIED = "tie_word_embeddings"

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jaxft.data.batch import text_shape
 from jaxft.parallel.sharding import CONTEXT, ways
 from jaxft.training.recipe import Recipe
+from jaxft.trees import paths_of
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ def traffic_of(recipe: Recipe, rows: int, length: int) -> Traffic:
     batch_axes = {axis for axis in (*dict(rules.table)["batch"], *dict(rules.table)["length"]) if mesh.shape[axis] > 1}
     gathered = scattered = reduced = 0.0
     trees = (recipe.shapes, recipe.shardings, recipe.frozen)
-    for leaf, place, stays in zip(*map(jax.tree.leaves, trees), strict=True):
+    for path, leaf, place, stays in zip(paths_of(recipe.shapes), *map(jax.tree.leaves, trees), strict=True):
         used = {axis for entry in place.spec if entry for axis in ([entry] if isinstance(entry, str) else entry)}
         by_batch = int(np.prod([mesh.shape[axis] for axis in used & batch_axes]))
         rest = int(np.prod([mesh.shape[axis] for axis in batch_axes - used]))
-        whole = leaf.size / int(np.prod([mesh.shape[axis] for axis in used - batch_axes]))
+        whole = _uses(recipe, path) * leaf.size / int(np.prod([mesh.shape[axis] for axis in used - batch_axes]))
         share = (by_batch - 1) / by_batch
         gathered += 2 * micro * share * whole * operand
         if stays:
@@ -58,6 +59,12 @@ def traffic_of(recipe: Recipe, rows: int, length: int) -> Traffic:
         scattered += micro * share * whole * summed
         reduced += 2 * (rest - 1) / rest * whole / by_batch * summed
     return Traffic(gathered, scattered, reduced, _of_tensor(recipe, rows, length), _of_context(recipe, rows, length))
+
+
+def _uses(recipe: Recipe, path: str) -> float:
+    """At how many places of the network a parameter is used: layers may share theirs."""
+    stacks = recipe.model.facts.stacks
+    return next((stack.layers / stack.own for stack in stacks if f"/{stack.path}/" in f"/{path}"), 1.0)
 
 
 def _local_tokens(recipe: Recipe, rows: int, length: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxft.layers import Compute, apply_stack, declare, dropout, stacked_params
-from jaxft.layers.stacks import _period_of
+from jaxft.layers.stacks import _period_of, _repeats
 
 WIDTH = 4
 
@@ -115,6 +115,76 @@ def test_each_layer_has_its_own_state(kinds: str) -> None:
 )
 def test_as_few_layers_as_can_be_are_compiled(kinds: str, period: tuple[int, int, int]) -> None:
     assert _period_of(tuple(kinds)) == period
+
+
+class Shared(nn.Module):
+    """Layers that run at several places, or, with ``apart``, copies of them at each place."""
+
+    order: tuple[int, ...]
+    kinds: str
+    compute: Compute
+    apart: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any, key: Any) -> Any:
+        layer, count, length = Layer(self.compute, parent=None), max(self.order) + 1, len(self.order)
+        params = stacked_params(self, "layers", layer, count, x, None, 0.5, "A")
+        state = {"gain": 1.0 + jnp.arange(length) / 10, "seen": 7 * jnp.arange(length)}
+        if self.apart:
+            params = jax.tree.map(lambda leaf: leaf[np.array(self.order)], params)
+        order = None if self.apart else self.order
+        stack = (layer, params, length, x, key, 0.5)
+        return apply_stack(*stack, keep=True, kinds=self.kinds, state=state, order=order)
+
+
+@pytest.mark.parametrize(
+    ("order", "kinds"),
+    [
+        ((0, 0, 0, 1, 1, 2), "AAAAAA"),
+        pytest.param((0, 1, 0, 1, 0, 1, 2, 3, 2, 3), "ABABABABAB", marks=pytest.mark.slow),
+        pytest.param((0, 0, 0, 0), "AABB", marks=pytest.mark.slow),
+        pytest.param((0, 0), "AA", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_at_several_places_are_copies_whose_gradients_are_summed(order: tuple[int, ...], kinds: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
+    params = Shared(order, kinds, Compute()).init(jax.random.key(0), x, None)["params"]
+
+    def computed(**how: Any) -> Any:
+        apart = how.pop("apart", False)
+        model: Any = Shared(order, kinds, Compute(**how), apart)
+
+        def loss(params: Any) -> Any:
+            out = model.apply({"params": params}, x, jax.random.key(1))
+            weights = jnp.arange(1.0, out[1].size + 1).reshape(out[1].shape)
+            return (out[1] * jnp.sin(weights)).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    expected = computed(apart=True)
+    assert expected[0][1][1].shape == (len(order) + 1, 3, WIDTH)
+    for how in ({}, {"layers": "scanned", "remat": "full"}):
+        found = computed(**how)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, found)
+
+
+@pytest.mark.parametrize(
+    ("order", "pieces"),
+    [
+        ((0,) * 12, [(0, 1, 12)]),
+        ((0, 0, 0, 1, 1, 1, 2, 2), [(0, 1, 3), (3, 1, 3), (6, 1, 2)]),
+        ((0, 1, 0, 1, 2, 3, 2, 3), [(0, 2, 2), (4, 2, 2)]),
+        ((0, 1, 2), [(0, 3, 1)]),
+        ((0, 0, 1), [(0, 1, 2), (2, 1, 1)]),
+    ],
+)
+def test_places_that_repeat_are_scanned_and_have_no_copies(order: tuple[int, ...], pieces: list[Any]) -> None:
+    assert _repeats(order) == pieces
+
+
+def test_orders_are_as_long_as_the_stack() -> None:
+    with pytest.raises(ValueError, match="an order of 3 of 2 layers"):
+        apply_stack(Layer(Compute()), {}, 2, jnp.ones((1, WIDTH)), None, order=(0, 0, 0))
 
 
 def test_kinds_are_as_many_as_layers() -> None:

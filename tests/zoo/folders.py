@@ -29,6 +29,9 @@ SIZES: Config = {
 }
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
+DISTIL: Config = {"hidden_dim": 32}
+NARROW: Config = {"embedding_size": 12}
+GROUPS: Config = {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -48,7 +51,7 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
     ),
     "bert-tokens": ("BertForTokenClassification", {"num_labels": 3}, True),
     "bert-spans": ("BertForQuestionAnswering", {}, True),
-    "bert-choices": ("BertForMultipleChoice", {}, False),
+    "bert-choices": ("BertForMultipleChoice", {}, True),
     "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}, False),
     "modernbert": ("ModernBertModel", MODERN, True),
     "modernbert-mlm": ("ModernBertForMaskedLM", MODERN | {"local_attention": 8, "mlp_bias": True}, True),
@@ -57,6 +60,24 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
         MODERN | {"num_labels": 3, "classifier_pooling": "mean"},
         True,
     ),
+    "distilbert": ("DistilBertModel", DISTIL, True),
+    "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL, True),
+    "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | {"tie_word_embeddings": False}, True),
+    "distilbert-classes": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}, True),
+    "distilbert-spans": ("DistilBertForQuestionAnswering", DISTIL, True),
+    "distilbert-choices": ("DistilBertForMultipleChoice", DISTIL, True),
+    "electra": ("ElectraModel", NARROW, True),
+    "electra-mlm": ("ElectraForMaskedLM", NARROW, True),
+    "electra-mlm-untied": ("ElectraForMaskedLM", NARROW | {"tie_word_embeddings": False}, True),
+    "electra-classes": ("ElectraForSequenceClassification", {"num_labels": 3, "embedding_size": 16}, True),
+    "electra-choices": ("ElectraForMultipleChoice", NARROW, True),
+    "electra-replaced": ("ElectraForPreTraining", NARROW, True),
+    "albert": ("AlbertModel", NARROW, True),
+    "albert-mlm": ("AlbertForMaskedLM", NARROW, True),
+    "albert-mlm-untied": ("AlbertForMaskedLM", NARROW | {"tie_word_embeddings": False}, True),
+    "albert-pretraining": ("AlbertForPreTraining", NARROW, True),
+    "albert-classes": ("AlbertForSequenceClassification", GROUPS | {"num_labels": 3}, True),
+    "albert-choices": ("AlbertForMultipleChoice", GROUPS, True),
     "llama": ("LlamaModel", {}, True),
     "llama-lm": ("LlamaForCausalLM", {}, True),
     "llama-lm-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),

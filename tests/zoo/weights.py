@@ -73,6 +73,8 @@ def _computed(reference: Any, batch: dict[str, Any]) -> dict[str, Any]:
     for name in ("logits", "prediction_logits"):
         if getattr(out, name, None) is not None:
             found["logits"] = getattr(out, name).numpy()
+    if "logits" in found and found["logits"].shape == batch["tokens"].shape:  # one number for each token
+        found["logits"] = found["logits"][..., None]
     if "logits" not in found and getattr(out, "pooler_output", None) is not None:
         found["pooled"] = out.pooler_output.numpy()
     return found

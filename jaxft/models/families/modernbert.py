@@ -28,7 +28,6 @@ from jaxft.layers import (
     Initializer,
     LayerNorm,
     Rotary,
-    TokenScore,
     apply_stack,
     checked_call,
     dropout,
@@ -39,10 +38,11 @@ from jaxft.layers import (
     subkey,
     usual_promotion,
 )
+from jaxft.models import contract
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import SPAN_ENDS, MaskedLm, Transform, TransformedClasses, dense_rules, norm_rules, pooled_texts
+from jaxft.models.heads import MaskedLm, Transform, TransformedClasses, answered, dense_rules, norm_rules, pooled_texts
 from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
@@ -187,18 +187,19 @@ def _transform(c: Config) -> Transform:
     return Transform(c.hidden_size, act, c.norm_eps, start, c.classifier_bias, c.norm_bias)
 
 
-def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head[Config]:
-    """A head with classes, or, with None, with the two ends of an answer. Their tensors have the same names."""
-    pooled = classes == "rows"
+def _classes(suffix: str, classes: Literal["rows", "tokens"] | None, outputs: int | None = None) -> Head[Config]:
+    """A head with classes, or with so many outputs: the ends of an answer, a choice. Their tensors have the same names."""
+    pooled = classes == "rows" or outputs == contract.ONE_CHOICE
+    marks = ("head.dense.weight", "classifier.weight") if outputs != contract.ONE_CHOICE else ()
 
     def make(c: Config, compute: Compute, name: str) -> TransformedClasses:
-        sizes = (c.num_labels if classes else SPAN_ENDS, c.classifier_dropout)
+        sizes = (c.num_labels if outputs is None else outputs, c.classifier_dropout)
         return TransformedClasses(_transform(c), *sizes, pooled, compute, c.initial("classes"), name=name)
 
     def rules(c: Config) -> tuple[Rule, ...]:
         return (*_transform(c).rules("head.dense", "head.norm"), *dense_rules("head/linear", "classifier"))
 
-    return Head(suffix, make, rules, ("head.dense.weight", "classifier.weight"), classes, pooled)
+    return Head(suffix, make, rules, marks, classes, pooled)
 
 
 def _masked_lm(c: Config, compute: Compute, name: str) -> MaskedLm:
@@ -215,7 +216,8 @@ HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": _classes("ForSequenceClassification", "rows"),
     "token_classification": _classes("ForTokenClassification", "tokens"),
-    "question_answering": _classes("ForQuestionAnswering", None),
+    "question_answering": _classes("ForQuestionAnswering", None, contract.SPAN_ENDS),
+    "multiple_choice": _classes("ForMultipleChoice", None, contract.ONE_CHOICE),
     "masked_lm": Head("ForMaskedLM", _masked_lm, _masked_lm_rules, ("head.dense.weight",)),
 }
 
@@ -284,17 +286,11 @@ class Model(nn.Module):
         # The last one normalised, as the reference has it.
         states = states.at[-1].set(hidden) if hidden_states and states is not None else None
         more = {"hidden_states": states, "attentions": looked}
-        if head.make is None:
-            return Output(hidden, **more)
-        pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts) if head.pooled else None
-        # Most tokens are not predicted: gathered first, they never meet the vocabulary.
-        seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
-        made = head.make(c, self.compute, "head")(
-            Features(seen, pooled, embed.token.embedding, targets, starts), subkey(key, 2)
-        )
-        if isinstance(made, TokenScore):
-            return Output(hidden, pooled, score=made, **more)
-        return Output(hidden, pooled, made, **more)
+        behind = self.head == "multiple_choice"
+        pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts, behind) if head.pooled else None
+        made = None if head.make is None else head.make(c, self.compute, "head")
+        features = Features(hidden, pooled, embed.token.embedding, targets, starts)
+        return answered(made, features, subkey(key, 2), predict, **more)
 
 
 def _attentions(c: Config, layers: PyTree[Array], states: Array, mask: MaskSpec, positions: Array) -> Array:
