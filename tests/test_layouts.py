@@ -56,17 +56,17 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
 }
 
 
-ONCE = {("modernbert", "masked_lm"), ("bert", "token_classification")}
+ONCE = {("modernbert", "masked_lm"), ("albert", "masked_lm"), ("bert", "token_classification")}
 """What is tried on one layout in each run of the tests."""
 
 
 def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words differ in
-    their loss alone, other families in a part: one layout each shows that they are split as well. BERT's two other tasks take turns
-    on every second layout, Llama is tried on all."""
+    their loss alone, other families in a part: one layout each shows that they are split as well. BERT's two other tasks and
+    Llama take turns on the layouts."""
     if family not in ("bert", "llama") or task == "token_classification":
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
-    return family == "llama" or [*LAYOUTS].index(layout) % 4 == (0 if task == "classification" else 2)
+    return [*LAYOUTS].index(layout) % 3 == ("classification", "masked_lm", "causal_lm").index(task)
 
 
 def _marks(quick: bool) -> list[pytest.MarkDecorator]:

@@ -40,7 +40,6 @@ QUICK = {
     ("bert", "classification", "one device"),
     ("modernbert", "classification", "one device"),
     ("bert", "token_classification", "2x2x2 in two parts"),
-    ("roberta", "classification", "2x2x2 in two parts"),
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
