@@ -136,6 +136,30 @@ def compare_spans(family: Family, config: Any, model_type: str, folder: Path) ->
     _compare_gradients(family, theirs, config, "question_answering", gradient, folder)
 
 
+def compare_choices(family: Family, config: Any, model_type: str, folder: Path, padded_in_front: bool = False) -> None:
+    """Holds the logits of two questions with two choices each, their loss and the gradient of every parameter against the reference's."""
+    torch, head = pytest.importorskip("torch"), "multiple_choice"
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch = example_batch(family.facts(config), 4, length=20)
+    if padded_in_front:
+        batch = {name: value[:, ::-1] for name, value in batch.items()}
+    right = np.array([1, 0])
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        logits = model.apply({"params": params}, **batch).logits
+        return cross_entropy(logits.reshape(2, 2), jnp.asarray(right)).mean(), logits
+
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    folded = {name: value.reshape(2, 2, -1) for name, value in torch_inputs(batch).items()}
+    expected = theirs(**folded, labels=torch.tensor(right))
+    expected.loss.backward()
+    assert logits.shape == (4, 1)
+    close(logits.reshape(2, 2), expected.logits, "logits")
+    close(loss, expected.loss, "loss")
+    _compare_gradients(family, theirs, config, head, gradient, folder)
+
+
 def _compare_gradients(family: Family, theirs: Any, config: Any, head: str, gradient: Any, folder: Path) -> None:
     """Holds our gradients against those of the reference, laid out as ours by the same table."""
     torch = pytest.importorskip("torch")

@@ -127,11 +127,7 @@ def test_a_fresh_head_in_place_of_another(tmp_path: Path, capsys: Capture) -> No
     assert run(capsys, "predict", checkpoint, "--text", "the cat")[0] == 0
 
 
-FOREIGN = [
-    "BertForMultipleChoice",
-    "BertLMHeadModel",
-    "MyBert",
-]
+FOREIGN = ["BertLMHeadModel", "MyBert"]
 
 
 @pytest.mark.parametrize("architecture", FOREIGN)
@@ -220,7 +216,7 @@ def test_architectures_of_other_libraries_and_of_both_heads(tmp_path: Path) -> N
     source = make_folder(tmp_path / "source", "masked_lm")
     for named in ("FlaxBertForMaskedLM", "TFBertForMaskedLM", "BertForPreTraining"):
         assert open_source(edit(source, architectures=[named]), print).head == "masked_lm"
-    assert open_source(edit(source, ("model_type",), architectures=["BertForMultipleChoice"]), print).foreign
+    assert open_source(edit(source, ("model_type",), architectures=["BertForTripletScores"]), print).foreign
     assert jaxft.load(edit(source, ("architectures",), model_type="bert")).model.head == "masked_lm"
 
 

@@ -96,11 +96,16 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
     }
     if "types" in batch:
         inputs["token_type_ids"] = torch.tensor(batch["types"].astype(np.int64))
+    if type(reference.model).__name__.endswith(
+        "ForMultipleChoice"
+    ):  # [rows, choices, length]: each row a question of its own
+        inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():
         out = reference.model(**inputs, output_hidden_states=True)
     found = {"hidden states": out.hidden_states[-1].numpy()}
     if getattr(out, "logits", None) is not None:
-        found["logits"] = out.logits.numpy()
+        # What has one number for each token has no axis of classes there.
+        found["logits"] = (out.logits[..., None] if out.logits.shape == batch["tokens"].shape else out.logits).numpy()
     elif getattr(out, "start_logits", None) is not None:
         found["logits"] = torch.stack([out.start_logits, out.end_logits], -1).numpy()
     elif getattr(out, "pooler_output", None) is not None:

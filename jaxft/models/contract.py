@@ -138,6 +138,12 @@ def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str
     }
 
 
+ONE_CHOICE = 1
+"""Logits of a row of a head for multiple choice: how well the row answers. Rows of one question are compared by a softmax."""
+SPAN_ENDS = 2
+"""Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
+
+
 def _no_rules(config: Any) -> tuple[Rule, ...]:
     del config
     return ()
@@ -155,7 +161,8 @@ class Head:
     rules: Callable[[Any], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()
-    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones."""
+    """Patterns of tensor names; a file that has all of them has this head. Heads that no tensor tells apart have the same ones; one
+    that only config.json shows has none."""
     classes: Literal["rows", "tokens"] | None = None
     """What its outputs are classes of, as many as ``num_labels`` of the Config says, with names; None: no classes."""
     pooled: bool = False

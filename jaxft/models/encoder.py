@@ -24,6 +24,7 @@ from jaxft.layers import (
     Compute,
     Embed,
     FromHeads,
+    Initializer,
     LayerNorm,
     Linear,
     Projection,
@@ -70,11 +71,19 @@ class EncoderConfig:
     """Whether there is a pooler beside the bare encoder; heads that read its vector always have one."""
     num_labels: int = 2
 
+    FIXED: ClassVar[Mapping[str, Any]] = {}
+    """Fields that are no choice in this family, and what they are."""
+
     def __post_init__(self) -> None:
+        for name, value in self.FIXED.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"model.arch: {name}={getattr(self, name)} is not supported: it is {value} in this family"
+                )
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
-        check_fields(self, sizes, rates, ("hidden_act",))
+        check_fields(self, tuple(name for name in sizes if name not in self.FIXED), rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -88,6 +97,31 @@ class EncoderConfig:
     def limit(self) -> int:
         """Tokens that a row may have."""
         return self.max_position_embeddings
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the tables of tokens, positions and types; what they give is mapped to the model's width where that is another."""
+        return self.hidden_size
+
+    @property
+    def projects(self) -> bool:
+        """Whether that map is there."""
+        return self.embedding_width != self.hidden_size
+
+    @property
+    def attention_out_dropout(self) -> float:
+        """Of what attention adds."""
+        return self.hidden_dropout_prob
+
+    @property
+    def mlp_out_dropout(self) -> float:
+        """Of what an MLP adds."""
+        return self.hidden_dropout_prob
+
+    @property
+    def position_initial(self) -> Initializer:
+        """The initialiser of the table of positions."""
+        return normal(self)
 
     @property
     def class_dropout(self) -> float:
@@ -132,7 +166,7 @@ class Attention(nn.Module):
         )
         mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights)
         out = FromHeads((n, h, d), ("heads", None, "embed"), self.compute, normal(c), name="out")(mixed, last)
-        out = dropout(out, c.hidden_dropout_prob, of_output, self.compute.dropout_bits)
+        out = dropout(out, c.attention_out_dropout, of_output, self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
 
 
@@ -150,7 +184,7 @@ class Mlp(nn.Module):
         up = rules.constrain(up, "batch", "length", "act_mlp")
         act = ACTIVATIONS[c.hidden_act]
         down = Linear((f, d), ("mlp", "embed"), self.compute, normal(c), act=act, name="down")(up)
-        down = dropout(down, c.hidden_dropout_prob, subkey(key, 0), self.compute.dropout_bits)
+        down = dropout(down, c.mlp_out_dropout, subkey(key, 0), self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + down)
 
 
@@ -168,7 +202,7 @@ class Layer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and token-type vectors, normalised."""
+    """Sum of token, position and token-type vectors, normalised, and mapped to the model's width if theirs is another."""
 
     config: EncoderConfig
     compute: Compute
@@ -176,25 +210,30 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def table(rows: int, axis: str) -> Embed:
-            return Embed(rows, c.hidden_size, (axis, "embed"), self.compute, normal(c))
+        def table(rows: int, axis: str, initial: Initializer) -> Embed:
+            return Embed(rows, c.embedding_width, (axis, "embed"), self.compute, initial)
 
-        self.token = table(c.vocab_size, "vocab")
-        self.position = table(c.max_position_embeddings, "positions")
-        self.type = table(c.type_vocab_size, "types")
+        self.token = table(c.vocab_size, "vocab", normal(c))
+        self.position = table(c.max_position_embeddings, "positions", c.position_initial)
+        if c.type_vocab_size:
+            self.type = table(c.type_vocab_size, "types", normal(c))
         self.norm = LayerNorm(c.layer_norm_eps, self.compute)
+        if c.projects:
+            self.project = Linear((c.embedding_width, c.hidden_size), ("embed", "pooled"), self.compute, normal(c))
 
-    def __call__(self, tokens: Array, types: Array, positions: Array, key: Array | None) -> Array:
-        words = self.token(tokens)
-        if self.config.pad_token_id is not None:
-            frozen = (tokens == self.config.pad_token_id)[..., None]
+    def __call__(self, tokens: Array, types: Array | None, positions: Array, key: Array | None) -> Array:
+        c, rules, words = self.config, self.compute.rules, self.token(tokens)
+        if c.pad_token_id is not None:
+            frozen = (tokens == c.pad_token_id)[..., None]
             words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
-        kinds, places = self.type(types), self.position(positions)
-        if (untrained := self.config.untrained_place()) is not None:
+        kinds = self.type(types) if types is not None else None
+        places = self.position(positions)
+        if (untrained := c.untrained_place()) is not None:
             places = jnp.where((positions == untrained)[..., None], jax.lax.stop_gradient(places), places)
-        x = words + kinds + places
-        x = self.compute.rules.constrain(self.norm(x), "batch", "length", "act_embed")
-        return dropout(x, self.config.hidden_dropout_prob, key, self.compute.dropout_bits)
+        x = (words if kinds is None else words + kinds) + places
+        x = rules.constrain(self.norm(x), "batch", "length", "act_embed")
+        x = dropout(x, c.hidden_dropout_prob, key, self.compute.dropout_bits)
+        return rules.constrain(self.project(x), "batch", "length", "act_embed") if c.projects else x
 
 
 class EncoderModel(nn.Module):
@@ -246,11 +285,13 @@ class EncoderModel(nn.Module):
           UserError: S is beyond the position table; an argument that there is not, two keys, or a mesh of explicit axes.
         """
         c, (b, s) = self.config, tokens.shape
+        typed = "types" in self.facts.inputs
+        unknown |= {"types": types} if types is not None and not typed else {}
         key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
         head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
-        types = jnp.zeros((b, s), jnp.int32) if types is None else types
+        types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
         places = c.places(tokens, positions)
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
 
@@ -290,9 +331,9 @@ def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
 
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    types = Field(("batch", "length"), count=config.type_vocab_size)
+    types = {"types": Field(("batch", "length"), count=config.type_vocab_size)} if config.type_vocab_size else {}
     inputs = text_inputs(
-        config.vocab_size, config.pad_token_id, config.limit, scored="predicted", types=types, starts=STARTS
+        config.vocab_size, config.pad_token_id, config.limit, scored="predicted", **types, starts=STARTS
     )
     heads, size = config.num_attention_heads, config.head_size
     return Facts(

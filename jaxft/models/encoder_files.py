@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxft.errors import UserError
 from jaxft.layers import Compute
-from jaxft.models.contract import Head
+from jaxft.models.contract import ONE_CHOICE, SPAN_ENDS, Head
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.heads import (
-    SPAN_ENDS,
     MaskedLm,
+    PooledClasses,
     TokenClasses,
     Transform,
     decoder_rules,
@@ -102,20 +102,35 @@ QUESTION_ANSWERING = Head(
 )
 
 
-def masked_lm(dense: str, norm: str, decoder: str, bias: str, act: str | None = None, **more: Any) -> Head:
+def multiple_choice(rate: Callable[[Any], float]) -> Head:
+    """The head that says how well each row answers its question, from the pooled vector; its tensors are those of a classifier.
+
+    Args:
+      rate: of dropout, by the Config.
+    """
+    return Head(
+        "ForMultipleChoice",
+        lambda c, compute, name: PooledClasses(c.hidden_size, ONE_CHOICE, rate(c), compute, normal(c), name=name),
+        lambda c: dense_rules("head/linear", "classifier"),
+        pooled=True,
+    )
+
+
+def masked_lm(dense: str, norm: str, decoder: str, bias: str | None, act: str | None = None, **more: Any) -> Head:
     """The masked-LM head, by the names of its tensors.
 
     Args:
       dense: of the affine map.
       norm: of the norm behind it.
       decoder: of the vocabulary matrix and its bias.
-      bias: the other name of that bias.
+      bias: the other name of that bias; None: it has no other.
       act: activation between affine map and norm; None: the one of the Config.
       more: fields of the Head.
     """
 
     def transform(c: Any) -> Transform:
-        return Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c))
+        activation, width = act or c.hidden_act, c.embedding_width
+        return Transform(c.hidden_size, activation, c.layer_norm_eps, normal(c), outputs=width)
 
     def make(c: Any, compute: Compute, name: str) -> MaskedLm:
         return MaskedLm(transform(c), c.vocab_size, c.tie_word_embeddings, compute, name=name)

@@ -31,9 +31,6 @@ from jaxft.models.layout import Rule
 
 Array = jax.Array
 
-SPAN_ENDS = 2
-"""Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
-
 
 def exact(compute: Compute) -> Compute:
     """How few classes are computed: in full precision, which costs nothing and keeps probabilities clean."""
@@ -58,19 +55,24 @@ class PooledClasses(nn.Module):
 
 
 class FirstTokenClasses(nn.Module):
-    """Dropout, affine, tanh, dropout and affine on the first token's vector: logits [B, C], or [B, E, C] for the texts of packed rows."""
+    """Dropout, affine, activation, dropout and affine on the first token's vector: logits [B, C], or [B, E, C] for the texts of packed
+    rows."""
 
     width: int
     classes: int
     rate: float
     compute: Compute
     initial: Initializer
+    act: str = "tanh"
+    first_rate: float | None = None
+    """The first dropout, if it is another one."""
 
     @nn.compact
     def __call__(self, seen: Features, key: Array | None) -> Array:
-        bits = self.compute.dropout_bits
-        x = dropout(first_of_texts(seen.hidden, seen.starts), self.rate, subkey(key, 0), bits)
-        x = jnp.tanh(Linear((self.width,) * 2, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
+        bits, first = self.compute.dropout_bits, self.rate if self.first_rate is None else self.first_rate
+        x = dropout(first_of_texts(seen.hidden, seen.starts), first, subkey(key, 0), bits)
+        shape, names = (self.width,) * 2, ("embed", "pooled")
+        x = ACTIVATIONS[self.act](Linear(shape, names, self.compute, self.initial, name="dense")(x))
         x = dropout(x, self.rate, subkey(key, 1), bits)
         shape = (self.width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
@@ -102,9 +104,16 @@ class Transform:
     initial: Initializer
     dense_bias: bool = True
     norm_bias: bool = True
+    outputs: int | None = None
+    """Width of what comes out, if it is another one."""
+
+    @property
+    def out_width(self) -> int:
+        """Width of what comes out."""
+        return self.width if self.outputs is None else self.outputs
 
     def __call__(self, x: Array, compute: Compute) -> Array:
-        shape, names = (self.width,) * 2, ("embed", "pooled")
+        shape, names = (self.width, self.out_width), ("embed", "pooled")
         x = Linear(shape, names, compute, self.initial, biased=self.dense_bias, name="dense")(x)
         return LayerNorm(self.eps, compute, self.norm_bias, name="norm")(ACTIVATIONS[self.act](x))
 
@@ -128,7 +137,7 @@ class TransformedClasses(nn.Module):
         x = seen.pooled if self.pooled else seen.hidden
         assert x is not None  # models pool for heads that ask for it
         x = dropout(self.transform(x, self.compute), self.rate, key, self.compute.dropout_bits)
-        shape = (self.transform.width, self.classes)
+        shape = (self.transform.out_width, self.classes)
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
@@ -146,7 +155,7 @@ class MaskedLm(nn.Module):
     def __call__(self, seen: Features, key: Array | None) -> Array | TokenScore:
         del key
         x = self.transform(seen.hidden, self.compute)
-        (d, v), dtype = (self.transform.width, self.vocabulary), self.compute.param_dtype
+        (d, v), dtype = (self.transform.out_width, self.vocabulary), self.compute.param_dtype
         bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
         initial = self.transform.initial
         table = seen.table if self.tied else declare(self, "kernel", initial, ("embed", "vocab"), (d, v), dtype).T
@@ -195,9 +204,19 @@ def pooled_texts(
     mask: Shaped[Array, "B S"] | None,
     segments: Integer[Array, "B S"] | None,
     starts: Integer[Array, "B E"] | None,
+    behind_padding: bool = False,
 ) -> Float[Array, "B *texts D"]:
-    """One vector per text: its first token's where ``how`` is ``cls``, else the mean over its tokens (:func:`mean_of_texts`)."""
-    return first_of_texts(hidden, starts) if how == "cls" else mean_of_texts(hidden, mask, segments, starts)
+    """One vector per text: its first token's where ``how`` is ``cls``, else the mean over its tokens (:func:`mean_of_texts`).
+
+    Args:
+      behind_padding: the first token of a row that begins with padding is the first one behind it.
+    """
+    if how != "cls":
+        return mean_of_texts(hidden, mask, segments, starts)
+    if behind_padding and mask is not None and starts is None:
+        starts = mask.astype(bool).argmax(1)[:, None]
+        return first_of_texts(hidden, starts)[:, 0]
+    return first_of_texts(hidden, starts)
 
 
 def dense_rules(ours: str, theirs: str, biased: bool = True) -> tuple[Rule, ...]:
@@ -213,14 +232,17 @@ def norm_rules(ours: str, theirs: str, biased: bool = True, first_layer: int = 0
     return (scale, Rule(f"{ours}/bias", f"{theirs}.bias", layers=layers)) if biased else (scale,)
 
 
-def decoder_rules(theirs: str, bias: str, *, tied: bool) -> tuple[Rule, ...]:
+def decoder_rules(theirs: str, bias: str | None, *, tied: bool) -> tuple[Rule, ...]:
     """The rows of the weight table for the vocabulary of a masked-LM head.
 
     Args:
       theirs: the reference's decoder, which holds a matrix and a bias.
-      bias: the reference's other name for that bias.
+      bias: the reference's other name for that bias; None: it has no other.
       tied: the matrix is the table of token embeddings.
     """
+    if bias is None:
+        kernel = () if tied else (Rule("head/kernel", f"{theirs}.weight", "v d -> d v"),)
+        return (*kernel, Rule("head/bias", f"{theirs}.bias"))
     if tied:
         return (Rule("head/bias", bias, preferred=(f"{theirs}.bias",)),)
     # transformers v5 reads the decoder's bias; v4 tied the two and stored the other name only.

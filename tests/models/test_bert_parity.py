@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import compare_spans
+from reference import compare_choices, compare_spans
 
 from jaxft.errors import UserError
 from jaxft.hub.convert import import_params
@@ -112,7 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-HEADS = [head for head in bert.HEADS if head not in (None, "question_answering")]
+HEADS = [head for head in bert.HEADS if head not in (None, "question_answering", "multiple_choice")]
 # Every head with the default; every other variant with the head it concerns most, the rest in turn.
 CONCERNED = {"untied": "masked_lm", "nine labels": "classification", "no pad token": "masked_lm"}
 CASES = [("default", head) for head in HEADS] + [
@@ -164,6 +164,10 @@ def test_loss_logits_and_every_gradient_equal_the_reference(variant: str, head: 
 
 def test_starts_and_ends_of_answers_equal_the_reference(tmp_path: Path) -> None:
     compare_spans(bert, dataclasses.replace(bert.TINY, num_hidden_layers=1), "bert", tmp_path)
+
+
+def test_scores_of_choices_equal_the_reference(tmp_path: Path) -> None:
+    compare_choices(bert, dataclasses.replace(bert.TINY, num_hidden_layers=1), "bert", tmp_path)
 
 
 @pytest.mark.sampled(5)

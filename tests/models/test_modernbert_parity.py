@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from reference import close, compare, compare_spans, make_reference, ours_of, torch_inputs
+from reference import close, compare, compare_choices, compare_spans, make_reference, ours_of, torch_inputs
 from safetensors.torch import load_file, save_file
 
 from jaxft import __main__
@@ -61,6 +61,13 @@ def test_starts_and_ends_of_answers_equal_the_reference(tmp_path: Path) -> None:
     compare_spans(modernbert, SMALL, "modernbert", tmp_path)
 
 
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
+def test_scores_of_choices_equal_the_reference(pooling: Any, tmp_path: Path) -> None:
+    # Where rows begin with padding, the reference looks for the first token that is none.
+    config = dataclasses.replace(SMALL, num_hidden_layers=2, classifier_pooling=pooling)
+    compare_choices(modernbert, config, "modernbert", tmp_path, padded_in_front=True)
+
+
 def equal_folders(one: Path, other: Path) -> None:
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert first.keys() == second.keys()
@@ -80,6 +87,8 @@ def test_a_folder_comes_back_bit_for_bit_and_computes_the_same(head: str | None,
     same = ("layer_types", "rope_parameters", "local_attention", "classifier_pooling", "attention_bias")
     assert all(getattr(again.config, name) == getattr(theirs.config, name) for name in same)
     inputs = torch_inputs(example_batch(modernbert.facts(config), 3, length=12))
+    if head == "multiple_choice":
+        inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():
         assert torch.equal(theirs(**inputs)[0], again(**inputs)[0])
 

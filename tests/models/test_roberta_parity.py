@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from reference import close, compare, compare_spans, make_reference, ours_of, torch_inputs
+from reference import close, compare, compare_choices, compare_spans, make_reference, ours_of, torch_inputs
 
 from jaxft.errors import UserError
 from jaxft.inference.load import load
@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 SMALL = dataclasses.replace(roberta.TINY, num_hidden_layers=2)
-HEADS = [head for head in roberta.HEADS if head not in (None, "question_answering")]
+HEADS = [head for head in roberta.HEADS if head not in (None, "question_answering", "multiple_choice")]
 VARIANTS: dict[str, dict[str, Any]] = {
     "two types": {"type_vocab_size": 2},
     "padding is 0": {"pad_token_id": 0},
@@ -60,6 +60,14 @@ def test_loss_logits_and_every_gradient_equal_the_reference(
 @pytest.mark.slow  # BERT's
 def test_starts_and_ends_of_answers_equal_the_reference(tmp_path: Path) -> None:
     compare_spans(roberta, SMALL, "roberta", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [next(iter(roberta.MODEL_TYPES)), *(pytest.param(k, marks=pytest.mark.slow) for k in [*roberta.MODEL_TYPES][1:])],
+)
+def test_scores_of_choices_equal_the_reference(model_type: str, tmp_path: Path) -> None:
+    compare_choices(roberta, dataclasses.replace(SMALL, num_hidden_layers=1), model_type, tmp_path)
 
 
 def test_padding_inside_a_row_moves_positions_as_in_the_reference(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
     ),
     "bert-tokens": ("BertForTokenClassification", {"num_labels": 3}, True),
     "bert-spans": ("BertForQuestionAnswering", {}, True),
-    "bert-choices": ("BertForMultipleChoice", {}, False),
+    "bert-choices": ("BertForMultipleChoice", {}, True),
     "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}, False),
     "modernbert": ("ModernBertModel", MODERN, True),
     "modernbert-mlm": ("ModernBertForMaskedLM", MODERN | {"local_attention": 8, "mlp_bias": True}, True),

@@ -47,6 +47,7 @@ HEADS: Mapping[str | None, Head] = {
     ),
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
     "question_answering": encoder_files.QUESTION_ANSWERING,
+    "multiple_choice": encoder_files.multiple_choice(lambda c: c.class_dropout),
     "masked_lm": encoder_files.masked_lm(
         *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         *("cls.predictions.decoder", "cls.predictions.bias"),

@@ -40,8 +40,10 @@ from jaxft.layers import (
 )
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import SPAN_ENDS, MaskedLm, Transform, TransformedClasses, dense_rules, norm_rules, pooled_texts
+from jaxft.models.contract import (
+    ONE_CHOICE, SPAN_ENDS, STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs,
+)  # fmt: skip
+from jaxft.models.heads import MaskedLm, Transform, TransformedClasses, dense_rules, norm_rules, pooled_texts
 from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
@@ -186,18 +188,19 @@ def _transform(c: Config) -> Transform:
     return Transform(c.hidden_size, act, c.norm_eps, start, c.classifier_bias, c.norm_bias)
 
 
-def _classes(suffix: str, classes: Literal["rows", "tokens"] | None) -> Head:
-    """A head with classes, or, with None, with the two ends of an answer. Their tensors have the same names."""
-    pooled = classes == "rows"
+def _classes(suffix: str, classes: Literal["rows", "tokens"] | None, outputs: int | None = None) -> Head:
+    """A head with classes, or with so many outputs: the ends of an answer, a choice. Their tensors have the same names."""
+    pooled = classes == "rows" or outputs == ONE_CHOICE
+    marks = ("head.dense.weight", "classifier.weight") if outputs != ONE_CHOICE else ()
 
     def make(c: Config, compute: Compute, name: str) -> TransformedClasses:
-        sizes = (c.num_labels if classes else SPAN_ENDS, c.classifier_dropout)
+        sizes = (c.num_labels if outputs is None else outputs, c.classifier_dropout)
         return TransformedClasses(_transform(c), *sizes, pooled, compute, c.initial("classes"), name=name)
 
     def rules(c: Config) -> tuple[Rule, ...]:
         return (*_transform(c).rules("head.dense", "head.norm"), *dense_rules("head/linear", "classifier"))
 
-    return Head(suffix, make, rules, ("head.dense.weight", "classifier.weight"), classes, pooled)
+    return Head(suffix, make, rules, marks, classes, pooled)
 
 
 def _masked_lm(c: Config, compute: Compute, name: str) -> MaskedLm:
@@ -214,7 +217,8 @@ HEADS: Mapping[str | None, Head] = {
     None: Head("Model"),
     "classification": _classes("ForSequenceClassification", "rows"),
     "token_classification": _classes("ForTokenClassification", "tokens"),
-    "question_answering": _classes("ForQuestionAnswering", None),
+    "question_answering": _classes("ForQuestionAnswering", None, SPAN_ENDS),
+    "multiple_choice": _classes("ForMultipleChoice", None, ONE_CHOICE),
     "masked_lm": Head("ForMaskedLM", _masked_lm, _masked_lm_rules, ("head.dense.weight",)),
 }
 
@@ -287,7 +291,7 @@ class Model(nn.Module):
             return Output(hidden, **more)
         pooled = None
         if head.pooled:
-            pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts)
+            pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts, self.head == "multiple_choice")
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
         made = head.make(c, self.compute, "head")(

@@ -80,6 +80,7 @@ HEADS: Mapping[str | None, Head] = {
     ),
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
     "question_answering": encoder_files.QUESTION_ANSWERING,
+    "multiple_choice": encoder_files.multiple_choice(lambda c: c.hidden_dropout_prob),
     "masked_lm": encoder_files.masked_lm(
         "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "gelu"
     ),
