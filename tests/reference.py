@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,24 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
     )
     close(loss, expected.loss, "loss")
     _compare_gradients(family, theirs, config, head, gradient, folder)
+
+
+def compare_head(family: Family, config: Any, head: str, model_type: str, folder: Path) -> None:
+    """Holds a head against the reference's, as its outputs are compared."""
+    of_head = {"question_answering": compare_spans, "multiple_choice": compare_choices}
+    if head in of_head:
+        of_head[head](family, config, model_type, folder)
+    else:
+        compare(family, config, head, model_type, folder)
+
+
+def drawn(config: Any, values: Mapping[str, Sequence[Any]], number: int, count: int = 20) -> Any:
+    """The Config of that number, of ``count`` random ones: each field takes each of its values about equally often."""
+    changes = {
+        name: some[np.random.default_rng(i).permutation(count)[number] % len(some)]
+        for i, (name, some) in enumerate(values.items())
+    }
+    return dataclasses.replace(config, **changes)
 
 
 def compare_spans(family: Family, config: Any, model_type: str, folder: Path) -> None:

@@ -23,14 +23,14 @@ from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, example_batch, head_of, with_classes
-from jaxft.models.families import bert, llama, modernbert, roberta
+from jaxft.models.families import bert, distilbert, llama, modernbert, roberta
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
 from jaxft.tasks import Targets, TaskModule, causal_lm, classification, masked_lm, token_classification
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
-FAMILIES: tuple[Family, ...] = (bert, llama, modernbert, roberta)
+FAMILIES: tuple[Family, ...] = (bert, distilbert, llama, modernbert, roberta)
 TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
@@ -47,7 +47,7 @@ def test_all_are_listed() -> None:
 
 def exported_names(layout: Layout, bare: bool) -> list[str]:
     """What tensors of the first layer are called in a folder."""
-    names = [rule.theirs.format(layer=0) for rule in layout.rules]
+    names = [rule.of_layer(rule.theirs, 0) for rule in layout.rules]
     return [name.removeprefix(layout.prefix) for name in names] if bare else names
 
 

@@ -32,7 +32,10 @@ ALL = LoraConfig(rank=3, alpha=6.0, targets=("layers/*",))
 
 
 # ModernBERT's adapters are held where they are stored.
-FAMILIES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "modernbert")) for name in models.families()]
+FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bert", "llama", "roberta")))
+    for name in models.families()
+]
 
 
 def model_of(family: str) -> Any:

@@ -22,6 +22,12 @@ from jaxft import models
 Capture = pytest.CaptureFixture[str]
 
 
+SOME = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bert", "llama", "modernbert", "roberta")))
+    for name in FAMILIES
+]
+
+
 def refused(folder: str | Path, **asked: Any) -> str:
     with pytest.raises(jaxft.UserError) as caught:
         jaxft.load(folder, note=lambda _: None, **asked)
@@ -34,7 +40,7 @@ def noted(folder: str | Path, **asked: Any) -> tuple[Any, list[str]]:
     return jaxft.load(folder, note=notes.append, **asked), notes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_the_lines_of_the_readme(family: str, tmp_path: Path) -> None:
     head = next(head for head in models.family(family).HEADS if head)
     model, params, tokenizer = jaxft.load(make_any(tmp_path / "source", family, head))
@@ -44,7 +50,7 @@ def test_the_lines_of_the_readme(family: str, tmp_path: Path) -> None:
     assert out.logits.argmax(-1).shape == out.logits.shape[:-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_save_gives_what_load_takes(family: str, tmp_path: Path) -> None:
     head = next(head for head in models.family(family).HEADS if head)
     loaded = jaxft.load(str(make_any(tmp_path / "source", family, head)))
@@ -92,7 +98,7 @@ def test_labels(tmp_path: Path) -> None:
     assert "head='clasification': did you mean 'classification'?" in refused(unnamed, head="clasification")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_changes_that_the_weights_allow_and_contradict(family: str, tmp_path: Path) -> None:
     source = make_any(tmp_path / "source", family, None, num_hidden_layers=3)
     loaded, notes = noted(source, num_hidden_layers=2)
@@ -117,7 +123,7 @@ def test_old_folders_that_do_not_say_what_they_are(tmp_path: Path, capsys: Captu
     (source / "tokenizer_config.json").unlink()
     message = refused(source)
     assert (
-        "say which of bert, llama, modernbert, roberta it is: jaxft convert --family, jaxft.load(..., family=), or model.family="
+        f"say which of {', '.join(models.families())} it is: jaxft convert --family, jaxft.load(..., family=), or model.family="
         in message
     )
     loaded = jaxft.load(source, family="bert")
@@ -148,7 +154,7 @@ def test_folders_without_tokenizer(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module.model."])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_names_with_a_wrapper_of_training(tmp_path: Path, family: str, wrapper: str) -> None:
     head = next(head for head in models.family(family).HEADS if head)
     source = make_any(tmp_path / "source", family, head)

@@ -82,7 +82,7 @@ def write_adapter(
 
 
 def _module(rule: Rule, layout: Layout, bare: bool) -> str:
-    """Name of a kernel's module, with ``{layer}`` in it."""
+    """Name of a kernel's module, with ``{layer}`` (and ``{inner}``) in it."""
     name = rule.theirs.removeprefix(layout.prefix) if bare else rule.theirs
     return name.removesuffix(".weight")
 
@@ -93,7 +93,7 @@ def _ends(
     """Ends of module names: peft takes every module whose name ends in one of them. What comes after the number of the layer, unless
     modules that are not chosen end so too."""
     names = [modules[rule] for rule in chosen]
-    ends = sorted({name.rpartition("{layer}.")[2] for name in names})
+    ends = sorted({name.rpartition("}.")[2] for name in names})
     others = {_module(rule, layout, bare) for rule in layout.rules} - set(names)
     if not any(other.endswith(f".{end}") for other in others for end in ends):
         return ends

@@ -162,7 +162,7 @@ def _deeper_layers(names: Collection[str], layout: Layout, shapes: Any) -> list[
     for rule in layout.rules:
         if rule.stacked:
             layer = rule.layers[0] + ours[rule.paths[0]].shape[0]
-            while (name := rule.theirs.format(layer=layer)) in names:
+            while (name := rule.of_layer(rule.theirs, layer)) in names:
                 found.append(name)
                 layer += 1
     return found

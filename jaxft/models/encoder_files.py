@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxft.errors import UserError
@@ -56,33 +58,66 @@ def config_to_hf(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SAME_NAME}
 
 
-def encoder_rules(prefix: str, spares: tuple[str, ...] = ()) -> tuple[Rule, ...]:
-    """The encoder's rows of the weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is).
+@dataclass(frozen=True)
+class LayerNames:
+    """What the reference calls the parts of a layer."""
+
+    layer: str = "encoder.layer.{layer}"
+    """Of one layer, behind the encoder's prefix."""
+    heads: tuple[str, str, str] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    out: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
+    mlp_norm: str = "output.LayerNorm"
+    inner: int = 1
+    """As of :class:`Rule`."""
+
+    def rules(self, prefix: str) -> tuple[Rule, ...]:
+        """The layers' rows of the weight table.
+
+        Args:
+          prefix: of the encoder in models with a head, for instance ``bert``.
+        """
+        at = f"{prefix}.{self.layer}"
+        heads = zip(("query", "key", "value"), self.heads, strict=True)
+        rules = (
+            *(
+                Rule(f"layers/attention/{ours}/{part}", f"{at}.{theirs}.{tensor}", pattern)
+                for ours, theirs in heads
+                for part, tensor, pattern in (
+                    ("kernel", "weight", "(n h) d -> d n h"),
+                    ("bias", "bias", "(n h) -> n h"),
+                )
+            ),
+            Rule("layers/attention/out/kernel", f"{at}.{self.out}.weight", "d (n h) -> n h d"),
+            Rule("layers/attention/out/bias", f"{at}.{self.out}.bias"),
+            *norm_rules("layers/attention/norm", f"{at}.{self.attention_norm}"),
+            *dense_rules("layers/mlp/up", f"{at}.{self.up}"),
+            *dense_rules("layers/mlp/down", f"{at}.{self.down}"),
+            *norm_rules("layers/mlp/norm", f"{at}.{self.mlp_norm}"),
+        )
+        return tuple(dataclasses.replace(rule, inner=self.inner) for rule in rules)
+
+
+def embedding_rules(
+    config: EncoderConfig, prefix: str, spares: tuple[str, ...] = (), project: str = "embeddings_project"
+) -> tuple[Rule, ...]:
+    """The embeddings' rows of the weight table.
 
     Args:
       prefix: of the encoder in models with a head, for instance ``bert``.
       spares: further names of the table of tokens.
+      project: the map to the model's width, where there is one.
     """
-    of_layer, embed = f"{prefix}.encoder.layer.{{layer}}", f"{prefix}.embeddings"
+    at = f"{prefix}.embeddings"
+    types = (Rule("embed/type/embedding", f"{at}.token_type_embeddings.weight"),) if config.type_vocab_size else ()
     return (
-        Rule("embed/token/embedding", f"{embed}.word_embeddings.weight", spares=spares),
-        Rule("embed/position/embedding", f"{embed}.position_embeddings.weight"),
-        Rule("embed/type/embedding", f"{embed}.token_type_embeddings.weight"),
-        *norm_rules("embed/norm", f"{embed}.LayerNorm"),
-        *(
-            rule
-            for name in ("query", "key", "value")
-            for rule in (
-                Rule(f"layers/attention/{name}/kernel", f"{of_layer}.attention.self.{name}.weight", "(n h) d -> d n h"),
-                Rule(f"layers/attention/{name}/bias", f"{of_layer}.attention.self.{name}.bias", "(n h) -> n h"),
-            )
-        ),
-        Rule("layers/attention/out/kernel", f"{of_layer}.attention.output.dense.weight", "d (n h) -> n h d"),
-        Rule("layers/attention/out/bias", f"{of_layer}.attention.output.dense.bias"),
-        *norm_rules("layers/attention/norm", f"{of_layer}.attention.output.LayerNorm"),
-        *dense_rules("layers/mlp/up", f"{of_layer}.intermediate.dense"),
-        *dense_rules("layers/mlp/down", f"{of_layer}.output.dense"),
-        *norm_rules("layers/mlp/norm", f"{of_layer}.output.LayerNorm"),
+        Rule("embed/token/embedding", f"{at}.word_embeddings.weight", spares=spares),
+        Rule("embed/position/embedding", f"{at}.position_embeddings.weight"),
+        *types,
+        *norm_rules("embed/norm", f"{at}.LayerNorm"),
+        *(dense_rules("embed/project", f"{prefix}.{project}") if config.projects else ()),
     )
 
 
@@ -149,6 +184,9 @@ def hf_layout(
     *,
     decoder: str,
     others: tuple[str, ...],
+    layers: LayerNames = LayerNames(),
+    project: str = "embeddings_project",
+    pooler: str = "pooler.dense",
 ) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over.
 
@@ -156,33 +194,44 @@ def hf_layout(
       prefix: of the encoder in models with a head, for instance ``bert``.
       decoder: the masked-LM head's matrix over the vocabulary.
       others: patterns of tensors of heads that the task does not use.
+      layers: names of the parts of a layer.
+      project: the map of embeddings to the model's width, where there is one.
+      pooler: the pooler's affine map.
     """
     # A tied decoder may be the only one of the two that a file has.
     tied = (decoder,) if head == "masked_lm" and config.tie_word_embeddings else ()
     pooled = heads[head].pooled or (head is None and config.pooler)
-    pooler = dense_rules("pooler", f"{prefix}.pooler.dense") if pooled else ()
-    rules = (*encoder_rules(prefix, tied), *pooler, *heads[head].rules(config))
-    return Layout(rules, f"{prefix}.", RENAMED, (*_LEFTOVERS, *others), _FRESH)
+    rules = (
+        *(*embedding_rules(config, prefix, tied, project), *layers.rules(prefix)),
+        *(dense_rules("pooler", f"{prefix}.{pooler}") if pooled else ()),
+        *heads[head].rules(config),
+    )
+    return Layout(rules, f"{prefix}.", RENAMED, (*_LEFTOVERS, f"*{pooler}.*", *others), _FRESH)
 
 
 # What a task may need that a checkpoint need not have; initialised afresh, and said.
 _FRESH = ("head/*", "pooler/*")
 # Known, harmless leftovers: buffers, and heads that the task does not use.
 _LEFTOVERS = (
-    *("*embeddings.position_ids", "*embeddings.token_type_ids", "*pooler.dense.*"),
+    *("*embeddings.position_ids", "*embeddings.token_type_ids"),
     *("classifier.*", "qa_outputs.*"),
 )
 
 
-def config_of_weights(weights: Tensors, classifiers: tuple[str, ...], decoder: str) -> dict[str, Any]:
+def config_of_weights(
+    weights: Tensors, classifiers: tuple[str, ...], decoder: str, pooler: str | None = "pooler.dense"
+) -> dict[str, Any]:
     """What tensors alone say about the Config; believed over config.json.
 
     Args:
       classifiers: names that the matrix of classes may have.
       decoder: the masked-LM head's matrix over the vocabulary.
+      pooler: the pooler's affine map; None: the family has none.
     """
     names = weights.names()
-    said: dict[str, Any] = {"pooler": any(name.endswith("pooler.dense.weight") for name in names)}
+    said: dict[str, Any] = (
+        {} if pooler is None else {"pooler": any(name.endswith(f"{pooler}.weight") for name in names)}
+    )
     for name in classifiers:
         if name in names:
             said["num_labels"] = weights.shape(name)[0]

@@ -60,6 +60,9 @@ class Rule:
     layers: tuple[int, int | None] = (0, None)
     """Layers that have the tensor, first and end; None: up to the last. Our stack holds these layers and no others."""
 
+    inner: int = 1
+    """How many layers of ours have one number there, and are told apart by ``{inner}`` in its name."""
+
     @property
     def paths(self) -> tuple[str, ...]:
         """The parameters of ours."""
@@ -81,7 +84,11 @@ class Rule:
         first, end = self.layers
         if end is not None and end - first != count:
             raise ValueError(f"{self.theirs}: the rule is of layers {first} to {end - 1}, our stack has {count}")
-        return [name.format(layer=layer) for layer in range(first, first + count)]
+        return [self.of_layer(name, layer) for layer in range(first, first + count)]
+
+    def of_layer(self, name: str, layer: int) -> str:
+        """A name of the tensor in one layer."""
+        return name.format(layer=layer // self.inner, inner=layer % self.inner)
 
     def one(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a parameter of ours in one layer, from that of the stack."""

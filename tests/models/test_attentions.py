@@ -17,9 +17,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
+QUICK = ("bert", "llama", "modernbert")
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("bert", {}), ("roberta", {}), ("llama", {}), ("llama", {"attention_bias": True, "num_key_value_heads": 1})],
+    [
+        ("bert", {}),
+        ("roberta", {}),
+        pytest.param("distilbert", {}, marks=pytest.mark.slow),
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 1}),
+    ],
 )
 def test_probabilities_equal_the_reference(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     module = models.family(family)
@@ -38,7 +47,9 @@ def test_probabilities_equal_the_reference(family: str, changes: dict[str, Any],
         np.testing.assert_allclose(ours.sum(-1), 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", models.families())
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in models.families()]
+)
 def test_packed_texts_look_at_their_own_alone(family: str) -> None:
     from jaxft.layers import Compute
     from jaxft.models.initial import init_params

@@ -29,6 +29,7 @@ SIZES: Config = {
 }
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
+DISTIL: Config = {"hidden_dim": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -57,6 +58,12 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
         MODERN | {"num_labels": 3, "classifier_pooling": "mean"},
         True,
     ),
+    "distilbert": ("DistilBertModel", DISTIL, True),
+    "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL, True),
+    "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | {"tie_word_embeddings": False}, True),
+    "distilbert-classes": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}, True),
+    "distilbert-spans": ("DistilBertForQuestionAnswering", DISTIL, True),
+    "distilbert-choices": ("DistilBertForMultipleChoice", DISTIL, True),
     "llama": ("LlamaModel", {}, True),
     "llama-lm": ("LlamaForCausalLM", {}, True),
     "llama-lm-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),

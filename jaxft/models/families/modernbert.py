@@ -38,11 +38,10 @@ from jaxft.layers import (
     subkey,
     usual_promotion,
 )
+from jaxft.models import contract
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import (
-    ONE_CHOICE, SPAN_ENDS, STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs,
-)  # fmt: skip
+from jaxft.models.contract import ONE_CHOICE, SPAN_ENDS, Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import MaskedLm, Transform, TransformedClasses, dense_rules, norm_rules, pooled_texts
 from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
@@ -294,9 +293,8 @@ class Model(nn.Module):
             pooled = pooled_texts(c.classifier_pooling, hidden, mask, segments, starts, self.head == "multiple_choice")
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
-        made = head.make(c, self.compute, "head")(
-            Features(seen, pooled, embed.token.embedding, targets, starts), subkey(key, 2)
-        )
+        features = Features(seen, pooled, embed.token.embedding, targets, starts)
+        made = head.make(c, self.compute, "head")(features, subkey(key, 2))
         if isinstance(made, TokenScore):
             return Output(hidden, pooled, score=made, **more)
         return Output(hidden, pooled, made, **more)
@@ -320,12 +318,10 @@ def _attentions(c: Config, layers: Any, states: Any, mask: MaskSpec, positions: 
 
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    limit = config.max_position_embeddings
-    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted", starts=STARTS)
-    heads = config.num_attention_heads
+    limit, heads = config.max_position_embeddings, config.num_attention_heads
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted", starts=contract.STARTS)
     sizes, windows = (config.hidden_size, heads, heads, config.head_size), tuple(kind.window for kind in config.kinds)
-    stack = Stack("layers", config.num_hidden_layers, *sizes, windows=windows)
-    return Facts(inputs, (stack,), limit)
+    return Facts(inputs, (Stack("layers", config.num_hidden_layers, *sizes, windows=windows),), limit)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
