@@ -141,6 +141,15 @@ class EncoderConfig:
         """The row of the position table that look-ups never train; None: there is none."""
         return None
 
+    def untrained_token(self) -> int | None:
+        """The row of the table of tokens that look-ups never train; None: there is none."""
+        return self.pad_token_id
+
+    def attention_bias(self, compute: Compute) -> nn.Module | None:
+        """A module that gives, for a length S, what is added to the logits of attention in all layers, [1, N, S, S]; None: nothing is."""
+        del compute
+        return None
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with its residual connection and norm."""
@@ -149,13 +158,14 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, mask: MaskSpec, key: Array | None) -> Array:
+    def __call__(self, x: Array, mask: MaskSpec, key: Array | None, bias: Array | None = None) -> Array:
         c, rules = self.config, self.compute.rules
         d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
 
         of_weights, of_output = subkey(key, 0), subkey(key, 1)
         drops = key is not None and c.attention_probs_dropout_prob > 0.0
-        last = tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
+        # Backends that hold tokens on the last axis add no bias.
+        last = bias is None and tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
         names = ("embed", "heads", None)
         projections = [
             Projection((d, n, h), names, self.compute, normal(c), name=name)() for name in ("query", "key", "value")
@@ -164,7 +174,7 @@ class Attention(nn.Module):
             rules.constrain(y, "batch", "act_heads", "length", None)
             for y in project_together(x, projections, names, self.compute, last)
         )
-        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights)
+        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights, bias=bias)
         out = FromHeads((n, h, d), ("heads", None, "embed"), self.compute, normal(c), name="out")(mixed, last)
         out = dropout(out, c.attention_out_dropout, of_output, self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
@@ -195,8 +205,8 @@ class Layer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, key: Array | None, mask: MaskSpec) -> Array:
-        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0))
+    def __call__(self, x: Array, key: Array | None, mask: MaskSpec, bias: Array | None = None) -> Array:
+        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0), bias)
         x = Mlp(self.config, self.compute, name="mlp")(x, subkey(key, 1))
         return self.compute.rules.constrain(x, "batch", "length", "act_embed")
 
@@ -223,8 +233,8 @@ class Embeddings(nn.Module):
 
     def __call__(self, tokens: Array, types: Array | None, positions: Array, key: Array | None) -> Array:
         c, rules, words = self.config, self.compute.rules, self.token(tokens)
-        if c.pad_token_id is not None:
-            frozen = (tokens == c.pad_token_id)[..., None]
+        if (unlearnt := c.untrained_token()) is not None:
+            frozen = (tokens == unlearnt)[..., None]
             words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
         kinds = self.type(types) if types is not None else None
         places = self.position(positions)
@@ -297,11 +307,13 @@ class EncoderModel(nn.Module):
 
         embeddings = Embeddings(c, self.compute, name="embed")
         x = embeddings(tokens, types, places, subkey(key, 0))
+        of_places = c.attention_bias(self.compute)
+        bias = None if of_places is None else of_places(s)
         layer = Layer(c, self.compute, parent=None)
-        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec())
+        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec(), bias)
         keep = hidden_states or attentions
-        hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, keep=keep)
-        looked = _attentions(layers, states, spec) if attentions else None
+        hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, bias, keep=keep)
+        looked = _attentions(layers, states, spec, bias) if attentions else None
         more = {"hidden_states": states if hidden_states else None, "attentions": looked}
 
         pooled = None
@@ -319,14 +331,14 @@ class EncoderModel(nn.Module):
         return Output(hidden, pooled, made, **more)
 
 
-def _attentions(layers: Any, states: Any, mask: MaskSpec) -> Array:
+def _attentions(layers: Any, states: Any, mask: MaskSpec, bias: Array | None) -> Array:
     """[L, B, N, S, S] float32, from the layers' stacked parameters and what went into each."""
 
     def heads(name: str, number: int) -> Array:
         return project_exactly(states[number], layers["attention"][name], number)
 
     count = len(layers["attention"]["query"]["kernel"])
-    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in range(count)])
+    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask, bias) for i in range(count)])
 
 
 def facts(config: EncoderConfig) -> Facts:
