@@ -56,7 +56,7 @@ LAYOUTS: dict[str, tuple[MeshConfig, int, dict[str, Any]]] = {
 }
 
 
-ONCE = {("modernbert", "masked_lm"), ("bert", "token_classification")}
+ONCE = {("modernbert", "masked_lm"), ("mpnet", "classification"), ("bert", "token_classification")}
 """What is tried on one layout in each run of the tests."""
 
 

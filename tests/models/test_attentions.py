@@ -25,7 +25,7 @@ QUICK = ("bert", "llama", "modernbert")
     [
         ("bert", {}),
         ("roberta", {}),
-        pytest.param("distilbert", {}, marks=pytest.mark.slow),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("distilbert", "mpnet")),
         ("llama", {}),
         ("llama", {"attention_bias": True, "num_key_value_heads": 1}),
     ],
