@@ -152,7 +152,8 @@ def trained(
         made = make_train_step(learnt, gradient_of, optimizer, schedule)
         step = jitted(made, mesh, (of_state, replicated(mesh)), donate_argnums=0)
         seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
-        fields = packed_fields(module.fields(RunConfig(), 0))
+        fields = module.fields(RunConfig(), 0)
+        fields = packed_fields(fields) if task == "causal_lm" else fields
         places_of = {name: batch_sharding(mesh, DEFAULT_RULES, field.axes) for name, field in fields.items()}
         for batch in batches(task):
             placed = {name: jax.device_put(batch[name], to) for name, to in places_of.items() if name in batch}
