@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,6 +73,8 @@ class EncoderConfig:
 
     FIXED: ClassVar[Mapping[str, Any]] = {}
     """Fields that are no choice in this family, and what they are."""
+    MAY_BE_0: ClassVar[tuple[str, ...]] = ()
+    """Sizes that may be 0."""
 
     def __post_init__(self) -> None:
         for name, value in self.FIXED.items():
@@ -83,7 +85,9 @@ class EncoderConfig:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
-        check_fields(self, tuple(name for name in sizes if name not in self.FIXED), rates, ("hidden_act",))
+        free = (name for name in sizes if name in self.MAY_BE_0 and getattr(self, name) == 0)
+        unchecked = {*self.FIXED, *free}
+        check_fields(self, tuple(name for name in sizes if name not in unchecked), rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -246,6 +250,19 @@ class Embeddings(nn.Module):
         return rules.constrain(self.project(x), "batch", "length", "act_embed") if c.projects else x
 
 
+class Encoded(NamedTuple):
+    """What embeddings and layers give."""
+
+    hidden: Array
+    """[B, S, D]."""
+    table: Array
+    """The embeddings of tokens."""
+    states: Array | None
+    """What went into the first layer and came out of each, [L + 1, B, S, D]; None unless asked for."""
+    attentions: Array | None
+    """[L, B, N, S, S]; None unless asked for."""
+
+
 class EncoderModel(nn.Module):
     """The encoder, with a pooler and head as asked."""
 
@@ -302,19 +319,11 @@ class EncoderModel(nn.Module):
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
         types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
-        places = c.places(tokens, positions)
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-
-        embeddings = Embeddings(c, self.compute, name="embed")
-        x = embeddings(tokens, types, places, subkey(key, 0))
-        of_places = c.attention_bias(self.compute)
-        bias = None if of_places is None else of_places(s)
-        layer = Layer(c, self.compute, parent=None)
-        layers = stacked_params(self, "layers", layer, c.num_hidden_layers, x[:1], None, MaskSpec(), bias)
-        keep = hidden_states or attentions
-        hidden, states, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, bias, keep=keep)
-        looked = _attentions(layers, states, spec, bias) if attentions else None
-        more = {"hidden_states": states if hidden_states else None, "attentions": looked}
+        asked = (hidden_states or attentions, attentions)
+        made = self.encoded(tokens, types, c.places(tokens, positions), spec, key, *asked)
+        hidden, more = made.hidden, {"attentions": made.attentions}
+        more["hidden_states"] = made.states if hidden_states else None
 
         pooled = None
         if head.pooled or (head.make is None and c.pooler):
@@ -324,11 +333,37 @@ class EncoderModel(nn.Module):
             return Output(hidden, pooled, **more)
         # Most tokens are not predicted: gathered first, they never meet the vocabulary.
         seen = hidden if predict is None else jnp.take_along_axis(hidden, predict[..., None], axis=1)
-        features = Features(seen, pooled, embeddings.token.embedding, targets, starts)
-        made = head.make(c, self.compute, "head")(features, subkey(key, 2))
-        if isinstance(made, TokenScore):
-            return Output(hidden, pooled, score=made, **more)
-        return Output(hidden, pooled, made, **more)
+        features = Features(seen, pooled, made.table, targets, starts)
+        scores = head.make(c, self.compute, "head")(features, subkey(key, 2))
+        if isinstance(scores, TokenScore):
+            return Output(hidden, pooled, score=scores, **more)
+        return Output(hidden, pooled, scores, **more)
+
+    def encoded(
+        self,
+        tokens: Array,
+        types: Array | None,
+        places: Array,
+        mask: MaskSpec,
+        key: Array | None,
+        keep: bool,
+        attentions: bool,
+    ) -> Encoded:
+        """Embeddings and layers; within :meth:`__call__` only.
+
+        Args:
+          keep: whether to give all states. attentions: whether to give probabilities of attention; then ``keep`` is set.
+        """
+        c, count = self.config, self.config.num_hidden_layers
+        embeddings = Embeddings(c, self.compute, name="embed")
+        x = embeddings(tokens, types, places, subkey(key, 0))
+        of_places = c.attention_bias(self.compute)
+        bias = None if of_places is None else of_places(tokens.shape[1])
+        layer = Layer(c, self.compute, parent=None)
+        layers = stacked_params(self, "layers", layer, count, x[:1], None, MaskSpec(), bias)
+        hidden, states, _ = apply_stack(layer, layers, count, x, subkey(key, 1), mask, bias, keep=keep)
+        looked = _attentions(layers, states, mask, bias) if attentions else None
+        return Encoded(hidden, embeddings.token.embedding, states, looked)
 
 
 def _attentions(layers: Any, states: Any, mask: MaskSpec, bias: Array | None) -> Array:
