@@ -23,14 +23,14 @@ from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, example_batch, head_of, with_classes
-from jaxft.models.families import bert, distilbert, llama, modernbert, mpnet, roberta
+from jaxft.models.families import bert, deberta_v2, distilbert, llama, modernbert, mpnet, roberta
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
 from jaxft.tasks import Targets, TaskModule, causal_lm, classification, masked_lm, token_classification
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
-FAMILIES: tuple[Family, ...] = (bert, distilbert, llama, modernbert, mpnet, roberta)
+FAMILIES: tuple[Family, ...] = (bert, deberta_v2, distilbert, llama, modernbert, mpnet, roberta)
 TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)

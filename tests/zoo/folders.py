@@ -30,6 +30,15 @@ SIZES: Config = {
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
 DISTIL: Config = {"hidden_dim": 32}
+DEBERTA: Config = {
+    "relative_attention": True,
+    "pos_att_type": "p2c|c2p",
+    "share_att_key": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "conv_kernel_size": 3,
+    "position_biased_input": False,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -64,6 +73,19 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
     "distilbert-classes": ("DistilBertForSequenceClassification", DISTIL | {"num_labels": 3}, True),
     "distilbert-spans": ("DistilBertForQuestionAnswering", DISTIL, True),
     "distilbert-choices": ("DistilBertForMultipleChoice", DISTIL, True),
+    "deberta": ("DebertaV2Model", DEBERTA, True),
+    "deberta-absolute": ("DebertaV2Model", {"type_vocab_size": 2}, True),
+    "deberta-mlm": ("DebertaV2ForMaskedLM", DEBERTA, True),
+    "deberta-mlm-v3": ("DebertaV2ForMaskedLM", DEBERTA | {"legacy": False, "conv_kernel_size": 0}, True),
+    "deberta-mlm-untied": ("DebertaV2ForMaskedLM", DEBERTA | {"tie_word_embeddings": False}, True),
+    "deberta-classes": (
+        "DebertaV2ForSequenceClassification",
+        DEBERTA | {"num_labels": 3, "share_att_key": False},
+        True,
+    ),
+    "deberta-tokens": ("DebertaV2ForTokenClassification", DEBERTA | {"num_labels": 3, "embedding_size": 8}, True),
+    "deberta-spans": ("DebertaV2ForQuestionAnswering", DEBERTA | {"position_buckets": -1}, True),
+    "deberta-choices": ("DebertaV2ForMultipleChoice", DEBERTA, True),
     "mpnet": ("MPNetModel", {}, True),
     "mpnet-mlm": ("MPNetForMaskedLM", {}, True),
     "mpnet-mlm-untied": ("MPNetForMaskedLM", {"tie_word_embeddings": False}, True),
