@@ -73,6 +73,11 @@ def _ring_refuses(request: Request) -> str | None:
     ) or same_tokens(request)
 
 
+def _dense_refuses(request: Request) -> str | None:
+    # Where rows are split, each device's queries meet all keys. Others need less memory; none of them adds a bias.
+    return None if request.bias else whole_rows(request)
+
+
 # In the order of preference where nothing was measured.
 BACKENDS = (
     Backend("ring", _ring, _ring_refuses),
@@ -83,7 +88,7 @@ BACKENDS = (
     _local("cudnn", library.cudnn, library.cudnn_refuses),
     _local("native", native.native, native.native_refuses),
     _local("blockwise", blockwise.blockwise, each_device),
-    Backend("xla", dense.dense, whole_rows),
+    Backend("xla", dense.dense, _dense_refuses),
     Backend("jax", library.jax_attention, library.jax_refuses),
     _local("tokamax", library.tokamax, library.tokamax_refuses),
     Backend("reference", reference.reference, whole_rows),

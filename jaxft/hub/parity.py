@@ -71,7 +71,8 @@ def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = 
     kind = getattr(transformers, architecture)
     try:
         # A class of the library's own, its own attention, files of this folder: nothing that the folder names is run.
-        safe = {"trust_remote_code": False, "local_files_only": True, "attn_implementation": "sdpa"}
+        attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"  # of models with biases of their own
+        safe = {"trust_remote_code": False, "local_files_only": True, "attn_implementation": attention}
         how = {"dtype": torch.float32, "output_loading_info": True, **safe, **config}
         model, report = kind.from_pretrained(str(folder), **how)
     except Exception as error:

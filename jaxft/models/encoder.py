@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,6 +73,8 @@ class EncoderConfig:
 
     FIXED: ClassVar[Mapping[str, object]] = {}
     """Fields that are no choice in this family, and what they are."""
+    MAY_BE_0: ClassVar[tuple[str, ...]] = ()
+    """Sizes that may be 0."""
 
     def __post_init__(self) -> None:
         for name, value in self.FIXED.items():
@@ -83,7 +85,9 @@ class EncoderConfig:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
-        check_fields(self, tuple(name for name in sizes if name not in self.FIXED), rates, ("hidden_act",))
+        free = (name for name in sizes if name in self.MAY_BE_0 and getattr(self, name) == 0)
+        unchecked = {*self.FIXED, *free}
+        check_fields(self, tuple(name for name in sizes if name not in unchecked), rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.arch: hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -151,6 +155,15 @@ class EncoderConfig:
         """The row of the position table that look-ups never train; None: there is none."""
         return None
 
+    def untrained_token(self) -> int | None:
+        """The row of the table of tokens that look-ups never train; None: there is none."""
+        return self.pad_token_id
+
+    def attention_bias(self, compute: Compute) -> nn.Module | None:
+        """A module that gives, for a length S, what is added to the logits of attention in all layers, [1, N, S, S]; None: nothing is."""
+        del compute
+        return None
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with its residual connection and norm."""
@@ -159,13 +172,20 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], mask: MaskSpec, key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: MaskSpec,
+        key: PRNGKeyArray | None,
+        bias: Float[Array, "#B #N S S"] | None = None,
+    ) -> Float[Array, "B S D"]:
         c, rules = self.config, self.compute.rules
         d, n, h = c.hidden_size, c.num_attention_heads, c.head_size
 
         of_weights, of_output = subkey(key, 0), subkey(key, 1)
         drops = key is not None and c.attention_probs_dropout_prob > 0.0
-        last = tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
+        # Backends that hold tokens on the last axis add no bias.
+        last = bias is None and tokens_last((x.shape[0], n, x.shape[1], h), n, mask, self.compute, drops)
         names = ("embed", "heads", None)
         projections = [
             Projection((d, n, h), names, self.compute, normal(c), name=name)() for name in ("query", "key", "value")
@@ -174,7 +194,7 @@ class Attention(nn.Module):
             rules.constrain(y, "batch", "act_heads", "length", None)
             for y in project_together(x, projections, names, self.compute, last)
         )
-        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights)
+        mixed = attend(q, k, v, mask, self.compute, c.attention_probs_dropout_prob, of_weights, bias=bias)
         out = FromHeads((n, h, d), ("heads", None, "embed"), self.compute, normal(c), name="out")(mixed, last)
         out = dropout(out, c.attention_out_dropout, of_output, self.compute.dropout_bits)
         return LayerNorm(c.layer_norm_eps, self.compute, name="norm")(x + out)
@@ -205,8 +225,14 @@ class Layer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None, mask: MaskSpec) -> Float[Array, "B S D"]:
-        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0))
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        key: PRNGKeyArray | None,
+        mask: MaskSpec,
+        bias: Float[Array, "#B #N S S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        x = Attention(self.config, self.compute, name="attention")(x, mask, subkey(key, 0), bias)
         x = Mlp(self.config, self.compute, name="mlp")(x, subkey(key, 1))
         return self.compute.rules.constrain(x, "batch", "length", "act_embed")
 
@@ -239,8 +265,8 @@ class Embeddings(nn.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B S D"]:
         c, rules, words = self.config, self.compute.rules, self.token(tokens)
-        if c.pad_token_id is not None:
-            frozen = (tokens == c.pad_token_id)[..., None]
+        if (unlearnt := c.untrained_token()) is not None:
+            frozen = (tokens == unlearnt)[..., None]
             words = jnp.where(frozen, jax.lax.stop_gradient(words), words)
         kinds = self.type(types) if types is not None else None
         places = self.position(positions)
@@ -250,6 +276,18 @@ class Embeddings(nn.Module):
         x = rules.constrain(self.norm(x), "batch", "length", "act_embed")
         x = dropout(x, c.hidden_dropout_prob, key, self.compute.dropout_bits)
         return rules.constrain(self.project(x), "batch", "length", "act_embed") if c.projects else x
+
+
+class Encoded(NamedTuple):
+    """What embeddings and layers give."""
+
+    hidden: Float[Array, "B S D"]
+    table: Float[Array, "V E"]
+    """The embeddings of tokens."""
+    states: Float[Array, "states B S D"] | None
+    """What went into the first layer and came out of each; None unless asked for."""
+    attentions: Float32[Array, "L B N S S"] | None
+    """None unless asked for."""
 
 
 class EncoderModel(nn.Module):
@@ -308,29 +346,53 @@ class EncoderModel(nn.Module):
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
         types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
-        places = c.places(tokens, positions)
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-
-        embeddings = Embeddings(c, self.compute, name="embed")
-        x = embeddings(tokens, types, places, subkey(key, 0))
-        layer = Layer(c, self.compute, parent=None)
-        layers = stacked_params(self, "layers", layer, c.stacked_layers, x[:1], None, MaskSpec())
-        stack, keep = (layer, layers, len(c.order), x, subkey(key, 1), spec), hidden_states or attentions
-        hidden, states, _ = apply_stack(*stack, keep=keep, order=c.order)
-        looked = _attentions(layers, states, spec, c.order) if attentions and states is not None else None
-        more = {"hidden_states": states if hidden_states else None, "attentions": looked}
+        asked = (hidden_states or attentions, attentions)
+        made = self.encoded(tokens, types, c.places(tokens, positions), spec, key, *asked)
+        hidden, states = made.hidden, made.states if hidden_states else None
 
         pooled = None
         if head.pooled or (head.make is None and c.pooler):
             dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, normal(c), name="pooler")
             pooled = jnp.tanh(dense(first_of_texts(hidden, starts)))
-        made = None if head.make is None else head.make(c, self.compute, "head")
-        features = Features(hidden, pooled, embeddings.token.embedding, targets, starts)
-        return answered(made, features, subkey(key, 2), predict, **more)
+        of_head = None if head.make is None else head.make(c, self.compute, "head")
+        features = Features(hidden, pooled, made.table, targets, starts)
+        return answered(of_head, features, subkey(key, 2), predict, states, made.attentions)
+
+    def encoded(
+        self,
+        tokens: Integer[Array, "B S"],
+        types: Integer[Array, "B S"] | None,
+        places: Integer[Array, "B S"],
+        mask: MaskSpec,
+        key: PRNGKeyArray | None,
+        keep: bool,
+        attentions: bool,
+    ) -> Encoded:
+        """Embeddings and layers; within :meth:`__call__` only.
+
+        Args:
+          keep: whether to give all states. attentions: whether to give probabilities of attention; then ``keep`` is set.
+        """
+        c = self.config
+        embeddings = Embeddings(c, self.compute, name="embed")
+        x = embeddings(tokens, types, places, subkey(key, 0))
+        of_places = c.attention_bias(self.compute)
+        bias = None if of_places is None else of_places(tokens.shape[1])
+        layer = Layer(c, self.compute, parent=None)
+        layers = stacked_params(self, "layers", layer, c.stacked_layers, x[:1], None, MaskSpec(), bias)
+        stack = (layer, layers, len(c.order), x, subkey(key, 1), mask, bias)
+        hidden, states, _ = apply_stack(*stack, keep=keep, order=c.order)
+        looked = _attentions(layers, states, mask, c.order, bias) if attentions and states is not None else None
+        return Encoded(hidden, embeddings.token.embedding, states, looked)
 
 
 def _attentions(
-    layers: PyTree[Array], states: Float[Array, "states B S D"], mask: MaskSpec, order: tuple[int, ...]
+    layers: PyTree[Array],
+    states: Float[Array, "states B S D"],
+    mask: MaskSpec,
+    order: tuple[int, ...],
+    bias: Float[Array, "#B #N S S"] | None,
 ) -> Float32[Array, "L B N S S"]:
     """How much each token looks at each other one, from the layers' stacked parameters and what went in at each place."""
 
@@ -338,7 +400,7 @@ def _attentions(
         return project_exactly(states[place], layers["attention"][name], order[place])
 
     places = range(len(order))
-    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask) for i in places])
+    return jnp.stack([attention_probabilities(heads("query", i), heads("key", i), mask, bias) for i in places])
 
 
 def facts(config: EncoderConfig) -> Facts:

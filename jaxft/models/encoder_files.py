@@ -191,6 +191,7 @@ def hf_layout(
     layers: LayerNames = LayerNames(),
     project: str = "embeddings_project",
     pooler: str = "pooler.dense",
+    more: tuple[Rule, ...] = (),
 ) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over.
 
@@ -201,12 +202,13 @@ def hf_layout(
       layers: names of the parts of a layer.
       project: the map of embeddings to the model's width, where there is one.
       pooler: the pooler's affine map.
+      more: rows of what the encoder has besides.
     """
     # A tied decoder may be the only one of the two that a file has.
     tied = (decoder,) if head == "masked_lm" and config.tie_word_embeddings else ()
     pooled = heads[head].pooled or (head is None and config.pooler)
     rules = (
-        *(*embedding_rules(config, prefix, tied, project), *layers.rules(prefix)),
+        *(*embedding_rules(config, prefix, tied, project), *layers.rules(prefix), *more),
         *(dense_rules("pooler", f"{prefix}.{pooler}") if pooled else ()),
         *heads[head].rules(config),
     )

@@ -40,7 +40,7 @@ TPU = dataclasses.replace(CPU, platform="tpu", operands="bfloat16")
         (
             "ring",
             {"context": 2, "bias": True},
-            "ring adds no bias; no backend can: ring adds no bias; all_to_all adds no bias$",
+            "ring adds no bias; use xla, or auto$",
         ),
         (
             "all_to_all",
@@ -57,10 +57,13 @@ def test_more_than_a_backend_can_is_refused(wanted: str, change: dict, reason: s
 
 
 def test_auto_refuses_what_none_can() -> None:
-    with pytest.raises(
-        UserError, match=r"attention: no backend can do this: ring adds no bias; all_to_all adds no bias$"
-    ):
-        choose(dataclasses.replace(CPU, context=2, bias=True))
+    reason = "needs query and key heads split over the same mesh axes"
+    with pytest.raises(UserError, match=f"attention: no backend can do this: ring {reason}; all_to_all {reason}$"):
+        choose(dataclasses.replace(CPU, context=2, split_alike=False))
+
+
+def test_a_bias_on_split_rows_is_added_by_xla() -> None:
+    assert choose(dataclasses.replace(CPU, context=2, bias=True)).backend.name == "xla"
 
 
 def test_auto_takes_the_fastest_that_honours_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ QUICK = ("bert", "llama", "modernbert")
     [
         ("bert", {}),
         ("roberta", {}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("distilbert", "electra")),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("distilbert", "electra", "mpnet")),
         pytest.param("albert", {"inner_group_num": 1}, marks=pytest.mark.slow),
         ("llama", {}),
         ("llama", {"attention_bias": True, "num_key_value_heads": 1}),

@@ -32,6 +32,15 @@ MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
 DISTIL: Config = {"hidden_dim": 32}
 NARROW: Config = {"embedding_size": 12}
 GROUPS: Config = {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2}
+DEBERTA: Config = {
+    "relative_attention": True,
+    "pos_att_type": "p2c|c2p",
+    "share_att_key": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "conv_kernel_size": 3,
+    "position_biased_input": False,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # name -> (architecture, changes to the sizes, whether jaxft is known to read it)
@@ -78,6 +87,26 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
     "albert-pretraining": ("AlbertForPreTraining", NARROW, True),
     "albert-classes": ("AlbertForSequenceClassification", GROUPS | {"num_labels": 3}, True),
     "albert-choices": ("AlbertForMultipleChoice", GROUPS, True),
+    "deberta": ("DebertaV2Model", DEBERTA, True),
+    "deberta-absolute": ("DebertaV2Model", {"type_vocab_size": 2}, True),
+    "deberta-mlm": ("DebertaV2ForMaskedLM", DEBERTA, True),
+    "deberta-mlm-v3": ("DebertaV2ForMaskedLM", DEBERTA | {"legacy": False, "conv_kernel_size": 0}, True),
+    "deberta-mlm-untied": ("DebertaV2ForMaskedLM", DEBERTA | {"tie_word_embeddings": False}, True),
+    "deberta-classes": (
+        "DebertaV2ForSequenceClassification",
+        DEBERTA | {"num_labels": 3, "share_att_key": False},
+        True,
+    ),
+    "deberta-tokens": ("DebertaV2ForTokenClassification", DEBERTA | {"num_labels": 3, "embedding_size": 8}, True),
+    "deberta-spans": ("DebertaV2ForQuestionAnswering", DEBERTA | {"position_buckets": -1}, True),
+    "deberta-choices": ("DebertaV2ForMultipleChoice", DEBERTA, True),
+    "mpnet": ("MPNetModel", {}, True),
+    "mpnet-mlm": ("MPNetForMaskedLM", {}, True),
+    "mpnet-mlm-untied": ("MPNetForMaskedLM", {"tie_word_embeddings": False}, True),
+    "mpnet-classes": ("MPNetForSequenceClassification", {"num_labels": 3}, True),
+    "mpnet-tokens": ("MPNetForTokenClassification", {"num_labels": 3}, True),
+    "mpnet-spans": ("MPNetForQuestionAnswering", {}, True),
+    "mpnet-choices": ("MPNetForMultipleChoice", {}, True),
     "llama": ("LlamaModel", {}, True),
     "llama-lm": ("LlamaForCausalLM", {}, True),
     "llama-lm-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),

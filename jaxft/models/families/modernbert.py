@@ -41,7 +41,7 @@ from jaxft.layers import (
 from jaxft.models import contract
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
+from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 from jaxft.models.heads import MaskedLm, Transform, TransformedClasses, answered, dense_rules, norm_rules, pooled_texts
 from jaxft.models.layer_types import GLOBAL, LOCAL, Kind, alternating, rotaries_from_hf, rotaries_to_hf, types_from_hf
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
@@ -311,12 +311,10 @@ def _attentions(c: Config, layers: PyTree[Array], states: Array, mask: MaskSpec,
 
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of an encoder."""
-    limit = config.max_position_embeddings
-    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted", starts=STARTS)
-    heads = config.num_attention_heads
+    limit, heads = config.max_position_embeddings, config.num_attention_heads
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="predicted", starts=contract.STARTS)
     sizes, windows = (config.hidden_size, heads, heads, config.head_size), tuple(kind.window for kind in config.kinds)
-    stack = Stack("layers", config.num_hidden_layers, *sizes, windows=windows)
-    return Facts(inputs, (stack,), limit)
+    return Facts(inputs, (Stack("layers", config.num_hidden_layers, *sizes, windows=windows),), limit)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face layout
