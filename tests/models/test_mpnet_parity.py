@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import close, compare_head, drawn, make_reference, ours_of, torch_inputs
@@ -74,9 +75,9 @@ def test_ranges_of_distances_are_the_references() -> None:
 def test_distances_become_keys(length: int) -> None:
     x = np.random.default_rng(0).standard_normal((3, length, 2 * length - 1)).astype(np.float32)
     wanted = [[x[:, s, t - s + length - 1] for t in range(length)] for s in range(length)]
-    np.testing.assert_array_equal(by_distance(x), np.moveaxis(np.array(wanted), 2, 0))
+    np.testing.assert_array_equal(by_distance(jnp.asarray(x)), np.moveaxis(np.array(wanted), 2, 0))
     with pytest.raises(ValueError, match=f"there are {2 * length - 1}"):
-        by_distance(np.zeros((length, 2 * length)))
+        by_distance(jnp.zeros((length, 2 * length)))
 
 
 @pytest.mark.parametrize("layers", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])

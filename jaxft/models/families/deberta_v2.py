@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -203,15 +203,15 @@ class Model(encoder.EncoderModel):
         attentions: bool,
     ) -> encoder.Encoded:
         """Embeddings and layers."""
-        c, how, count = self.config, self.compute, self.config.num_hidden_layers
+        c, how, count = cast(Config, self.config), self.compute, self.config.num_hidden_layers
         embeddings = Embeddings(c, how, name="embed")
         x = embeddings(tokens, types, places, _there(mask), subkey(key, 0))
         eps = c.layer_norm_eps if c.norm_rel_ebd == "layer_norm" else None
         table = Distances(c.ranges, c.hidden_size, eps, how, normal(c), name="distances")()
         kernel = None
         if c.conv_kernel_size:
-            sizes = (c.conv_kernel_size, c.conv_groups, c.hidden_size)
-            kernel = Convolution(*sizes, how, normal(c), name="conv")()
+            taps, groups, width = c.conv_kernel_size, c.conv_groups, c.hidden_size
+            kernel = Convolution(taps, groups, width, how, normal(c), name="conv")()
         layer, kinds = Layer(c, how, parent=None), (kernel is not None, *(False,) * (count - 1))
         layers = stacked_params(self, "layers", layer, count, x[:1], None, Seen(MaskSpec(), table, None), False)
         seen = Seen(mask, table, kernel)
@@ -333,7 +333,8 @@ def config_of_weights(weights: Tensors) -> dict[str, Any]:
 def hf_layout(config: Config, head: str | None) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
     c, embed, body = config, "deberta.embeddings", "deberta.encoder"
-    layers = encoder_files.LayerNames(heads=tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value")))
+    at = "attention.self"
+    layers = encoder_files.LayerNames(heads=(f"{at}.query_proj", f"{at}.key_proj", f"{at}.value_proj"))
     # A tied decoder may be the only one of the two that a file has.
     tied = (f"{_DECODER}.weight",) if head == "masked_lm" and c.legacy and c.tie_word_embeddings else ()
     own = [name for name in c.maps().values() if not c.share_att_key]
