@@ -319,9 +319,9 @@ class EncoderModel(nn.Module):
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
         types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
+        places = c.places(tokens, positions)
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-        asked = (hidden_states or attentions, attentions)
-        made = self.encoded(tokens, types, c.places(tokens, positions), spec, key, *asked)
+        made = self.encoded(tokens, types, places, spec, key, hidden_states or attentions, attentions)
         hidden, more = made.hidden, {"attentions": made.attentions}
         more["hidden_states"] = made.states if hidden_states else None
 
