@@ -48,7 +48,9 @@ def family(name: str) -> Family:
     if found is None:
         # Names of other families are as near to ours as slips are (albert, roberta): only what is no longer can be a slip.
         known = sorted({*families(), *model_types()})
-        near = get_close_matches(name.lower(), [one for one in known if len(one) >= len(name)], n=1, cutoff=0.8)
+        # Nor is a family another version of itself (deberta, deberta_v2).
+        others = [one for one in known if len(one) >= len(name) and not one.startswith((f"{name}_", f"{name}-"))]
+        near = get_close_matches(name.lower(), others, n=1, cutoff=0.8)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"model family {name!r} is not supported; there are: {', '.join(known)}{guess}")
     return _module(found)

@@ -346,9 +346,9 @@ class EncoderModel(nn.Module):
         if s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
         types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
+        places = c.places(tokens, positions)
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-        asked = (hidden_states or attentions, attentions)
-        made = self.encoded(tokens, types, c.places(tokens, positions), spec, key, *asked)
+        made = self.encoded(tokens, types, places, spec, key, hidden_states or attentions, attentions)
         hidden, states = made.hidden, made.states if hidden_states else None
 
         pooled = None
