@@ -35,7 +35,7 @@ COUNTERS = "counters"
 _DATA_FILE_BYTES = 256 * 2**20
 """Several files instead of one are hashed in parallel."""
 _SLICE_BYTES = 2**20
-"""Of an array that several processes hold whole, each writes a part, if that is no smaller than this."""
+"""Least size of the part that each process writes of an array which several hold whole."""
 _SHOWN = 4
 
 

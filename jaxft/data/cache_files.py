@@ -106,7 +106,7 @@ class ArraySaid(TypedDict):
     dtype: str
     shape: list[int]
     axes: NotRequired[list[str | int]]
-    """Of a column: those of its field."""
+    """Axes of the column's field."""
 
 
 class FileSaid(TypedDict):
@@ -114,7 +114,7 @@ class FileSaid(TypedDict):
 
     size: int
     sha256: list[str]
-    """Of each block."""
+    """sha256 of each block."""
 
 
 class Body(TypedDict):

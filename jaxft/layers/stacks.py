@@ -247,7 +247,7 @@ class _Piece(NamedTuple):
 
 
 def _repeats(signs: tuple[Hashable, ...], start: int = 0) -> list[_Piece]:
-    """All places, as few layers as can be being compiled.
+    """The pieces that all places are run in, with as few layers compiled as possible.
 
     Args:
       signs: of each place; equal where places differ in their numbers alone.

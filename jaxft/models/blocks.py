@@ -29,7 +29,7 @@ Array = jax.Array
 
 
 KeysAndValues = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"]]
-"""Of the tokens of a call, or of all places of a cache."""
+"""Keys and values of the tokens of a call, or of all places of a cache."""
 
 
 class RotaryAttention(nn.Module):

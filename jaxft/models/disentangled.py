@@ -105,7 +105,7 @@ class DisentangledConfig(EncoderConfig):
 
     @property
     def scale(self) -> float:
-        """Of each of the products that a logit of attention is the sum of."""
+        """Scale of each of the products that a logit of attention is the sum of."""
         return (self.head_size * (1 + len(set(self.pos_att_type)))) ** -0.5
 
     def maps(self) -> dict[str, str]:
@@ -120,7 +120,7 @@ class Distances(nn.Module):
     ranges: Ranges | None
     width: int
     eps: float | None
-    """Of the norm; None: there is no norm."""
+    """Epsilon of the norm; None: there is no norm."""
     compute: Compute
     initial: Initializer
 
@@ -214,7 +214,7 @@ class Kernel(NamedTuple):
     bias: Array
     """[D]."""
     scale: Array
-    """Of the norm behind it, [D]."""
+    """Parameter of the norm behind it, [D]."""
     shift: Array
     """Likewise."""
 

@@ -124,12 +124,12 @@ class EncoderConfig:
 
     @property
     def attention_out_dropout(self) -> float:
-        """Of what attention adds."""
+        """Dropout of what attention adds."""
         return self.hidden_dropout_prob
 
     @property
     def mlp_out_dropout(self) -> float:
-        """Of what an MLP adds."""
+        """Dropout of what an MLP adds."""
         return self.hidden_dropout_prob
 
     @property

@@ -65,7 +65,7 @@ class LayerNames:
     """What the reference calls the parts of a layer."""
 
     layer: str = "encoder.layer.{layer}"
-    """Of one layer, behind the encoder's prefix."""
+    """Name of one layer, behind the encoder's prefix."""
     heads: tuple[str, str, str] = ("attention.self.query", "attention.self.key", "attention.self.value")
     out: str = "attention.output.dense"
     attention_norm: str = "attention.output.LayerNorm"
@@ -73,7 +73,7 @@ class LayerNames:
     down: str = "output.dense"
     mlp_norm: str = "output.LayerNorm"
     inner: int = 1
-    """As of :class:`Rule`."""
+    """The same as in :class:`Rule`."""
 
     def rules(self, prefix: str) -> tuple[Rule, ...]:
         """The layers' rows of the weight table.
