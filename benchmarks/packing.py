@@ -98,8 +98,8 @@ def torch_step(options: argparse.Namespace, kind: str) -> Step:
     found = open_rows(config, tasks.task("classification"), open_tokenizer(config, source), source, lambda line: None)
     folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels).train()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = [
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    rows: Any = [
         {"input_ids": row["tokens"].tolist(), "token_type_ids": row["types"].tolist(), "labels": int(row["labels"])}
         for row in map(found.train.__getitem__, range(len(found.train)))
     ]

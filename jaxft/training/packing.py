@@ -95,7 +95,9 @@ def choose_packing(
     padded = sum(shape.tokens for shape in shapes)
     in_buckets = f"{1 - tokens / padded:.1%} of the tokens in buckets are padding"
     if not able:
-        note(f"data.packing=auto: none, for rows of the task {config.task.name} cannot share a row; {in_buckets}")
+        note(
+            f"data.packing=auto: none, for texts of the task {config.task.name} cannot share a row with this model; {in_buckets}"
+        )
         return "none"
     made = pack(split, length)
     share = made.sizes("length").sum() / (len(made) * length)

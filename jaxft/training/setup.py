@@ -120,8 +120,11 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     texts = found.train, found.held_out
     if config.data.packing == "auto":
         facts, _ = planned_targets(config, source)
-        chosen = choose_packing(found.train, config, facts, module.PACKING, note)
+        # A family that gives one answer a row cannot learn those of several texts.
+        apart = "starts" in facts.inputs or not counts_texts(module.fields(config, 0))
+        chosen = choose_packing(found.train, config, facts, module.PACKING and apart, note)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
+        check_batch_shapes(config, mesh, rules)  # rows of one text each, if that was chosen, were not looked at yet
     train, held_out = texts if config.data.packing == "none" else (packed(part, config, note) for part in texts)
     check_packed_batches(config, mesh, rules, train, held_out, note)
 
@@ -186,7 +189,7 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
     wanted, able, name = config.data.long_texts, module.LONG_TEXTS, config.task.name
     if wanted not in ("auto", *able):
         raise UserError(f"data.long_texts={wanted}: the task {name} has {' and '.join(able)}; use one of these")
-    if not module.PACKING and config.data.packing != "none":
+    if not module.PACKING and config.data.packing == "best_fit":
         raise UserError(f"data.packing={config.data.packing}: rows of the task {name} cannot share a row yet; use none")
     if config.data.stride is not None and (able[0] if wanted == "auto" else wanted) != "windows":
         raise UserError(f"data.stride={config.data.stride}: the task {name} reads no windows here; leave it out")

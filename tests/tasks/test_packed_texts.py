@@ -23,7 +23,7 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, shardings_of
-from jaxft.tasks import collected
+from jaxft.tasks import classification, collected
 from jaxft.training.gradients import of_batch
 from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
@@ -190,3 +190,13 @@ def test_rows_of_a_batch_that_cannot_be_split_are_refused_with_numbers_that_can(
         r"train\.batch_size=8 is \d packed rows, which cannot be split 32 ways .*; choose \d+ \(32 rows\)$", said
     )
     assert "which are not read here" in refusal(capsys, "plan", "--topology", "cpu:8", *given)
+
+
+def test_rows_that_auto_does_not_pack_must_divide_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [one for one in overrides(tmp_path) if not one.startswith("train.batch_size")]
+    given += ["data.packing=auto", "train.batch_size=12", f"train.out={tmp_path / 'out'}"]
+    # Rows of 12 tokens in one bucket of 12: packing is worth it, so the number of rows is what is refused.
+    assert "packed rows, which cannot be split 8 ways" in refusal(capsys, "train", *given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classification, "PACKING", False)
+        assert "train.batch_size / train.accumulation = 12 cannot be split 8 ways" in refusal(capsys, "train", *given)
