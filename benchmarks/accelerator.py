@@ -88,6 +88,8 @@ STEPS = (
     StepCase("large", 32, 512, planned=True),
     StepCase("base", 128, 128, planned=True),
     StepCase("smollm", 8, 2048),
+    StepCase("modernbert", 32, 512),
+    StepCase("deberta", 32, 512),
     StepCase("large", 128, 128),
     StepCase("base", 32, 512),
     StepCase("large", 32, 512, dropout=0.1),
@@ -101,6 +103,7 @@ def stages(options: argparse.Namespace, topology: str, scratch: Path) -> list[St
     small = ("--rehearse",) if options.rehearse else ()
     found = [
         Stage("values", (sys.executable, f"{here}/accelerator_values.py", *small), 150, timed=False),
+        Stage("families", (sys.executable, f"{here}/accelerator_families.py", *small), 150, timed=False),
         Stage(
             "resume",
             (sys.executable, f"{here}/accelerator_resume.py", "--out", str(scratch / "resume"), *small),

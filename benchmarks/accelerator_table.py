@@ -17,7 +17,8 @@ GOALS = {
 def text_of(results: dict[str, Any]) -> str:
     """All sections that have something to say."""
     stages = results["stages"]
-    parts = [_states(stages), _values(stages.get("values", {})), _attention(stages.get("attention", {}))]
+    parts = [_states(stages), _values(stages.get("values", {})), _families(stages.get("families", {}))]
+    parts.append(_attention(stages.get("attention", {})))
     parts += [_steps(stages), _plans(stages), _resume(stages.get("resume", {}))]
     if results["rehearsal"]:
         parts.insert(0, "A REHEARSAL on a CPU at small sizes: no figure below says anything about speed.")
@@ -56,6 +57,25 @@ def _values(stage: dict[str, Any]) -> str:
         lines.append(f"{name:26}" + "".join(cells))
     lines.append(f"{'goal, at most':26}" + "".join(f"{bound:12.0e}" for bound in bounds.values()))
     return "\n".join(lines + wrong)
+
+
+def _families(stage: dict[str, Any]) -> str:
+    found = stage.get("found")
+    if not found:
+        return ""
+    lines = [f"families, every head, float32 against the CPU: {len(found['rows'])} heads on {found['device']}"]
+    for name in dict.fromkeys(sorted(row["family"] for row in found["rows"])):
+        rows = [row for row in found["rows"] if row["family"] == name]
+        done = [row for row in rows if "failed" not in row]
+        most = (f"{part} {max((row[part] for row in done), default=0.0):.1e}" for part in ("values", "gradients"))
+        lines.append(f"{name:26}{len(done)} of {len(rows)} heads, at most {', '.join(most)}")
+        for row in rows:
+            who = f"{name} {row['head'] or 'encoder'}"
+            if "failed" in row:
+                lines.append(f"  FAILED {who}: {row['failed']}")
+            elif max(row["values"], row["gradients"]) > found["bound"]:
+                lines.append(f"  WRONG  {who}: values {row['values']:.1e}, gradients {row['gradients']:.1e}")
+    return "\n".join([*lines, f"goal, at most              {found['bound']:.0e}"])
 
 
 def _attention(stage: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,17 @@ def text_of(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write what was found here, after every request")
-    parser.add_argument("--threads", type=int, default=8, help="requests compiled at a time (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="processes that share the requests (default: %(default)s)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="few requests at small lengths, on the CPU")
     options = parser.parse_args()
     platform = jax.default_backend()
     rows: list[dict[str, Any]] = []
     print(f"on {jax.devices()[0].device_kind} ({platform}); bounds {BOUNDS}", flush=True)
-    with ThreadPoolExecutor(2 if options.rehearse else options.threads) as pool:
+    # Processes: cuDNN records a graph while it compiles, and work that another thread sends off meanwhile breaks it.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1 if options.rehearse else options.workers, fresh) as pool:
         for done in as_completed([pool.submit(compare, ask, platform) for ask in asks(options.rehearse)]):
             rows.append(done.result())
             print(text_of(rows[-1]), flush=True)

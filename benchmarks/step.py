@@ -37,15 +37,25 @@ from jaxft.files import write_atomic
 
 BERT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LLAMA = (*BERT, "num_key_value_heads", "vocab_size")
-SIZES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "base": ("bert", (768, 12, 12, 3072)),
-    "large": ("bert", (1024, 24, 16, 4096)),
-    "minilm": ("bert", (384, 6, 12, 1536)),
-    "smollm": ("llama", (576, 30, 9, 1536, 3, 49152)),
-    "tiny-bert": ("bert", (32, 2, 2, 64)),
-    "tiny-llama": ("llama", (32, 2, 4, 64, 2, 512)),
+SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "base": ("bert", "Bert", dict(zip(BERT, (768, 12, 12, 3072), strict=True))),
+    "large": ("bert", "Bert", dict(zip(BERT, (1024, 24, 16, 4096), strict=True))),
+    "minilm": ("bert", "Bert", dict(zip(BERT, (384, 6, 12, 1536), strict=True))),
+    "smollm": ("llama", "Llama", dict(zip(LLAMA, (576, 30, 9, 1536, 3, 49152), strict=True))),
+    "modernbert": ("modernbert", "ModernBert", {"vocab_size": 50368}),
+    "deberta": (
+        "deberta_v2",
+        "DebertaV2",
+        dict(zip(BERT, (768, 12, 12, 3072), strict=True))
+        | {"vocab_size": 128100, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256}
+        | {"norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0}
+        | {"max_relative_positions": -1, "layer_norm_eps": 1e-7},
+    ),
+    "tiny-bert": ("bert", "Bert", dict(zip(BERT, (32, 2, 2, 64), strict=True))),
+    "tiny-llama": ("llama", "Llama", dict(zip(LLAMA, (32, 2, 4, 64, 2, 512), strict=True))),
 }
-"""Family, and the numbers that BERT or LLAMA name. smollm: SmolLM-135M (Allal et al. 2025)."""
+"""Family, its name in the reference, and what config.json says. smollm: SmolLM-135M (Allal et al. 2025); modernbert: ModernBERT-base
+(Warner et al. 2024); deberta: DeBERTa-v3-base (He et al. 2021)."""
 CONTENDERS = (
     *("torch-float32", "torch-bf16-autocast", "torch-bf16-compile"),
     *("jaxft-float32", "jaxft-bf16-operands", "jaxft-bf16-activations", "jaxft-auto"),
@@ -76,11 +86,12 @@ class Made(NamedTuple):
 
 def config_of(size: str, dropout: float, length: int) -> dict[str, Any]:
     """Of the model, by the names that config.json has for them."""
-    family, numbers = SIZES[size]
+    family, _, arch = SIZES[size]
     if family == "llama":
-        arch: dict[str, Any] = dict(zip(LLAMA, numbers, strict=True))
         return arch | {"max_position_embeddings": max(2048, length), "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
-    arch = dict(zip(BERT, numbers, strict=True)) | {"num_labels": LABELS, "vocab_size": 30522}
+    arch = {"vocab_size": 30522, **arch, "num_labels": LABELS}
+    if family == "modernbert":
+        return arch | {"attention_dropout": dropout, "embedding_dropout": dropout, "mlp_dropout": dropout}
     arch |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return arch | {"max_position_embeddings": max(512, length)}
 
@@ -120,14 +131,16 @@ def torch_step(kind: str, options: argparse.Namespace) -> Made:
     torch.manual_seed(0)
     gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     device = "cuda" if gpu else "cpu"
-    family, arch = SIZES[options.size][0], config_of(options.size, options.dropout, options.length)
+    (family, stem, _), arch = SIZES[options.size], config_of(options.size, options.dropout, options.length)
     tokens, labels = (torch.tensor(x, device=device) for x in data(arch["vocab_size"], options.rows, options.length))
     library: Any = transformers
     if family == "llama":
         model = library.LlamaForCausalLM(library.LlamaConfig(**arch, use_cache=False, attn_implementation="sdpa"))
         labels = tokens
     else:
-        model = library.BertForSequenceClassification(library.BertConfig(**arch, attn_implementation="sdpa"))
+        how = {} if family == "deberta_v2" else {"attn_implementation": "sdpa"}  # it has one of its own alone
+        config = getattr(library, f"{stem}Config")(**arch, **how)
+        model = getattr(library, f"{stem}ForSequenceClassification")(config)
     model = model.to(device).train()
     run: Any = torch.compile(model, backend=options.compiler) if kind == "torch-bf16-compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)

@@ -85,7 +85,7 @@ def test_the_table_names_each_result_beside_its_goal(rehearsed: Path) -> None:
     table = (rehearsed / "table.txt").read_text()
     assert table.startswith("A REHEARSAL on a CPU")
     for part in (
-        "stages: 6 of 6 ok",
+        "stages: 7 of 7 ok",
         "largest relative error",
         "a train step",
         "goals: ",
