@@ -15,10 +15,10 @@ import tiny
 from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.tasks import task_options
-from jaxft.data.batch import collate, text_fields, text_shape
+from jaxft.data.batch import Shape, collate, text_fields, text_shape
 from jaxft.data.cache import Cache, open_cache, write_cache
 from jaxft.data.examples import Encoded, Examples, Split, make_split
-from jaxft.data.packing import Packed, pack
+from jaxft.data.packing import CLASSES, Packed, pack
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
@@ -35,12 +35,23 @@ from jaxft.models.contract import (
 from jaxft.models.families import albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
-from jaxft.tasks import Targets, TaskModule, causal_lm, classification, masked_lm, token_classification
+from jaxft.tasks import (
+    Targets,
+    TaskModule,
+    causal_lm,
+    classification,
+    masked_lm,
+    multi_label,
+    regression,
+    token_classification,
+)
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
 FAMILIES: tuple[Family, ...] = (albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta)
-TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
+TASKS: tuple[TaskModule, ...] = (
+    *(causal_lm, classification, masked_lm, multi_label, regression, token_classification),
+)
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
 HEADS = [(name, head) for name in models.families() for head in models.family(name).HEADS]
@@ -129,7 +140,10 @@ def test_classes_are_of_what_the_head_says(family: str, head: str) -> None:
 
 def made(name: str) -> Any:
     return tasks.task(name).make_task(
-        task_options(name)(name=name), Targets(("O", "B-a"), (3, 1)), Facts({}, ()), stand_in_tokenizer()
+        task_options(name)(name=name),
+        Targets(("O", "B-a")[: 1 if name == "regression" else 2], (3, 1)),
+        Facts({}, ()),
+        stand_in_tokenizer(),
     )
 
 
@@ -138,12 +152,12 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
     assert hash(made(name)) == hash(made(name))
     assert made(name) == made(name)
     assert any(made(name).head in module.HEADS for module in FAMILIES)
-    assert tasks.task_of_head(made(name).head) is tasks.task(name)
+    assert tasks.task_of_head(made(name).head, problem=tasks.problem_of(tasks.task(name))) is tasks.task(name)
 
 
 @pytest.mark.parametrize("name", tasks.tasks())
 def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
-    fields, shape = tasks.task(name).fields(RunConfig(), 9), text_shape(2, 5)
+    fields, shape = tasks.task(name).fields(RunConfig(), 9), Shape(2, (("length", 5), (CLASSES, 2)))
     empty = collate([], fields, shape)
     assert empty.keys() == fields.keys()
     for field, value in empty.items():

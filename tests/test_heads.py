@@ -1,4 +1,5 @@
-"""Heads that are something else than one label of several: kept as they are, and never taken for a classifier."""
+"""Heads that are something else than one label of several: kept as they are, answered by the tasks that they are for, and never taken for
+a classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from jaxft import models
 from jaxft.hub.source import open_source
 
 Capture = pytest.CaptureFixture[str]
-PROBLEMS = [("regression", 1), ("multi_label_classification", 3), (None, 1), ("single_label_classification", 1)]
+PROBLEMS = [
+    ("regression", 1),
+    ("multi_label_classification", 3),
+    (None, 1),
+    ("single_label_classification", 1),
+    ("ordinal", 3),
+]
+ANSWERED = (("regression", 1), ("multi_label_classification", 3), (None, 1))
+"""Those that a task is for."""
 
 
 def edit(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> Path:
@@ -59,7 +68,7 @@ def is_kept(folder: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(("problem", "classes"), PROBLEMS)
-def test_other_problems_are_kept_and_not_answered(
+def test_other_problems_are_kept_and_answered_by_their_own_tasks_alone(
     tmp_path: Path, capsys: Capture, problem: str | None, classes: int
 ) -> None:
     source = of_problem(tmp_path / "source", problem, classes)
@@ -73,6 +82,11 @@ def test_other_problems_are_kept_and_not_answered(
     loaded.save(tmp_path / "saved")
     is_kept(tmp_path / "saved", source)
     for model in (source, tmp_path / "stored"):
+        if (problem, classes) in ANSWERED:
+            code, out, err = run(capsys, "predict", model, "--text", "the cat")
+            assert code == 0, err
+            assert set(json.loads(out)) == {"text", *({"score"} if classes == 1 else {"labels", "probabilities"})}
+            continue
         for message in (
             refusal(capsys, "predict", model, "--text", "the cat"),
             refusal(capsys, "eval", model, f"data.eval={data}"),

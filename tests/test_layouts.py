@@ -30,6 +30,8 @@ MADE = {
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
+    "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
+    "regression": lambda module: module.Task(),
 }
 CASES = [
     (family, name)
@@ -66,13 +68,16 @@ ONCE = {
 """What is tried on one layout in each run of the tests."""
 
 
+TURNS = ("classification", "masked_lm", "causal_lm")
+
+
 def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words differ in
     their loss alone, other families in a part: one layout each shows that they are split as well. BERT's two other tasks and
     Llama take turns on the layouts."""
-    if family not in ("bert", "llama") or task == "token_classification":
+    if family not in ("bert", "llama") or task not in TURNS:
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
-    return [*LAYOUTS].index(layout) % 3 == ("classification", "masked_lm", "causal_lm").index(task)
+    return [*LAYOUTS].index(layout) % 3 == TURNS.index(task)
 
 
 BIASED = ("deberta_v2", "mpnet")
@@ -89,8 +94,7 @@ COURSES = [
     for layout in LAYOUTS
 ]
 IN_PARTS = [
-    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task != "token_classification"))
-    for family, task in CASES
+    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task in TURNS)) for family, task in CASES
 ]
 
 
@@ -101,13 +105,17 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
         mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
         weights = np.ones(ROWS, np.float32)
         weights[ROWS - 3 * (step == 4) :] = 0
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "tokens": rng.integers(5, 96, mask.shape).astype(np.int32) * mask,
             "mask": mask,
             "types": np.zeros_like(mask),
             "labels": rng.integers(0, 3, ROWS).astype(np.int32),
             "weights": weights,
         }
+        if task == "multi_label":
+            batch["labels"] = rng.integers(0, 2, (ROWS, 3)).astype(np.int32)
+        if task == "regression":
+            batch["labels"] = rng.normal(size=ROWS).astype(np.float32)
         if task == "token_classification":
             labels = np.where(mask, rng.integers(0, 3, mask.shape), -1).astype(np.int32)
             places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)

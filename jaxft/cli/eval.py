@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.examples import make_split
     from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
-    from jaxft.inference.predict import check_threshold, open_model
+    from jaxft.inference.predict import open_model
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
     from jaxft.training.rows import cached, open_held_out, refuse_other_labels
@@ -51,8 +51,6 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.training.step import make_eval_step
 
     served = open_model(options.model, options.overrides, _say)
-    served.refuse_other_problems("eval")
-    check_threshold(options.threshold, served.labels)
     module, task = served.task(threshold=options.threshold)
     config, tokenizer, labels = settled(served.config_for(module), module), served.tokenizer, served.labels
     if options.rows and not hasattr(task, "judged"):

@@ -65,10 +65,9 @@ def run(options: argparse.Namespace) -> int:
     if options.top is not None and is_table(options.out):
         raise UserError(f"--top is for JSON Lines; {options.out} has a column for each of few labels")
     set_up_jax("~/.cache/jaxft/xla")
-    from jaxft.inference.predict import check_threshold, make_answerer, open_model
+    from jaxft.inference.predict import make_answerer, open_model
 
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))
-    check_threshold(options.threshold, served.labels)
     answers = make_answerer(served, options.batch_size, threshold=options.threshold, top=options.top)
     rows = _rows_of(inputs[0], served) if inputs else _texts(options.text, options.pair)
     if options.out:

@@ -263,7 +263,6 @@ def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[
 
 def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
     from jaxft.hub.pretrained import export_folder
-    from jaxft.hub.source import SINGLE_LABEL
     from jaxft.models import adapters
 
     source = ready.source
@@ -276,7 +275,7 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
             params,
             tokenizer=ready.tokenizer,
             labels=ready.targets.labels,
-            problem_type=SINGLE_LABEL if ready.targets.labels else None,
+            problem_type=ready.targets.problem,
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
             note=_note,

@@ -25,9 +25,9 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "words", "label", "labels"]
-    """``text``: a text. ``words``: a text, or a list of words. ``label``: one value. ``labels``: a list of values, or of stretches of
-    characters with a label each."""
+    kind: Literal["text", "words", "label", "labels", "number"]
+    """``text``: a text. ``words``: a text, or a list of words. ``label``: one value, of few that there are. ``labels``: a list of values,
+    or of stretches of characters with a label each. ``number``: one number."""
 
     @property
     def wanted(self) -> str:
@@ -79,7 +79,7 @@ def checked_rows(
     """
     columns = (*text_columns(config), label_column(config)) if columns is None else columns
     texts = tuple(column for column in columns if column.is_text)
-    labels = [(i, column.name) for i, column in enumerate(columns) if not column.is_text]
+    labels = [(i, column.name, column.kind) for i, column in enumerate(columns) if not column.is_text]
     rows = left_out = 0
     any_text = False
     for row in iter_rows(reference, tuple(column.wanted for column in columns), form_of(config, note)):
@@ -88,10 +88,12 @@ def checked_rows(
             left_out += 1
             continue
         check_texts(row, texts, cure="remove the row, or leave such rows out with data.missing_text=skip")
-        for i, name in labels:
+        for i, name, kind in labels:
             value = row.values[i]
             if value is None or (not isinstance(value, list) and label_text(value) == ""):
-                raise UserError(f"{row.where}: column {name!r} is empty; every row needs a label")
+                raise UserError(
+                    f"{row.where}: column {name!r} is empty; every row needs {'a number' if kind == 'number' else 'a label'}"
+                )
         any_text = any_text or any(_holds_text(text) for text in row.values[: len(texts)])
         yield row
     if not rows:

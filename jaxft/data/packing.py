@@ -17,13 +17,15 @@ _ROWS = 4096  # hashed together
 
 TEXTS = "texts"
 """The axis of what is said of each text of a row: labels, weights, where it begins. Rows that hold fewer texts than others are padded."""
+CLASSES = "classes"
+"""The axis of what is said of each class: as long in every row."""
 
 
 def packed_fields(fields: Fields) -> Fields:
     """The fields of batches whose rows hold several texts each, from those of rows of one text.
 
-    Fields of one value per text get the axis ``texts``, and so do weights; beside them is ``starts``, the place of each text's first
-    token. Where rows have no such field (language models), weights stay those of rows.
+    Fields of one value per text (or as many for each, along ``classes``) get the axis ``texts``, and so do weights; beside them is
+    ``starts``, the place of each text's first token. Where rows have no such field (language models), weights stay those of rows.
     """
     places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
     of_texts = {
@@ -67,6 +69,8 @@ class Packed:
         """[rows] int64, tokens or ``texts`` of each."""
         if axis == TEXTS and TEXTS in self.fields["weights"].axes:
             return np.diff(self.first)
+        if axis == CLASSES:
+            return np.full(len(self), self._classes)
         if axis != "length":
             raise KeyError(axis)
         return self._lengths
@@ -74,6 +78,17 @@ class Packed:
     @cached_property
     def _lengths(self) -> np.ndarray:
         return np.add.reduceat(self.source.sizes("length")[self.texts], self.first[:-1])
+
+    @cached_property
+    def _classes(self) -> int:
+        return int(self.source.sizes(CLASSES)[0])
+
+    def _of_texts(self, name: str, values: np.ndarray, texts: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The values of a field, of some texts: [tokens] (``places``), [texts] or [texts, C]."""
+        axis = self.source.axis(name)
+        if axis == CLASSES:
+            return values.reshape(-1, self._classes)[texts]
+        return values[texts if axis is None else places]
 
     def __getitem__(self, index: int) -> Example:
         return self._rows(index, index + 1)
@@ -88,7 +103,7 @@ class Packed:
         positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
         index = positions + starts.repeat(lengths)
         columns = self.source.columns.items()
-        found = {name: values[index if self.source.axis(name) else texts] for name, values in columns}
+        found = {name: self._of_texts(name, values, texts, index) for name, values in columns}
         if TEXTS in self.fields["weights"].axes:
             found["starts"] = (ends - lengths).astype(np.int32)
         numbers = np.arange(1, len(texts) + 1, dtype=np.int32)

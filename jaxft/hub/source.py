@@ -26,7 +26,9 @@ from jaxft.models.contract import TIED, Family, architecture_of, architectures, 
 Note = Callable[[str], None]
 
 SINGLE_LABEL = "single_label_classification"
-"""The ``problem_type`` of heads that give each text exactly one of several labels; the only one that tasks here train."""
+"""The ``problem_type`` of heads that give each text exactly one of several labels."""
+REGRESSION = "regression"
+"""The ``problem_type`` of heads that give each text a number."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel and kin, torch.compile, Lightning
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -308,23 +310,26 @@ def _head_tensors(family: Family, names: Collection[str]) -> list[str]:
 def problem_of(hf_config: Mapping[str, object], classes: int | None) -> str:
     """What a classification head is for: the ``problem_type`` of config.json; one output without it is a regression."""
     stated = hf_config.get("problem_type")
-    return str(stated) if stated else "regression" if classes == 1 else SINGLE_LABEL
+    return str(stated) if stated else REGRESSION if classes == 1 else SINGLE_LABEL
 
 
-def refuse_other_problems(hf_config: Mapping[str, object], classes: int | None, what: str, instead: str) -> None:
-    """Raises UserError if a classification head does not give each text one of several labels.
+def refuse_other_problem(
+    hf_config: Mapping[str, object], classes: int | None, wanted: str | None, what: str, instead: str
+) -> None:
+    """Raises UserError if a classification head is for something else than a task is.
 
     Args:
       hf_config: config.json of the model.
       classes: rows of its head.
+      wanted: the ``problem_type`` of the task; None: any.
       what: would be done with it, for the message.
       instead: what to do about it.
     """
     problem = problem_of(hf_config, classes)
-    if problem == SINGLE_LABEL and classes != 1:
+    if wanted is None or (problem == wanted and not (problem == SINGLE_LABEL and classes == 1)):
         return
     outputs = "one output" if classes == 1 else f"{classes} outputs"
-    raise UserError(f"the model's head is for {problem} ({outputs}), not for one label of several: {what}; {instead}")
+    raise UserError(f"the model's head is for {problem} ({outputs}), not for {wanted}: {what}; {instead}")
 
 
 def _labels(hf_config: Mapping[str, object]) -> tuple[str, ...] | None:

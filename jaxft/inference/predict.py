@@ -31,7 +31,15 @@ from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabu
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import load_params
-from jaxft.hub.source import SINGLE_LABEL, Note, make_config, open_source, refuse_other_problems, resolve_folder
+from jaxft.hub.source import (
+    SINGLE_LABEL,
+    Note,
+    make_config,
+    open_source,
+    problem_of,
+    refuse_other_problem,
+    resolve_folder,
+)
 from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
@@ -67,12 +75,26 @@ class Served:
     hf_config: dict[str, object]
     devices: Devices
 
-    def refuse_other_problems(self, command: str) -> None:
-        """Raises UserError if the model has a classification head that is not for one label of several."""
-        if models.family(self.family_name).HEADS[self.model.head].classes == "rows":
+    def module(self) -> tasks.TaskModule:
+        """The module of the task that the model's head is for.
+
+        Raises:
+          UserError: there is none.
+        """
+        of_rows = models.family(self.family_name).HEADS[self.model.head].classes == "rows"
+        classes, named = classes_of(self.model.config), self.config.task.name
+        problem = problem_of(self.hf_config, classes) if of_rows else None
+        found = tasks.task_of_head(self.model.head, named, problem)
+        if of_rows:
+            # Of an unknown problem, no task is found: the usual one says what would be needed.
+            wanted = SINGLE_LABEL if found is None else tasks.problem_of(found)
             instead = "jaxft.load gives its outputs as logits, and jaxft train with model.head=fresh makes another"
-            classes = classes_of(self.model.config)
-            refuse_other_problems(self.hf_config, classes, f"jaxft {command} cannot answer with it", instead)
+            refuse_other_problem(self.hf_config, classes, wanted, "no task here answers with it", instead)
+        if found is None:
+            raise UserError(
+                f"the model has no head that a task scores (found: {self.model.head}): fine-tune it first (jaxft train)"
+            )
+        return found
 
     def config_for(self, module: TaskModule) -> RunConfig:
         """The configuration with the task's options: the run's, or the usual ones if no run of this task made the model."""
@@ -89,16 +111,13 @@ class Served:
         Raises:
           UserError: no task scores this head, or the task has no such option.
         """
-        module = tasks.task_of_head(self.model.head, self.config.task.name)
-        if module is None:
-            raise UserError(
-                f"the model has no head that a task scores (found: {self.model.head}): fine-tune it first (jaxft train)"
-            )
+        module = self.module()
         options = self.config_for(module).task
         if getattr(options, "class_weights", "none") == "balanced":
             unweighted: dict[str, Any] = {"class_weights": "none"}
             options = dataclasses.replace(options, **unweighted)
-        made: Any = module.make_task(options, tasks.Targets(self.labels), self.model.facts, self.tokenizer)
+        targets = tasks.Targets(self.labels, problem=tasks.problem_of(module))
+        made: Any = module.make_task(options, targets, self.model.facts, self.tokenizer)
         for name, value in changes.items():
             if value is None:
                 continue
@@ -188,7 +207,8 @@ def restored(
     hf_config = meta["hf_config"]
     if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
         # config.json is that of the folder the run began from; its head may have been for something else.
-        hf_config = hf_config | {"problem_type": SINGLE_LABEL}
+        problem = tasks.problem_of(tasks.task(config.task.name))
+        hf_config = hf_config if problem is None else hf_config | {"problem_type": problem}
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
 
 
@@ -246,16 +266,6 @@ def _served(
     return Served(config, family, model, params, tokenizer, labels, hf_config, devices)
 
 
-def check_threshold(threshold: float | None, labels: tuple[str, ...]) -> None:
-    """Raises UserError if ``--threshold`` is no probability, or there are more than two labels."""
-    if threshold is None:
-        return
-    if len(labels) != 2:
-        raise UserError(f"--threshold is for models of two labels; this one has {len(labels)}")
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold}: must lie in 0..1")
-
-
 def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:
     """``rows -> answers`` in the same order, each with whether something of the row was cut off.
 
@@ -268,7 +278,6 @@ def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers
     Raises:
       UserError: no task answers with the model's head, or not with these changes.
     """
-    served.refuse_other_problems("predict")
     module, made = served.task(**changes)
     if not hasattr(made, "predictions"):
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")

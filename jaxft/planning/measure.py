@@ -14,7 +14,6 @@ import jax
 from jax.stages import Compiled, Lowered
 
 from jaxft.attention import choices, described
-from jaxft.data.batch import text_shape
 from jaxft.errors import UserError
 from jaxft.machine.chips import Topology, Tpu
 from jaxft.machine.gpus import Gpu, target_config
@@ -151,7 +150,7 @@ def make_plan(
             ("parameters", state.params),
             ("optimizer", state.opt_state),
             ("average", () if state.ema is None else state.ema),
-            ("batch", recipe.batch(text_shape(rows, length))),
+            ("batch", recipe.batch(recipe.shape(rows, length))),
         )
     }
     kept, gradients = activation_bytes(recipe, rows, length), bytes_of["parameters"]
@@ -178,7 +177,7 @@ def make_plan(
         memory=memory,
         collectives=(),
         traffic=traffic_of(recipe, rows, length),
-        useful=model_flops(recipe, text_shape(rows, length)),
+        useful=model_flops(recipe, recipe.shape(rows, length)),
         matmul_flops=None,
         est_seconds=None,
         llo=None,
@@ -216,7 +215,7 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
     start = time.perf_counter()
     with jax.set_mesh(recipe.mesh), choices() as seen:
         lowered = recipe.train_program().lower(
-            recipe.state, recipe.batch(text_shape(plan.rows, plan.length)), recipe.seed()
+            recipe.state, recipe.batch(recipe.shape(plan.rows, plan.length)), recipe.seed()
         )
         program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jaxft.data.batch import text_shape
 from jaxft.parallel.sharding import CONTEXT, ways
 from jaxft.training.recipe import Recipe
 from jaxft.trees import paths_of
@@ -88,7 +87,7 @@ def _of_tensor(recipe: Recipe, rows: int, length: int) -> float:
 def _predicted(recipe: Recipe, rows: int, length: int) -> float:
     """Tokens per device that meet the vocabulary."""
     prepared = jax.eval_shape(
-        recipe.task.prepare, recipe.batch(text_shape(rows, length)), jax.eval_shape(lambda: jax.random.key(0))
+        recipe.task.prepare, recipe.batch(recipe.shape(rows, length)), jax.eval_shape(lambda: jax.random.key(0))
     )
     local = _local_tokens(recipe, rows, length) / (rows * length)
     return prepared["targets"].size * local if "targets" in prepared else 0.0
@@ -117,7 +116,7 @@ def activation_bytes(recipe: Recipe, rows: int, length: int) -> float:
         return jax.vjp(lambda p: recipe.task.sums(forward_of(recipe.model, p), batch, key)["loss"], params)[1]
 
     def size(count: int) -> int:
-        batch = recipe.batch(text_shape(count, length))
+        batch = recipe.batch(recipe.shape(count, length))
         shaped = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in batch.items()}
         leaves = jax.tree.leaves(jax.eval_shape(kept, recipe.shapes, shaped, key))
         return sum(

@@ -20,6 +20,7 @@ __all__ = [
     "collected",
     "is_better",
     "metric_of",
+    "problem_of",
     "scalar",
     "task",
     "task_of_head",
@@ -38,15 +39,24 @@ def tasks() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_") and name != "contract"))
 
 
-def task_of_head(head: str | None, named: str = "") -> TaskModule | None:
+def problem_of(module: TaskModule) -> str | None:
+    """The ``problem_type`` of the heads that a task trains; None: it has none, or its head has but one."""
+    return getattr(module, "PROBLEM", None)
+
+
+def task_of_head(head: str | None, named: str = "", problem: str | None = None) -> TaskModule | None:
     """The module of the task that trains a model head; None if there is none.
 
     Args:
       named: by the model's run: believed if it is one from outside of jaxft.
+      problem: what the head is for, the ``problem_type`` of config.json; None: whatever the first task of such heads is for.
     """
     if "." in named and task(named).Task.head == head:
         return task(named)
-    return next((module for module in map(task, tasks()) if module.Task.head == head), None)
+    fitting = [module for module in map(task, tasks()) if module.Task.head == head]
+    return next(
+        (module for module in fitting if problem in (None, problem_of(module)) or problem_of(module) is None), None
+    )
 
 
 def metric_of(task: Task, wanted: str | None) -> str:

@@ -20,6 +20,7 @@ from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongT
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate", "split")
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ()
+PROBLEM: str | None = None
 
 
 class TokenTask:

@@ -13,10 +13,21 @@ from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts
-from jaxft.tasks._tokens import LONG_TEXTS, PACKING, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
-__all__ = ["LONG_TEXTS", "PACKING", "ROW_OPTIONS", "Task", "columns", "encode", "fields", "make_task", "study"]
+__all__ = [
+    "LONG_TEXTS",
+    "PACKING",
+    "PROBLEM",
+    "ROW_OPTIONS",
+    "Task",
+    "columns",
+    "encode",
+    "fields",
+    "make_task",
+    "study",
+]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forwar
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ()
-SINGLE_LABEL = "single_label_classification"
-"""The ``problem_type`` of heads that give each text exactly one of several labels."""
+PROBLEM: str | None = "single_label_classification"
 
 MOST_CONFUSION_CLASSES = 200
 """Beyond this many classes no confusion matrix is counted: of 3,000 it would take 36 MB for each batch."""
@@ -52,6 +51,14 @@ class Task:
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
 
     head = "classification"
+
+    def __post_init__(self) -> None:
+        if self.threshold is None:
+            return
+        if not self._binary:
+            raise UserError(f"--threshold is for models of two labels; this one has {len(self.labels)}")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold {self.threshold}: must lie in 0..1")
 
     @property
     def metrics(self) -> dict[str, Direction]:
@@ -233,7 +240,7 @@ def columns(data: DataConfig) -> tuple[Column, ...]:
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
     """The labels of the training rows, and how often each occurs among them (held-out rows of the same source included)."""
     labels = class_names((row.values[-1] for row in rows), config, stored, note)
-    return Targets(labels, (), SINGLE_LABEL)
+    return Targets(labels, (), PROBLEM)
 
 
 def encode(

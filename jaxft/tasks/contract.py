@@ -71,6 +71,8 @@ class Targets:
     """How often each occurs in training; empty where that is not known."""
     problem: str | None = None
     """``problem_type`` of config.json, if the head's class has one."""
+    rows: int = 0
+    """Training examples that ``counts`` are of."""
 
 
 class Answer(NamedTuple):
@@ -181,6 +183,12 @@ class TaskModule(Protocol):
     def ROW_OPTIONS(self) -> tuple[str, ...]:
         """Its own options that change how rows are encoded, which a token cache must have been made with. A module that does not say
         counts with all of them."""
+        ...
+
+    @property
+    def PROBLEM(self) -> str | None:
+        """The ``problem_type`` that config.json has for its heads, where several tasks train one kind of head. A module that does not say
+        has none."""
         ...
 
     def columns(self, data: DataConfig) -> tuple[Column, ...]:

@@ -16,12 +16,13 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
-from jaxft.tasks._tokens import LONG_TEXTS, PACKING, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
 __all__ = [
     "LONG_TEXTS",
     "PACKING",
+    "PROBLEM",
     "ROW_OPTIONS",
     "Config",
     "Task",

@@ -38,6 +38,7 @@ from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forwar
 LONG_TEXTS: tuple[LongTexts, ...] = ("windows", "truncate")
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ("scheme", "label_pieces")
+PROBLEM: str | None = None
 
 _ENTITY_MARKS = ("B-", "I-", "E-", "S-")
 

@@ -141,7 +141,7 @@ class _Build:
         encoded = module.encode(pace.counted(rows.chosen(mask)), tokenizer, self.targets, config)
 
         def about(split: Split) -> dict[str, object]:
-            targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels))
+            targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels), rows=len(split))
             return {
                 "rows": pace.rows,
                 "targets": dataclasses.asdict(targets),

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from jaxft import models, tasks
 from jaxft.config import ModelConfig, RunConfig
-from jaxft.data.batch import Fields, Shape, shaped
+from jaxft.data.batch import Fields, Shape, shaped, text_shape
 from jaxft.data.labels import declared_labels
-from jaxft.data.packing import packed_fields
+from jaxft.data.packing import CLASSES, packed_fields
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import check_changes
-from jaxft.hub.source import Note, Source, make_config, open_source, refuse_other_problems
+from jaxft.hub.source import REGRESSION, Note, Source, make_config, open_source, refuse_other_problem
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Family, FamilyConfig, Model, classes_of, with_classes
@@ -78,6 +78,13 @@ class Recipe:
         """A batch, as shapes with shardings."""
         return shaped(self.fields, shape, self.mesh, self.model.compute.rules)
 
+    def shape(self, rows: int, length: int) -> Shape:
+        """The shape of a batch of so many rows of so many tokens."""
+        shape = text_shape(rows, length)
+        if not any(CLASSES in field.axes for field in self.fields.values()):
+            return shape
+        return Shape(rows, (*shape.sizes, (CLASSES, len(self.targets.labels))))
+
     def seed(self) -> jax.ShapeDtypeStruct:
         """The seed argument of the train step."""
         return jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.mesh))
@@ -111,12 +118,15 @@ def open_start(config: RunConfig, note: Note) -> Source | None:
     if config.model.init is None:
         return None
     source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
-    fresh, head = config.model.head == "fresh", tasks.task(config.task.name).Task.head
+    module, fresh = tasks.task(config.task.name), config.model.head == "fresh"
+    head = module.Task.head
     if not fresh:
         source.stored_head()
     if source.head == head and not fresh and source.family.HEADS[head].classes == "rows":
-        instead = "set model.head=fresh to train another on its encoder"
-        refuse_other_problems(source.hf_config, source.classes, "it cannot be trained further", instead)
+        instead = "set model.head=fresh to train another on its encoder, or task.name to the task that it is for"
+        refuse_other_problem(
+            source.hf_config, source.classes, tasks.problem_of(module), "it cannot be trained further", instead
+        )
     check_changes(source, None if fresh else head, note)
     return source
 
@@ -125,13 +135,16 @@ def planned_targets(config: RunConfig, source: Source | None) -> tuple[Facts, Ta
     """What a run's model is, and what stands for what it will learn, before any row is read: the labels that are declared, those of
     the folder, or as many as its Config says."""
     family, made = _family_and_config(config, source)
-    head = family.HEADS.get(tasks.task(config.task.name).Task.head)
+    module = tasks.task(config.task.name)
+    head, problem = family.HEADS.get(module.Task.head), tasks.problem_of(module)
     if head is None or not head.classes:
         return family.facts(made), Targets()
+    if problem == REGRESSION:
+        return family.facts(made), Targets((config.data.label,), problem=problem)
     stored = source.labels if source is not None else None
     numbered = tuple(map(str, range(classes_of(made) or 2)))
     labels = declared_labels(config.data.labels)[0] or stored or numbered
-    return family.facts(made), Targets(labels, (1,) * len(labels))
+    return family.facts(made), Targets(labels, (1,) * len(labels), problem, len(labels))
 
 
 def make_recipe(

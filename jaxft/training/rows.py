@@ -15,11 +15,12 @@ from jaxft.data.cache_files import MANIFEST, is_cache, read_manifest
 from jaxft.data.encode import Column, hold_out, read_rows
 from jaxft.data.examples import Split, make_split
 from jaxft.data.labels import declared_labels, label_text
+from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.read import Reference
 from jaxft.errors import UserError, listed
 from jaxft.hub.source import Note, Source
-from jaxft.tasks import Targets, TaskModule
+from jaxft.tasks import Targets, TaskModule, problem_of
 
 _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
@@ -77,7 +78,7 @@ def open_rows(
         held = read_rows(data.eval, data, columns, note)
     if train is None:
         train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
-        targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels))
+        targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels), rows=len(train))
     if held_out is None:
         held_out = make_split("eval", module.encode(held, tokenizer, targets, config), fields)
     counts = (
@@ -96,16 +97,18 @@ def stored_targets(config: RunConfig, source: Source | None, module: TaskModule)
     """What the head that is to be trained further was made for; None: there is none."""
     if source is None or source.head != module.Task.head or config.model.head == "fresh":
         return None
-    return Targets(source.labels or ())
+    return Targets(source.labels or (), problem=problem_of(module))
 
 
 def counts_of(split: Split, labels: tuple[str, ...]) -> tuple[int, ...]:
-    """How often each class occurs; ids below 0 are none. Empty where there are no classes."""
-    if not labels:
+    """How often each class occurs; ids below 0 are none. Empty where there are no classes, but numbers."""
+    if not labels or split.fields["labels"].dtype != "int32":
         return ()
     found = np.zeros(len(labels), np.int64)
     for part in split.parts(_PART):
         ids = part.columns["labels"]
+        if split.axis("labels") == CLASSES:  # 1 for each class that a row is of
+            ids = np.nonzero(ids.reshape(-1, len(labels)))[1]
         found += np.bincount(ids[ids >= 0], minlength=len(labels))
     return tuple(found.tolist())
 
@@ -188,7 +191,7 @@ def _listed(labels: tuple[str, ...]) -> str:
 def targets_of(cache: Cache) -> Targets:
     """What its rows were encoded for."""
     said = cache.about["targets"]
-    return Targets(tuple(said["labels"]), tuple(said["counts"]), said["problem"])
+    return Targets(tuple(said["labels"]), tuple(said["counts"]), said["problem"], len(cache))
 
 
 def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> dict[str, object]:

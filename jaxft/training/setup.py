@@ -258,8 +258,14 @@ def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
     targets = found.targets
     if not targets.labels:
         return
+    if not targets.counts:
+        numbers = found.train.columns["labels"]
+        note(f"{targets.labels[0]}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}")
+        if numbers.min() == numbers.max():
+            note("warning: all training rows have the same number: there is nothing to learn")
+        return
     note(f"labels: {listed(targets.labels)}")
-    what = "row" if found.train.axis("labels") is None else "word"
+    what = "word" if found.train.axis("labels") == "length" else "row"
     for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
         few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
         if few:

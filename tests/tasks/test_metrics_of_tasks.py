@@ -31,11 +31,18 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
     """Scores of a model that gives the logit ``scale`` to the truth and 0 to all else, each row weighing ``rows``."""
     task, batch = TASKS[name], batches(name)[0]
     batch = {key: jnp.asarray(value) for key, value in batch.items()}
-    known = batch["labels"] % max(len(labels_of(task)), 1)
-    batch |= {"weights": batch["weights"] * rows, "labels": jnp.where(batch["labels"] < 0, -1, known)}
-    batch = task.prepare(batch, jax.random.key(0))
-    targets = batch.get("targets", batch["labels"])
-    logits = scale * jax.nn.one_hot(targets, len(labels_of(task)) or VOCAB)
+    batch["weights"] = batch["weights"] * rows
+    if name == "regression":
+        # Right answers, or the more of the wrong sign the lower the scale.
+        logits = (batch["labels"] * (1.0 if scale > 0 else scale))[:, None]
+    elif name == "multi_label":
+        logits = scale * (2.0 * batch["labels"] - 1)
+    else:
+        known = batch["labels"] % max(len(labels_of(task)), 1)
+        batch["labels"] = jnp.where(batch["labels"] < 0, -1, known)
+        batch = task.prepare(batch, jax.random.key(0))
+        targets = batch.get("targets", batch["labels"])
+        logits = scale * jax.nn.one_hot(targets, len(labels_of(task)) or VOCAB)
 
     def forward(batch: Any, key: Any) -> Output:
         return Output(logits, logits=logits)

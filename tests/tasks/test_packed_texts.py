@@ -18,7 +18,7 @@ from jaxft import models, tasks
 from jaxft.config import MeshConfig, RunConfig
 from jaxft.data.batch import HostBatch, Shape, collate
 from jaxft.data.examples import Encoded, Examples, Split, make_split
-from jaxft.data.packing import pack
+from jaxft.data.packing import CLASSES, pack
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
@@ -29,7 +29,12 @@ from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
 
 TEXTS, ROOM = 40, 24
-LABELS = {"classification": ("a", "b", "c"), "token_classification": ("O", "B-a", "I-a")}
+LABELS = {
+    "classification": ("a", "b", "c"),
+    "token_classification": ("O", "B-a", "I-a"),
+    "multi_label": ("a", "b", "c"),
+    "regression": ("score",),
+}
 HOW: dict[str, dict[str, Any]] = {
     "one device": {},
     "2x2x2": {"mesh": MeshConfig(2, 2, 2)},
@@ -40,6 +45,7 @@ QUICK = {
     ("bert", "classification", "one device"),
     ("modernbert", "classification", "one device"),
     ("bert", "token_classification", "2x2x2 in two parts"),
+    ("bert", "multi_label", "one device"),
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
@@ -60,6 +66,10 @@ def texts_of(task: str) -> Split:
         found = {"tokens": rng.integers(5, 96, length).astype(np.int32), "types": np.zeros(length, np.int32)}
         if task == "classification":
             return found | {"labels": np.array(rng.integers(3), np.int32)}
+        if task == "multi_label":
+            return found | {"labels": rng.integers(0, 2, 3).astype(np.int32)}
+        if task == "regression":
+            return found | {"labels": np.array(rng.normal(), np.float32)}
         words = {"word": np.arange(length, dtype=np.int32), "counts": np.ones(length, np.int32)}
         return (
             found | words | {"labels": rng.integers(-1, 3, length).astype(np.int32), "row": np.array(number, np.int32)}
@@ -71,7 +81,8 @@ def texts_of(task: str) -> Split:
 
 def batch_of(split: Examples, rows: int) -> HostBatch:
     sizes = {str(axis) for field in split.fields.values() for axis in field.axes[1:]}
-    shape = Shape(rows, tuple((axis, max(int(split.sizes(axis).max()), ROOM)) for axis in sorted(sizes)))
+    long = {axis: int(split.sizes(axis).max()) for axis in sorted(sizes)}
+    shape = Shape(rows, tuple((axis, size if axis == CLASSES else max(size, ROOM)) for axis, size in long.items()))
     return collate([split[i] for i in range(len(split))], split.fields, shape)
 
 
@@ -81,10 +92,10 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     fields = dataclasses.fields(module.Config)
     off = {field.name: 0.0 for field in fields if "dropout" in field.name and field.default is not None}
     config = with_classes(dataclasses.replace(module.TINY, num_hidden_layers=2, **off), 3)
-    model: Any = module.Model(config, task, Compute(layers="scanned"))
+    model: Any = module.Model(config, tasks.task(task).Task.head, Compute(layers="scanned"))
     rng = np.random.default_rng(1)  # away from fresh parameters, whose answers are all alike
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), init_params(model, 0))
-    learnt = tasks.task(task).Task(LABELS[task])
+    learnt = tasks.task(task).Task(*([] if task == "regression" else [LABELS[task]]))
     if task == "classification":
         learnt = dataclasses.replace(learnt, class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1)
     apart = texts_of(task)
