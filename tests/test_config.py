@@ -12,6 +12,7 @@ from tiny import refusal, run
 
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
+from jaxft.training.setup import check_config
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "step", "exponential", "inverse_sqrt", "warmup_stable_decay")
 
@@ -174,3 +175,17 @@ def test_your_own_table_has_run_files_of_its_own(tmp_path: Path, monkeypatch: py
     assert classifier.data.max_length >= 512  # cuts no more than the model must
     language = load_config("configs/runs/my_language_model.yaml", ["data.train=my.txt"])
     assert (language.task.name, language.data.long_texts, language.data.buckets) == ("masked_lm", "split", None)
+
+
+RUNS = sorted(path for path in Path("configs/runs").rglob("*.yaml") if not path.name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to("configs/runs")))
+def test_run_files_can_start_and_say_what_they_are(path: Path) -> None:
+    config = load_config(str(path))
+    check_config(config)
+    assert config.train.out != RunConfig().train.out
+    lines = path.read_text().splitlines()
+    for wanted in ("# Purpose:", "# Hardware:", "# Expect:", "# Command:"):
+        assert any(line.startswith(wanted) for line in lines)
+    assert any(f"configs/runs/{path.relative_to('configs/runs')}" in line for line in lines if line.startswith("# "))

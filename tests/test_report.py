@@ -54,8 +54,13 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def test_text_holds_the_right_numbers() -> None:
     lines = report_text(metrics_of(CONFUSION), LABELS, []).splitlines()
-    # macro: (2*6/18 + 2*4/13 + 2*3/9) / 3 = 0.6496
-    assert lines[0] == "accuracy 0.6500   macro F1 0.6496   micro F1 0.6500   loss 0.5000   rows 20"
+    # macro: (2*6/18 + 2*4/13 + 2*3/9) / 3 = 0.6496; weighted: (10*2*6/18 + 6*2*4/13 + 4*2*3/9) / 20 = 0.6513
+    # Matthews: (13 * 20 - 142) / sqrt(262 * 248) = 0.4629
+    assert (
+        lines[0]
+        == "accuracy 0.6500   macro F1 0.6496   micro F1 0.6500   weighted F1 0.6513   MCC 0.4629   loss 0.5000"
+    )
+    assert lines[1] == "rows 20"
     table = [line.split() for line in lines]
     assert ["bad", "0.7500", "0.6000", "0.6667", "10"] in table
     assert ["fair", "0.5714", "0.6667", "0.6154", "6"] in table
@@ -73,7 +78,7 @@ def test_odd_labels_keep_the_table_aligned(labels: tuple[str, ...]) -> None:
     from jaxft.reporting.report import _cells
 
     text = report_text(metrics_of(CONFUSION, labels), labels, [])
-    assert len({_cells(line) for line in text.splitlines()[2:6]}) == 1
+    assert len({_cells(line) for line in text.splitlines()[3:7]}) == 1
     assert len({_cells(line) for line in text.splitlines()[-3:]}) == 1
     assert max(map(_cells, text.splitlines())) <= 100
 

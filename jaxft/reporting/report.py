@@ -37,6 +37,8 @@ _HEADLINE = (
     ("accuracy", "accuracy"),
     ("macro_f1", "macro F1"),
     ("micro_f1", "micro F1"),
+    ("weighted_f1", "weighted F1"),
+    ("mcc", "MCC"),
     ("f1", "entity F1"),
     ("precision", "entity precision"),
     ("recall", "entity recall"),

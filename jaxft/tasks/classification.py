@@ -64,7 +64,15 @@ class Task:
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
         ranking: dict[str, Direction] = {"auroc": "max", "average_precision": "max"} if self._binary else {}
-        return {"accuracy": "max", "macro_f1": "max", "micro_f1": "max", "loss": "min", **ranking}
+        return {
+            "accuracy": "max",
+            "macro_f1": "max",
+            "weighted_f1": "max",
+            "micro_f1": "max",
+            "mcc": "max",
+            "loss": "min",
+            **ranking,
+        }
 
     @property
     def _binary(self) -> bool:
@@ -160,7 +168,8 @@ class Task:
         return len(split)
 
     def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
-        """Accuracy, macro and micro F1, per-class precision/recall/F1, and the confusion matrix if it was counted.
+        """Accuracy, F1 (macro, micro, weighted by true rows), Matthews' correlation coefficient, per-class precision/recall/F1, and the
+        confusion matrix if it was counted.
 
         A class that is never predicted has precision 0; one without true rows has recall 0; macro F1 averages the classes
         that have true or predicted rows (scikit-learn's default does the same). Scores of no rows are NaN.
@@ -181,6 +190,8 @@ class Task:
             "accuracy": float(hits.sum()) / (rows or math.nan),
             "macro_f1": float(f1[seen].mean()) if seen.any() else math.nan,
             # With exactly one label per row, micro precision = micro recall = micro F1 = accuracy.
+            "weighted_f1": float((f1 * true).sum()) / (rows or math.nan),
+            "mcc": _matthews(hits, true, predicted),
             "micro_f1": 2 * float(hits.sum()) / (float(true.sum() + predicted.sum()) or math.nan),
             **(self._ranking(outputs) if self._binary and outputs is not None else {}),
             "rows": rows,
@@ -207,6 +218,20 @@ class Task:
             "positive": self.labels[1],
             "best_threshold": None if cut is None else {"threshold": cut.threshold, "f1": cut.f1},
         }
+
+
+def _matthews(hits: np.ndarray, of_class: np.ndarray, said: np.ndarray) -> float:
+    """Matthews' correlation coefficient of several classes (Gorodkin 2004), from counts by class; 0 where all rows are of one class, or
+    said to be, as in scikit-learn. NaN of no rows."""
+    rows = int(of_class.sum())
+    if not rows:
+        return math.nan
+    # Python's integers: squares of counts may be beyond 64 bits.
+    true, predicted = of_class.tolist(), said.tolist()
+    by_true, by_said = (rows**2 - sum(count**2 for count in counts) for counts in (true, predicted))
+    together = sum(a * b for a, b in zip(true, predicted, strict=True))
+    spread = by_true * by_said
+    return (int(hits.sum()) * rows - together) / math.sqrt(spread) if spread else 0.0
 
 
 def cross_entropy(

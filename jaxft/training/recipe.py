@@ -136,15 +136,20 @@ def planned_targets(config: RunConfig, source: Source | None) -> tuple[Facts, Ta
     the folder, or as many as its Config says."""
     family, made = _family_and_config(config, source)
     module = tasks.task(config.task.name)
-    head, problem = family.HEADS.get(module.Task.head), tasks.problem_of(module)
+    head = family.HEADS.get(module.Task.head)
     if head is None or not head.classes:
         return family.facts(made), Targets()
-    if problem == REGRESSION:
-        return family.facts(made), Targets((config.data.label,), problem=problem)
     stored = source.labels if source is not None else None
     numbered = tuple(map(str, range(classes_of(made) or 2)))
     labels = declared_labels(config.data.labels)[0] or stored or numbered
-    return family.facts(made), Targets(labels, (1,) * len(labels), problem, len(labels))
+    return family.facts(made), assumed_targets(config, labels)
+
+
+def assumed_targets(config: RunConfig, labels: tuple[str, ...]) -> Targets:
+    """What stands for the targets of a run before any row is read, if its classes have these names: as if each were there once."""
+    problem = tasks.problem_of(tasks.task(config.task.name))
+    names = (config.data.label,) if problem == REGRESSION else labels  # numbers have the name of their column
+    return Targets(names, (1,) * len(names), problem, len(names))
 
 
 def make_recipe(

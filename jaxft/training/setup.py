@@ -33,7 +33,7 @@ from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
-from jaxft.training.recipe import Recipe, make_recipe, open_start, planned_targets
+from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 from jaxft.trees import Params
 
@@ -163,7 +163,7 @@ def check_config(config: RunConfig) -> None:
     # Weights are given by the names of labels, which are not known yet.
     known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
     options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
-    task = module.make_task(options, tasks.Targets(labels, (1,) * len(labels)), facts, stand_in_tokenizer())
+    task = module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
     tasks.metric_of(task, config.eval.metric)
     if config.model.family is not None:
         family = models.family(config.model.family)
