@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from published import ETTIN, MMBERT, SMALL, as_v5, write_gemma_tokenizer
@@ -62,7 +63,7 @@ def test_ettin_and_mmbert_are_read_and_written_as_modernbert(name: str, version:
     assert list(config.types) == theirs.config.layer_types
     batch = example_batch(modernbert.facts(config), 2, length=20)
     seen = batch["mask"].astype(bool)
-    out = loaded.model.apply({"params": loaded.params}, **batch)
+    out = jax.jit(loaded.model.apply)({"params": loaded.params}, **batch)
     with torch.no_grad():
         close(out.logits[seen], theirs(**torch_inputs(batch)).logits[torch.tensor(seen)], "logits")
     loaded.save(tmp_path / "ours")

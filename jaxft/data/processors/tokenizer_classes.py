@@ -43,7 +43,7 @@ _CLASS_OF_MODEL_TYPES = {
     "GPT2Tokenizer": "gpt2 gpt_neo gptj opt",
     GENERIC[0]: "llama smollm3 eurobert",
 }
-_ALWAYS_GENERIC = ("modernbert", "modernbert-decoder")
+_ALWAYS_GENERIC = "modernbert modernbert-decoder"
 """Model types whose tokenizer.json is taken as it is, whatever class their files name (mmBERT's name Gemma's)."""
 
 
@@ -81,7 +81,7 @@ def class_of(folder: Path, settings: Settings, hf_config: Settings) -> str | Non
     """
     stated = settings.get("tokenizer_class") or hf_config.get("tokenizer_class")
     model_type = str(hf_config.get("model_type") or "")
-    if model_type in _ALWAYS_GENERIC:
+    if model_type in _ALWAYS_GENERIC.split():
         return GENERIC[0]
     known = {kind: name for name, kinds in _CLASS_OF_MODEL_TYPES.items() for kind in kinds.split()}
     if model_type and model_type not in known:
