@@ -32,7 +32,18 @@ from jaxft.models.contract import (
     head_of_class,
     with_classes,
 )
-from jaxft.models.families import albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta
+from jaxft.models.families import (
+    albert,
+    bert,
+    deberta_v2,
+    distilbert,
+    electra,
+    llama,
+    modernbert,
+    mpnet,
+    roberta,
+    rotary_bert,
+)
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
 from jaxft.tasks import (
@@ -48,7 +59,9 @@ from jaxft.tasks import (
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
-FAMILIES: tuple[Family, ...] = (albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta)
+FAMILIES: tuple[Family, ...] = (
+    *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
+)
 TASKS: tuple[TaskModule, ...] = (
     *(causal_lm, classification, masked_lm, multi_label, regression, token_classification),
 )

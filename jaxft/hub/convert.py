@@ -63,13 +63,13 @@ def file_names(weights: Weights, layout: Layout) -> dict[str, str]:
     Raises:
       UserError: a tensor is there under its old and its new name, with different numbers.
     """
-    names = weights.names()
-    bare = not any(name.startswith(layout.prefix) for name in names)
+    names = {name: layout.spelt(name) for name in weights.names()}
+    bare = not any(name.startswith(layout.prefix) for name in names.values())
     # Of a bare encoder all names lack the prefix, those of heads included: a head never stands beside a bare encoder.
     heads = {rule.theirs.split(".")[0] for rule in layout.rules if not rule.theirs.startswith(layout.prefix)}
     found: dict[str, str] = {}
-    for name in names:
-        canonical = name
+    for name, spelt in names.items():
+        canonical = spelt
         for old, new in layout.aliases:
             if name.endswith(old):
                 canonical = name.removesuffix(old) + new
@@ -157,7 +157,7 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, jax.ShapeDtypeStr
     absent: dict[tuple[str, ...], list[str]] = {}
     sources: dict[str, Source] = {}
     substituted, concerned = [], set[str]()
-    for rule in layout.rules:
+    for rule in (one for listed in layout.rules for one in listed.as_stored(names)):
         shapes = [ours[path].shape for path in rule.paths]
         there = next((name for name in rule.names() if name in names), rule.theirs)
         theirs = rule.of_layers(there, shapes[0][0] if rule.stacked else 1)

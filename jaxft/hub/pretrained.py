@@ -30,7 +30,7 @@ from jaxft.hub.weights import Weights, write_safetensors
 from jaxft.hub.weights.beside import CODE_SETTINGS, take_over
 from jaxft.hub.weights.numbers import QUANTISATION_KEYS, name_non_finite
 from jaxft.hub.weights.part import Part
-from jaxft.models.contract import Family, Model, architecture_of, classes_of
+from jaxft.models.contract import Family, Model, architecture_of, classes_of, model_type_of
 from jaxft.models.initial import init_some, shapes_and_axes, spread
 from jaxft.models.layout import Layout
 from jaxft.parallel.sharding import shardings_of
@@ -291,8 +291,7 @@ def _exported_config(
 ) -> dict[str, object]:
     stale = {"_name_or_path", "torch_dtype", "num_labels", *CODE_SETTINGS, *QUANTISATION_KEYS, *family.SUPERSEDED}
     config = {key: value for key, value in before.items() if key not in stale}
-    kinds, stated = family.MODEL_TYPES, before.get("model_type")
-    kind = stated if stated in kinds else next(iter(kinds))
+    kind = model_type_of(family, model.config, before.get("model_type"))
     config |= {"model_type": kind, **family.config_to_hf(model.config)}
     config["architectures"] = [architecture_of(family, model.head, kind)]
     config["dtype"] = dtype

@@ -21,7 +21,17 @@ from jaxft.hub.weights import Weights, open_weights
 from jaxft.hub.weights.flax_names import under_pytorch_names
 from jaxft.hub.weights.numbers import refuse_quantised
 from jaxft.hub.weights.prefixed import WithoutPrefix
-from jaxft.models.contract import TIED, Family, architecture_of, architectures, classes_of, head_of, head_of_class
+from jaxft.models.contract import (
+    MODEL_TYPE,
+    TIED,
+    Family,
+    architecture_of,
+    architectures,
+    classes_of,
+    head_of,
+    head_of_class,
+    model_type_of,
+)
 
 Note = Callable[[str], None]
 
@@ -117,8 +127,7 @@ class Source:
     @property
     def model_type(self) -> str:
         """The reference's name for this kind of model; the family's own if config.json states none that it has."""
-        stated = self.hf_config.get("model_type")
-        return stated if stated in self.family.MODEL_TYPES else next(iter(self.family.MODEL_TYPES))
+        return model_type_of(self.family, self.stored, self.hf_config.get("model_type"))
 
     @property
     def classes(self) -> int | None:
@@ -165,12 +174,12 @@ def open_source(
     refuse_quantised(hf_config, folder / "config.json")
     stated = module.config_from_hf(hf_config)
     with open_folder(folder) as weights:
-        wrapper = _wrapper_of(weights.names(), module)
+        wrapper = _wrapper_of(weights.names(), module.hf_layout(make_config(module, stated), None).prefix)
         if wrapper:
             note(f"all tensor names begin with {wrapper!r}, which {name} has not: it is left out")
         seen = WithoutPrefix(weights, wrapper) if wrapper else weights
         said = module.config_of_weights(seen)
-        head, foreign = _head(hf_config, module, seen.names(), note)
+        head, foreign = _head(hf_config, module, seen.names(), note, make_config(module, stated))
     if said.get(TIED) is False and stated.get(TIED, getattr(module.Config, TIED, False)):
         note("config.json ties the embeddings, but the weights have another decoder of their own: it is kept, untied")
     tree = {**stated, **said}
@@ -214,6 +223,18 @@ def make_config(family: Family, tree: dict[str, object]) -> Any:
     return decode(family.Config, tree, "model.arch")
 
 
+def fresh_config(name: str, arch: Mapping[str, object]) -> Any:
+    """The Config of a model from random weights.
+
+    Args:
+      name: of the family; or a ``model_type`` of it, whose defaults are the reference's where kinds of model differ in their maths.
+      arch: fields of the Config that are something else.
+    """
+    family = models.family(name)
+    typed = name in family.MODEL_TYPES and MODEL_TYPE in family.Config.__dataclass_fields__
+    return make_config(family, _merged(family.config_from_hf({"model_type": name}) if typed else {}, arch))
+
+
 def _merged(tree: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     """``tree`` with ``changes``; of a group of settings, only those named change."""
     both = {
@@ -230,9 +251,12 @@ def open_folder(path: Path) -> Weights:
     return under_pytorch_names(weights) if weights.format == "flax msgpack" else weights
 
 
-def _wrapper_of(names: Sequence[str], family: Family) -> str:
-    """The wrappers' names that begin all tensor names; "" if there are none."""
-    prefix = family.hf_layout(family.TINY, None).prefix
+def _wrapper_of(names: Sequence[str], prefix: str) -> str:
+    """The wrappers' names that begin all tensor names; "" if there are none.
+
+    Args:
+      prefix: what the family's names of the encoder begin with in models with a head.
+    """
     found = ""
     while True:
         rest = [name.removeprefix(found) for name in names]
@@ -278,7 +302,7 @@ def _architectures(hf_config: Mapping[str, object]) -> list[str]:
 
 
 def _head(
-    hf_config: Mapping[str, object], family: Family, names: Collection[str], note: Note
+    hf_config: Mapping[str, object], family: Family, names: Collection[str], note: Note, config: Any
 ) -> tuple[str | None, str | None]:
     """The head that a folder has, and what it is called if the family has no such head."""
     seen, named, known = head_of(names, family.HEADS), _architectures(hf_config), architectures(family)
@@ -289,7 +313,7 @@ def _head(
         return None, named[0]
     head = head_of_class(family, stated, names)
     if head is None and seen is not None:
-        tensors = _head_tensors(family, names)
+        tensors = _head_tensors(family, names, config)
         if tensors:
             note(
                 f"config.json says {stated}, which has no head, the weights have {', '.join(tensors[:4])}: they are left out; "
@@ -298,9 +322,9 @@ def _head(
     return head, None
 
 
-def _head_tensors(family: Family, names: Collection[str]) -> list[str]:
+def _head_tensors(family: Family, names: Collection[str], config: Any) -> list[str]:
     """The names that belong to a head of the family."""
-    layouts = [family.hf_layout(family.TINY, head) for head in family.HEADS]
+    layouts = [family.hf_layout(config, head) for head in family.HEADS]
     roots = {
         r.theirs.split(".")[0] for layout in layouts for r in layout.rules if not r.theirs.startswith(layout.prefix)
     }

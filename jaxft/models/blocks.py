@@ -116,6 +116,8 @@ class GatedMlp(nn.Module):
     biased: bool = False
     rate: float = 0.0
     """Dropout of the product."""
+    down_biased: bool | None = None
+    """Whether ``down`` has a bias; None: as the others."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None = None) -> Float[Array, "B S D"]:
@@ -132,7 +134,8 @@ class GatedMlp(nn.Module):
         pair, drops = (wide("gate"), wide("up")), key is not None and self.rate > 0.0
         # Without dropout, the product is made again in the backward pass; what is dropped of it is kept.
         inner = dropout(gated(pair), self.rate, key, self.compute.dropout_bits) if drops else pair
+        biased = self.biased if self.down_biased is None else self.down_biased
         return Linear(
-            (f, d), ("mlp", "embed"), self.compute, self.down_initial, biased=self.biased,
+            (f, d), ("mlp", "embed"), self.compute, self.down_initial, biased=biased,
             act=None if drops else gated, name="down",
         )(inner)  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, 
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Integer, PRNGKeyArray
+from jaxtyping import Float, Float32, Integer, PRNGKeyArray, Shaped
 
 from jaxft.data.batch import Field, Fields, HostBatch
 from jaxft.errors import UserError, nearest
@@ -74,6 +74,10 @@ class Features(NamedTuple):
     """What the head's logits are scored against."""
     starts: Integer[Array, "B E"] | None = None
     """Where each text of packed rows begins; None: rows hold one text each."""
+    mask: Shaped[Array, "B S"] | None = None
+    """0 or False where a token is padding; None: nothing is, or the head pools nothing."""
+    segments: Integer[Array, "B S"] | None = None
+    """1, 2, ... by text of packed rows, 0 is padding; None: rows hold one text each, or the head pools nothing."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +332,13 @@ def architecture_of(family: Family, head: str | None, model_type: str | None = N
     return family.MODEL_TYPES[own if model_type is None else model_type] + family.HEADS[head].suffix
 
 
+def model_type_of(family: Family, config: FamilyConfig, stated: object = None) -> str:
+    """The reference's name for the kind of model that a Config is of: its own, where the family's kinds differ in their maths; else the
+    one ``stated``, if the family has it; else the family's own."""
+    own = getattr(config, MODEL_TYPE, stated)
+    return next((kind for kind in family.MODEL_TYPES if kind == own), next(iter(family.MODEL_TYPES)))
+
+
 def architectures(family: Family) -> dict[str, str | None]:
     """Every class of the reference that the family reads, and the head that it is read as: of several, the first in ``HEADS``."""
     return {name: heads[0] for name, heads in _heads_of_classes(family).items()}
@@ -354,6 +365,10 @@ def _shown(marks: Collection[str], names: Collection[str]) -> bool:
 
 TIED = "tie_word_embeddings"
 """The field of a Config, where its family has the choice, that makes the table of tokens the vocabulary matrix too."""
+
+
+MODEL_TYPE = "model_type"
+"""The field of a Config, where the kinds of model in its family differ in their maths, that says which one it is of."""
 
 
 def classes_of(config: FamilyConfig) -> int | None:

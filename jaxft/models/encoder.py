@@ -85,8 +85,7 @@ class EncoderConfig:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
         sizes = (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels")
-        free = (name for name in sizes if name in self.MAY_BE_0 and getattr(self, name) == 0)
-        unchecked = {*self.FIXED, *free}
+        unchecked = {*self.FIXED, *(name for name in self.MAY_BE_0 if getattr(self, name) == 0)}
         check_fields(self, tuple(name for name in sizes if name not in unchecked), rates, ("hidden_act",))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
@@ -96,6 +95,11 @@ class EncoderConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_attention_heads
 
     @property
     def stacked_layers(self) -> int:
@@ -151,6 +155,10 @@ class EncoderConfig:
         """
         return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
 
+    def pools(self, head: Head) -> bool:
+        """Whether a model with that head has a pooler."""
+        return head.pooled or (head.make is None and self.pooler)
+
     def untrained_place(self) -> int | None:
         """The row of the position table that look-ups never train; None: there is none."""
         return None
@@ -159,7 +167,7 @@ class EncoderConfig:
         """The row of the table of tokens that look-ups never train; None: there is none."""
         return self.pad_token_id
 
-    def attention_bias(self, compute: Compute) -> nn.Module | None:
+    def bias_of_places(self, compute: Compute) -> nn.Module | None:
         """A module that gives, for a length S, what is added to the logits of attention in all layers, [1, N, S, S]; None: nothing is."""
         del compute
         return None
@@ -272,8 +280,8 @@ class Embeddings(nn.Module):
         places = self.position(positions)
         if (untrained := c.untrained_place()) is not None:
             places = jnp.where((positions == untrained)[..., None], jax.lax.stop_gradient(places), places)
-        x = (words if kinds is None else words + kinds) + places
-        x = rules.constrain(self.norm(x), "batch", "length", "act_embed")
+        x = self.norm((words if kinds is None else words + kinds) + places)
+        x = rules.constrain(x, "batch", "length", "act_embed")
         x = dropout(x, c.hidden_dropout_prob, key, self.compute.dropout_bits)
         return rules.constrain(self.project(x), "batch", "length", "act_embed") if c.projects else x
 
@@ -350,13 +358,12 @@ class EncoderModel(nn.Module):
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
         made = self.encoded(tokens, types, places, spec, key, hidden_states or attentions, attentions)
         hidden, states = made.hidden, made.states if hidden_states else None
-
         pooled = None
-        if head.pooled or (head.make is None and c.pooler):
+        if c.pools(head):
             dense = Linear((c.hidden_size,) * 2, ("embed", "pooled"), self.compute, normal(c), name="pooler")
             pooled = jnp.tanh(dense(first_of_texts(hidden, starts)))
         of_head = None if head.make is None else head.make(c, self.compute, "head")
-        features = Features(hidden, pooled, made.table, targets, starts)
+        features = Features(hidden, pooled, made.table, targets, starts, mask, segments)
         return answered(of_head, features, subkey(key, 2), predict, states, made.attentions)
 
     def encoded(
@@ -377,13 +384,13 @@ class EncoderModel(nn.Module):
         c = self.config
         embeddings = Embeddings(c, self.compute, name="embed")
         x = embeddings(tokens, types, places, subkey(key, 0))
-        of_places = c.attention_bias(self.compute)
+        of_places = c.bias_of_places(self.compute)
         bias = None if of_places is None else of_places(tokens.shape[1])
-        layer = Layer(c, self.compute, parent=None)
+        layer, order = Layer(c, self.compute, parent=None), c.order
         layers = stacked_params(self, "layers", layer, c.stacked_layers, x[:1], None, MaskSpec(), bias)
-        stack = (layer, layers, len(c.order), x, subkey(key, 1), mask, bias)
-        hidden, states, _ = apply_stack(*stack, keep=keep, order=c.order)
-        looked = _attentions(layers, states, mask, c.order, bias) if attentions and states is not None else None
+        stack = (layer, layers, len(order), x, subkey(key, 1), mask, bias)
+        hidden, states, _ = apply_stack(*stack, keep=keep, order=order)
+        looked = _attentions(layers, states, mask, order, bias) if attentions and states is not None else None
         return Encoded(hidden, embeddings.token.embedding, states, looked)
 
 
@@ -406,9 +413,8 @@ def _attentions(
 def facts(config: EncoderConfig) -> Facts:
     """What the rest of jaxft may know of an encoder."""
     types = {"types": Field(("batch", "length"), count=config.type_vocab_size)} if config.type_vocab_size else {}
-    inputs = text_inputs(
-        config.vocab_size, config.pad_token_id, config.limit, scored="predicted", starts=STARTS, **types
-    )
-    heads, size, own = config.num_attention_heads, config.head_size, config.stacked_layers
-    stack = Stack("layers", len(config.order), config.hidden_size, heads, heads, size, stored=own)
+    tokens = (config.vocab_size, config.pad_token_id, config.limit)
+    inputs = text_inputs(*tokens, scored="predicted", starts=STARTS, **types)
+    heads, key_heads, own = config.num_attention_heads, config.key_heads, config.stacked_layers
+    stack = Stack("layers", len(config.order), config.hidden_size, heads, key_heads, config.head_size, stored=own)
     return Facts(inputs, (stack,), config.limit)

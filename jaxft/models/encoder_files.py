@@ -206,7 +206,7 @@ def hf_layout(
     """
     # A tied decoder may be the only one of the two that a file has.
     tied = (decoder,) if head == "masked_lm" and config.tie_word_embeddings else ()
-    pooled = heads[head].pooled or (head is None and config.pooler)
+    pooled = config.pools(heads[head])
     rules = (
         *(*embedding_rules(config, prefix, tied, project), *layers.rules(prefix), *more),
         *(dense_rules("pooler", f"{prefix}.{pooler}") if pooled else ()),

@@ -6,7 +6,7 @@ Dims: B batch, S length, E texts of a packed row, D model width, V vocabulary, C
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import flax.linen as nn
 import jax
@@ -163,6 +163,52 @@ class MaskedLm(nn.Module):
         if seen.targets is not None and self.compute.vocab_tile is not None:
             return score_tokens(x, table, bias, seen.targets, self.compute)
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
+
+
+class Vocabulary(nn.Module):
+    """The vocabulary, with nothing before it: logits [B, M, V], or their score in tiles."""
+
+    width: int
+    vocabulary: int
+    tied: bool
+    """The vocabulary matrix is the table of token embeddings."""
+    compute: Compute
+    initial: Initializer
+    biased: bool = False
+    axis: str = "length"
+    """The logical axis of the tokens that it sees."""
+
+    @nn.compact
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
+        del key
+        (d, v), dtype = (self.width, self.vocabulary), self.compute.param_dtype
+        bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
+        table = seen.table if self.tied else declare(self, "kernel", self.initial, ("embed", "vocab"), (d, v), dtype).T
+        assert table is not None
+        if seen.targets is not None and self.compute.vocab_tile is not None:
+            return score_tokens(seen.hidden, table, bias, seen.targets, self.compute)
+        return vocabulary_logits(seen.hidden, table, bias, self.compute, self.axis)
+
+
+class DenseClasses(nn.Module):
+    """An affine map, GELU and classes of each text, from its first vector, from the mean of its vectors, or, ``late``, from the mean
+    behind GELU: logits [B, C], or [B, E, C] for the texts of packed rows."""
+
+    width: int
+    classes: int
+    pooling: Literal["cls", "mean", "late"]
+    compute: Compute
+    initial: Initializer
+
+    @nn.compact
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *texts C"]:
+        del key
+        texts, late = (seen.mask, seen.segments, seen.starts), self.pooling == "late"
+        x, shape = seen.hidden if late else pooled_texts(self.pooling, seen.hidden, *texts), (self.width,) * 2
+        x = ACTIVATIONS["gelu"](Linear(shape, ("embed", "pooled"), self.compute, self.initial, name="dense")(x))
+        # Where the reference classifies each vector and takes the mean of that: the same, as the last map is affine.
+        x, shape = mean_of_texts(x, *texts) if late else x, (self.width, self.classes)
+        return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
 def first_of_texts(hidden: Float[Array, "B S D"], starts: Integer[Array, "B E"] | None) -> Float[Array, "B *texts D"]:

@@ -7,9 +7,11 @@ below the other.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +61,8 @@ class Rule:
     """Names under which a file may hold the same tensor; read where ``theirs`` is missing, never written."""
     layers: tuple[int, int | None] = (0, None)
     """Layers that have the tensor, first and end; None: up to the last. Our stack holds these layers and no others."""
-
+    apart: tuple[str, ...] = ()
+    """Names under which a file may hold each of several parameters of ours by itself; read where ``theirs`` is missing, never written."""
     inner: int = 1
     """How many layers of ours have one number there, and are told apart by ``{inner}`` in its name."""
 
@@ -89,6 +92,18 @@ class Rule:
     def of_layer(self, name: str, layer: int) -> str:
         """A name of the tensor in one layer."""
         return name.format(layer=layer // self.inner, inner=layer % self.inner)
+
+    def as_stored(self, names: Container[str]) -> tuple[Rule, ...]:
+        """This rule; or, of a file that holds its parameters apart, one for each of them.
+
+        Args:
+          names: of the file's tensors.
+        """
+        first = [self.of_layer(name, self.layers[0]) for name in (self.theirs, *self.apart)]
+        if first[0] in names or not any(name in names for name in first[1:]):
+            return (self,)
+        parts = zip(self.paths, self.apart, strict=True)
+        return tuple(dataclasses.replace(self, ours=ours, theirs=theirs, apart=()) for ours, theirs in parts)
 
     def one(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a parameter of ours in one layer, from that of the stack."""
@@ -124,6 +139,14 @@ class Layout:
     """Patterns of tensors that may be there unused."""
     fresh: tuple[str, ...] = ()
     """Patterns of our paths that may be missing and are then initialised."""
+    respelt: tuple[tuple[str, str], ...] = ()
+    """(regular expression that some files' names match, what the rules have there), applied in this order before all else."""
+
+    def spelt(self, name: str) -> str:
+        """A name in a file, as :attr:`respelt` has it."""
+        for found, ours in self.respelt:
+            name = re.sub(found, ours, name)
+        return name
 
 
 def same_numbers(weights: Tensors, first: str, second: str) -> bool:

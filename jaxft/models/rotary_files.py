@@ -15,13 +15,14 @@ SUPERSEDED_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "origi
 """Older keys of config.json for what :func:`rotary_to_hf` writes; the reference would believe some of them."""
 
 
-def rotary_from_hf(hf: Mapping[str, object], usual_limit: int) -> dict[str, object]:
+def rotary_from_hf(hf: Mapping[str, object], usual_limit: int, usual_theta: float = Rotary.theta) -> dict[str, object]:
     """The fields of :class:`~jaxft.layers.Rotary` that a config.json states, by the rules of `modeling_rope_utils.py` of
     transformers 5.24.
 
     Args:
       hf: the file.
       usual_limit: ``max_position_embeddings`` where the file has none.
+      usual_theta: ``rope_theta`` where the file has none.
 
     Raises:
       UserError: rotary positions of a kind that is not supported, or without what the kind needs.
@@ -31,7 +32,7 @@ def rotary_from_hf(hf: Mapping[str, object], usual_limit: int) -> dict[str, obje
     stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(stated, dict):
         raise UserError(f"config.json: rope_scaling={stated!r} is not an object of keys and values")
-    rope: dict[str, Any] = {"rope_theta": hf.get("rope_theta", Rotary.theta), **stated}
+    rope: dict[str, Any] = {"rope_theta": hf.get("rope_theta", usual_theta), **stated}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in tuple(_ROPE_KEYS_OF):
         raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")

@@ -21,7 +21,7 @@ from jaxft.data.packing import CLASSES, packed_fields
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import check_changes
-from jaxft.hub.source import REGRESSION, Note, Source, make_config, open_source, refuse_other_problem
+from jaxft.hub.source import REGRESSION, Note, Source, fresh_config, open_source, refuse_other_problem
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Family, FamilyConfig, Model, classes_of, with_classes
@@ -259,8 +259,7 @@ def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family
         return source.family, source.config
     if config.model.family is None:
         raise UserError("model.init is not set, so model.family and model.arch must say what to build")
-    family = models.family(config.model.family)
-    return family, make_config(family, config.model.arch)
+    return models.family(config.model.family), fresh_config(config.model.family, config.model.arch)
 
 
 def _make_model(

@@ -25,7 +25,7 @@ from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
-from jaxft.hub.source import Note, Source, make_config, resolve_folder
+from jaxft.hub.source import Note, Source, fresh_config, resolve_folder
 from jaxft.machine import processes
 from jaxft.models import adapters
 from jaxft.models.contract import Facts
@@ -166,9 +166,9 @@ def check_config(config: RunConfig) -> None:
     task = module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
     tasks.metric_of(task, config.eval.metric)
     if config.model.family is not None:
-        family = models.family(config.model.family)
+        models.family(config.model.family)
         if config.model.init is None:
-            make_config(family, config.model.arch)
+            fresh_config(config.model.family, config.model.arch)
     if config.train.steps is not None:
         make_schedule(config.optim, config.train.steps)
 

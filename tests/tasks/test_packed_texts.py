@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from kinds import KINDS, tiny_config
 from tiny import refusal, run
 from tiny_run import overrides
 
@@ -49,7 +50,7 @@ QUICK = {
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
-    for family in models.families()
+    for family in (*models.families(), *KINDS)
     for task in LABELS
     if tasks.task(task).Task.head in models.family(family).HEADS
     and "starts" in models.family(family).facts(models.family(family).TINY).inputs
@@ -91,7 +92,7 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     module = models.family(family)
     fields = dataclasses.fields(module.Config)
     off = {field.name: 0.0 for field in fields if "dropout" in field.name and field.default is not None}
-    config = with_classes(dataclasses.replace(module.TINY, num_hidden_layers=2, **off), 3)
+    config = with_classes(dataclasses.replace(tiny_config(family), num_hidden_layers=2, **off), 3)
     model: Any = module.Model(config, tasks.task(task).Task.head, Compute(layers="scanned"))
     rng = np.random.default_rng(1)  # away from fresh parameters, whose answers are all alike
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), init_params(model, 0))

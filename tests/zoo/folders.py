@@ -29,6 +29,9 @@ SIZES: Config = {
 }
 LLAMA: Config = SIZES | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODERN: Config = {"num_hidden_layers": 4, "pad_token_id": 0}
+TYPES = ("full_attention", "sliding_attention")
+NOMIC: Config = {"pad_token_id": 0}
+EURO: Config = {"pad_token_id": 0, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
 DISTIL: Config = {"hidden_dim": 32}
 NARROW: Config = {"embedding_size": 12}
 GROUPS: Config = {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 2, "inner_group_num": 2}
@@ -69,6 +72,23 @@ MODELS: dict[str, tuple[str, Config, bool]] = {
         MODERN | {"num_labels": 3, "classifier_pooling": "mean"},
         True,
     ),
+    "modernbert-mmbert": (
+        "ModernBertForMaskedLM",
+        MODERN | {"rope_parameters": {name: {"rope_type": "default", "rope_theta": 160000.0} for name in TYPES}},
+        True,
+    ),
+    "nomic": ("NomicBertModel", NOMIC, True),
+    "nomic-mlm": ("NomicBertForMaskedLM", NOMIC, True),
+    "nomic-mlm-untied": ("NomicBertForMaskedLM", NOMIC | {"tie_word_embeddings": False}, True),
+    "nomic-classes": ("NomicBertForSequenceClassification", NOMIC | {"num_labels": 3, "head_dim": 4}, True),
+    "gte": ("GteModel", NOMIC, True),
+    "gte-mlm": ("GteForMaskedLM", NOMIC | {"type_vocab_size": 0}, True),
+    "gte-mlm-untied": ("GteForMaskedLM", NOMIC | {"tie_word_embeddings": False}, True),
+    "gte-tokens": ("GteForTokenClassification", NOMIC | {"num_labels": 3}, True),
+    "eurobert": ("EuroBertModel", EURO, True),
+    "eurobert-mlm": ("EuroBertForMaskedLM", EURO | {"mlp_bias": True}, True),
+    "eurobert-mlm-tied": ("EuroBertForMaskedLM", EURO | {"tie_word_embeddings": True}, True),
+    "eurobert-classes": ("EuroBertForSequenceClassification", EURO | {"num_labels": 3}, True),
     "distilbert": ("DistilBertModel", DISTIL, True),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL, True),
     "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | {"tie_word_embeddings": False}, True),

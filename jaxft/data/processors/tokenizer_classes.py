@@ -38,11 +38,13 @@ _ALIASES = {
 
 # The class of a model_type whose files name none: part of transformers' own table.
 _CLASS_OF_MODEL_TYPES = {
-    "BertTokenizer": "bert distilbert electra convbert squeezebert layoutlm megatron-bert",
+    "BertTokenizer": "bert distilbert electra convbert squeezebert layoutlm megatron-bert nomic_bert",
     "RobertaTokenizer": "roberta bart longformer roberta-prelayernorm data2vec-text",
     "GPT2Tokenizer": "gpt2 gpt_neo gptj opt",
-    GENERIC[0]: "llama smollm3",
+    GENERIC[0]: "llama smollm3 eurobert",
 }
+_ALWAYS_GENERIC = "modernbert modernbert-decoder"
+"""Model types whose tokenizer.json is taken as it is, whatever class their files name (mmBERT's name Gemma's)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def class_of(folder: Path, settings: Settings, hf_config: Settings) -> str | Non
     """
     stated = settings.get("tokenizer_class") or hf_config.get("tokenizer_class")
     model_type = str(hf_config.get("model_type") or "")
+    if model_type in _ALWAYS_GENERIC.split():
+        return GENERIC[0]
     known = {kind: name for name, kinds in _CLASS_OF_MODEL_TYPES.items() for kind in kinds.split()}
     if model_type and model_type not in known:
         return None  # some model types overrule what the tokenizer's files say

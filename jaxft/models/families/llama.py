@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Integer, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Float, Integer, PRNGKeyArray, PyTree, Shaped
 
 from jaxft.attention import MaskSpec
 from jaxft.attention.probabilities import attention_probabilities
@@ -24,21 +24,19 @@ from jaxft.layers import (
     TokenScore,
     apply_stack,
     checked_call,
-    declare,
     project_exactly,
     rms_norm,
     rotate,
-    score_tokens,
     stacked_params,
     subkey,
     usual_promotion,
-    vocabulary_logits,
 )
+from jaxft.models.block_files import LLAMAS
 from jaxft.models.blocks import GatedMlp, KeysAndValues, RotaryAttention
 from jaxft.models.caches import Cache
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import normal
+from jaxft.models.heads import Vocabulary, normal
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 from jaxft.models.rotary_files import SUPERSEDED_KEYS, rotary_from_hf, rotary_to_hf
 
@@ -144,27 +142,6 @@ class Layer(nn.Module):
         return x if state is None else (x, new)
 
 
-class CausalLm(nn.Module):
-    """The vocabulary: the table of token embeddings, or a matrix of its own."""
-
-    config: Config
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
-        del key
-        c = self.config
-        if c.tie_word_embeddings:
-            table = seen.table
-        else:
-            shape, dtype = (c.hidden_size, c.vocab_size), self.compute.param_dtype
-            table = declare(self, "kernel", normal(c), ("embed", "vocab"), shape, dtype).T
-        assert table is not None
-        if seen.targets is not None and self.compute.vocab_tile is not None:
-            return score_tokens(seen.hidden, table, None, seen.targets, self.compute)
-        return vocabulary_logits(seen.hidden, table, None, self.compute, "length")
-
-
 def _causal_lm_rules(config: Config) -> tuple[Rule, ...]:
     return () if config.tie_word_embeddings else (Rule("head/kernel", "lm_head.weight", "v d -> d v"),)
 
@@ -173,7 +150,9 @@ HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "causal_lm": Head(
         "ForCausalLM",
-        lambda c, compute, name: CausalLm(c, compute, name=name),
+        lambda c, compute, name: Vocabulary(
+            c.hidden_size, c.vocab_size, c.tie_word_embeddings, compute, normal(c), name=name
+        ),
         _causal_lm_rules,
         # A head with tied embeddings has no tensor of its own: the decoder's prefix tells.
         marks=("model.*",),
@@ -331,30 +310,13 @@ def config_of_weights(weights: Tensors) -> dict[str, object]:
 
 def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
     """The weight table: ours, theirs, and how theirs is rearranged into ours (einops; None: as it is)."""
-    of_layer = "model.layers.{layer}"
-
-    def dense(ours: str, theirs: str, pattern: str, bias: str | None, biased: bool) -> tuple[Rule, ...]:
-        kernel = Rule(f"layers/{ours}/kernel", f"{of_layer}.{theirs}.weight", pattern)
-        return (kernel, Rule(f"layers/{ours}/bias", f"{of_layer}.{theirs}.bias", bias)) if biased else (kernel,)
-
-    attention = config.attention_bias
     # A tied head may be the only one of the two that a file has.
     tied = ("lm_head.weight",) if head == "causal_lm" and config.tie_word_embeddings else ()
     rules = (
         Rule("embed/embedding", "model.embed_tokens.weight", spares=tied),
-        *(
-            rule
-            for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-            for rule in dense(f"attention/{ours}", f"self_attn.{theirs}", "(n h) d -> d n h", "(n h) -> n h", attention)
-        ),
-        *dense("attention/out", "self_attn.o_proj", "d (n h) -> n h d", None, attention),
-        *(
-            rule
-            for ours in ("gate", "up", "down")
-            for rule in dense(f"mlp/{ours}", f"mlp.{ours}_proj", "o i -> i o", None, config.mlp_bias)
-        ),
-        Rule("layers/norm/scale", f"{of_layer}.input_layernorm.weight"),
-        Rule("layers/mlp_norm/scale", f"{of_layer}.post_attention_layernorm.weight"),
+        *LLAMAS.rules(config.attention_bias, config.mlp_bias),
+        Rule("layers/norm/scale", f"{LLAMAS.layer}.input_layernorm.weight"),
+        Rule("layers/mlp_norm/scale", f"{LLAMAS.layer}.post_attention_layernorm.weight"),
         Rule("norm/scale", "model.norm.weight"),
     )
     return (*rules, *HEADS[head].rules(config))

@@ -39,6 +39,7 @@ from jaxft.layers import (
     usual_promotion,
 )
 from jaxft.models import contract
+from jaxft.models.block_files import BlockNames
 from jaxft.models.blocks import GatedMlp, RotaryAttention
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
@@ -326,6 +327,9 @@ _MEANINGLESS = ("deterministic_flash_attn", "reference_compile", "repad_logits_w
 SUPERSEDED = ("global_rope_theta", "local_rope_theta", "rope_scaling", "rope_theta", *_MEANINGLESS)
 
 
+_BLOCK = BlockNames("model.layers.{layer}", ("attn.Wqkv",), "attn.Wo", ("mlp.Wi",), "mlp.Wo")
+
+
 def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     """The fields of :class:`Config` that a reference config.json (of v4 or v5) states; absent ones keep our defaults,
     which are the reference's.
@@ -372,22 +376,9 @@ def hf_layout(config: Config, head: str | None) -> Layout:
 
 def _layer_rules(c: Config) -> tuple[Rule, ...]:
     """The layers' rows of the weight table."""
-    theirs = "model.layers.{layer}"
-
-    def affine(ours: tuple[str, ...], name: str, kernel: str, bias: str | None, biased: bool) -> tuple[Rule, ...]:
-        rows = (("kernel", "weight", kernel), ("bias", "bias", bias))[: 1 + biased]
-        return tuple(
-            Rule(tuple(f"layers/{one}/{part}" for one in ours), f"{theirs}.{name}.{tensor}", pattern)
-            for part, tensor, pattern in rows
-        )
-
-    heads = tuple(f"attention/{name}" for name in ("query", "key", "value"))
-    norm = norm_rules("layers/norm", f"{theirs}.attn_norm", c.norm_bias, _BEGINS["norm"])
+    norm = norm_rules("layers/norm", f"{_BLOCK.layer}.attn_norm", c.norm_bias, _BEGINS["norm"])
     return (
         *(norm if c.num_hidden_layers > _BEGINS["norm"] else ()),
-        *affine(heads, "attn.Wqkv", "(n h) d -> d n h", "(n h) -> n h", c.attention_bias),
-        *affine(("attention/out",), "attn.Wo", "d (n h) -> n h d", None, c.attention_bias),
-        *norm_rules("layers/mlp_norm", f"{theirs}.mlp_norm", c.norm_bias),
-        *affine(("mlp/gate", "mlp/up"), "mlp.Wi", "o i -> i o", None, c.mlp_bias),
-        *affine(("mlp/down",), "mlp.Wo", "o i -> i o", None, c.mlp_bias),
+        *_BLOCK.rules(c.attention_bias, c.mlp_bias),
+        *norm_rules("layers/mlp_norm", f"{_BLOCK.layer}.mlp_norm", c.norm_bias),
     )

@@ -75,7 +75,7 @@ class Config(encoder.EncoderConfig):
         """Likewise."""
         return _PADDING
 
-    def attention_bias(self, compute: Compute) -> nn.Module | None:
+    def bias_of_places(self, compute: Compute) -> nn.Module | None:
         """By distance."""
         return RelativeBias(self, compute, name="relative")
 
