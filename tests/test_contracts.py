@@ -35,12 +35,20 @@ from jaxft.models.contract import (
 from jaxft.models.families import albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
-from jaxft.tasks import Targets, TaskModule, causal_lm, classification, masked_lm, token_classification
+from jaxft.tasks import (
+    Targets,
+    TaskModule,
+    causal_lm,
+    classification,
+    masked_lm,
+    question_answering,
+    token_classification,
+)
 from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
 FAMILIES: tuple[Family, ...] = (albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta)
-TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, token_classification)
+TASKS: tuple[TaskModule, ...] = (causal_lm, classification, masked_lm, question_answering, token_classification)
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
 HEADS = [(name, head) for name in models.families() for head in models.family(name).HEADS]

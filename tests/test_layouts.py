@@ -29,6 +29,7 @@ MADE = {
     "classification": lambda module: module.Task(("a", "b", "c")),
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
+    "question_answering": lambda module: module.Task(no_answer=True, n_best=3, max_answer_length=4),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
 }
 CASES = [
@@ -62,15 +63,16 @@ ONCE = {
     ("deberta_v2", "masked_lm"),
     ("albert", "masked_lm"),
     ("bert", "token_classification"),
+    ("bert", "question_answering"),
 }
 """What is tried on one layout in each run of the tests."""
 
 
 def _is_quick(family: str, task: str, layout: str) -> bool:
-    """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words differ in
+    """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout each shows that they are split as well. BERT's two other tasks and
     Llama take turns on the layouts."""
-    if family not in ("bert", "llama") or task == "token_classification":
+    if family not in ("bert", "llama") or task in ("token_classification", "question_answering"):
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
     return [*LAYOUTS].index(layout) % 3 == ("classification", "masked_lm", "causal_lm").index(task)
 
@@ -89,7 +91,7 @@ COURSES = [
     for layout in LAYOUTS
 ]
 IN_PARTS = [
-    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task != "token_classification"))
+    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task not in ("token_classification", "question_answering")))
     for family, task in CASES
 ]
 
@@ -112,6 +114,12 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             labels = np.where(mask, rng.integers(0, 3, mask.shape), -1).astype(np.int32)
             places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)
             batch |= {"labels": labels, "word": places, "counts": mask, "row": np.arange(ROWS, dtype=np.int32)}
+        if task == "question_answering":  # the question is a token; every third row has no answer
+            places = np.where((np.arange(LENGTH) > 0) & (mask > 0), np.arange(LENGTH), -1).astype(np.int32)
+            ends = np.sort(rng.integers(1, lengths[:, None], (ROWS, 2)), axis=1) * (np.arange(ROWS) % 3 > 0)[:, None]
+            ones, row = np.ones(ROWS, np.int32), np.arange(ROWS, dtype=np.int32)
+            batch |= {"begin": places, "finish": np.where(places < 0, -1, places + 1).astype(np.int32)}
+            batch |= {"span": ends.astype(np.int32), "learnt": ones, "answered": ones, "row": row}
         if task == "causal_lm":  # packed
             second = np.arange(LENGTH) >= lengths[:, None] // 2
             batch["segments"] = np.where(mask, 1 + second, 0).astype(np.int32)
