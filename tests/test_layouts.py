@@ -91,7 +91,11 @@ COURSES = [
     for layout in LAYOUTS
 ]
 IN_PARTS = [
-    pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task not in ("token_classification", "question_answering")))
+    pytest.param(
+        family,
+        task,
+        marks=_marks(family in ("bert", "llama") and task not in ("token_classification", "question_answering")),
+    )
     for family, task in CASES
 ]
 
