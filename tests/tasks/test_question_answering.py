@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import WORDS, make_folder, refusal, run, write_tokenizer
+from zoo import tokenizer_folders
 
 from jaxft.config import DataConfig, MeshConfig, RunConfig
 from jaxft.config.tasks.question_answering import Config
@@ -81,8 +82,7 @@ def row(*values: Any) -> Row:
 
 
 def encoded(folder: Path, rows: list[tuple[Any, ...]], length: int | None = 16, **options: Any) -> list[Any]:
-    names = {name: options.pop(name) for name in ("stride", "long_texts") if name in options}
-    data = DataConfig(**{"long_texts": "windows", **names})
+    data = DataConfig(long_texts=options.pop("long_texts", "windows"), stride=options.pop("stride", None))
     made = [Row(values, f"row {i}") for i, values in enumerate(rows)]
     return list(
         question_answering.encode(
@@ -143,6 +143,36 @@ def test_a_window_is_learnt_to_point_at_the_whole_answer_or_at_its_first_token(t
     (one,) = encoded(tmp_path, [("is", "a cat-house in", [{"text": "ous", "start": 7}])], length=None)
     first, last = one.example["span"].tolist()
     assert (one.example["begin"][first], one.example["finish"][last]) == (6, 11)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlmr", "words"])
+def test_any_stretch_can_be_an_answer_whatever_the_tokenizer(tmp_path: Path, kind: str) -> None:
+    getattr(tokenizer_folders, kind)(tmp_path)
+    context = (
+        "  The cat's Stra\u00dfe,  (don't) \u7535\u5f71\u5f88\u597d in on \U0001f642 caf\u00e9 e\u0301. "
+        "3.14a na\u00efve\u00a0house   "
+    )
+    rng, rows = np.random.default_rng(0), []
+    while len(rows) < 40:
+        start, end = sorted(rng.integers(0, len(context), 2).tolist())
+        if context[start:end].strip():
+            rows.append(("The house", context, [{"text": context[start:end], "start": start}]))
+    for long_texts, length in (("windows", None), ("windows", 30)):
+        made = encoded(tmp_path, rows, length=length, stride=8, long_texts=long_texts)
+        held = {one.row for one in made if one.example["span"][0]}
+        assert len(held) >= (39 if length is None else 5)  # one may be of letters alone that the tokenizer leaves out
+        for one in made:
+            begin, finish = one.example["begin"], one.example["finish"]
+            first, last = one.example["span"].tolist()
+            assert (begin >= 0).sum() == (finish > 0).sum() > 0
+            if first:
+                text, start = rows[one.row][2][0].values()
+                said = range(begin[first], finish[last])
+                left_out = [i for i in range(start, start + len(text)) if i not in said and not context[i].isspace()]
+                assert not any(((begin <= i) & (i < finish)).any() for i in left_out)
+                assert context[said.start : said.stop] == context[said.start : said.stop].strip()
+                assert said.start < start + len(text)
+                assert said.stop > start
 
 
 @pytest.mark.parametrize(
@@ -592,7 +622,10 @@ def test_a_trained_model_is_scored_alike_everywhere(home: Path, tmp_path: Path, 
     assert np.mean([one["right"] == "true" for one in table]) == pytest.approx(again["exact_match"])
     assert np.mean([float(one["f1"]) for one in table]) == pytest.approx(again["f1"], abs=1e-6)
     # A token cache has no texts to compare answers with.
-    assert run(capsys, "cache", "build", home / "run/config.yaml", "--out", tmp_path / "cache")[0] == 0
+    build = ("cache", "build", home / "run/config.yaml", "--out", tmp_path / "cache")
+    assert "scores of question_answering compare texts" in refusal(capsys, *build, "data.eval=null")
+    code, out, _ = run(capsys, *build)
+    assert (code, out.split()[-1]) == (0, f"data.eval={home / 'rows.jsonl'}")
     said = refusal(capsys, "eval", home / "run", f"data.eval={tmp_path / 'cache/eval'}")
     assert "is a token cache, which holds no texts" in said
     code, out, _ = run(
