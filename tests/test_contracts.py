@@ -53,6 +53,7 @@ from jaxft.tasks import (
     classification,
     masked_lm,
     multi_label,
+    question_answering,
     regression,
     token_classification,
 )
@@ -63,7 +64,7 @@ FAMILIES: tuple[Family, ...] = (
     *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
 )
 TASKS: tuple[TaskModule, ...] = (
-    *(causal_lm, classification, masked_lm, multi_label, regression, token_classification),
+    *(causal_lm, classification, masked_lm, multi_label, question_answering, regression, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)

@@ -30,6 +30,7 @@ MADE = {
     "classification": lambda module: module.Task(("a", "b", "c")),
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
+    "question_answering": lambda module: module.Task(no_answer=True, n_best=3, max_answer_length=4),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
     "regression": lambda module: module.Task(),
@@ -65,6 +66,7 @@ ONCE = {
     ("deberta_v2", "masked_lm"),
     ("albert", "masked_lm"),
     ("bert", "token_classification"),
+    ("bert", "question_answering"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -73,7 +75,7 @@ TURNS = ("classification", "masked_lm", "causal_lm")
 
 
 def _is_quick(family: str, task: str, layout: str) -> bool:
-    """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words differ in
+    """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout each shows that they are split as well. BERT's two other tasks and
     Llama take turns on the layouts."""
     if family not in ("bert", "llama") or task not in TURNS:
@@ -123,6 +125,12 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             labels = np.where(mask, rng.integers(0, 3, mask.shape), -1).astype(np.int32)
             places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)
             batch |= {"labels": labels, "word": places, "counts": mask, "row": np.arange(ROWS, dtype=np.int32)}
+        if task == "question_answering":  # the question is a token; every third row has no answer
+            places = np.where((np.arange(LENGTH) > 0) & (mask > 0), np.arange(LENGTH), -1).astype(np.int32)
+            ends = np.sort(rng.integers(1, lengths[:, None], (ROWS, 2)), axis=1) * (np.arange(ROWS) % 3 > 0)[:, None]
+            ones, row = np.ones(ROWS, np.int32), np.arange(ROWS, dtype=np.int32)
+            batch |= {"begin": places, "finish": np.where(places < 0, -1, places + 1).astype(np.int32)}
+            batch |= {"span": ends.astype(np.int32), "learnt": ones, "answered": ones, "row": row}
         if task == "causal_lm":  # packed
             second = np.arange(LENGTH) >= lengths[:, None] // 2
             batch["segments"] = np.where(mask, 1 + second, 0).astype(np.int32)

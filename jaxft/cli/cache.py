@@ -31,10 +31,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("cache build: --out FOLDER says where to write")
     config = load_config(*split_run_file(options.run_file, options.overrides))
     set_up_jax(None)
+    from jaxft.data.sources.read import shown
+    from jaxft.tasks import scores_rows, task
     from jaxft.training.caching import build_caches
 
     train, held_out = build_caches(config, Path(options.out).expanduser(), _say)
-    print(f"train on them with: data.train={train} data.eval={held_out}")
+    scored = scores_rows(task(config.task.name).Task)
+    print(f"train on them with: data.train={train} data.eval={shown(config.data.eval or '') if scored else held_out}")
     return 0
 
 

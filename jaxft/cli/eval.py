@@ -82,8 +82,10 @@ def run(options: argparse.Namespace) -> int:
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
     )
     sums, outputs = tasks.collected(parts)
-    metrics = task.score(sums, outputs)
+    metrics = tasks.scores(task, sums, outputs, rows)
     print(f"eval: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
+    for line in tasks.remarks(task, split):
+        print(line)
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.rows:
         order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write here instead of to standard output: .csv and .tsv as a table with the input's columns, else JSON Lines",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="texts computed at once (default: 32)")
-    parser.add_argument("--top", type=int, help="only the TOP most probable labels (JSON Lines)")
+    parser.add_argument(
+        "--top", type=int, help="only the TOP most probable labels, or the TOP best answers to a question (JSON Lines)"
+    )
     parser.add_argument(
         "--threshold",
         type=float,

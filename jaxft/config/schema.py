@@ -127,10 +127,11 @@ class DataConfig:
     """Tokens kept per row, special tokens included. Longer rows are cut as ``long_texts`` says, counted and reported."""
     long_texts: Literal["auto", "truncate", "split", "windows"] = "auto"
     """What becomes of a text beyond ``max_length``: its beginning; several rows (language models); or windows that overlap by
-    ``stride`` (tasks that label words, which see each word once, where it has the most context). ``auto``: windows for those,
-    else the beginning."""
+    ``stride`` (tasks that label words, which see each word once, where it has the most context, and question answering, whose
+    windows are of the context). ``auto``: windows for those, else the beginning."""
     stride: int | None = None
-    """Tokens that a window has in common with the one before. None: a quarter of ``max_length``."""
+    """Tokens that a window has in common with the one before. None: a quarter of ``max_length``; for question answering 128, or a
+    third of ``max_length`` if that is less."""
     buckets: tuple[int, ...] | None = None
     """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
     ``max_length``."""

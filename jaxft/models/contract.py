@@ -301,7 +301,7 @@ FOREIGN_HEADS: Mapping[str, tuple[str, ...]] = {
     "question_answering": ("qa_outputs.weight",),
     "sequence_classification": ("score.weight",),
 }
-"""Heads of the reference that no family here has yet, and the tensors that show them."""
+"""Heads of the reference that a family may lack, and the tensors that show them."""
 
 
 def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | None:

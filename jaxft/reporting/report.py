@@ -35,17 +35,24 @@ _MOST_TABLE_CLASSES = 50
 _SHOWN_CONFUSIONS = 10
 _HEADLINE = (
     ("accuracy", "accuracy"),
+    ("exact_match", "exact match"),
     ("macro_f1", "macro F1"),
     ("micro_f1", "micro F1"),
     ("weighted_f1", "weighted F1"),
     ("mcc", "MCC"),
-    ("f1", "entity F1"),
+    ("samples_f1", "samples F1"),
+    ("hamming_loss", "Hamming loss"),
+    ("f1", "F1"),
     ("precision", "entity precision"),
     ("recall", "entity recall"),
     ("macro_entity_f1", "macro entity F1"),
-    ("samples_f1", "samples F1"),
-    ("exact_match", "exact match"),
-    ("hamming_loss", "Hamming loss"),
+    ("HasAns_exact", "exact match with answer"),
+    ("HasAns_f1", "F1 with answer"),
+    ("NoAns_exact", "right without answer"),
+    ("best_exact", "best exact match"),
+    ("best_exact_threshold", "threshold of that"),
+    ("best_f1", "best F1"),
+    ("best_f1_threshold", "threshold of that"),
     ("auroc", "AUROC"),
     ("average_precision", "average precision"),
     ("macro_auroc", "macro AUROC"),
@@ -74,7 +81,12 @@ class _Known(TypedDict, total=False):
 
 def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
     """The scores that stand at the top, as they are called there."""
-    return [(shown, cast(float, metrics[name])) for name, shown in _HEADLINE if name in metrics]
+    entities = "macro_entity_f1" in metrics
+    return [
+        ("entity F1" if entities and name == "f1" else shown, cast(float, metrics[name]))
+        for name, shown in _HEADLINE
+        if name in metrics
+    ]
 
 
 def write_report(

@@ -10,7 +10,7 @@ from typing import cast
 
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
-from jaxft.tasks._scores import collected, is_better, scalar
+from jaxft.tasks._scores import collected, is_better, remarks, scalar, scores, scores_rows
 from jaxft.tasks.contract import Targets, Task, TaskModule
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "is_better",
     "metric_of",
     "problem_of",
+    "remarks",
     "scalar",
+    "scores",
+    "scores_rows",
     "task",
     "task_of_head",
     "tasks",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import jax
 import numpy as np
 
-from jaxft.tasks.contract import Batch, Sums, Task
+from jaxft.data.examples import Split
+from jaxft.data.sources.rows import Row
+from jaxft.tasks.contract import Batch, Remarking, ScoringRows, Sums, Task
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,6 +44,28 @@ def _fetched(parts: Iterable[tuple[Sums, Batch]]) -> Iterator[tuple[Arrays, Arra
             yield jax.device_get(waiting.popleft())
     for part in waiting:
         yield jax.device_get(part)
+
+
+def scores_rows(task: type[Task] | Task) -> bool:
+    """Whether a task's scores need the rows themselves (:class:`~jaxft.tasks.contract.ScoringRows`)."""
+    return hasattr(task, "score_rows")
+
+
+def scores(task: Task, sums: Arrays, outputs: Arrays, rows: Sequence[Row]) -> Mapping[str, object]:
+    """The final numbers of a task.
+
+    Args:
+      rows: that were evaluated; needed where :func:`scores_rows` says so.
+    """
+    if scores_rows(task):
+        return cast(ScoringRows, task).score_rows(sums, outputs, [row.values for row in rows])
+    return task.score(sums, outputs)
+
+
+def remarks(task: Task, split: Split) -> Iterator[str]:
+    """What a task has to say of encoded rows (:class:`~jaxft.tasks.contract.Remarking`)."""
+    if hasattr(task, "remarks"):
+        yield from cast(Remarking, task).remarks(split)
 
 
 def scalar(scores: Mapping[str, object], metric: str) -> float:

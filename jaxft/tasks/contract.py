@@ -36,8 +36,10 @@ __all__ = [
     "Judging",
     "Note",
     "Output",
+    "Remarking",
     "Row",
     "RunConfig",
+    "ScoringRows",
     "Split",
     "Sums",
     "Targets",
@@ -158,6 +160,27 @@ class Judging(Protocol):
           rows: the values of the rows, as the task's columns say.
           order: [examples] the example that each batch's rows were, one after the other.
         """
+        ...
+
+
+class ScoringRows(Protocol):
+    """What a task has besides if its scores compare what rows say, texts for instance. Such rows are held in memory: a token cache,
+    which has none, is refused as ``data.eval``."""
+
+    def score_rows(self, sums: Arrays, outputs: Arrays, rows: Sequence[Sequence[object]]) -> Mapping[str, object]:
+        """The final numbers instead of those of :meth:`Task.score`, which knows the loss alone.
+
+        Args:
+          rows: the values of the rows, as the task's columns say.
+        """
+        ...
+
+
+class Remarking(Protocol):
+    """What a task has besides if there is something to be said of encoded rows before anything is learnt of them."""
+
+    def remarks(self, split: Split) -> Iterator[str]:
+        """A line for everything that is worth a word."""
         ...
 
 

@@ -114,6 +114,11 @@ class _Build:
         data = self._config.data
         if data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
+        if data.eval is None and tasks.scores_rows(self._module.Task):
+            raise UserError(
+                f"data.eval is not set: scores of {self._config.task.name} compare texts, which a cache of held-out rows has not; "
+                "name rows of their own"
+            )
         rows = self._rows(data.train)
         counts = LabelCounts(label_index(self._columns))
         seen = _counted(rows, counts)

@@ -337,7 +337,7 @@ def evaluate(setup: Setup, programs: Programs, params: Params) -> Mapping[str, o
             placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             yield programs.evaluate[batches.shape_of(step)](params, placed)
 
-    return setup.task.score(*tasks.collected(parts()))
+    return tasks.scores(setup.task, *tasks.collected(parts()), setup.scored)
 
 
 def _result(

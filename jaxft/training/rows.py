@@ -17,10 +17,10 @@ from jaxft.data.examples import Split, make_split
 from jaxft.data.labels import declared_labels, label_text
 from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
-from jaxft.data.sources.read import Reference
+from jaxft.data.sources.read import Reference, Row
 from jaxft.errors import UserError, listed
 from jaxft.hub.source import Note, Source
-from jaxft.tasks import Targets, TaskModule, problem_of
+from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows
 
 _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
@@ -36,6 +36,8 @@ class Rows(NamedTuple):
     held_out: Split
     counts: tuple[int, int]
     """Rows that the examples of each are of."""
+    scored: tuple[Row, ...] = ()
+    """The held-out rows themselves, where the task's scores need them."""
 
 
 def open_rows(
@@ -85,7 +87,7 @@ def open_rows(
         train.rows if isinstance(train, Cache) else len(rows),
         held_out.rows if isinstance(held_out, Cache) else len(held),
     )
-    return Rows(targets, train, held_out, counts)
+    return Rows(targets, train, held_out, counts, tuple(held) if scores_rows(module.Task) else ())
 
 
 def label_index(columns: tuple[Column, ...]) -> int | None:
@@ -161,6 +163,10 @@ def open_held_out(
     Raises:
       UserError: it was made otherwise than this run would, or of other labels.
     """
+    if scores_rows(module.Task):
+        raise UserError(
+            f"data.eval={folder} is a token cache, which holds no texts, and scores of {config.task.name} compare texts; name the rows"
+        )
     cache = _opened(folder, "eval", config, module, tokenizer)
     found = targets_of(cache).labels
     if found != labels:

@@ -23,6 +23,7 @@ from jaxft.data.lengths import advice, lengths_text
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import Note, Source, fresh_config, resolve_folder
@@ -72,6 +73,8 @@ class Setup(Recipe):
     buckets: tuple[int, ...]
     total_steps: int
     eval_every: int
+    scored: tuple[Row, ...] = ()
+    """The held-out rows themselves, where the task's scores need them."""
 
     def train_batches(self, seed: int) -> Batches:
         """Training batches, shuffled by ``seed``."""
@@ -134,6 +137,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     check_lengths(config, facts.limit)
     check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
     _check_learnable(recipe.task, *texts, config, note)
+    for line in (line for split in texts for line in tasks.remarks(recipe.task, split)):
+        note(line)
     return Setup(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
         source=source,
@@ -144,6 +149,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         buckets=buckets_of(config),
         total_steps=total,
         eval_every=config.eval.every or steps_per_epoch(config, train),
+        scored=found.scored,
     )
 
 

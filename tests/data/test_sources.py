@@ -203,7 +203,7 @@ _NEAREST = (
         (
             "a.json",
             "[]",
-            "a.json': the suffix does not tell the format of the rows; name it .jsonl if each line is one object",
+            "a.json: has no list 'data'; a .json file must be of SQuAD's form",
         ),
         ("a.gz", "", "a.gz': the suffix does not tell"),
         ("a", "", "a': the suffix does not tell"),

@@ -13,6 +13,7 @@ import pytest
 from test_layouts import MADE, batches
 
 from jaxft import tasks
+from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Output
 from jaxft.reporting.records import to_json
 from jaxft.tasks.classification import Task
@@ -37,17 +38,29 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
         logits = (batch["labels"] * (1.0 if scale > 0 else scale))[:, None]
     elif name == "multi_label":
         logits = scale * (2.0 * batch["labels"] - 1)
+    elif name == "question_answering":
+        batch = task.prepare(batch, jax.random.key(0))
+        logits = scale * jax.nn.one_hot(batch["span"], batch["tokens"].shape[1], axis=1)
     else:
         known = batch["labels"] % max(len(labels_of(task)), 1)
         batch["labels"] = jnp.where(batch["labels"] < 0, -1, known)
         batch = task.prepare(batch, jax.random.key(0))
-        targets = batch.get("targets", batch["labels"])
-        logits = scale * jax.nn.one_hot(targets, len(labels_of(task)) or VOCAB)
+        logits = scale * jax.nn.one_hot(batch.get("targets", batch["labels"]), len(labels_of(task)) or VOCAB)
 
     def forward(batch: Any, key: Any) -> Output:
         return Output(logits, logits=logits)
 
-    return task.score(*tasks.collected([(task.sums(forward, batch, None), task.outputs(forward, batch))]))
+    found = tasks.collected([(task.sums(forward, batch, None), task.outputs(forward, batch))])
+    return dict(tasks.scores(task, *found, rows_of(name, batch)))
+
+
+def rows_of(name: str, batch: Any) -> list[Row]:
+    """The rows of a batch, where the task's scores need them: each token of a context is a letter."""
+    if name != "question_answering":
+        return []
+    context = "qxbcdefghijklm"
+    spans = [(first, last + 1) for first, last in np.asarray(batch["span"]).tolist()]
+    return [Row(("q", context, [context[a:b]] if a else []), "") for a, b in spans]
 
 
 @pytest.mark.parametrize(("name", "metric"), METRICS)

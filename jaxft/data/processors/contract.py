@@ -99,3 +99,15 @@ class TextProcessor(Processor, Protocol):
           stride: tokens that a window has in common with the one before; None: the end of what is too long is cut off.
         """
         ...
+
+    def pair_windows(
+        self, texts: Sequence[str], pairs: Sequence[str], where: Sequence[str], *, stride: int | None = None
+    ) -> Iterator[Window]:
+        """Pairs with each token's place in the second text, in order; a pair has one window, or several with ``stride``, each with the
+        whole first text.
+
+        Args:
+          where: what messages call each pair.
+          stride: as in :meth:`windows`, for second texts.
+        """
+        ...

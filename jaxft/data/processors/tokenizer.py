@@ -17,7 +17,7 @@ from jaxft.data.batch import Fields
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.cutting import count_dropped, cut_pairs
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
-from jaxft.data.processors.windows import Window, check_room, cut, whole_tokens
+from jaxft.data.processors.windows import Window, check_pair_room, check_room, cut, whole_pairs, whole_tokens
 from jaxft.errors import UserError
 
 if TYPE_CHECKING:
@@ -181,6 +181,27 @@ class Tokenizer:
             for row, tokens in enumerate(rows, start=done):
                 yield from cut(row, tokens, self.max_length, stride)
             done += len(rows)
+
+    def pair_windows(
+        self, texts: Sequence[str], pairs: Sequence[str], where: Sequence[str], *, stride: int | None = None
+    ) -> Iterator[Window]:
+        """Pairs with each token's place in the second text, in order; a pair has one window, or several with ``stride``, each with the
+        whole first text.
+
+        Args:
+          where: what messages call each pair.
+          stride: as in :meth:`windows`, for what is too long of second texts; None: its end is cut off.
+
+        Raises:
+          UserError: a first text leaves no room for the second, or a text cannot be encoded.
+        """
+        try:
+            rows = whole_pairs(self._fast, texts, pairs, typed=self._files.types)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+        for row, (tokens, place) in enumerate(zip(rows, where, strict=True)):
+            check_pair_room(tokens, self.max_length, stride, place)
+            yield from cut(row, tokens, self.max_length, stride)
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         try:

@@ -99,6 +99,52 @@ def check_room(max_length: int | None, special: int, stride: int | None, where: 
         )
 
 
+def check_pair_room(tokens: Tokens, max_length: int | None, stride: int | None, where: str) -> None:
+    """Raises UserError if the first text of a pair leaves no room for windows of the second one, which does not fit whole."""
+    if max_length is None or len(tokens.ids) <= max_length:
+        return
+    beside = len(tokens.ids) - (tokens.end - tokens.begin)
+    room = max_length - beside
+    if room < 1:
+        raise UserError(
+            f"{where}: the first text and special tokens take {beside} tokens, which leaves no room for the second one in rows "
+            f"of {max_length} (data.max_length); raise it, or shorten the first text, which is never cut"
+        )
+    if stride is not None and not 0 <= stride < room:
+        raise UserError(
+            f"{where}: windows of the second text cannot have {stride} tokens in common (data.stride): the first text leaves room "
+            f"for {room} in rows of {max_length} (data.max_length); lower the one, or raise the other"
+        )
+
+
+def whole_pairs(fast: Tokenizer, texts: Sequence[str], pairs: Sequence[str], *, typed: bool) -> list[Tokens]:
+    """Encodes each pair without a limit; words, places, ``begin`` and ``end`` are those of its second text.
+
+    Args:
+      fast: a backend of the tokenizers library; it is the same again when the call is over.
+      typed: the model is fed token types; else they are all 0.
+    """
+    truncation = fast.truncation
+    fast.no_truncation()
+    try:
+        encodings = fast.encode_batch(list(zip(texts, pairs, strict=True)))
+    finally:
+        if truncation is not None:
+            fast.enable_truncation(**truncation)
+    return [_second_of(encoding, typed) for encoding in encodings]
+
+
+def _second_of(encoding: Encoding, typed: bool) -> Tokens:
+    ids, sides = encoding.ids, encoding.sequence_ids
+    types = encoding.type_ids if typed else [0] * len(ids)
+    begin = sides.index(1) if 1 in sides else len(ids)
+    end = len(ids) - sides[::-1].index(1) if 1 in sides else len(ids)
+    words = cast(list[int], encoding.word_ids[begin:end])
+    filled = [-1] * begin + words + [-1] * (len(ids) - end)
+    places = [(-1, -1)] * begin + encoding.offsets[begin:end] + [(-1, -1)] * (len(ids) - end)
+    return Tokens(ids, types, filled, places, begin, end)
+
+
 def whole_tokens(
     fast: Tokenizer, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool, typed: bool
 ) -> list[Tokens]:

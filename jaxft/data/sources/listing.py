@@ -33,7 +33,6 @@ def suffix_of(name: str | Path) -> str:
 
 
 _CURES = {
-    ".json": "; name it .jsonl if each line is one object, else write it so",
     ".xlsx": "; save the sheet as CSV (UTF-8)",
     ".xls": "; save the sheet as CSV (UTF-8)",
 }
@@ -82,7 +81,7 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
         )
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and not entry.name.startswith("_")]
-    tables = [file for file in files if suffix_of(file) in formats - {".txt"}]
+    tables = [file for file in files if suffix_of(file) in formats - {".txt", ".json"}]  # .json may be about the others
     texts = [file for file in files if suffix_of(file) == ".txt"]
     folders = [entry for entry in entries if entry.is_dir()]
     kinds = sorted({suffix_of(file) for file in tables})

@@ -89,7 +89,7 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             for name in columns:
                 if name not in record and not isinstance(name, Carried):
                     raise missing_column(name, list(record), where)
-            yield Row(tuple(_json_value(record.get(name), name, where) for name in columns), where)
+            yield Row(tuple(json_value(record.get(name), name, where) for name in columns), where)
 
 
 def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -123,7 +123,7 @@ def _without_newline(line: str) -> str:
 
 def _json_object(line: str, where: str) -> dict[str, object]:
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
+        record = json.loads(line, parse_constant=refuse_constant)
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON: nested too deeply") from error
     except ValueError as error:  # also a number of more than 4300 digits
@@ -134,11 +134,17 @@ def _json_object(line: str, where: str) -> dict[str, object]:
     return record
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Raises ValueError for NaN and infinities, which JSON does not have."""
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _json_value(value: object, name: str, where: str) -> Value:
+def json_value(value: object, name: str, where: str) -> Value:
+    """:func:`plain_value` of what JSON held.
+
+    Raises:
+      UserError: as there, or a text is none.
+    """
     found = plain_value(value, name, where)
     for text in _texts(found):
         if not text.isascii():
@@ -170,14 +176,14 @@ def list_in_cell(cell: str, name: str, where: str) -> Value:
     if not cell.startswith("["):
         return cell
     try:
-        value = json.loads(cell, parse_constant=_refuse_constant)
+        value = json.loads(cell, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         problem = getattr(error, "msg", str(error))
         raise UserError(
             f"{where}: column {name!r}: a cell that begins with [ must be a JSON list such as "
             f'["EU", "rejects"] ({problem}); texts that begin so can be given as .jsonl'
         ) from error
-    return _json_value(value, name, where)
+    return json_value(value, name, where)
 
 
 def plain_value(value: object, name: str, where: str) -> Value:
