@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "fine-tune a model on labelled text",
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
+    "data": "what a run's loader will see: lengths, labels, duplicates, rows as tokens",
     "cache": "encode a run's rows once, to files that training reads without holding them in memory",
     "plan": "memory, traffic and time of a run on hardware that need not be there",
     "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",

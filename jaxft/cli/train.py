@@ -263,6 +263,7 @@ def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[
 
 def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
     from jaxft.hub.pretrained import export_folder
+    from jaxft.hub.source import SINGLE_LABEL
     from jaxft.models import adapters
 
     source = ready.source
@@ -275,7 +276,8 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
             params,
             tokenizer=ready.tokenizer,
             labels=ready.targets.labels,
-            problem_type=ready.targets.problem,
+            # A task of another package that has labels and does not say what for gives each text one of them.
+            problem_type=ready.targets.problem or (SINGLE_LABEL if ready.targets.labels else None),
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
             note=_note,

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from jaxft.config import RunConfig
-from jaxft.data.batch import Fields
+from jaxft.data.batch import Fields, Shape
 from jaxft.data.examples import Examples, Split
 from jaxft.data.loader import Batches, make_buckets
 from jaxft.data.packing import TEXTS, Packed, pack, packed_fields
@@ -75,6 +75,28 @@ def packed(split: Split, config: RunConfig, note: Note) -> Packed:
     return made
 
 
+def _in_buckets(split: Split, config: RunConfig) -> tuple[list[Shape], int]:
+    """The shapes of a run's first batches without packing, and how many tokens these hold that are no padding."""
+    buckets = make_buckets(config.data.buckets, config.data.max_length)
+    batches = Batches(split, config.train.batch_size, buckets, config.train.seed)
+    shapes = [batches.shape_of(step) for step in range(min(_LOOKED_AT, batches.steps_per_epoch))]
+    tokens = sum(int(split.sizes("length")[batches.rows_of(step)].sum()) for step in range(len(shapes)))
+    return shapes, tokens
+
+
+def padding_text(split: Split, config: RunConfig) -> str:
+    """How much padding buckets and packed rows would cost, on one line.
+
+    Args:
+      split: training rows.
+    """
+    length = config.data.max_length
+    shapes, tokens = _in_buckets(split, config)
+    made = pack(split, length)
+    share = made.sizes("length").sum() / (len(made) * length)
+    return f"padding: {1 - tokens / sum(shape.tokens for shape in shapes):.1%} in buckets, {1 - share:.1%} in packed rows of {length}"
+
+
 def choose_packing(
     split: Split, config: RunConfig, facts: Facts | None, able: bool, note: Note
 ) -> Literal["none", "best_fit"]:
@@ -88,10 +110,8 @@ def choose_packing(
       facts: of the model; None: it is not known yet, and attention is left out.
       able: whether the task can train on packed rows.
     """
-    length, size = config.data.max_length, config.train.batch_size
-    batches = Batches(split, size, make_buckets(config.data.buckets, length), config.train.seed)
-    shapes = [batches.shape_of(step) for step in range(min(_LOOKED_AT, batches.steps_per_epoch))]
-    tokens = sum(int(split.sizes("length")[batches.rows_of(step)].sum()) for step in range(len(shapes)))
+    length = config.data.max_length
+    shapes, tokens = _in_buckets(split, config)
     padded = sum(shape.tokens for shape in shapes)
     in_buckets = f"{1 - tokens / padded:.1%} of the tokens in buckets are padding"
     if not able:

@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
+from jaxft.data.cache import Cache
+from jaxft.data.duplicates import duplicates
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice, lengths_text
@@ -261,6 +263,7 @@ def _in_list(names: Sequence[str]) -> str:
 def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
     for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
         note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+    _warn_of_duplicates(found, note)
     targets = found.targets
     if not targets.labels:
         return
@@ -276,6 +279,17 @@ def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
         few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
         if few:
             note(f"warning: {said} label {listed(few)}")
+
+
+def _warn_of_duplicates(found: Rows, note: Note) -> None:
+    """Says how many held-out rows are training rows too; rows of a token cache are not read for it."""
+    if isinstance(found.train, Cache) or isinstance(found.held_out, Cache):
+        return
+    copies, rows = len(duplicates(found.train, found.held_out).shared), len(found.held_out)
+    if copies:
+        note(
+            f"warning: {copies} of {rows} held-out rows are training rows as well: scores say less of new texts (jaxft data)"
+        )
 
 
 def _check_learnable(task: tasks.Task, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:

@@ -102,6 +102,10 @@ class Tokenizer:
         found = self._fast.decode_batch(kept, skip_special_tokens=False)
         return found if rows.ndim == 2 else found[0]
 
+    def pieces(self, ids: Integer[np.ndarray, " S"]) -> list[str]:
+        """The vocabulary's own text of each token, as it is written there (``##ing``, ``Ġthe``)."""
+        return [self._fast.id_to_token(i) or f"<{i}>" for i in ids.tolist()]
+
     def spans(
         self,
         texts: str | Sequence[str],

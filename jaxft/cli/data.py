@@ -1,0 +1,129 @@
+"""``jaxft data``: what a run's loader will see, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from jaxft.cli.show_config import split_run_file
+from jaxft.config import RunConfig, load_config
+from jaxft.errors import UserError
+from jaxft.machine.platform import set_up_jax
+
+if TYPE_CHECKING:
+    from jaxft.data.batch import Example
+    from jaxft.data.examples import Split
+    from jaxft.data.processors.tokenizer import Tokenizer
+    from jaxft.tasks import Targets
+    from jaxft.training.rows import Rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("run_file", nargs="?", help="YAML run file, as for jaxft train")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=my.csv")
+    parser.add_argument("--rows", type=int, default=3, help="rows shown token by token (default: 3)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints lengths, labels, duplicates and the first rows as tokens; no weights are read, nothing is written."""
+    if options.rows < 0:
+        raise UserError(f"--rows {options.rows}: must be at least 0")
+    config = load_config(*split_run_file(options.run_file, options.overrides))
+    set_up_jax(None)
+    from jaxft import tasks
+    from jaxft.data.lengths import advice, lengths_text
+    from jaxft.training.recipe import open_start, planned_targets
+    from jaxft.training.rows import open_rows
+    from jaxft.training.setup import buckets_of, open_tokenizer, settled
+
+    module = tasks.task(config.task.name)
+    config = settled(config, module)
+    source = open_start(config, _say)
+    tokenizer = open_tokenizer(config, source)
+    found = open_rows(config, module, tokenizer, source, _say)
+    for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
+        print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+    facts, _ = planned_targets(config, source)
+    for line in _labels(found.train, found.targets):
+        print(line)
+    buckets = buckets_of(config)
+    _lengths(config, found.train, buckets)
+    if hint := advice(found.train, config.data.max_length, buckets, facts.limit):
+        print(hint)
+    _duplicates(found)
+    task = module.make_task(config.task, found.targets, facts, tokenizer)
+    for split in (found.train, found.held_out):
+        for line in tasks.remarks(task, split):
+            print(line)
+    _rows(found, tokenizer, options.rows)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _block() -> str:
+    from jaxft.reporting.plots import shows_blocks
+
+    return "█" if shows_blocks(sys.stdout) else "#"
+
+
+def _labels(train: Split, targets: Targets) -> list[str]:
+    from jaxft.reporting.data_text import label_lines
+
+    if not targets.labels:
+        return []
+    if not targets.counts:
+        numbers = train.columns["labels"]
+        return ["", f"{targets.labels[0]}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}"]
+    what = "words" if train.axis("labels") == "length" else "rows"
+    return ["", f"labels of training {what}:", *label_lines(targets.labels, targets.counts, block=_block())]
+
+
+def _lengths(config: RunConfig, train: Split, buckets: tuple[int, ...]) -> None:
+    from jaxft.reporting.data_text import length_lines
+    from jaxft.training.packing import padding_text
+
+    print("\ntokens of training rows:")
+    print("\n".join(length_lines(train.sizes("length"), buckets, block=_block())))
+    print(padding_text(train, config))
+
+
+def _duplicates(found: Rows) -> None:
+    from jaxft.data.duplicates import duplicates, duplicates_text
+
+    copies = duplicates(found.train, found.held_out)
+    print(f"\nduplicates: {duplicates_text(copies, len(found.held_out))}")
+    if len(copies.shared):
+        print(
+            f"  for instance held-out example {copies.shared[0]} and training example {copies.twins[0]}, counted from 0"
+        )
+
+
+def _rows(found: Rows, tokenizer: Tokenizer, count: int) -> None:
+    from jaxft.reporting.data_text import example_lines
+
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for number in range(min(count, len(found.train))):
+        example = found.train[number]
+        about = _about(example, found.train, found.targets)
+        print(f"\ntraining example {number}:")
+        print("\n".join(example_lines(example, tokenizer.pieces(example["tokens"]), about, width)))
+
+
+def _about(example: Example, train: Split, targets: Targets) -> dict[str, str]:
+    """The label of an example, by its name."""
+    from jaxft.data.packing import CLASSES
+
+    if "labels" not in example or train.axis("labels") not in (None, CLASSES):
+        return {}
+    value = example["labels"]
+    if train.axis("labels") == CLASSES:
+        return {"labels": ", ".join(targets.labels[i] for i in value.nonzero()[0]) or "none"}
+    if train.fields["labels"].dtype != "int32":
+        return {targets.labels[0]: f"{float(value):g}"}
+    return {"label": targets.labels[int(value)]}
