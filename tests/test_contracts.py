@@ -55,6 +55,7 @@ from jaxft.tasks import (
     multi_label,
     question_answering,
     regression,
+    reranking,
     token_classification,
 )
 from jaxft.training.setup import stand_in_tokenizer
@@ -64,7 +65,8 @@ FAMILIES: tuple[Family, ...] = (
     *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
 )
 TASKS: tuple[TaskModule, ...] = (
-    *(causal_lm, classification, masked_lm, multi_label, question_answering, regression, token_classification),
+    *(causal_lm, classification, masked_lm, multi_label, question_answering, regression, reranking),
+    token_classification,
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
@@ -155,7 +157,7 @@ def test_classes_are_of_what_the_head_says(family: str, head: str) -> None:
 def made(name: str) -> Any:
     return tasks.task(name).make_task(
         task_options(name)(name=name),
-        Targets(("O", "B-a")[: 1 if name == "regression" else 2], (3, 1)),
+        Targets(("O", "B-a")[: 1 if name in ("regression", "reranking") else 2], (3, 1)),
         Facts({}, ()),
         stand_in_tokenizer(),
     )
@@ -166,7 +168,7 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
     assert hash(made(name)) == hash(made(name))
     assert made(name) == made(name)
     assert any(made(name).head in module.HEADS for module in FAMILIES)
-    assert tasks.task_of_head(made(name).head, problem=tasks.problem_of(tasks.task(name))) is tasks.task(name)
+    assert tasks.task_of_head(made(name).head, name, tasks.problem_of(tasks.task(name))) is tasks.task(name)
 
 
 @pytest.mark.parametrize("name", tasks.tasks())

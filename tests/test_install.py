@@ -43,7 +43,7 @@ def test_the_wheel_holds_what_people_need(wheel: Path) -> None:
     for name in (
         *("py.typed", "configs/runs/wordnet8_minilm.yaml", "configs/data/wordnet8/train.csv.gz"),
         *("launch/local.sh", "launch/env.sh", "launch/k8s.yaml", "launch/Dockerfile", "launch/README.md"),
-        *("attention/measured.json", "attention/native.cc"),
+        *("attention/measured.json", "attention/native/native.cc"),
     ):
         assert f"jaxft/{name}" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -34,6 +34,7 @@ MADE = {
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
     "regression": lambda module: module.Task(),
+    "reranking": lambda module: module.Task(),
 }
 CASES = [
     (family, name)
@@ -119,6 +120,8 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
         }
         if task == "multi_label":
             batch["labels"] = rng.integers(0, 2, (ROWS, 3)).astype(np.int32)
+        if task == "reranking":
+            batch |= {"labels": rng.random(ROWS).astype(np.float32), "query": rng.integers(0, 3, ROWS).astype(np.int32)}
         if task == "regression":
             batch["labels"] = rng.normal(size=ROWS).astype(np.float32)
         if task == "token_classification":

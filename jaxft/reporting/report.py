@@ -53,6 +53,7 @@ _HEADLINE = (
     ("best_exact_threshold", "threshold of that"),
     ("best_f1", "best F1"),
     ("best_f1_threshold", "threshold of that"),
+    ("map", "MAP"),
     ("auroc", "AUROC"),
     ("average_precision", "average precision"),
     ("macro_auroc", "macro AUROC"),
@@ -81,10 +82,11 @@ class _Known(TypedDict, total=False):
 
 def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
     """The scores that stand at the top, as they are called there."""
+    ranks = [(name, name.upper() if name.startswith(("mrr", "ndcg")) else name) for name in metrics if "@" in name]
     entities = "macro_entity_f1" in metrics
     return [
         ("entity F1" if entities and name == "f1" else shown, cast(float, metrics[name]))
-        for name, shown in _HEADLINE
+        for name, shown in (*ranks, *_HEADLINE)
         if name in metrics
     ]
 

@@ -51,15 +51,16 @@ def task_of_head(head: str | None, named: str = "", problem: str | None = None) 
     """The module of the task that trains a model head; None if there is none.
 
     Args:
-      named: by the model's run: believed if it is one from outside of jaxft.
+      named: by the model's run: believed if it trains such heads.
       problem: what the head is for, the ``problem_type`` of config.json; None: whatever the first task of such heads is for.
     """
-    if "." in named and task(named).Task.head == head:
+
+    def fits(module: TaskModule) -> bool:
+        return module.Task.head == head and (problem is None or problem_of(module) in (None, problem))
+
+    if named and ("." in named or named in tasks()) and fits(task(named)):
         return task(named)
-    fitting = [module for module in map(task, tasks()) if module.Task.head == head]
-    return next(
-        (module for module in fitting if problem in (None, problem_of(module)) or problem_of(module) is None), None
-    )
+    return next(filter(fits, map(task, tasks())), None)
 
 
 def metric_of(task: Task, wanted: str | None) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "Answering",
     "Arrays",
     "Batch",
+    "Biased",
     "Column",
     "DataConfig",
     "Encoded",
@@ -173,6 +174,15 @@ class ScoringRows(Protocol):
         Args:
           rows: the values of the rows, as the task's columns say.
         """
+        ...
+
+
+class Biased(Protocol):
+    """What a task has besides if a fresh head's bias should begin somewhere else than at 0."""
+
+    @property
+    def head_bias(self) -> tuple[float, ...] | None:
+        """A number for each class; None: 0."""
         ...
 
 

@@ -53,6 +53,10 @@ class Task:
     top: int | None = None
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
 
+    head_bias: tuple[float, ...] | None = None
+    """What a fresh head's bias begins with: the log odds of each label in training. From 0, where each label is as likely as not, the first
+    steps push all texts the same way, and what an encoder has learnt is lost on it (Lin et al. 2017, section 3.3). None: 0."""
+
     head = "classification"
 
     def __post_init__(self) -> None:
@@ -267,7 +271,16 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     del facts, tokenizer
     if not targets.labels:
         raise UserError("multi_label needs at least one label, the training rows have none")
-    return Task(targets.labels, _weights(options.class_weights, targets), options.threshold)
+    weights = _weights(options.class_weights, targets)
+    return Task(targets.labels, weights, options.threshold, head_bias=_log_odds(targets, weights))
+
+
+def _log_odds(targets: Targets, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Of each label in training, as the loss weighs rows that have it; as if one row more had it, and one more had not."""
+    if not targets.rows:
+        return None
+    each = zip(targets.counts, weights or (1.0,) * len(targets.counts), strict=True)
+    return tuple(math.log((count * weight + 1) / (targets.rows - count + 1)) for count, weight in each)
 
 
 def _weights(wanted: str | Mapping[str, float], targets: Targets) -> tuple[float, ...] | None:

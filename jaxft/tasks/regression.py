@@ -13,14 +13,15 @@ import numpy as np
 from jaxft.config import DataConfig, RunConfig
 from jaxft.config.tasks.regression import Config
 from jaxft.data.batch import Field, Fields, text_fields
-from jaxft.data.encode import Column, chunks_of, encode_texts, text_columns
+from jaxft.data.encode import Column, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._correlation import pearson, spearman
-from jaxft.tasks._texts import by_text, logits_by_text
+from jaxft.tasks._numbers import encode_numbers, numbers_by_text, rounded
+from jaxft.tasks._texts import by_text
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
@@ -63,14 +64,14 @@ class Task:
 
     def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
         """``loss`` and ``weight`` summed over a batch."""
-        away = _answers(forward, batch, key) - by_text(batch["labels"])
+        away = numbers_by_text(forward, batch, key) - by_text(batch["labels"])
         far = jnp.abs(away)
         loss = {"mse": away**2, "mae": far, "huber": jnp.where(far <= 1, 0.5 * away**2, far - 0.5)}[self.loss]
         return {"loss": (loss * by_text(batch["weights"])).sum(), "weight": self.weight(batch)}
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
         """What the model says of each text, ``predicted``, beside ``labels``, float32 [B] ([B E] of packed rows)."""
-        return {"predicted": _answers(forward, batch, None)} | {
+        return {"predicted": numbers_by_text(forward, batch, None)} | {
             name: by_text(batch[name]) for name in ("labels", "weights")
         }
 
@@ -99,13 +100,13 @@ class Task:
 
     def predictions(self, forward: Forward, batch: Batch) -> Batch:
         """``number`` [B] float32 of each row."""
-        return {"number": _answers(forward, batch, None)}
+        return {"number": numbers_by_text(forward, batch, None)}
 
     def answer(self, texts: Sequence[object], parts: Sequence[tuple[Encoded, Arrays]]) -> Answer:
         """The number of a text (or pair), under the name of its column; None instead of NaN."""
         number = float(parts[0][1]["number"])
         said = math.isfinite(number)
-        return Answer({self.name: _rounded(number)}, {"predicted": _rounded(number)}, not said)
+        return Answer({self.name: rounded(number)}, {"predicted": rounded(number)}, not said)
 
     def judged(
         self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
@@ -117,16 +118,7 @@ class Task:
             rows, *(outputs[name][back].tolist() for name in ("labels", "predicted")), strict=True
         ):
             texts = dict(zip(("text", "pair"), row[:-1], strict=False))
-            yield {**texts, "true": _rounded(true), "predicted": _rounded(said), "error": _rounded(said - true)}
-
-
-def _answers(forward: Forward, batch: Batch, key: Array | None) -> Array:
-    return logits_by_text(forward(batch, key))[:, 0].astype(jnp.float32)
-
-
-def _rounded(number: float) -> float | None:
-    """Of float32's digits as many as count."""
-    return float(f"{number:.7g}") if math.isfinite(number) else None
+            yield {**texts, "true": rounded(true), "predicted": rounded(said), "error": rounded(said - true)}
 
 
 def columns(data: DataConfig) -> tuple[Column, ...]:
@@ -155,26 +147,7 @@ def encode(
     Raises:
       UserError: what should be a number is none, or not finite.
     """
-    for first, chunk in chunks_of(rows):
-        paired = len(chunk[0].values) - (targets is not None) == 2
-        numbers = None if targets is None else [_number(row, config.data.label) for row in chunk]
-        for one in encode_texts(chunk, tokenizer, paired=paired):
-            more = {} if numbers is None else {"labels": np.asarray(numbers[one.row], np.float32)}
-            yield one._replace(row=first + one.row, example={**one.example, **more})
-
-
-def _number(row: Row, column: str) -> float:
-    value = row.values[-1]
-    try:
-        number = math.nan if isinstance(value, bool) else float(str(value).strip())
-    except ValueError:
-        number = math.nan
-    if not abs(number) <= float(np.finfo(np.float32).max):
-        raise UserError(
-            f"{row.where}: column {column!r} holds {value!r:.60}, which is no number that can be learnt; set data.label to the column "
-            "of numbers, or use task.name=classification for classes"
-        )
-    return number
+    yield from encode_numbers(rows, tokenizer, config.data.label, labelled=targets is not None)
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:

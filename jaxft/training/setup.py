@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
@@ -31,14 +33,14 @@ from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import Note, Source, fresh_config, resolve_folder
 from jaxft.machine import processes
 from jaxft.models import adapters
-from jaxft.models.contract import Facts
-from jaxft.models.initial import init_params
+from jaxft.models.contract import Facts, Model
+from jaxft.models.initial import init_params, shapes_and_axes, spread
 from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
-from jaxft.trees import Params
+from jaxft.trees import Params, leaves_of, map_paths
 
 
 @dataclass
@@ -93,14 +95,28 @@ class Setup(Recipe):
     def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
         if self.source is None:
-            return init_params(self.model, seed, self.shardings)
+            return self._begun(self.model, init_params(self.model, seed, self.shardings))
         base = adapters.base_of(self.model)
         fresh = self.fresh_head
         with processes.raise_together():  # each process reads, and judges, what its devices keep
             loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
+        loaded = self._begun(base, loaded) if fresh else loaded
         if not isinstance(self.model, adapters.Adapted):
             return loaded
         return adapters.with_adapters(self.model, loaded, seed, self.shardings)
+
+    def _begun(self, model: Model, params: Params) -> Params:
+        """The same with the bias of a fresh head that the task asks for (:class:`~jaxft.tasks.contract.Biased`)."""
+        bias = getattr(self.task, "head_bias", None)
+        if bias is None:
+            return params
+        leaves = leaves_of(*shapes_and_axes(model))
+        found = {path for path, leaf in leaves.items() if leaf.axes == ("classes",)}
+
+        def begun(path: str, leaf: jax.Array) -> jax.Array:
+            return spread(jnp.asarray(bias, leaf.dtype), leaf.sharding) if path in found else leaf
+
+        return map_paths(begun, params)
 
 
 def prepare(config: RunConfig, note: Note, times: Times) -> Setup:

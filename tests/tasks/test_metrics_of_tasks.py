@@ -36,6 +36,9 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
     if name == "regression":
         # Right answers, or the more of the wrong sign the lower the scale.
         logits = (batch["labels"] * (1.0 if scale > 0 else scale))[:, None]
+    elif name == "reranking":
+        batch["labels"] = jnp.round(batch["labels"])
+        logits = (scale * (2.0 * batch["labels"] - 1))[:, None]
     elif name == "multi_label":
         logits = scale * (2.0 * batch["labels"] - 1)
     elif name == "question_answering":

@@ -12,11 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import make_folder, refusal, run
 
+from jaxft.config import load_config
 from jaxft.models.contract import Output
 from jaxft.tasks import collected
 from jaxft.tasks.multi_label import Task
+from jaxft.training.setup import Times, prepare
+from jaxft.trees import paths_of
 
 Capture = pytest.CaptureFixture[str]
 NAMES = ("a", "b", "c", "d", "e")
@@ -205,3 +209,25 @@ def test_bad_rows_and_settings_are_one_line(
         f"data.train={data}", f"data.eval={data}", f"train.out={tmp_path / 'no'}", *settings,
     )  # fmt: skip
     assert said in message
+
+
+@pytest.mark.parametrize("head", ["fresh", "stored"])
+def test_a_fresh_head_begins_at_how_common_labels_are(tmp_path: Path, head: str) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", TAGS)
+    names = ("old", "pet", "small")
+    source = make_folder(
+        tmp_path / "source", "classification" if head == "stored" else None, labels=names if head == "stored" else None,
+        source_config={"problem_type": "multi_label_classification"},
+    )  # fmt: skip
+    config = load_config(
+        None, [f"model.init={source}", *settings(data), "mesh.data=8", "train.batch_size=8", "train.steps=1"]
+    )
+    ready = prepare(config, lambda line: None, Times())
+    bias = paths_of(ready.start_params(0, lambda line: None))["head/linear/bias"]
+    if head == "stored":
+        assert np.array_equal(bias, load_file(source / "model.safetensors")["classifier.bias"])
+        return
+    counts = np.array([1, 4, 3])  # of 8 rows
+    np.testing.assert_allclose(bias, np.log((counts + 1) / (8 - counts + 1)), rtol=1e-6)
+    task: Any = ready.task
+    assert task.head_bias == pytest.approx(bias.tolist(), rel=1e-6)

@@ -35,6 +35,7 @@ LABELS = {
     "token_classification": ("O", "B-a", "I-a"),
     "multi_label": ("a", "b", "c"),
     "regression": ("score",),
+    "reranking": ("score",),
 }
 HOW: dict[str, dict[str, Any]] = {
     "one device": {},
@@ -69,6 +70,8 @@ def texts_of(task: str) -> Split:
             return found | {"labels": np.array(rng.integers(3), np.int32)}
         if task == "multi_label":
             return found | {"labels": rng.integers(0, 2, 3).astype(np.int32)}
+        if task == "reranking":
+            return found | {"labels": np.array(rng.random(), np.float32), "query": np.array(number % 7, np.int32)}
         if task == "regression":
             return found | {"labels": np.array(rng.normal(), np.float32)}
         words = {"word": np.arange(length, dtype=np.int32), "counts": np.ones(length, np.int32)}
@@ -96,7 +99,7 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     model: Any = module.Model(config, tasks.task(task).Task.head, Compute(layers="scanned"))
     rng = np.random.default_rng(1)  # away from fresh parameters, whose answers are all alike
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), init_params(model, 0))
-    learnt = tasks.task(task).Task(*([] if task == "regression" else [LABELS[task]]))
+    learnt = tasks.task(task).Task(*([] if task in ("regression", "reranking") else [LABELS[task]]))
     if task == "classification":
         learnt = dataclasses.replace(learnt, class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1)
     apart = texts_of(task)
