@@ -22,7 +22,7 @@ class Duplicates(NamedTuple):
     repeated: int
     """Training examples that were there before."""
     contradicted: int
-    """Of these, how many have another label than the first of their kind; 0 where labels are not of whole texts."""
+    """How many of these have another label than the first of their kind; 0 where labels are not those of whole texts."""
 
 
 def duplicates(train: Split, held_out: Split) -> Duplicates:

@@ -16,10 +16,10 @@ class BlockNames:
     layer: str
     """Name of one layer, for instance ``model.layers.{layer}``."""
     heads: tuple[str, ...]
-    """Of queries, keys and values; one name: a tensor that holds them all, as rows."""
+    """Names of queries, keys and values; one name: a tensor that holds them all, as rows."""
     out: str
     wide: tuple[str, ...]
-    """Of the MLP's first two maps; one name: a tensor that holds both, as rows."""
+    """Names of the MLP's first two maps; one name: a tensor that holds both, as rows."""
     down: str
     order: tuple[str, str] = ("gate", "up")
     """Which of these two comes first."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +119,7 @@ class Task:
             "weights": by_text(batch["weights"]),
         }
 
-    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, object]:
         """F1 over all decisions (micro), averaged over labels (macro) and over texts (samples), the share of texts whose labels are all
         right, the share of wrong decisions (Hamming), and of each label precision, recall, F1, area under the ROC curve and average
         precision; the macro averages of the last two are over labels that have both kinds of rows.
@@ -133,7 +132,7 @@ class Task:
         precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(true, 1)
         f1 = 2 * hits / np.maximum(true + predicted, 1)
         wrong = float((true + predicted - 2 * hits).sum())
-        scores: dict[str, Any] = {
+        scores: dict[str, object] = {
             "loss": float(sums["loss"]) / (float(sums["weight"]) or math.nan),
             "micro_f1": 2 * float(hits.sum()) / max(float(true.sum() + predicted.sum()), 1) if rows else math.nan,
             "macro_f1": float(f1.mean()) if rows else math.nan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ class Task:
             name: by_text(batch[name]) for name in ("labels", "weights")
         }
 
-    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, object]:
         """Correlations (Pearson's, and Spearman's of ranks), mean squared and absolute errors, and ``r2``, the share of the variance
         that is explained. Scores of no rows are NaN, and so are those that need variance where there is none."""
         assert outputs is not None

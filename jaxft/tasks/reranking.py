@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -74,7 +73,7 @@ class Task:
         found = {"margin": numbers_by_text(forward, batch, None)}
         return found | {name: by_text(batch[name]) for name in ("labels", "query", "weights")}
 
-    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
+    def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, object]:
         """How well the passages of each query are put in order, see :func:`~jaxft.tasks._retrieval.retrieval_scores`."""
         assert outputs is not None
         ranks = retrieval_scores(outputs["query"], outputs["margin"], outputs["labels"], self.at)
