@@ -85,7 +85,7 @@ def _train(capsys: Capture, *overrides: str) -> str:
         ("mesh.fsdp=-1", "only one size may be -1"),
         ("mesh.tensor=8 mesh.data=1", "cannot be split 8 ways"),
         ("task.name=clasification", "did you mean 'classification'?"),
-        ("eval.metric=acc", "eval.metric='acc': the task has accuracy, macro_f1, weighted_f1, micro_f1, mcc, loss"),
+        ("eval.metric=acc", "eval.metric='acc': the task has accuracy, macro_f1, micro_f1, weighted_f1, mcc, loss"),
         (
             "eval.mode=min",
             "eval.mode is gone: the task says for each metric whether less (loss) or more (accuracy) is better;",

@@ -34,7 +34,7 @@ MADE = {
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
     "regression": lambda module: module.Task(),
-    "reranking": lambda module: module.Task(),
+    "reranking": lambda module: module.Task(at=2),
 }
 CASES = [
     (family, name)

@@ -67,8 +67,8 @@ class Task:
         return {
             "accuracy": "max",
             "macro_f1": "max",
-            "weighted_f1": "max",
             "micro_f1": "max",
+            "weighted_f1": "max",
             "mcc": "max",
             "loss": "min",
             **ranking,
@@ -190,9 +190,9 @@ class Task:
             "accuracy": float(hits.sum()) / (rows or math.nan),
             "macro_f1": float(f1[seen].mean()) if seen.any() else math.nan,
             # With exactly one label per row, micro precision = micro recall = micro F1 = accuracy.
+            "micro_f1": 2 * float(hits.sum()) / (float(true.sum() + predicted.sum()) or math.nan),
             "weighted_f1": float((f1 * true).sum()) / (rows or math.nan),
             "mcc": _matthews(hits, true, predicted),
-            "micro_f1": 2 * float(hits.sum()) / (float(true.sum() + predicted.sum()) or math.nan),
             **(self._ranking(outputs) if self._binary and outputs is not None else {}),
             "rows": rows,
             "classes": {
