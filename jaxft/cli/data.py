@@ -94,8 +94,12 @@ def _lengths(config: RunConfig, train: Split, buckets: tuple[int, ...]) -> None:
 
 
 def _duplicates(found: Rows) -> None:
+    from jaxft.data.cache import Cache
     from jaxft.data.duplicates import duplicates, duplicates_text
 
+    if isinstance(found.train, Cache) or isinstance(found.held_out, Cache):
+        print("\nduplicates: rows of a token cache are not compared")
+        return
     copies = duplicates(found.train, found.held_out)
     print(f"\nduplicates: {duplicates_text(copies, len(found.held_out))}")
     if len(copies.shared):

@@ -64,7 +64,7 @@ def main(files: Sequence[str]) -> None:
 
 
 def _classes(module: Family, head: str | None) -> list[str]:
-    """Those that are written for a head of each kind of model, then further ones that are read as it, of the family's own kind."""
+    """Classes that are written for a head of each kind of model, then further ones that are read as it, of the family's own kind."""
     written = [architecture_of(module, head, kind) for kind in module.MODEL_TYPES]
     return [*written, *(next(iter(module.MODEL_TYPES.values())) + suffix for suffix in module.HEADS[head].read_as)]
 

@@ -51,5 +51,5 @@ def numbers_by_text(forward: Forward, batch: Batch, key: Array | None) -> Array:
 
 
 def rounded(number: float) -> float | None:
-    """As many digits as float32 has; None of what is not finite."""
+    """A number in as many digits as float32 has; None if it is not finite."""
     return float(f"{number:.7g}") if math.isfinite(number) else None

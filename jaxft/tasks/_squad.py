@@ -56,7 +56,7 @@ class Scored(NamedTuple):
 
     answerable: bool
     exact: float
-    """Of its best answer, whether that was given or "no answer" was."""
+    """Exact match of its best answer, whether that was given or "no answer" was."""
     f1: float
     margin: float
     """By how much the score of "no answer" is higher than that of its best answer."""

@@ -275,7 +275,8 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
 
 
 def _log_odds(targets: Targets, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """Of each label in training, as the loss weighs rows that have it; as if one row more had it, and one more had not."""
+    """The log odds of each label in training, as the loss weighs rows that have it; one row more has it, and one more has not, so that none
+    is infinite."""
     if not targets.rows:
         return None
     each = zip(targets.counts, weights or (1.0,) * len(targets.counts), strict=True)

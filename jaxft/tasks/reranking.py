@@ -27,7 +27,7 @@ LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ()
 PROBLEM: str | None = "regression"
-"""As the reference's own cross-encoders say, or rather do not say: one output, and no ``problem_type``."""
+"""The reference's own cross-encoders have one output and state no ``problem_type``, which means this one."""
 
 
 @dataclass(frozen=True)

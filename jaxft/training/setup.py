@@ -30,7 +30,7 @@ from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
-from jaxft.hub.source import Note, Source, fresh_config, resolve_folder
+from jaxft.hub.source import REGRESSION, Note, Source, fresh_config, resolve_folder
 from jaxft.machine import processes
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Model
@@ -257,6 +257,9 @@ def _fresh_head(
     if source.head != module.Task.head:
         return True
     stored, labels = source.labels, targets.labels
+    if targets.problem == REGRESSION and source.classes == 1:  # what a number is called is no part of its head
+        note("the checkpoint's head is kept")
+        return False
     if stored is None and source.classes == len(labels) and declared_labels(config.data.labels)[0]:
         note(
             f"the checkpoint's head names no labels; its {len(labels)} classes are taken to be data.labels, in that order"

@@ -10,11 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import make_folder, refusal, run
 
+from jaxft.config import load_config
 from jaxft.models.contract import Output
 from jaxft.tasks._retrieval import retrieval_scores
 from jaxft.tasks.reranking import Task
+from jaxft.training.setup import Times, prepare
+from jaxft.trees import paths_of
 
 Capture = pytest.CaptureFixture[str]
 
@@ -176,3 +180,15 @@ def test_queries_without_an_answer_are_counted(tmp_path: Path, capsys: Capture) 
     assert (
         "train: of 2 queries, 1 have no passage that answers (they are not scored) and 1 have one passage alone" in out
     )
+
+
+@pytest.mark.parametrize("task", ["reranking", "regression"])
+def test_the_head_of_a_folder_is_trained_further_whatever_its_number_is_called(tmp_path: Path, task: str) -> None:
+    source = make_folder(tmp_path / "source", "classification", num_labels=1, labels=("LABEL_0",))
+    data, notes = write_rows(tmp_path, [1, 0, 0, 1, 0.5, 0, 0, 0]), list[str]()
+    names = [f"task.name={task}", *NAMES[1:], f"data.train={data}", f"data.eval={data}"]
+    config = load_config(None, [f"model.init={source}", *names, "train.batch_size=8", "train.steps=1"])
+    ready = prepare(config, notes.append, Times())
+    assert "the checkpoint's head is kept" in notes
+    kept = paths_of(ready.start_params(0, notes.append))["head/linear/kernel"]
+    assert np.array_equal(kept, load_file(source / "model.safetensors")["classifier.weight"].T)

@@ -71,6 +71,7 @@ def main() -> None:
         package["Package"]: package.get("Tag", "").replace("\n", " ").replace(",", " ").split() for package in found
     }
     often = collections.Counter(tag for each in tags.values() for tag in each)
+    # debtags marks what nobody has tagged yet with FACET::TODO: no tag of its own.
     known = {tag for tag, count in often.items() if count >= LEAST and not tag.endswith("::TODO")}
     rows: list[tuple[bool, dict[str, object]]] = []
     for package in found:
