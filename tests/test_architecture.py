@@ -73,9 +73,10 @@ def test_no_file_but_its_own_names_a_family_or_task() -> None:
 
 
 # The task of a run that names none; a head of several families, whose decoder may be tied; one that a family may lack; a word of
-# config.json.
+# config.json; what Flax calls a table.
 KNOWN = {
     "classification": ("schema.py",),
+    "embedding": ("flax_names.py", "modules.py", "disentangled.py"),
     "masked_lm": ("encoder_files.py",),
     "question_answering": ("contract.py",),
     "regression": ("source.py",),

@@ -51,6 +51,7 @@ from jaxft.tasks import (
     TaskModule,
     causal_lm,
     classification,
+    embedding,
     masked_lm,
     multi_label,
     question_answering,
@@ -65,7 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
 )
 TASKS: tuple[TaskModule, ...] = (
-    *(causal_lm, classification, masked_lm, multi_label, question_answering, regression, reranking),
+    *(causal_lm, classification, embedding, masked_lm, multi_label, question_answering, regression, reranking),
     token_classification,
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
@@ -173,7 +174,10 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
 
 @pytest.mark.parametrize("name", tasks.tasks())
 def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
-    fields, shape = tasks.task(name).fields(RunConfig(), 9), Shape(2, (("length", 5), (CLASSES, 2)))
+    fields, shape = (
+        tasks.task(name).fields(RunConfig(task=task_options(name)(name=name)), 9),
+        Shape(2, (("length", 5), (CLASSES, 2))),
+    )
     empty = collate([], fields, shape)
     assert empty.keys() == fields.keys()
     for field, value in empty.items():

@@ -13,6 +13,8 @@ from kinds import KINDS, tiny_config
 
 from jaxft import models, tasks
 from jaxft.config import MeshConfig, OptimConfig, RunConfig
+from jaxft.config.tasks import task_options
+from jaxft.config.tasks.embedding import Config as EmbeddingConfig
 from jaxft.data.packing import packed_fields
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
@@ -33,6 +35,7 @@ MADE = {
     "question_answering": lambda module: module.Task(no_answer=True, n_best=3, max_answer_length=4),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
+    "embedding": lambda module: module.Task(EmbeddingConfig(pooling="mean", normalize=True, at=2)),
     "regression": lambda module: module.Task(),
     "reranking": lambda module: module.Task(at=2),
 }
@@ -68,6 +71,7 @@ ONCE = {
     ("albert", "masked_lm"),
     ("bert", "token_classification"),
     ("bert", "question_answering"),
+    ("bert", "embedding"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -122,6 +126,13 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             batch["labels"] = rng.integers(0, 2, (ROWS, 3)).astype(np.int32)
         if task == "reranking":
             batch |= {"labels": rng.random(ROWS).astype(np.float32), "query": rng.integers(0, 3, ROWS).astype(np.int32)}
+        if task == "embedding":  # a text of one or more tokens, then its partner
+            second = (np.arange(LENGTH) >= lengths[:, None] // 2).astype(np.int32)
+            starts = np.stack([np.zeros_like(lengths), lengths // 2], 1).astype(np.int32)
+            batch |= {"segments": (1 + second) * mask, "starts": starts, "texts": np.arange(2 * ROWS).reshape(ROWS, 2)}
+            batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
+            batch["texts"] = (batch["texts"] % 25).astype(np.int32)  # some are there twice
+            del batch["labels"]
         if task == "regression":
             batch["labels"] = rng.normal(size=ROWS).astype(np.float32)
         if task == "token_classification":
@@ -186,7 +197,7 @@ def trained(
         made = make_train_step(learnt, gradient_of, optimizer, schedule)
         step = jitted(made, mesh, (of_state, replicated(mesh)), donate_argnums=0)
         seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
-        fields = module.fields(RunConfig(), 0)
+        fields = module.fields(RunConfig(task=task_options(task)(name=task)), 0)
         fields = packed_fields(fields) if task == "causal_lm" else fields
         places_of = {name: batch_sharding(mesh, DEFAULT_RULES, field.axes) for name, field in fields.items()}
         for batch in batches(task):

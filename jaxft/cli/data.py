@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     config = settled(config, module)
     source = open_start(config, _say)
     tokenizer = open_tokenizer(config, source)
+    folder = tokenizer.folder if source is None else source.folder
+    config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, _say))
     found = open_rows(config, module, tokenizer, source, _say)
     for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
         print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
@@ -51,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     buckets = buckets_of(config)
     _lengths(config, found.train, buckets)
-    if hint := advice(found.train, config.data.max_length, buckets, facts.limit):
+    if tasks.texts_of_row(config.task) == 1 and (
+        hint := advice(found.train, config.data.max_length, buckets, facts.limit)
+    ):
         print(hint)
     _duplicates(found)
     task = module.make_task(config.task, found.targets, facts, tokenizer)

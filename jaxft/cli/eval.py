@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if getattr(config.task, "class_weights", "none") == "balanced":
         _say("the loss is unweighted: task.class_weights=balanced would need the training rows")
-    rows = read_rows(config.data.eval, config.data, module.columns(config.data), _say) if cache is None else []
+    rows = read_rows(config.data.eval, config.data, module.columns(config), _say) if cache is None else []
     if cache is None:
         encoded = module.encode(rows, tokenizer, tasks.Targets(labels), config)
         split, count = make_split("eval", encoded, module.fields(config, tokenizer.pad_id)), len(rows)
@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
         count = split.rows
     served.devices.check_batch("eval.batch_size", config.eval.batch_size)
     step = served.devices.compiled(make_eval_step(served.model, task), split.fields)
-    buckets = make_buckets(None, tokenizer.max_length or config.data.max_length)
+    longest = (tokenizer.max_length or config.data.max_length) * tasks.texts_of_row(config.task)
+    buckets = make_buckets(None, longest)
     batches = Batches(split, config.eval.batch_size, buckets, None)
     parts = (
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)

@@ -127,7 +127,7 @@ def _rows_of(reference: str, served: Served) -> Iterator[_Input]:
     data = served.config.data
     form = form_of(data, lambda text: print(text, file=sys.stderr))
     names = column_names(reference, data.text, form)
-    wanted = [column for column in served.task()[0].columns(data) if column.is_text]
+    wanted = [column for column in served.task()[0].columns(served.config_for(served.task()[0])) if column.is_text]
     wanted = wanted if names else wanted[:1]  # plain lines hold one text each
     columns = tuple(column.name for column in wanted)
     others = [Carried(name) for name in names if name not in columns]

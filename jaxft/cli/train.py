@@ -280,8 +280,15 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
             problem_type=ready.targets.problem or (SINGLE_LABEL if ready.targets.labels else None),
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
+            files=_files_of_task(ready),
             note=_note,
         )
+
+
+def _files_of_task(ready: Setup) -> Mapping[str, str]:
+    """What the task has to say beside the weights (:class:`~jaxft.tasks.contract.Accompanied`)."""
+    made = getattr(ready.task, "files", None)
+    return {} if made is None else made(ready.model.facts.stacks[-1].width, ready.config.data.max_length)
 
 
 @contextmanager

@@ -25,14 +25,15 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "words", "label", "labels", "number"]
-    """``text``: a text. ``words``: a text, or a list of words. ``label``: one value, of few that there are. ``labels``: a list of values,
-    or of stretches of characters with a label each. ``number``: one number."""
+    kind: Literal["text", "words", "texts", "label", "labels", "number"]
+    """``text``: a text. ``words``: a text, or a list of words. ``texts``: more texts, one or a list, that the task checks itself.
+    ``label``: one value, of few that there are. ``labels``: a list of values, or of stretches of characters with a label each.
+    ``number``: one number."""
 
     @property
     def wanted(self) -> str:
         """How a source is asked for it."""
-        return Listed(self.name) if self.kind in ("words", "labels") else self.name
+        return Listed(self.name) if self.kind in ("words", "texts", "labels") else self.name
 
     @property
     def is_text(self) -> bool:
@@ -79,7 +80,11 @@ def checked_rows(
     """
     columns = (*text_columns(config), label_column(config)) if columns is None else columns
     texts = tuple(column for column in columns if column.is_text)
-    labels = [(i, column.name, column.kind) for i, column in enumerate(columns) if not column.is_text]
+    labels = [
+        (i, column.name, column.kind)
+        for i, column in enumerate(columns)
+        if column.kind not in ("text", "words", "texts")
+    ]
     rows = left_out = 0
     any_text = False
     for row in iter_rows(reference, tuple(column.wanted for column in columns), form_of(config, note)):

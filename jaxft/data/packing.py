@@ -25,7 +25,8 @@ def packed_fields(fields: Fields) -> Fields:
     """The fields of batches whose rows hold several texts each, from those of rows of one text.
 
     Fields of one value per text (or as many for each, along ``classes``) get the axis ``texts``, and so do weights; beside them is
-    ``starts``, the place of each text's first token. Where rows have no such field (language models), weights stay those of rows.
+    ``starts``, the place of each text's first token. Where rows have no such field (language models), weights stay those of rows. Rows
+    that hold several texts already keep their fields of places: what is packed then is such rows, each with as many ``starts``.
     """
     places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
     of_texts = {
@@ -35,7 +36,7 @@ def packed_fields(fields: Fields) -> Fields:
     }
     if set(of_texts) == {"weights"}:
         return {**fields, **places}
-    return {**fields, **of_texts, "starts": Field(("batch", TEXTS)), **places}
+    return {**fields, "starts": Field(("batch", TEXTS)), **of_texts, **places}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +105,16 @@ class Packed:
         index = positions + starts.repeat(lengths)
         columns = self.source.columns.items()
         found = {name: self._of_texts(name, values, texts, index) for name, values in columns}
-        if TEXTS in self.fields["weights"].axes:
-            found["starts"] = (ends - lengths).astype(np.int32)
         numbers = np.arange(1, len(texts) + 1, dtype=np.int32)
         if stop > start + 1:
             numbers -= (first[:-1] - first[0]).repeat(np.diff(first)).astype(np.int32)
+        if "segments" in found:  # each has several texts itself, so many of them
+            each = found["starts"].shape[1]
+            found["starts"] = (found["starts"] + (ends - lengths)[:, None]).astype(np.int32)
+            found["segments"] = (found["segments"] + ((numbers - 1) * each).repeat(lengths)).astype(np.int32)
+            return found
+        if TEXTS in self.fields["weights"].axes:
+            found["starts"] = (ends - lengths).astype(np.int32)
         found["segments"] = numbers.repeat(lengths)
         found["positions"] = positions.astype(np.int32)
         return found

@@ -241,6 +241,7 @@ def export_folder(
     shard_bytes: int = 5 * 10**9,
     max_length: int | None = None,
     source_folder: Path | None = None,
+    files: Mapping[str, str] | None = None,
     note: Note = print,
 ) -> None:
     """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer.
@@ -254,6 +255,7 @@ def export_folder(
       dtype: of the weights; None: as they are.
       max_length: tokens per text that the model was trained with; becomes the tokenizer's ``model_max_length``.
       source_folder: where the model came from; what else lies there (model card, generation_config.json, ...) is taken over.
+      files: texts of further files, by path in the folder; they stand in for what lies beside the source under these names.
       note: called with a line for what was taken over, left behind or taken out.
 
     Raises:
@@ -276,6 +278,9 @@ def export_folder(
             tokenizer.save(folder, max_length)
         elif tokenizer_folder is not None:
             copy_files(Path(tokenizer_folder), folder, max_length)
+        for path, text in (files or {}).items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            write_atomic(folder / path, text)
         if source_folder is not None:
             seen_to = TOKENIZER_FILES if tokenizer is None else tokenizer.files
             take_over(Path(source_folder), folder, {"config.json", *seen_to}, note)

@@ -54,10 +54,10 @@ Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
 """Answers to rows in their order, each with whether something of the row was cut off."""
 
 
-def _options_of(module: TaskModule) -> TaskConfig:
-    """The usual options of a task: the model was not trained by a run of it here."""
+def _options_of(module: TaskModule, folder: Path, note: Note) -> TaskConfig:
+    """The usual options of a task, or what the model's folder says of them: the model was not trained by a run of it here."""
     name = cast(ModuleType, module).__name__.removeprefix("jaxft.tasks.")
-    return task_options(name)(name=name)
+    return tasks.adopted(task_options(name)(name=name), folder, note)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Served:
     """Label names in the order of class ids; empty where the head has no classes."""
     hf_config: dict[str, object]
     devices: Devices
+    note: Note
+    """Called with a line for what had to be guessed."""
 
     def module(self) -> tasks.TaskModule:
         """The module of the task that the model's head is for.
@@ -98,9 +100,10 @@ class Served:
 
     def config_for(self, module: TaskModule) -> RunConfig:
         """The configuration with the task's options: the run's, or the usual ones if no run of this task made the model."""
-        if tasks.task(self.config.task.name) is module:
-            return self.config
-        return dataclasses.replace(self.config, task=_options_of(module))
+        name, folder, note = self.config.task.name, Path(self.tokenizer.folder), self.note
+        of_run = tasks.task(name) is module
+        options = tasks.adopted(self.config.task, folder, note) if of_run else _options_of(module, folder, note)
+        return dataclasses.replace(self.config, task=options)
 
     def task(self, **changes: object) -> tuple[TaskModule, Task]:
         """The module of the task that the model's head is for, and the task.
@@ -171,7 +174,7 @@ def _from_folder(
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
     if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
-    return _served(config, source.family_name, model, params, folder, labels, source.hf_config, devices)
+    return _served(config, source.family_name, model, params, folder, labels, source.hf_config, devices, note)
 
 
 def _compute(config: RunConfig, devices: Devices) -> Compute:
@@ -181,7 +184,7 @@ def _compute(config: RunConfig, devices: Devices) -> Compute:
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     config, name, model, params, tokenizer, labels, hf_config = restored(folder, overrides, note)
     devices = devices_asked_for(overrides)
-    return _served(config, name, model, devices.spread(model, params), tokenizer, labels, hf_config, devices)
+    return _served(config, name, model, devices.spread(model, params), tokenizer, labels, hf_config, devices, note)
 
 
 def restored(
@@ -248,6 +251,18 @@ def _override(tree: Mapping[str, object], overrides: list[str]) -> RunConfig:
         return load_config(str(path), overrides)
 
 
+def _once(note: Note) -> Note:
+    """The same, which says nothing twice."""
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            note(text)
+
+    return say
+
+
 def _served(
     config: RunConfig,
     family: str,
@@ -257,13 +272,14 @@ def _served(
     labels: tuple[str, ...],
     hf_config: dict[str, object],
     devices: Devices,
+    note: Note,
 ) -> Served:
     limit = model.facts.limit
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
     check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
-    return Served(config, family, model, params, tokenizer, labels, hf_config, devices)
+    return Served(config, family, model, params, tokenizer, labels, hf_config, devices, _once(note))
 
 
 def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:

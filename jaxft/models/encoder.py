@@ -344,14 +344,14 @@ class EncoderModel(nn.Module):
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
 
         Raises:
-          UserError: S is beyond the position table; an argument that there is not, two keys, or a mesh of explicit axes.
+          UserError: S is beyond the table, without positions; an argument that there is not, two keys, or a mesh of explicit axes.
         """
         c, (b, s) = self.config, tokens.shape
         typed = "types" in self.facts.inputs
         unknown |= {"types": types} if types is not None and not typed else {}
         key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
         head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
-        if s > c.limit:
+        if positions is None and s > c.limit:
             raise UserError(f"sequence length {s} is beyond the model's position table of {c.limit}")
         types = jnp.zeros((b, s), jnp.int32) if types is None and typed else types
         places = c.places(tokens, positions)

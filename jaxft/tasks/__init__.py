@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import cast
 
+from jaxft.config import TaskConfig
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
 from jaxft.tasks._scores import collected, is_better, remarks, scalar, scores, scores_rows
-from jaxft.tasks.contract import Targets, Task, TaskModule
+from jaxft.tasks.contract import Note, Targets, Task, TaskModule
 
 __all__ = [
     "Targets",
     "Task",
     "TaskModule",
+    "adopted",
     "collected",
     "is_better",
     "metric_of",
@@ -28,6 +31,7 @@ __all__ = [
     "task",
     "task_of_head",
     "tasks",
+    "texts_of_row",
 ]
 
 _NEEDED = (
@@ -45,6 +49,20 @@ def tasks() -> tuple[str, ...]:
 def problem_of(module: TaskModule) -> str | None:
     """The ``problem_type`` of the heads that a task trains; None: it has none, or its head has but one."""
     return getattr(module, "PROBLEM", None)
+
+
+def texts_of_row(options: TaskConfig) -> int:
+    """How many texts of ``data.max_length`` tokens each a row of a task can have: one, if its module does not define
+    ``texts_of_row(options)``."""
+    made = getattr(task(options.name), "texts_of_row", None)
+    return 1 if made is None else made(options)
+
+
+def adopted(options: TaskConfig, folder: Path, note: Note) -> TaskConfig:
+    """The options of a task with what a model's folder says where they say nothing, if its module defines
+    ``adopted(options, folder, note)``."""
+    made = getattr(task(options.name), "adopted", None)
+    return options if made is None else made(options, folder, note)
 
 
 def task_of_head(head: str | None, named: str = "", problem: str | None = None) -> TaskModule | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.data.batch import Fields, text_fields
 from jaxft.data.encode import Column, chunks_of, encode_texts, text_columns
 from jaxft.data.examples import Encoded
@@ -81,9 +81,9 @@ def token_cross_entropy(logits: Array, targets: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0.0).sum(-1)
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A text, and its pair if there is one."""
-    return text_columns(data)
+    return text_columns(config.data)
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.classification import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of, encode_texts, label_column, text_columns
@@ -257,9 +257,9 @@ def _rounded(probability: np.floating) -> float | None:
     return None if math.isnan(probability) else round(float(probability), 6)
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A text, its pair if there is one, and a label."""
-    return *text_columns(data), label_column(data)
+    return *text_columns(config.data), label_column(config.data)
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

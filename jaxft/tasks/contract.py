@@ -22,12 +22,14 @@ from jaxft.models.contract import Facts, Output
 Array = jax.Array
 
 __all__ = [
+    "Accompanied",
     "Answer",
     "Answering",
     "Arrays",
     "Batch",
     "Biased",
     "Column",
+    "Comparing",
     "DataConfig",
     "Encoded",
     "Facts",
@@ -37,6 +39,7 @@ __all__ = [
     "Judging",
     "Note",
     "Output",
+    "Partial",
     "Remarking",
     "Row",
     "RunConfig",
@@ -93,8 +96,8 @@ class Task(Protocol):
     """What is learnt and how it is scored: a frozen, hashable value, part of jit's cache key."""
 
     @property
-    def head(self) -> str:
-        """The model head that it trains."""
+    def head(self) -> str | None:
+        """The model head that it trains; None: the bare model, whose vectors it reads."""
         ...
 
     @property
@@ -186,6 +189,42 @@ class Biased(Protocol):
         ...
 
 
+class Comparing(Protocol):
+    """What a task has besides if its loss compares the examples of a batch with each other, so that no sum over parts of the batch is
+    the sum over all of it. Its ``sums`` are ``compare(represent(...))``; micro-batches of a step are represented one after the other,
+    compared together, and their gradients taken one after the other again (Gao et al. 2021)."""
+
+    def represent(self, forward: Forward, batch: Batch, key: Array | None) -> Batch:
+        """Float arrays [B, ...] of a prepared batch, small beside what the model computes of it: all that rows are compared by."""
+        ...
+
+    def compare(self, found: Batch, batch: Batch) -> Sums:
+        """``loss`` and ``weight`` summed over a batch, from what :meth:`represent` gave of its rows."""
+        ...
+
+
+class Partial(Protocol):
+    """What a task has besides if there are parameters of its head's model that its loss never reads."""
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The paths, or the folders of paths, of parameters that stay as they are, if the model has them."""
+        ...
+
+
+class Accompanied(Protocol):
+    """What a task has besides if a model folder needs more files to mean what was trained."""
+
+    def files(self, width: int, max_length: int | None) -> Mapping[str, str]:
+        """Texts of files, by path in the folder.
+
+        Args:
+          width: of the vectors that the model gives.
+          max_length: tokens kept per text; None: it is not known.
+        """
+        ...
+
+
 class Remarking(Protocol):
     """What a task has besides if there is something to be said of encoded rows before anything is learnt of them."""
 
@@ -224,7 +263,7 @@ class TaskModule(Protocol):
         has none."""
         ...
 
-    def columns(self, data: DataConfig) -> tuple[Column, ...]:
+    def columns(self, config: RunConfig) -> tuple[Column, ...]:
         """The columns of labelled rows, texts first."""
         ...
 

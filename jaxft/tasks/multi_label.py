@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.multi_label import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of, encode_texts, text_columns
@@ -199,9 +199,9 @@ def _rounded(probability: np.floating) -> float | None:
     return None if math.isnan(probability) else round(float(probability), 6)
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A text, its pair if there is one, and a list of labels."""
-    return *text_columns(data), Column(data.label, "labels")
+    return *text_columns(config.data), Column(config.data.label, "labels")
 
 
 def _of_row(row: Row, separator: str | None) -> list[object]:

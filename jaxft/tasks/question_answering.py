@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.question_answering import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
@@ -287,18 +287,18 @@ def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A question, its context, and answers.
 
     Raises:
       UserError: no column is named for contexts.
     """
-    if data.text_pair is None:
+    if config.data.text_pair is None:
         raise UserError(
             "question_answering reads a question and its context: name the columns, for instance data.text=question "
             "data.text_pair=context data.label=answers"
         )
-    return Column(data.text, "text"), Column(data.text_pair, "text"), Column(data.label, "labels")
+    return Column(config.data.text, "text"), Column(config.data.text_pair, "text"), Column(config.data.label, "labels")
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.regression import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, text_columns
@@ -121,9 +121,9 @@ class Task:
             yield {**texts, "true": rounded(true), "predicted": rounded(said), "error": rounded(said - true)}
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A text, its pair if there is one, and a number."""
-    return *text_columns(data), Column(data.label, "number")
+    return *text_columns(config.data), Column(config.data.label, "number")
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.reranking import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, text_columns
@@ -123,18 +123,18 @@ class Task:
             yield {"text": row[0], "pair": row[1], "true": rounded(true), "score": rounded(score), "place": place}
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """A query, a passage, and how relevant it is.
 
     Raises:
       UserError: no column is named for passages.
     """
-    if data.text_pair is None:
+    if config.data.text_pair is None:
         raise UserError(
             "reranking reads a query and a passage: name the columns, for instance data.text=query data.text_pair=passage "
             "data.label=relevance"
         )
-    return *text_columns(data), Column(data.label, "number")
+    return *text_columns(config.data), Column(config.data.label, "number")
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

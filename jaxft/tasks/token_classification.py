@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import DataConfig, RunConfig
+from jaxft.config import RunConfig
 from jaxft.config.tasks.token_classification import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
@@ -232,9 +232,9 @@ def _learnt(batch: Batch) -> Array:
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
-def columns(data: DataConfig) -> tuple[Column, ...]:
+def columns(config: RunConfig) -> tuple[Column, ...]:
     """Words, or a text; and a label for each word, or stretches of characters with labels."""
-    return Column(data.text, "words"), Column(data.label, "labels")
+    return Column(config.data.text, "words"), Column(config.data.label, "labels")
 
 
 class _Labelled(NamedTuple):

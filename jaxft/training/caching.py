@@ -106,7 +106,7 @@ class _Build:
         self, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
     ) -> None:
         self._config, self._module, self._tokenizer, self._source, self._note = config, module, tokenizer, source, note
-        self._columns = module.columns(config.data)
+        self._columns = module.columns(config)
 
     def parts(self) -> tuple[tuple[_Rows, np.ndarray | None, int | None], tuple[_Rows, np.ndarray | None, int | None]]:
         """The training rows and the held-out ones: source, which of its rows (None: all), and how many (None: not known yet).

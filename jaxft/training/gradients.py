@@ -5,6 +5,8 @@ Dims: B rows of a batch, R rows at a time.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -12,12 +14,13 @@ from jax.sharding import PartitionSpec
 from jaxft.errors import UserError
 from jaxft.models.contract import Model
 from jaxft.parallel.sharding import AxisRules, run_mesh
-from jaxft.tasks.contract import Task
+from jaxft.tasks.contract import Comparing, Task
 from jaxft.training.optim import global_norm, without_frozen
 from jaxft.training.step import Batch, Gradient, Sums, forward_of
 from jaxft.trees import Params, Shardings, Tree
 
 _Total = tuple[list[jax.Array], Sums]
+_PULLED = "pulled back to "
 
 
 def of_batch(
@@ -51,10 +54,58 @@ def of_batch(
             gradient = jax.lax.with_sharding_constraint(gradient, without_frozen(specs, frozen)[0])
         return gradient, sums
 
+    def pulled_back(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
+        """The gradient of what rows are compared by, pulled back from that of the loss, which ``batch`` has under names that begin with
+        ``_PULLED``."""
+        del weight
+        trained, join = without_frozen(params, frozen)
+        rows = {name: value for name, value in batch.items() if not name.startswith(_PULLED)}
+
+        def product(trained: list[jax.Array]) -> jax.Array:
+            found = cast(Comparing, task).represent(forward_of(model, join(trained)), rows, key)
+            return jnp.stack([(value * batch[_PULLED + name]).sum() for name, value in found.items()]).sum()
+
+        gradient = jax.grad(product)(trained)
+        return gradient if specs is None else jax.lax.with_sharding_constraint(
+            gradient, without_frozen(specs, frozen)[0]
+        ), {}
+
     def gradient(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
-        return _accumulated(gradient_of, accumulation, params, batch, key, weight)
+        if accumulation == 1 or not compares(task):
+            return _accumulated(gradient_of, accumulation, params, batch, key, weight)
+        comparing = cast(Comparing, task)
+
+        def represented(item: tuple[Batch, jax.Array]) -> Batch:
+            return comparing.represent(forward_of(model, params), item[0], jax.random.fold_in(key, item[1]))
+
+        parts = jax.lax.map(represented, (_in_parts(batch, accumulation), jnp.arange(accumulation)))
+        found = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+        def loss_of(found: Batch) -> tuple[jax.Array, Sums]:
+            sums = comparing.compare(found, batch)
+            return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
+
+        pulled, sums = jax.grad(loss_of, has_aux=True)(found)
+        return _accumulated(
+            pulled_back,
+            accumulation,
+            params,
+            batch | {_PULLED + name: value for name, value in pulled.items()},
+            key,
+            weight,
+        )[0], sums
 
     return gradient
+
+
+def compares(task: Task) -> bool:
+    """Whether a task's loss compares the rows of a batch with each other (:class:`~jaxft.tasks.contract.Comparing`)."""
+    return hasattr(task, "represent")
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+    """[parts, rows, ...]: part i takes rows i::parts, so that each device keeps the rows it has."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _accumulated(
@@ -63,8 +114,7 @@ def _accumulated(
     """Gradients of the trained leaves and sums of a batch, over ``accumulation`` micro-batches in turn."""
     if accumulation == 1:
         return gradient_of(params, batch, key, weight)
-    # Micro-batch i takes rows i::k, so that each device keeps the rows it has.
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = _in_parts(batch, accumulation)
     shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], micro), key, weight)
     # In bfloat16, small micro-batches would be rounded away beside the total.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)

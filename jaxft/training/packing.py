@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.batch import Fields, Shape
 from jaxft.data.examples import Examples, Split
@@ -30,6 +31,11 @@ def counts_texts(fields: Fields) -> bool:
       fields: of batches of one text a row.
     """
     return TEXTS in packed_fields(fields)["weights"].axes
+
+
+def row_length(config: RunConfig) -> int:
+    """Tokens of the longest row that a run can have: ``data.max_length`` for each text that its task puts into one."""
+    return config.data.max_length * tasks.texts_of_row(config.task)
 
 
 def rows_of_batch(split: Examples, size: int) -> int:
@@ -64,8 +70,8 @@ def refuse_unknown_rows(config: RunConfig, fields: Fields) -> None:
 
 
 def packed(split: Split, config: RunConfig, note: Note) -> Packed:
-    """The texts of a split in rows of ``data.max_length`` tokens; says how full they are."""
-    length = config.data.max_length
+    """The texts of a split in rows of :func:`row_length` tokens; says how full they are."""
+    length = row_length(config)
     made = pack(split, length)
     tokens = made.sizes("length").sum()
     note(
@@ -77,7 +83,7 @@ def packed(split: Split, config: RunConfig, note: Note) -> Packed:
 
 def _in_buckets(split: Split, config: RunConfig) -> tuple[list[Shape], int]:
     """The shapes of a run's first batches without packing, and how many tokens these hold that are no padding."""
-    buckets = make_buckets(config.data.buckets, config.data.max_length)
+    buckets = make_buckets(config.data.buckets, row_length(config))
     batches = Batches(split, config.train.batch_size, buckets, config.train.seed)
     shapes = [batches.shape_of(step) for step in range(min(_LOOKED_AT, batches.steps_per_epoch))]
     tokens = sum(int(split.sizes("length")[batches.rows_of(step)].sum()) for step in range(len(shapes)))
@@ -90,7 +96,7 @@ def padding_text(split: Split, config: RunConfig) -> str:
     Args:
       split: training rows.
     """
-    length = config.data.max_length
+    length = row_length(config)
     shapes, tokens = _in_buckets(split, config)
     made = pack(split, length)
     share = made.sizes("length").sum() / (len(made) * length)
@@ -110,7 +116,7 @@ def choose_packing(
       facts: of the model; None: it is not known yet, and attention is left out.
       able: whether the task can train on packed rows.
     """
-    length = config.data.max_length
+    length = row_length(config)
     shapes, tokens = _in_buckets(split, config)
     padded = sum(shape.tokens for shape in shapes)
     in_buckets = f"{1 - tokens / padded:.1%} of the tokens in buckets are padding"

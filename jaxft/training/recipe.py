@@ -42,7 +42,7 @@ from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import make_train_step
-from jaxft.trees import Axes, Params, Shapes, Shardings, Tree
+from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,11 @@ def make_recipe(
     shapes, axes = shapes_and_axes(model)
     check_split(mesh, rules, shapes, axes, config.mesh.replicate)
     schedule = make_schedule(config.optim, total_steps)
-    freeze = (*config.optim.freeze, *adapters.frozen_paths(model, config.model.lora, bool(targets.labels)))
+    freeze = (
+        *config.optim.freeze,
+        *adapters.frozen_paths(model, config.model.lora, bool(targets.labels)),
+        *_unread(task, shapes),
+    )
     optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
     shardings = shardings_of(mesh, rules, shapes, axes)
     fields = module.fields(config, tokenizer.pad_id)
@@ -207,10 +211,16 @@ def make_recipe(
     )
 
 
+def _unread(task: Task, shapes: Shapes) -> tuple[str, ...]:
+    """The paths of parameters that the task never reads, which decay would wear away."""
+    unread = tuple(getattr(task, "unread", ()))
+    return tuple(path for path in paths_of(shapes) if any(f"/{one}/" in f"/{path}/" for one in unread))
+
+
 def _check_tells_texts_apart(config: RunConfig, model: Model, fields: Fields, family: str) -> None:
     """Raises UserError if a model answers once a row, where each text of a row has labels of its own."""
     inputs, head = model.facts.inputs, models.family(family).HEADS[model.head]
-    if "starts" in fields and "starts" not in inputs and head.classes != "tokens":
+    if "starts" in fields and "starts" not in inputs and head.classes == "rows":
         raise UserError(
             f"data.packing={config.data.packing}: models of the family {family} give one answer a row, not one for each of its texts; "
             "use none"

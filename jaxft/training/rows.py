@@ -55,7 +55,7 @@ def open_rows(
     data = config.data
     if data.train is None:
         raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-    fields, columns = module.fields(config, tokenizer.pad_id), module.columns(data)
+    fields, columns = module.fields(config, tokenizer.pad_id), module.columns(config)
     kept = cached("data.train", data.train)
     if kept is not None:
         train = _opened(kept, "train", config, module, tokenizer)

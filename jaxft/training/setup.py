@@ -37,7 +37,15 @@ from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
 from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
 from jaxft.training.optim import make_schedule
-from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
+from jaxft.training.packing import (
+    choose_packing,
+    counts_texts,
+    examples_in,
+    holds_texts,
+    packed,
+    row_length,
+    rows_of_batch,
+)
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 from jaxft.trees import Params, leaves_of, map_paths
@@ -132,6 +140,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     with times.part("weights"):
         source = open_start(config, note)
         tokenizer = open_tokenizer(config, source)
+        folder = tokenizer.folder if source is None else source.folder
+        config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, note))
     with times.part("data"):
         found = open_rows(config, module, tokenizer, source, note)
     targets = found.targets
@@ -326,6 +336,8 @@ def _any_learnable(task: tasks.Task, split: Split) -> bool:
 
 
 def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
+    if tasks.texts_of_row(config.task) > 1:
+        return  # lengths of rows say little of those of their texts
     limit = source.family.facts(source.config).limit if source is not None else None
     buckets = buckets_of(config) if config.data.packing == "none" else ()
     if hint := advice(train, config.data.max_length, buckets, limit):
@@ -335,8 +347,8 @@ def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) 
 def buckets_of(config: RunConfig) -> tuple[int, ...]:
     """The padded lengths that a run's batches can have."""
     if config.data.packing == "best_fit":
-        return (config.data.max_length,)
-    return make_buckets(config.data.buckets, config.data.max_length)
+        return (row_length(config),)
+    return make_buckets(config.data.buckets, row_length(config))
 
 
 def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules) -> None:
@@ -353,7 +365,7 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
     parts = ways(mesh, rules, "length")
     for length in buckets_of(config):
         if length % parts:
-            key = "data.max_length" if length == config.data.max_length else "data.buckets"
+            key = "data.max_length" if length == row_length(config) else "data.buckets"
             raise UserError(
                 f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
             )
@@ -389,6 +401,6 @@ def check_lengths(config: RunConfig, limit: int | None) -> None:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
         )
-    longest = max(buckets_of(config))
-    if limit is not None and longest > limit:
-        raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit}")
+    longest, most = max(buckets_of(config)), tasks.texts_of_row(config.task)
+    if limit is not None and longest > limit * most:
+        raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit * most}")

@@ -39,6 +39,11 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
     elif name == "reranking":
         batch["labels"] = jnp.round(batch["labels"])
         logits = (scale * (2.0 * batch["labels"] - 1))[:, None]
+    elif name == "embedding":  # each text its own direction; a partner that of its text, or of another one
+        kind = np.arange(len(batch["mask"]))[:, None] + (np.arange(2) * (0 if scale > 0 else 1))
+        seen = jnp.asarray(kind % len(kind))[jnp.arange(len(kind))[:, None], jnp.maximum(batch["segments"] - 1, 0)]
+        batch["texts"] = jnp.arange(2 * len(kind)).reshape(-1, 2)
+        logits = jax.nn.one_hot(seen, len(kind)) + 0.01 * jax.nn.one_hot(seen // 2, len(kind))
     elif name == "multi_label":
         logits = scale * (2.0 * batch["labels"] - 1)
     elif name == "question_answering":

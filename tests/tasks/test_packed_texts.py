@@ -17,6 +17,8 @@ from tiny_run import overrides
 
 from jaxft import models, tasks
 from jaxft.config import MeshConfig, RunConfig
+from jaxft.config.tasks import task_options
+from jaxft.config.tasks.embedding import Config as EmbeddingConfig
 from jaxft.data.batch import HostBatch, Shape, collate
 from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.packing import CLASSES, pack
@@ -24,7 +26,7 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, shardings_of
-from jaxft.tasks import classification, collected
+from jaxft.tasks import classification, collected, embedding, regression, reranking
 from jaxft.training.gradients import of_batch
 from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
@@ -36,6 +38,12 @@ LABELS = {
     "multi_label": ("a", "b", "c"),
     "regression": ("score",),
     "reranking": ("score",),
+    "embedding": (),
+}
+LEARNT: dict[str, Any] = {
+    "regression": regression.Task,
+    "reranking": reranking.Task,
+    "embedding": lambda: embedding.Task(EmbeddingConfig(pooling="mean", directions="both")),
 }
 HOW: dict[str, dict[str, Any]] = {
     "one device": {},
@@ -48,6 +56,7 @@ QUICK = {
     ("modernbert", "classification", "one device"),
     ("bert", "token_classification", "2x2x2 in two parts"),
     ("bert", "multi_label", "one device"),
+    ("bert", "embedding", "2x2x2 in two parts"),
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
@@ -72,6 +81,15 @@ def texts_of(task: str) -> Split:
             return found | {"labels": rng.integers(0, 2, 3).astype(np.int32)}
         if task == "reranking":
             return found | {"labels": np.array(rng.random(), np.float32), "query": np.array(number % 7, np.int32)}
+        if task == "embedding":
+            first = (length + 1) // 2  # of the text; the partner may be of no token
+            second = np.arange(length) >= first
+            return found | {
+                "segments": (1 + second).astype(np.int32),
+                "positions": (np.arange(length) - first * second).astype(np.int32),
+                "starts": np.array([0, min(first, length - 1)], np.int32),
+                "texts": np.array([2 * number, 2 * number + 1], np.int32),
+            }
         if task == "regression":
             return found | {"labels": np.array(rng.normal(), np.float32)}
         words = {"word": np.arange(length, dtype=np.int32), "counts": np.ones(length, np.int32)}
@@ -79,12 +97,12 @@ def texts_of(task: str) -> Split:
             found | words | {"labels": rng.integers(-1, 3, length).astype(np.int32), "row": np.array(number, np.int32)}
         )
 
-    fields = tasks.task(task).fields(RunConfig(), 0)
+    fields = tasks.task(task).fields(RunConfig(task=task_options(task)(name=task)), 0)
     return make_split("train", (Encoded(example(i), i) for i in range(TEXTS)), fields)
 
 
 def batch_of(split: Examples, rows: int) -> HostBatch:
-    sizes = {str(axis) for field in split.fields.values() for axis in field.axes[1:]}
+    sizes = {axis for field in split.fields.values() for axis in field.axes[1:] if isinstance(axis, str)}
     long = {axis: int(split.sizes(axis).max()) for axis in sorted(sizes)}
     shape = Shape(rows, tuple((axis, size if axis == CLASSES else max(size, ROOM)) for axis, size in long.items()))
     return collate([split[i] for i in range(len(split))], split.fields, shape)
@@ -99,7 +117,7 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     model: Any = module.Model(config, tasks.task(task).Task.head, Compute(layers="scanned"))
     rng = np.random.default_rng(1)  # away from fresh parameters, whose answers are all alike
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), init_params(model, 0))
-    learnt = tasks.task(task).Task(*([] if task in ("regression", "reranking") else [LABELS[task]]))
+    learnt = LEARNT[task]() if task in LEARNT else tasks.task(task).Task(LABELS[task])
     if task == "classification":
         learnt = dataclasses.replace(learnt, class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1)
     apart = texts_of(task)

@@ -201,13 +201,13 @@ class Model(nn.Module):
             one. In a program, which cannot know how many places are filled, tokens beyond the last one give NaN.
 
         Raises:
-          UserError: S is beyond ``max_position_embeddings``, or the cache's places; an argument that there is not, two keys, or
-            a mesh of explicit axes; segments or attentions with a cache.
+          UserError: S is beyond ``max_position_embeddings`` and no positions are given, or beyond the cache's places; an argument that
+            there is not, two keys, or a mesh of explicit axes; segments or attentions with a cache.
         """
         key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, *_OPTIONS))
         head = head_named("llama", self.head, HEADS)
         c, (b, s) = self.config, tokens.shape
-        if s > c.max_position_embeddings:
+        if positions is None and s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions

@@ -265,12 +265,13 @@ class Model(nn.Module):
           attentions: whether to give the probabilities of attention, before dropout, computed apart from the backend.
 
         Raises:
-          UserError: S is beyond ``max_position_embeddings``; an argument that there is not, two keys, or a mesh of explicit axes.
+          UserError: S is beyond ``max_position_embeddings`` and no positions are given; an argument that there is not, two keys, or
+            a mesh of explicit axes.
         """
         key = checked_call(self, tokens, key, unknown, (*self.facts.inputs, "key", "hidden_states", "attentions"))
         head = head_named("modernbert", self.head, HEADS)
         c, (b, s) = self.config, tokens.shape
-        if s > c.max_position_embeddings:
+        if positions is None and s > c.max_position_embeddings:
             raise UserError(f"sequence length {s} is beyond the model's limit of {c.max_position_embeddings} positions")
         positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
