@@ -308,7 +308,8 @@ def head_of(names: Collection[str], heads: Mapping[str | None, Head]) -> str | N
     """The head that tensor names show, of several the first; a name that ``heads`` lacks is one that is not supported, or several
     that have the same tensors."""
     marked = {name: head.marks for name, head in heads.items() if name and head.marks}
-    known = {**FOREIGN_HEADS, **marked}
+    foreign = {name: marks for name, marks in FOREIGN_HEADS.items() if marks not in marked.values()}
+    known = {**foreign, **marked}
     for marks in known.values():
         if _shown(marks, names):
             return " or ".join(name for name, others in known.items() if others == marks)

@@ -78,6 +78,23 @@ class FirstTokenClasses(nn.Module):
         return Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, name="linear")(x)
 
 
+class LastTokenClasses(nn.Module):
+    """One linear map of the last token's vector, the only one of a decoder that has seen the whole text: logits [B, C], or [B, E, C] for
+    the texts of packed rows."""
+
+    width: int
+    classes: int
+    compute: Compute
+    initial: Initializer
+
+    @nn.compact
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *texts C"]:
+        del key
+        x, shape = last_of_texts(seen.hidden, seen.mask, seen.segments, seen.starts), (self.width, self.classes)
+        linear = Linear(shape, ("embed", "classes"), exact(self.compute), self.initial, biased=False, name="linear")
+        return linear(x)
+
+
 class TokenClasses(nn.Module):
     """Dropout and one affine map of every token's vector: logits [B, S, C]."""
 
@@ -214,6 +231,24 @@ class DenseClasses(nn.Module):
 def first_of_texts(hidden: Float[Array, "B S D"], starts: Integer[Array, "B E"] | None) -> Float[Array, "B *texts D"]:
     """The vector of each row's first token, [B, D]; with ``starts``, of the first one of each text of packed rows, [B, E, D]."""
     return hidden[:, 0] if starts is None else jnp.take_along_axis(hidden, starts[..., None], axis=1)
+
+
+def last_of_texts(
+    hidden: Float[Array, "B S D"],
+    mask: Shaped[Array, "B S"] | None,
+    segments: Integer[Array, "B S"] | None,
+    starts: Integer[Array, "B E"] | None,
+) -> Float[Array, "B *texts D"]:
+    """The vector of the last token of each row that is no padding, [B, D]; of packed rows, of the first text, or, with ``starts``, of each
+    text, [B, E, D]. Arguments as of :func:`mean_of_texts`."""
+    there = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
+    places = jnp.arange(hidden.shape[1])
+    if segments is None:
+        return first_of_texts(hidden, jnp.where(there, places, 0).max(1)[:, None])[:, 0]
+    numbers = jnp.arange(1, (1 if starts is None else starts.shape[1]) + 1)
+    chosen = there[:, None] & (segments[:, None] == numbers[:, None])
+    last = first_of_texts(hidden, jnp.where(chosen, places, 0).max(2))
+    return last[:, 0] if starts is None else last
 
 
 def mean_of_texts(

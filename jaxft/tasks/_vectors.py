@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxft.models.heads import first_of_texts, mean_of_texts
+from jaxft.models.heads import first_of_texts, last_of_texts, mean_of_texts
 from jaxft.tasks.contract import Array, Batch
 
 POOLINGS = ("mean", "cls", "last", "weighted")
@@ -28,10 +28,10 @@ def text_vectors(how: str, hidden: Array, batch: Batch) -> Array:
         return first_of_texts(hidden, starts)
     if how == "mean":
         return mean_of_texts(hidden, None, segments, starts)
+    if how == "last":
+        return last_of_texts(hidden, None, segments, starts)
     numbers = jnp.arange(1, starts.shape[1] + 1)
     chosen = segments[:, None] == numbers[:, None]
-    if how == "last":
-        return first_of_texts(hidden, jnp.maximum(starts + chosen.sum(-1) - 1, 0))
     weights = jnp.where(chosen, batch["positions"][:, None] + 1, 0).astype(jnp.float32)
     sums = jnp.einsum("bes,bsd->bed", weights, hidden, precision="highest")
     return sums / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)

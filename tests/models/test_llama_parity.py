@@ -62,7 +62,7 @@ def reference(config: llama.Config, head: str | None) -> Any:
     torch.manual_seed(0)
     tree = llama.config_to_hf(config)
     model = getattr(transformers, architecture_of(llama, head))(
-        transformers.LlamaConfig(attn_implementation="eager", **tree)
+        transformers.LlamaConfig(attn_implementation="eager", num_labels=config.num_labels, **tree)
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,6 +102,37 @@ def test_values_loss_and_gradients(variant: str, tmp_path: Path) -> None:
     close(value, wanted.loss, "loss")
     named = dict(theirs.named_parameters())
     for tensor in export_tensors(gradient, llama.hf_layout(config, "causal_lm"), bare=False):
+        close(tensor.read(), named[tensor.name].grad, tensor.name)
+
+
+@pytest.mark.parametrize("head", ["classification", "token_classification"])
+def test_values_and_gradients_of_classes(head: str, tmp_path: Path) -> None:
+    # The reference takes the last token that is no padding by its id: id 0 is nowhere else.
+    config = dataclasses.replace(BASE, pad_token_id=0, num_labels=5, classifier_dropout=0.0)
+    theirs = reference(config, head)
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"), lambda text: pytest.fail(text))
+    assert (source.head, source.classes) == (head, 5)
+    model = llama.Model(source.config, head)
+    params = load_params(source, model, lambda text: pytest.fail(text))
+
+    batch = example_batch(llama.facts(config), 4)
+    mask = batch["mask"].astype(bool)
+    inputs = {"input_ids": batch["tokens"], "attention_mask": batch["mask"]}
+    wanted = theirs(**{name: torch.tensor(value.astype(np.int64)) for name, value in inputs.items()}).logits
+    wanted = wanted if head == "classification" else wanted[mask]
+    weights = np.random.default_rng(0).normal(size=wanted.shape).astype(np.float32)
+    (wanted * torch.tensor(weights)).sum().backward()
+
+    def product(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = apply_model(model, params, jax.tree.map(jnp.asarray, batch), None).logits
+        logits = logits if head == "classification" else logits[mask]
+        return (logits * weights).sum(), logits
+
+    (_, logits), gradient = jax.value_and_grad(product, has_aux=True)(params)
+    close(logits, wanted, "logits")
+    named = dict(theirs.named_parameters())
+    for tensor in export_tensors(gradient, llama.hf_layout(source.config, head), bare=False):
         close(tensor.read(), named[tensor.name].grad, tensor.name)
 
 

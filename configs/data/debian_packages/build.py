@@ -1,9 +1,10 @@
-"""Real rows with several labels from the package lists of a Debian or Ubuntu machine: what a package is, and its tags.
+"""Real rows from the package lists of a Debian or Ubuntu machine: what a package is, its tags, and its long description.
 
-    apt-cache dumpavail | python configs/data/debian_packages/build.py FOLDER
+    (apt-cache dumpavail; cat /var/lib/apt/lists/*_Translation-en) | python configs/data/debian_packages/build.py FOLDER
 
 FOLDER gets tags_train.jsonl and tags_test.jsonl: ``text``, name and short description, and ``tags``, the debtags that at least 300
-packages have. One source package in ten is held out: packages of one source (libfoo1, libfoo-dev) are alike, and all on one side. Equal
+packages have; and descriptions_train.jsonl and descriptions_test.jsonl: the ``short`` and the ``long`` description, from the lists of
+translations (where apt has none: ``sudo apt-get -o Acquire::Languages=en update``). One source package in ten is held out: packages of one source (libfoo1, libfoo-dev) are alike, and all on one side. Equal
 texts are there once. Nothing is downloaded; the lists' licence is that of the distribution, so no rows are kept here.
 """
 
@@ -59,14 +60,33 @@ def write(folder: Path, name: str, rows: list[tuple[bool, dict[str, object]]]) -
         print(f"{name}_{part}.jsonl: {len(kept)} rows")
 
 
+def descriptions(
+    stanzas: list[dict[str, str]], sources: dict[str, dict[str, str]]
+) -> list[tuple[bool, dict[str, object]]]:
+    """Short and long descriptions, each long one once; of packages that are there.
+
+    Args:
+      sources: the packages by the hash of their description.
+    """
+    rows: dict[str, tuple[bool, dict[str, object]]] = {}
+    for one in stanzas:
+        package = sources.get(one.get("Description-md5", ""))
+        short, _, rest = one.get("Description-en", "").partition("\n")
+        long = " ".join(line.strip() for line in rest.split("\n") if line.strip() != ".")
+        if package is not None and long:
+            row: dict[str, object] = {"short": short, "long": long}
+            rows.setdefault(long, (is_test(package), row))
+    return list(rows.values())
+
+
 def main() -> None:
     """Reads package lists from standard input."""
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(packages(sys.stdin), key=lambda package: package.get("Package", ""))
-    found = [package for package in found if package.get("Package") and package.get("Description")]
+    stanzas = sorted(packages(sys.stdin), key=lambda package: package.get("Package", ""))
+    found = [package for package in stanzas if package.get("Package") and package.get("Description")]
     tags = {
         package["Package"]: package.get("Tag", "").replace("\n", " ").replace(",", " ").split() for package in found
     }
@@ -80,6 +100,8 @@ def main() -> None:
             short = package["Description"].split("\n")[0]
             rows.append((is_test(package), {"text": f"{package['Package']}: {short}", "tags": mine}))
     write(folder, "tags", rows)
+    sources = {package["Description-md5"]: package for package in found if "Description-md5" in package}
+    write(folder, "descriptions", descriptions(stanzas, sources))
 
 
 if __name__ == "__main__":

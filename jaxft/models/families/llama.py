@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023), as `transformers` computes it (`LlamaModel`, `LlamaForCausalLM`).
+"""Llama (Touvron et al. 2023), as `transformers` computes it (`LlamaModel`, `LlamaForCausalLM`, and its classes for texts and tokens).
 
 Dims: B batch, S length, D model width, N query heads, K key/value heads, H head size, F MLP width, V vocabulary, L layers.
 """
@@ -35,8 +35,8 @@ from jaxft.models.block_files import LLAMAS
 from jaxft.models.blocks import GatedMlp, KeysAndValues, RotaryAttention
 from jaxft.models.caches import Cache
 from jaxft.models.checks import check_fields
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
-from jaxft.models.heads import Vocabulary, normal
+from jaxft.models.contract import STARTS, Facts, Features, Head, Output, Stack, head_named, text_inputs
+from jaxft.models.heads import LastTokenClasses, TokenClasses, Vocabulary, dense_rules, normal
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 from jaxft.models.rotary_files import SUPERSEDED_KEYS, rotary_from_hf, rotary_to_hf
 
@@ -70,11 +70,14 @@ class Config:
     pad_token_id: int | None = None
     """Its embedding is never trained through look-ups, as with torch's ``padding_idx``."""
     tie_word_embeddings: bool = False
+    num_labels: int = 2
+    classifier_dropout: float | None = None
+    """Of what classifies tokens. None: 0.1, as the reference has it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        sizes = (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim")
-        check_fields(self, sizes, ("attention_dropout",), ("hidden_act",))
+        sizes = (*sizes, "max_position_embeddings", "num_key_value_heads", "head_dim", "num_labels")
+        check_fields(self, sizes, ("attention_dropout", "classifier_dropout"), ("hidden_act",))
         if self.num_attention_heads % self.key_heads:
             raise UserError(
                 f"model.arch: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -86,6 +89,10 @@ class Config:
             )
         if self.head_size % 2:
             raise UserError(f"model.arch: the head size {self.head_size} must be even for rotary positions")
+
+    @property
+    def class_dropout(self) -> float:
+        return 0.1 if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def head_size(self) -> int:
@@ -148,6 +155,22 @@ def _causal_lm_rules(config: Config) -> tuple[Rule, ...]:
 
 HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
+    "token_classification": Head(
+        "ForTokenClassification",
+        lambda c, compute, name: TokenClasses(
+            c.hidden_size, c.num_labels, c.class_dropout, compute, normal(c), name=name
+        ),
+        lambda c: dense_rules("head/linear", "score"),
+        marks=("score.weight", "score.bias"),
+        classes="tokens",
+    ),
+    "classification": Head(
+        "ForSequenceClassification",
+        lambda c, compute, name: LastTokenClasses(c.hidden_size, c.num_labels, compute, normal(c), name=name),
+        lambda c: dense_rules("head/linear", "score", biased=False),
+        marks=("score.weight",),
+        classes="rows",
+    ),
     "causal_lm": Head(
         "ForCausalLM",
         lambda c, compute, name: Vocabulary(
@@ -179,6 +202,7 @@ class Model(nn.Module):
         mask: Shaped[Array, "B S"] | None = None,
         positions: Integer[Array, "B S"] | None = None,
         segments: Integer[Array, "B S"] | None = None,
+        starts: Integer[Array, "B E"] | None = None,
         targets: Integer[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
         hidden_states: bool = False,
@@ -193,6 +217,7 @@ class Model(nn.Module):
           mask: 0 or False where a token is padding. None: nothing is.
           positions: of the tokens. None: 0..S-1 in each row; with a cache, padding apart, they count on.
           segments: for packed rows, 0 is padding; tokens see only their own segment.
+          starts: where each text of packed rows begins; logits of rows are then those of texts.
           targets: the next tokens; used where ``compute.vocab_tile`` is set.
           key: dropout key; so is ``rngs={"dropout": key}`` of ``apply``. None: deterministic.
           hidden_states: whether to give what went into the first layer and came out of each, too.
@@ -239,7 +264,8 @@ class Model(nn.Module):
         more = {"hidden_states": states, "attentions": looked, "cache": cache}
         if head.make is None:
             return Output(hidden, **more)
-        made = head.make(c, self.compute, "head")(Features(hidden, table=embed.embedding, targets=targets), None)
+        features = Features(hidden, None, embed.embedding, targets, starts, mask, segments)
+        made = head.make(c, self.compute, "head")(features, subkey(key, 2))
         if isinstance(made, TokenScore):
             return Output(hidden, score=made, **more)
         return Output(hidden, logits=made, **more)
@@ -261,7 +287,7 @@ def _attentions(
 def facts(config: Config) -> Facts:
     """What the rest of jaxft may know of a decoder."""
     limit = config.max_position_embeddings
-    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="length")
+    inputs = text_inputs(config.vocab_size, config.pad_token_id, limit, scored="length", starts=STARTS)
     sizes = (config.hidden_size, config.num_attention_heads, config.key_heads, config.head_size)
     stack = Stack("layers", config.num_hidden_layers, *sizes, causal=True)
     return Facts(inputs, (stack,), config.max_position_embeddings)
@@ -273,6 +299,7 @@ _SAME_NAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range"),
     *("rms_norm_eps", "attention_bias", "mlp_bias", "attention_dropout", "pad_token_id", "tie_word_embeddings"),
+    "classifier_dropout",
 )
 SUPERSEDED = SUPERSEDED_KEYS
 
@@ -298,14 +325,19 @@ def config_to_hf(config: Config) -> dict[str, object]:
 
 def hf_layout(config: Config, head: str | None) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
-    leftovers = ("*rotary_emb.inv_freq", "lm_head.*")
+    leftovers = ("*rotary_emb.inv_freq", "lm_head.*", "score.*")
     return Layout(_rules(config, head), "model.", (), leftovers, ("head/*",))
 
 
 def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
     # transformers ties the two only where they are equal, whatever config.json says.
-    return {"tie_word_embeddings": False} if has_own(weights, "lm_head.weight", "embed_tokens.weight") else {}
+    said: dict[str, object] = {}
+    if has_own(weights, "lm_head.weight", "embed_tokens.weight"):
+        said["tie_word_embeddings"] = False
+    if "score.weight" in weights.names():
+        said["num_labels"] = weights.shape("score.weight")[0]
+    return said
 
 
 def _rules(config: Config, head: str | None) -> tuple[Rule, ...]:
