@@ -97,7 +97,7 @@ class DataConfig:
     """Where rows come from and how they become batches."""
 
     train: str | tuple[str, ...] | None = None
-    """A .csv, .tsv, .jsonl or .parquet file (``.gz`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
+    """A .csv, .tsv, .jsonl, .json or .parquet file (``.gz`` and ``.zst`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
     the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a folder of class
     folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone (docs/data.md)."""
     eval: str | tuple[str, ...] | None = None

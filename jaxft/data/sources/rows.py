@@ -85,11 +85,19 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                 blank = blank or number
                 continue
             refuse_blank(path, blank)
-            record = _json_object(line, where)
-            for name in columns:
-                if name not in record and not isinstance(name, Carried):
-                    raise missing_column(name, list(record), where)
-            yield Row(tuple(json_value(record.get(name), name, where) for name in columns), where)
+            yield record_row(_json_object(line, where), columns, where)
+
+
+def record_row(record: Mapping[str, object], columns: tuple[str, ...], where: str) -> Row:
+    """The row of a JSON object.
+
+    Raises:
+      UserError: it lacks a column, or holds there what no column can.
+    """
+    for name in columns:
+        if name not in record and not isinstance(name, Carried):
+            raise missing_column(name, list(record), where)
+    return Row(tuple(json_value(record.get(name), name, where) for name in columns), where)
 
 
 def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
