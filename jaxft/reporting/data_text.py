@@ -32,6 +32,23 @@ def label_lines(labels: Sequence[str], counts: Sequence[int], *, block: str = "â
     return [*lines, *([f"  and {len(rest)} more, {sum(counts[i] for i in rest):,} in all"] if rest else [])]
 
 
+def part_lines(labels: Sequence[str], parts: Mapping[str, Sequence[int]]) -> list[str]:
+    """How often each label occurs in each split, and its share there; of many, those that are commonest in the first.
+
+    Args:
+      parts: by name of the split, the number of its rows of each label.
+    """
+    first = next(iter(parts.values()))
+    order = sorted(range(len(labels)), key=lambda i: (-first[i], i))[:_MOST_LABELS]
+    wide = max((len(labels[i]) for i in order), default=0)
+    totals = {name: max(sum(counts), 1) for name, counts in parts.items()}
+    lines = [" " * (wide + 2) + "".join(f"{name:>17}" for name in parts)]
+    for i in order:
+        cells = (f"{counts[i]:9,} {counts[i] / totals[name]:7.1%}" for name, counts in parts.items())
+        lines.append(f"  {labels[i]:{wide}}" + "".join(cells))
+    return [*lines, *([f"  and {len(labels) - len(order)} more"] if len(order) < len(labels) else [])]
+
+
 def length_lines(sizes: np.ndarray, buckets: Sequence[int], *, block: str = "â–ˆ") -> list[str]:
     """How many rows fit each padded length and none that is shorter.
 
