@@ -103,9 +103,9 @@ def test_what_a_run_will_see_of_its_splits(home: Path, capsys: pytest.CaptureFix
         "train.json: data.label_map: 'x' is 'X' (20 rows)",
         "train.json: held out by whole groups: eval 1 of 15 groups, 7.5% of the rows",
         "more.json: 1 of 6 rows have no label and are left out",
-        "1 of the 2 groups of test are groups of train as well",
+        "2 of the 2 groups of test are groups of train as well",
         "test: 4 rows, ",
-        "labels of rows by split:\n                train             eval             test\n  ",
+        f"labels of rows by split:\n{'train':>20}{'eval':>17}{'test':>17}\n  ",
         "duplicates: 0 training rows were there before; 0 of 3 held-out rows",
         "4 of 4 test rows are training rows as well",
     ):

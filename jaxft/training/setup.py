@@ -19,11 +19,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
-from jaxft.data.cache import Cache
-from jaxft.data.duplicates import duplicates
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
-from jaxft.data.lengths import advice, lengths_text
+from jaxft.data.lengths import advice
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
@@ -39,7 +37,8 @@ from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, ma
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import choose_packing, counts_texts, examples_in, holds_texts, packed, rows_of_batch
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
-from jaxft.training.rows import Rows, open_rows
+from jaxft.training.rows import open_rows
+from jaxft.training.rows_said import report_data
 from jaxft.trees import Params, leaves_of, map_paths
 
 
@@ -144,7 +143,7 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         found = open_rows(config, module, tokenizer, source, note)
     targets = found.targets
     fresh_head = _fresh_head(config, source, module, targets, note)
-    _report_data(found, config, note)
+    report_data(found, config, note)
     _advise(found.train, config, source, note)
     texts = tuple(split for split, _ in found.splits)
     if config.data.packing == "auto":
@@ -299,39 +298,6 @@ def _fresh_head(
 
 def _in_list(names: Sequence[str]) -> str:
     return f"[{listed(map(repr, names))}]"
-
-
-def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
-    for split, rows in found.splits:
-        note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
-    _warn_of_duplicates(found, note)
-    targets = found.targets
-    if not targets.labels:
-        return
-    if not targets.counts:
-        numbers = found.train.columns["labels"]
-        note(f"{targets.labels[0]}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}")
-        if numbers.min() == numbers.max():
-            note("warning: all training rows have the same number: there is nothing to learn")
-        return
-    note(f"labels: {listed(targets.labels)}")
-    what = "word" if found.train.axis("labels") == "length" else "row"
-    for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
-        few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
-        if few:
-            note(f"warning: {said} label {listed(few)}")
-
-
-def _warn_of_duplicates(found: Rows, note: Note) -> None:
-    """Says how many held-out rows are training rows too; rows of a token cache are not read for it."""
-    for split in (part.split for part in found.held_out):
-        if isinstance(found.train, Cache) or isinstance(split, Cache):
-            continue
-        what = "held-out" if split.name == "eval" else split.name
-        if copies := len(duplicates(found.train, split).shared):
-            note(
-                f"warning: {copies} of {len(split)} {what} rows are training rows as well: scores say less of new texts (jaxft data)"
-            )
 
 
 def _check_learnable(task: tasks.Task, train: Split, held: Sequence[Split], config: RunConfig, note: Note) -> None:
