@@ -221,6 +221,8 @@ def _report(ready: Setup, result: Result, tested: Mapping[str, object] | None, o
         print(f"\ntest, with the parameters of step {result.best_step}:")
         print(report_text(tested, ready.targets.labels, [], width))
         written += write_report(out, tested, ready.targets.labels, [], split="test")
+    elif (out / "metrics_test.json").exists():
+        print(f"\nwarning: {out / 'metrics_test.json'} is of an earlier part of this run, which had a test")
     peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:

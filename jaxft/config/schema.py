@@ -135,7 +135,8 @@ class DataConfig:
     1.0 and "1" are one label, as are true and "True" (jaxft/data/labels.py has the rule)."""
     label_map: dict[str, str | None] | None = None
     """Other names for labels of the data, before anything else looks at them: ``{pos: positive, Positive: positive, unsure: null}``.
-    Several labels may become one; rows of a label that is null are left out and counted. Labels that it does not name stay as they are."""
+    Several labels may become one; rows of a label that is null are left out and counted (of several labels, such a one is taken off
+    its rows). Labels that it does not name stay as they are."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
     max_length: int = 128

@@ -23,7 +23,8 @@ class RowRules:
         self._config, self._shown = config, shown
         self._texts = tuple(column for column in columns if column.is_text)
         self._labels = [(i, column.name, column.kind) for i, column in enumerate(columns) if not column.is_text]
-        self._map = label_map(config.label_map)
+        # A task whose rows have several labels renames them itself.
+        self._map = label_map(config.label_map) if any(kind == "label" for _, _, kind in self._labels) else {}
         self._mapped = dict.fromkeys(self._map, 0)
         self._rows = self._kept = self._without_text = self._without_label = 0
         self._any_text = False
