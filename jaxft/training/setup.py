@@ -234,13 +234,16 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
 
 def _check_row_rules(config: RunConfig, module: tasks.TaskModule) -> None:
     """Raises UserError if labels are to be renamed, or rows without any left out, that the task does not read."""
-    kinds, name = {column.kind for column in module.columns(config.data)}, config.task.name
-    if config.data.label_map is not None and "label" not in kinds and not getattr(module, "LABEL_MAP", False):
+    data, name = config.data, config.task.name
+    if data.label_map is None and data.missing_label == "refuse":
+        return  # columns need not be known where nothing is read, as by `predict` on texts of the command line
+    kinds = {column.kind for column in module.columns(data)}
+    if data.label_map is not None and "label" not in kinds and not getattr(module, "LABEL_MAP", False):
         raise UserError(
-            f"data.label_map={config.data.label_map}: renames labels of whole rows, which {name} does not read; leave it out"
+            f"data.label_map={data.label_map}: renames labels of whole rows, which {name} does not read; leave it out"
         )
-    if config.data.missing_label != "refuse" and kinds <= {"text", "words"}:
-        raise UserError(f"data.missing_label={config.data.missing_label}: rows of {name} need no label; leave it out")
+    if data.missing_label != "refuse" and kinds <= {"text", "words"}:
+        raise UserError(f"data.missing_label={data.missing_label}: rows of {name} need no label; leave it out")
 
 
 def steps_per_epoch(config: RunConfig, train: Examples) -> int:
