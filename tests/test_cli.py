@@ -42,7 +42,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(folder / "bare", num_hidden_layers=1)
     write_csv(folder / "train.csv", rows(40))
     write_csv(folder / "eval.csv", rows(21, seed=1))
-    at = [f"model.init={folder}/base", f"data.train={folder}/train.csv", f"data.eval={folder}/eval.csv"]
+    write_csv(folder / "test.csv", rows(13, seed=2))
+    at = [f"model.init={folder}/base", *(f"data.{name}={folder}/{name}.csv" for name in ("train", "eval", "test"))]
     assert main(["train", *USUAL, *at, "data.labels=[thing,animal]", "train.steps=4", f"train.out={folder}/run"]) == 0
     return folder
 
@@ -121,6 +122,24 @@ def test_eval_gives_the_metrics_of_the_run(home: Path, tmp_path: Path, capsys: C
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
     assert found == expected
     assert found["rows"] == 21
+
+
+def test_eval_of_the_test_gives_the_scores_of_the_run(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    code, out, _ = run(capsys, "eval", home / "run", "--split", "test", "--out", tmp_path)
+    assert (code, "test: 13 rows" in out) == (0, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics_test.json", "confusion_test.png"}
+    found, expected = (json.loads((at / "metrics_test.json").read_text()) for at in (tmp_path, home / "run"))
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+    assert found == expected
+    assert found["rows"] == 13
+
+
+def test_eval_finds_the_rows_that_a_run_held_out(home: Path, capsys: Capture) -> None:
+    asked = ["eval", home / "run", "data.eval=null", "data.test=null", "data.test_fraction=0.2"]
+    code, out, err = run(capsys, *asked, "--split", "test")
+    assert (code, "test: 8 rows" in out) == (0, True)
+    assert "held out at random: 0.1 for eval, 0.2 for test of each label" in err
+    assert "data.test is not set; name the labelled rows" in refusal(capsys, *asked[:-1], "--split", "test")
 
 
 def test_eval_does_not_depend_on_the_batch_size(home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -56,7 +56,7 @@ def test_bars_and_counts() -> None:
     ]
     many = label_lines([str(i) for i in range(50)], list(range(50)))
     assert len(many) == 30
-    assert many[0].split()[:2] == ["49", "49"]
+    assert many[0].split()[:3] == ["49", "49", "4.0%"]  # of all, not of those that are shown
     assert many[-1] == f"  and 21 more, {sum(range(21))} in all"
     lines = length_lines(np.array([1, 8, 9, 16, 33]), (8, 16, 32, 64), block="#")
     assert [line.split()[:2] for line in lines] == [["1-8", "2"], ["9-16", "2"], ["33-64", "1"]]

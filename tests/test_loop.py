@@ -180,6 +180,19 @@ def test_a_run_learns_and_logs(whole: tuple[Run, Path]) -> None:
     assert run.result.metrics["rows"] == 21
 
 
+def test_a_test_is_scored_at_the_end_and_changes_nothing(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
+    """The training rows stand for a test: the held-out scores of a run that holds them out."""
+    test = dataclasses.replace(in_memory(ready.setup.train), name="test")
+    tested = Ready(dataclasses.replace(ready.setup, test=test), ready.programs)
+    run = fit(tested, tmp_path)
+    assert_same_end(ready, tmp_path, whole[1])
+    assert_same_result(run.result, whole[0].result)
+    scores = loop.evaluate(tested.setup, ready.programs, run.result.params, test=True)
+    swapped = dataclasses.replace(ready.setup, held_out=test)
+    assert scores == loop.evaluate(swapped, ready.programs, run.result.params)
+    assert (scores["rows"], run.result.metrics["rows"]) == (98, 21)
+
+
 @pytest.mark.parametrize("stops", [(1,), (7, 8, 20), (30,)])
 def test_resuming_is_bit_identical(
     ready: Ready, whole: tuple[Run, Path], tmp_path: Path, stops: tuple[int, ...]

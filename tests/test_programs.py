@@ -17,6 +17,7 @@ from tiny_run import config_of
 
 from jaxft.checkpoint import Checkpoints
 from jaxft.data.batch import text_shape
+from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.errors import UserError
 from jaxft.machine.threads import Ahead
 from jaxft.parallel.sharding import make_mesh
@@ -93,6 +94,27 @@ def test_the_order_is_that_of_need(ready: Setup) -> None:
     assert programs.needed(ready, batches, held_out, at)[0] == ("train", other)
     # A run that has ended needs evaluations alone.
     assert programs.needed(ready, batches, held_out, 8)[: len(evals)] == evals
+
+
+def test_a_test_of_other_lengths_has_its_programs_last(
+    ready: Setup, whole: tuple[bytes, programs.Programs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ready.held_out.sizes("length") <= 6
+    rows = (Encoded(ready.held_out[int(i)], 0) for i in short.nonzero()[0])
+    tested = dataclasses.replace(
+        ready, held_out=make_split("eval", rows, ready.held_out.fields), test=in_memory(ready.held_out)
+    )
+    begun: list[programs.Name] = []
+    made = held_back(tested, monkeypatch, whole[1], begun.append)
+    assert tuple(made.evaluate) == (SHORT, LONG)
+    assert made.compilation.wait("eval", (LONG,))
+    assert begun[-1] == ("eval", LONG)
+    assert ("eval", SHORT) in begun
+
+
+def in_memory(examples: Examples) -> Split:
+    assert isinstance(examples, Split)
+    return dataclasses.replace(examples, name="test")
 
 
 def test_training_begins_with_the_first_program_and_waits_for_the_next(

@@ -76,12 +76,14 @@ def test_a_run_file_and_overrides(run: jaxft.Trained, tmp_path: Path) -> None:
 
 
 def test_several_seeds(run: jaxft.Trained, tmp_path: Path) -> None:
-    both = jaxft.train(
-        run.config, overrides=["train.seeds=[0,1]", f"train.out={tmp_path}", "train.steps=2"], quiet=True
-    )
+    more = ["train.seeds=[0,1]", f"train.out={tmp_path}", "train.steps=2", f"data.test={run.config.data.train}"]
+    both = jaxft.train(run.config, overrides=more, quiet=True)
     assert set(both.seeds) == {0, 1}
     assert both.metrics["loss"] == pytest.approx(np.mean([one.metrics["loss"] for one in both.seeds.values()]))
     assert both.seeds[1].folder == tmp_path / "seed1"
+    assert both.test["loss"] == pytest.approx(np.mean([one.test["loss"] for one in both.seeds.values()]))
+    assert both.test["loss"] != both.metrics["loss"]
+    assert (run.test, len(both.seeds[0].test["classes"])) == ({}, 3)
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,13 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.tasks import scores_rows, task
     from jaxft.training.caching import build_caches
 
-    train, held_out = build_caches(config, Path(options.out).expanduser(), _say)
-    scored = scores_rows(task(config.task.name).Task)
-    print(f"train on them with: data.train={train} data.eval={shown(config.data.eval or '') if scored else held_out}")
+    folders = build_caches(config, Path(options.out).expanduser(), _say)
+    named = {folder.name: str(folder) for folder in folders}
+    if scores_rows(task(config.task.name).Task):  # such scores compare texts
+        named |= {name: shown(getattr(config.data, name)) for name in named if name != "train"}
+    if config.data.test_fraction is not None:
+        named["test_fraction"] = "null"
+    print("train on them with:", *(f"data.{name}={value}" for name, value in named.items()))
     return 0
 
 

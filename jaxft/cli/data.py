@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(config, source)
     folder = tokenizer.folder if source is None else source.folder
     config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, _say))
-    found = open_rows(config, module, tokenizer, source, _say)
-    for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
+    found = open_rows(config, module, tokenizer, source, print)
+    for split, rows in found.splits:
         print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
     facts, _ = planned_targets(config, source)
-    for line in _labels(found.train, found.targets):
+    for line in _labels(found):
         print(line)
     buckets = buckets_of(config)
     _lengths(config, found.train, buckets)
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         print(hint)
     _duplicates(found)
     task = module.make_task(config.task, found.targets, facts, tokenizer)
-    for split in (found.train, found.held_out):
+    for split, _ in found.splits:
         for line in tasks.remarks(task, split):
             print(line)
     _rows(found, tokenizer, options.rows)
@@ -77,16 +77,26 @@ def _block() -> str:
     return "█" if shows_blocks(sys.stdout) else "#"
 
 
-def _labels(train: Split, targets: Targets) -> list[str]:
-    from jaxft.reporting.data_text import label_lines
+def _labels(found: Rows) -> list[str]:
+    from jaxft.reporting.data_text import label_lines, part_lines
+    from jaxft.training.rows import counts_of
 
+    train, targets = found.train, found.targets
     if not targets.labels:
         return []
     if not targets.counts:
-        numbers = train.columns["labels"]
-        return ["", f"{targets.labels[0]}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}"]
+        lines = [""]
+        for split, _ in found.splits:
+            numbers = split.columns["labels"]
+            of = "" if split is train else f" ({split.name})"
+            lines.append(
+                f"{targets.labels[0]}{of}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}"
+            )
+        return lines
     what = "words" if train.axis("labels") == "length" else "rows"
-    return ["", f"labels of training {what}:", *label_lines(targets.labels, targets.counts, block=_block())]
+    lines = ["", f"labels of training {what}:", *label_lines(targets.labels, targets.counts, block=_block())]
+    parts = {split.name: counts_of(split, targets.labels) for split, _ in found.splits}
+    return [*lines, "", f"labels of {what} by split:", *part_lines(targets.labels, parts)]
 
 
 def _lengths(config: RunConfig, train: Split, buckets: tuple[int, ...]) -> None:
@@ -102,15 +112,17 @@ def _duplicates(found: Rows) -> None:
     from jaxft.data.cache import Cache
     from jaxft.data.duplicates import duplicates, duplicates_text
 
-    if isinstance(found.train, Cache) or isinstance(found.held_out, Cache):
-        print("\nduplicates: rows of a token cache are not compared")
-        return
-    copies = duplicates(found.train, found.held_out)
-    print(f"\nduplicates: {duplicates_text(copies, len(found.held_out))}")
-    if len(copies.shared):
-        print(
-            f"  for instance held-out example {copies.shared[0]} and training example {copies.twins[0]}, counted from 0"
-        )
+    print()
+    for split in (part.split for part in found.held_out):
+        what = "held-out" if split.name == "eval" else split.name
+        if isinstance(found.train, Cache) or isinstance(split, Cache):
+            print(f"duplicates: {what} and training rows are not compared where they lie in a token cache")
+            continue
+        copies = duplicates(found.train, split)
+        print(f"duplicates: {duplicates_text(copies, len(split), what)}")
+        if len(copies.shared):
+            pair = f"{what} example {copies.shared[0]} and training example {copies.twins[0]}"
+            print(f"  for instance {pair}, counted from 0")
 
 
 def _rows(found: Rows, tokenizer: Tokenizer, count: int) -> None:

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from jaxft.tasks.contract import Judging
+    from jaxft.config import RunConfig
+    from jaxft.data.cache import Cache
+    from jaxft.data.processors.contract import TextProcessor
+    from jaxft.data.sources.rows import Row
+    from jaxft.tasks.contract import Judging, TaskModule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="data.eval=my.csv, data.text=..., eval.batch_size=..."
     )
-    parser.add_argument("--out", help="folder for metrics.json and confusion.png")
+    parser.add_argument(
+        "--split",
+        choices=("eval", "test"),
+        default="eval",
+        help="the rows of data.eval (default) or data.test; of a run, without these, those that it held out",
+    )
+    parser.add_argument("--out", help="folder for metrics.json and confusion.png (of a test: metrics_test.json ...)")
     parser.add_argument(
         "--rows", metavar="FILE", help="write each row's label, prediction and probability: .csv, .tsv or .jsonl"
     )
@@ -39,14 +49,14 @@ def run(options: argparse.Namespace) -> int:
     import numpy as np
 
     from jaxft import tasks
-    from jaxft.data.encode import read_rows
+    from jaxft.data.cache import Cache
     from jaxft.data.examples import make_split
     from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
     from jaxft.inference.predict import open_model
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
-    from jaxft.training.rows import cached, open_held_out, refuse_other_labels
+    from jaxft.training.rows import refuse_other_labels
     from jaxft.training.setup import settled
     from jaxft.training.step import make_eval_step
 
@@ -55,25 +65,22 @@ def run(options: argparse.Namespace) -> int:
     config, tokenizer, labels = settled(served.config_for(module), module), served.tokenizer, served.labels
     if options.rows and not hasattr(task, "judged"):
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
-    if config.data.eval is None:
-        raise UserError("data.eval is not set; name the labelled rows, for instance data.eval=my.csv")
+    name = options.split
     refuse_other_labels(config.data.labels, labels, "the model's labels are")
-    cache = cached("data.eval", config.data.eval)
-    if cache is not None and options.rows:
+    found = _rows(name, config, module, tokenizer, labels)
+    if isinstance(found, Cache) and options.rows:
         raise UserError(
-            f"--rows: data.eval={cache} is a token cache, which holds no texts; name the rows, or leave it out"
+            f"--rows: data.{name}={found.folder} is a token cache, which holds no texts; name the rows, or leave it out"
         )
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     if getattr(config.task, "class_weights", "none") == "balanced":
         _say("the loss is unweighted: task.class_weights=balanced would need the training rows")
-    rows = read_rows(config.data.eval, config.data, module.columns(config), _say) if cache is None else []
-    if cache is None:
-        encoded = module.encode(rows, tokenizer, tasks.Targets(labels), config)
-        split, count = make_split("eval", encoded, module.fields(config, tokenizer.pad_id)), len(rows)
+    if isinstance(found, Cache):
+        split, count, rows = found, found.rows, []
     else:
-        split = open_held_out(cache, config, module, tokenizer, labels, "the model has")
-        count = split.rows
+        encoded = module.encode(found, tokenizer, tasks.Targets(labels), config)
+        split, count, rows = make_split(name, encoded, module.fields(config, tokenizer.pad_id)), len(found), found
     served.devices.check_batch("eval.batch_size", config.eval.batch_size)
     step = served.devices.compiled(make_eval_step(served.model, task), split.fields)
     longest = (tokenizer.max_length or config.data.max_length) * tasks.texts_of_row(config.task)
@@ -84,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     )
     sums, outputs = tasks.collected(parts)
     metrics = tasks.scores(task, sums, outputs, rows)
-    print(f"eval: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
+    print(f"{name}: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     for line in tasks.remarks(task, split):
         print(line)
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
@@ -93,11 +100,35 @@ def run(options: argparse.Namespace) -> int:
         write_rows(Path(options.rows), cast("Judging", task).judged(outputs, [row.values for row in rows], order))
         print(f"wrote {options.rows}")
     if options.out:
-        for path in write_report(Path(options.out), metrics, labels, []):
+        for path in write_report(Path(options.out), metrics, labels, [], split=name):
             print(f"wrote {path}")
         if "confusion" in metrics and (why := lacking()) is not None:
             print(why)
     return 0
+
+
+def _rows(
+    name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, labels: tuple[str, ...]
+) -> list[Row] | Cache:
+    """The rows of a split: those that are named, or those that a run held out of its training rows.
+
+    Raises:
+      UserError: there are none.
+    """
+    from jaxft.data.encode import read_rows
+    from jaxft.errors import UserError
+    from jaxft.training.rows import cached, divided, rows_of_split, shares_of
+
+    data = config.data
+    if getattr(data, name) is not None:
+        return rows_of_split(name, config, module, tokenizer, labels, _say, others="the model has")
+    if data.train is None or f"data.{name}_fraction" not in shares_of(data):
+        hint = " (or data.test_fraction, of a run that held them out)" if name == "test" else ""
+        raise UserError(f"data.{name} is not set; name the labelled rows, for instance data.{name}=my.csv{hint}")
+    if cached("data.train", data.train) is not None:
+        raise UserError(f"data.{name} is not set, and data.train={data.train} is a token cache; name the labelled rows")
+    columns = module.columns(config)
+    return divided(read_rows(data.train, data, columns, _say, grouped=True), config, columns, _say)[1][name]
 
 
 def _say(text: str) -> None:

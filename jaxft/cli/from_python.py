@@ -35,6 +35,8 @@ class Trained:
     """The resolved configuration."""
     metrics: dict[str, Any]
     """Scores of the best parameters on the held-out rows; means over several seeds; empty where the run was stopped."""
+    test: dict[str, Any] = field(default_factory=dict)
+    """Scores of the same parameters on the rows of the test, likewise; empty where there is none."""
     interrupted: bool = False
     """Whether it was told to stop: the same call goes on from there."""
     seeds: dict[int, Trained] = field(default_factory=dict)
@@ -133,16 +135,26 @@ def _result(config: RunConfig, *, interrupted: bool) -> Trained:
     out = Path(config.train.out)
     if interrupted:
         return Trained(out, config, {}, interrupted=True)
+    tested = config.data.test is not None or config.data.test_fraction is not None
     if not config.train.seeds:
-        return Trained(out, config, _read(out / "metrics.json"))
-    seeds = {
-        seed: Trained(out / f"seed{seed}", config, _read(out / f"seed{seed}/metrics.json"))
-        for seed in config.train.seeds
-    }
-    means: dict[str, float] = {}
-    if len(seeds) > 1:
-        means = {name: found["mean"] for name, found in _read(out / "seeds.json")["metrics"].items()}
-    return Trained(out, config, means or dict(next(iter(seeds.values())).metrics), seeds=seeds)
+        return _scored(out, config, tested)
+    seeds = {seed: _scored(out / f"seed{seed}", config, tested) for seed in config.train.seeds}
+    if len(seeds) == 1:
+        (one,) = seeds.values()
+        return Trained(out, config, dict(one.metrics), dict(one.test), seeds=seeds)
+    return Trained(
+        out, config, _means(out / "seeds.json"), _means(out / "seeds_test.json") if tested else {}, seeds=seeds
+    )
+
+
+def _scored(folder: Path, config: RunConfig, tested: bool) -> Trained:
+    return Trained(
+        folder, config, _read(folder / "metrics.json"), _read(folder / "metrics_test.json") if tested else {}
+    )
+
+
+def _means(path: Path) -> dict[str, Any]:
+    return {name: found["mean"] for name, found in _read(path)["metrics"].items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

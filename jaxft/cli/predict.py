@@ -120,7 +120,7 @@ def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
 
 
 def _rows_of(reference: str, served: Served) -> Iterator[_Input]:
-    from jaxft.data.encode import check_texts
+    from jaxft.data.row_rules import check_texts
     from jaxft.data.sources.read import column_names, form_of, iter_rows
     from jaxft.data.sources.rows import Carried
 

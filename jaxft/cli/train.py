@@ -34,6 +34,7 @@ MAIN_KEYS = {
     "model.init": "weights to start from: a Hugging Face folder or hub id",
     "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, tfds:NAME:SPLIT",
     "data.eval": "held-out rows; without: a tenth of data.train",
+    "data.test": "rows scored once, at the end; data.test_fraction: a part of data.train",
     "data.text": "column of the text; data.text_pair: of a second one",
     "data.label": "column of the label",
     "data.max_length": "tokens kept of a row",
@@ -104,7 +105,7 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
     programs = compile_programs(ready, _note, begun)
     if not (out / "config.yaml").exists():  # another run's stays until fit() has accepted the folder
         _state(config, out)
-    results: dict[int, Mapping[str, object]] = {}
+    results, tested = dict[int, Mapping[str, object]](), dict[int, Mapping[str, object]]()
     for seed in seeds:
         folder = _folder_of(config, seed)
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
@@ -112,19 +113,24 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
         result = loop.fit(ready, programs, folder, seed, _note, times)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
+        trained = time.perf_counter() - began
+        if ready.test is not None and not result.interrupted:
+            tested[seed] = loop.evaluate(ready, programs, result.params, test=True)
         if seed == seeds[-1]:
             programs.compilation.stop()  # steps of shapes that no batch had
         if result.interrupted:
             return 130
-        trained = time.perf_counter() - began
         results[seed] = result.metrics
-        _finish(ready, programs, result, folder, trained)
+        _finish(ready, programs, result, tested.get(seed), folder, trained)
     _state(config, out)
     if len(results) > 1 and processes.is_first():
         from jaxft.reporting.report import seeds_text, write_seeds
 
         write_seeds(out, results)
         print(seeds_text(results))
+        if tested:
+            write_seeds(out, tested, split="test")
+            print(f"\ntest:\n{seeds_text(tested)}")
     return 0
 
 
@@ -183,17 +189,24 @@ def _note(text: str) -> None:
         print(text, flush=True)
 
 
-def _finish(ready: Setup, programs: Programs, result: Result, out: Path, seconds: float) -> None:
-    """Report, plots, export."""
+def _finish(
+    ready: Setup,
+    programs: Programs,
+    result: Result,
+    tested: Mapping[str, object] | None,
+    out: Path,
+    seconds: float,
+) -> None:
+    """Report, plots, export; ``tested``: scores of the test."""
     from jaxft.machine.processes import is_first
 
     if is_first():
-        _report(ready, result, out, seconds)
+        _report(ready, result, tested, out, seconds)
     if ready.config.train.export:
         _export(ready, programs, result, out / "export")
 
 
-def _report(ready: Setup, result: Result, out: Path, seconds: float) -> None:
+def _report(ready: Setup, result: Result, tested: Mapping[str, object] | None, out: Path, seconds: float) -> None:
     from jaxft.machine.memory import peak_bytes
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
@@ -204,6 +217,12 @@ def _report(ready: Setup, result: Result, out: Path, seconds: float) -> None:
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
     print(report_text(result.metrics, ready.targets.labels, log, width))
     written = write_report(out, result.metrics, ready.targets.labels, log)
+    if tested is not None:
+        print(f"\ntest, with the parameters of step {result.best_step}:")
+        print(report_text(tested, ready.targets.labels, [], width))
+        written += write_report(out, tested, ready.targets.labels, [], split="test")
+    elif (out / "metrics_test.json").exists():
+        print(f"\nwarning: {out / 'metrics_test.json'} is of an earlier part of this run, which had a test")
     peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:

@@ -12,7 +12,8 @@ from jaxft.config.tasks import task_options, tasks_with_options
 from jaxft.errors import nearest
 
 _OURS = {
-    "data.eval": "dev_file eval eval_file test_file val_file valid_file validation_file eval_data test_data val_data",
+    "data.eval": "dev_file eval eval_file val_file valid_file validation_file eval_data val_data",
+    "data.test": "test test_data test_file",
     "data.label": "label_column label_column_name label_field label_key target_column",
     "data.max_length": "max_len max_seq_len max_seq_length maxlen model_max_length seq_len seq_length sequence_length",
     "data.text": "text_column text_column_name text_field text_key",

@@ -58,6 +58,25 @@ def check_ranges(config: RunConfig) -> None:
         (data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"),
         (0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
         (
+            data.test_fraction is None or 0 < data.test_fraction < 1,
+            "data.test_fraction",
+            data.test_fraction,
+            "must lie between 0 and 1",
+        ),
+        (
+            data.test_fraction is None or data.test is None,
+            "data.test_fraction",
+            data.test_fraction,
+            "holds out a part of data.train, and data.test names other rows; leave out one of them",
+        ),
+        (
+            data.test_fraction is None or data.eval is not None or data.eval_fraction + data.test_fraction < 1,
+            "data.test_fraction",
+            data.test_fraction,
+            f"leaves nothing to train on beside data.eval_fraction={data.eval_fraction}",
+        ),
+        (data.label_map is None or len(data.label_map) > 0, "data.label_map", data.label_map, "names no label"),
+        (
             data.buckets is None or (len(data.buckets) > 0 and min(data.buckets) > 0),
             "data.buckets",
             data.buckets,

@@ -97,12 +97,21 @@ class DataConfig:
     """Where rows come from and how they become batches."""
 
     train: str | tuple[str, ...] | None = None
-    """A .csv, .tsv, .jsonl or .parquet file (``.gz`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a folder saved by
-    the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a folder of class
-    folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone (docs/data.md)."""
+    """A .csv, .tsv, .jsonl, .json or .parquet file (``.gz`` and ``.zst`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a
+    folder saved by the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a
+    folder of class folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone
+    (docs/data.md)."""
     eval: str | tuple[str, ...] | None = None
     """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out (of a token cache, none can be)."""
     eval_fraction: float = 0.1
+    test: str | tuple[str, ...] | None = None
+    """Rows that are scored once, at the end, with the best parameters, and that nothing is chosen by; same forms. None: none, or a part
+    of the training rows, as ``test_fraction`` says."""
+    test_fraction: float | None = None
+    """Share of the training rows that is held out for the test. None: none is."""
+    split_group: str | None = None
+    """Column whose values stay together when training rows are held out: rows of one customer, document or query are all trained on, or
+    all held out. None: rows are held out one by one, the same share of each label."""
     header: bool = True
     """Whether the first line of CSV and TSV files names the columns; if not, they are named 0, 1, 2, ..."""
     quotes: Literal["auto", "double", "none"] = "auto"
@@ -111,6 +120,9 @@ class DataConfig:
     missing_text: Literal["refuse", "skip"] = "refuse"
     """What becomes of rows whose text is missing: an error that names the first one, or they are left out and counted. Missing are
     null and NaN; for ``skip`` also empty and blank texts. ``predict`` answers every row and refuses in any case."""
+    missing_label: Literal["refuse", "skip"] = "refuse"
+    """What becomes of rows whose label or number is missing (null, NaN, empty or blank): an error that names the first one, or they are
+    left out and counted."""
     text: str = "text"
     """Column of the (first) text."""
     text_pair: str | None = None
@@ -121,6 +133,10 @@ class DataConfig:
     """Label names in the order of their class ids, or names by label of the data: ``{0: negative, 1: positive}``. None: the order
     stored with ``init`` if its head is kept, else the sorted names found in the training rows (numbers sort as numbers). 1,
     1.0 and "1" are one label, as are true and "True" (jaxft/data/labels.py has the rule)."""
+    label_map: dict[str, str | None] | None = None
+    """Other names for labels of the data, before anything else looks at them: ``{pos: positive, Positive: positive, unsure: null}``.
+    Several labels may become one; rows of a label that is null are left out and counted (of several labels, such a one is taken off
+    its rows). Labels that it does not name stay as they are."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
     max_length: int = 128

@@ -49,13 +49,14 @@ def _keys(split: Split) -> Iterator[bytes]:
         yield found.digest()
 
 
-def duplicates_text(found: Duplicates, held_out: int) -> str:
+def duplicates_text(found: Duplicates, held_out: int, what: str = "held-out") -> str:
     """Everything that is there more than once, on one line.
 
     Args:
-      held_out: how many held-out examples there are.
+      held_out: how many examples there are that training examples were compared with.
+      what: these are called.
     """
     parts = [f"{found.repeated} training rows were there before"]
     if found.contradicted:
         parts[0] += f" ({found.contradicted} with another label)"
-    return f"{parts[0]}; {len(found.shared)} of {held_out} held-out rows are training rows as well"
+    return f"{parts[0]}; {len(found.shared)} of {held_out} {what} rows are training rows as well"

@@ -13,9 +13,10 @@ _BARS = 40
 _MOST_TOKENS = 64
 
 
-def bars(counts: Sequence[tuple[str, int]], *, block: str = "█") -> list[str]:
-    """A line for each name: how many, their share, and a bar."""
-    most, total = max((count for _, count in counts), default=0), sum(count for _, count in counts)
+def bars(counts: Sequence[tuple[str, int]], *, total: int | None = None, block: str = "█") -> list[str]:
+    """A line for each name: how many, their share of the total (None: of all these), and a bar."""
+    most = max((count for _, count in counts), default=0)
+    total = sum(count for _, count in counts) if total is None else total
     wide = max((len(name) for name, _ in counts), default=0)
     return [
         f"  {name:{wide}} {count:9,} {count / max(total, 1):7.1%}  {block * round(_BARS * count / max(most, 1))}".rstrip()
@@ -27,9 +28,26 @@ def label_lines(labels: Sequence[str], counts: Sequence[int], *, block: str = "�
     """How often each label occurs in training, the commonest first; of many, the first and the number of the others."""
     order = sorted(range(len(labels)), key=lambda i: (-counts[i], i))
     shown = order if len(order) <= _MOST_LABELS else order[: _MOST_LABELS - 1]
-    lines = bars([(labels[i], counts[i]) for i in shown], block=block)
+    lines = bars([(labels[i], counts[i]) for i in shown], total=sum(counts), block=block)
     rest = order[len(shown) :]
     return [*lines, *([f"  and {len(rest)} more, {sum(counts[i] for i in rest):,} in all"] if rest else [])]
+
+
+def part_lines(labels: Sequence[str], parts: Mapping[str, Sequence[int]]) -> list[str]:
+    """How often each label occurs in each split, and its share there; of many, those that are commonest in the first.
+
+    Args:
+      parts: by name of the split, the number of its rows of each label.
+    """
+    first = next(iter(parts.values()))
+    order = sorted(range(len(labels)), key=lambda i: (-first[i], i))[:_MOST_LABELS]
+    wide = max((len(labels[i]) for i in order), default=0)
+    totals = {name: max(sum(counts), 1) for name, counts in parts.items()}
+    lines = [" " * (wide + 2) + "".join(f"{name:>17}" for name in parts)]
+    for i in order:
+        cells = (f"{counts[i]:9,} {counts[i] / totals[name]:7.1%}" for name, counts in parts.items())
+        lines.append(f"  {labels[i]:{wide}}" + "".join(cells))
+    return [*lines, *([f"  and {len(labels) - len(order)} more"] if len(order) < len(labels) else [])]
 
 
 def length_lines(sizes: np.ndarray, buckets: Sequence[int], *, block: str = "█") -> list[str]:

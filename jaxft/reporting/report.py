@@ -92,7 +92,12 @@ def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
 
 
 def write_report(
-    out: Path, metrics: Mapping[str, object], labels: Sequence[str], log: Sequence[Mapping[str, float | str]]
+    out: Path,
+    metrics: Mapping[str, object],
+    labels: Sequence[str],
+    log: Sequence[Mapping[str, float | str]],
+    *,
+    split: str = "eval",
 ) -> list[Path]:
     """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
     :func:`jaxft.reporting.plots.lacking` says why.
@@ -101,18 +106,19 @@ def write_report(
       metrics: what the task's ``score()`` returned.
       labels: label names in the order of class ids.
       log: the records of ``log.jsonl``.
+      split: of any other than ``eval``, files are named for it: ``metrics_test.json``.
 
     Returns:
       The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = cast(_Known, metrics)
+    known, named = cast(_Known, metrics), "" if split == "eval" else f"_{split}"
     written = [
-        _write_json(out / "metrics.json", metrics),
+        _write_json(out / f"metrics{named}.json", metrics),
     ]
     if lacking() is None:
         written += [
-            confusion_png(out / "confusion.png", known["confusion"], labels) if "confusion" in known else None,
+            confusion_png(out / f"confusion{named}.png", known["confusion"], labels) if "confusion" in known else None,
             curves_png(out / "curves.png", log),
         ]
     return [path for path in written if path is not None]
@@ -331,14 +337,15 @@ def seeds_text(results: Mapping[int, Mapping[str, object]]) -> str:
     return "\n".join([*lines, f"sd: sample standard deviation over {len(results)} seeds (n - 1)"])
 
 
-def write_seeds(out: Path, results: Mapping[int, Mapping[str, object]]) -> Path:
-    """Writes ``seeds.json``: mean, sd (null for one seed) and values of every scalar metric."""
+def write_seeds(out: Path, results: Mapping[int, Mapping[str, object]], *, split: str = "eval") -> Path:
+    """Writes ``seeds.json`` (of a test ``seeds_test.json``): mean, sd (null for one seed) and values of every scalar metric."""
     out.mkdir(parents=True, exist_ok=True)
     table = {}
     for name, column in _seed_values(results).items():
         mean, sd = _mean_sd(column)
         table[name] = {"mean": mean, "sd": sd, "values": column}
-    return _write_json(out / "seeds.json", {"seeds": list(results), "metrics": table})
+    named = "" if split == "eval" else f"_{split}"
+    return _write_json(out / f"seeds{named}.json", {"seeds": list(results), "metrics": table})
 
 
 def schedule_text(rates: Sequence[float], width: int = 100, *, colour: bool = False) -> str:

@@ -16,9 +16,11 @@ from jaxft.config.tasks.multi_label import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of, encode_texts, text_columns
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.labels import class_ids, renamed_labels
+from jaxft.data.labels import class_ids, label_text, renamed_labels
 from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.row_rules import label_map
+from jaxft.data.sources.read import shown
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, nearest
 from jaxft.models.contract import Facts
@@ -31,6 +33,8 @@ LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ("separator",)
 PROBLEM: str | None = "multi_label_classification"
+LABEL_MAP = True
+"""``data.label_map`` is obeyed here: a row has several labels, in a cell of a table perhaps."""
 
 MOST_RANKED_CLASSES = 200
 """Beyond this many classes rows are not ranked by each of them: the probabilities of all rows and classes would have to be kept."""
@@ -204,8 +208,12 @@ def columns(config: RunConfig) -> tuple[Column, ...]:
     return *text_columns(config.data), Column(config.data.label, "labels")
 
 
-def _of_row(row: Row, separator: str | None) -> list[object]:
-    """The labels of a row."""
+def _of_row(row: Row, separator: str | None, renamed: Mapping[str, str | None] | None = None) -> list[object]:
+    """The labels of a row; those whose other name is None are taken off it."""
+    if renamed:
+        names = [(value, label_text(value)) for value in _of_row(row, separator)]
+        found = [renamed.get(name, value) for value, name in names]
+        return [value for value in found if value is not None]
     value = row.values[-1]
     if isinstance(value, list):
         if any(isinstance(one, Mapping) for one in value):
@@ -226,8 +234,19 @@ def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: 
     Raises:
       UserError: no row has one.
     """
-    separator = _separator(config)
-    values = distinct(chain.from_iterable(_of_row(row, separator) for row in rows))
+    separator, renamed = _separator(config), label_map(config.data.label_map)
+    counts = dict.fromkeys(renamed, 0)
+
+    def counted() -> Iterator[list[object]]:
+        for row in rows:
+            for name in {label_text(value) for value in _of_row(row, separator)} & counts.keys() if counts else ():
+                counts[name] += 1
+            yield _of_row(row, separator, renamed)
+
+    values = distinct(chain.from_iterable(counted()))
+    for name, to in renamed.items():
+        done = f"is {to!r} in" if to is not None else "is taken off"
+        note(f"{shown(config.data.train or '')}: data.label_map: {name!r} {done} {counts[name]} rows")
     if not values:
         raise UserError(f"{config.data.train}: no row has a label (column {config.data.label!r}, data.label)")
     return Targets(class_names(values, config, stored, note), (), PROBLEM)
@@ -242,13 +261,13 @@ def encode(
       UserError: a label that is none of the classes.
     """
     renamed = {} if targets is None else renamed_labels(config.data.labels, targets.labels)
-    separator = _separator(config)
+    separator, mapped = _separator(config), label_map(config.data.label_map)
     for first, chunk in chunks_of(rows):
         for one in encode_texts(chunk, tokenizer, paired=len(chunk[0].values) - (targets is not None) == 2):
             more = {}
             if targets is not None:
                 row = chunk[one.row]
-                values = _of_row(row, separator)
+                values = _of_row(row, separator, mapped)
                 marks = np.zeros(len(targets.labels), np.int32)
                 marks[class_ids(values, [row.where] * len(values), targets.labels, renamed)] = 1
                 more = {"labels": marks}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.cache import open_cache, write_cache
 from jaxft.data.cache_files import MANIFEST, is_cache, remove_cache
-from jaxft.data.encode import LabelCounts, checked_rows
+from jaxft.data.encode import checked_rows
 from jaxft.data.examples import Split
+from jaxft.data.held_out import Strata
 from jaxft.data.lengths import lengths_text
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.tokenizer import check_vocabulary
@@ -28,14 +29,24 @@ from jaxft.files import refuse_existing
 from jaxft.hub.source import Note, Source
 from jaxft.tasks import TaskModule
 from jaxft.training.recipe import open_start
-from jaxft.training.rows import cached, counts_of, label_index, made_of, stored_targets
+from jaxft.training.rows import cached, counts_of, label_index, made_of, shares_of, stored_targets
 from jaxft.training.setup import open_tokenizer, settled
 
 _SECONDS_BETWEEN_WORDS = 5.0
+_SPLITS = ("train", "eval", "test")
 
 
-def build_caches(config: RunConfig, out: Path, note: Note) -> tuple[Path, Path]:
-    """Writes the training rows and the held-out rows of a run as ``train`` and ``eval`` inside ``out``; their folders.
+class _Part(NamedTuple):
+    """What is to be written as a cache."""
+
+    rows: _Rows
+    mask: np.ndarray | None = None
+    """[rows] bool: which of them; None: every one."""
+
+
+def build_caches(config: RunConfig, out: Path, note: Note) -> tuple[Path, ...]:
+    """Writes the training rows and those that are scored as ``train``, ``eval`` and, if there is a test, ``test`` inside ``out``; their
+    folders.
 
     Rows are read two or three times: for what there is to learn, and to be encoded. What an interrupted build left
     is written anew.
@@ -45,31 +56,32 @@ def build_caches(config: RunConfig, out: Path, note: Note) -> tuple[Path, Path]:
     """
     module = tasks.task(config.task.name)
     config = settled(config, module)
-    for key, reference in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    for name in _SPLITS:
+        key, reference = f"data.{name}", getattr(config.data, name)
         if reference is not None and cached(key, reference) is not None:
             raise UserError(f"{key}={shown(reference)} is a token cache already; name the rows themselves")
-    folders = out / "train", out / "eval"
-    _make_room(out, folders, note)
+    _make_room(out, [out / name for name in _SPLITS], note)
     source = open_start(config, note)
     tokenizer = open_tokenizer(config, source)
     if source is not None:
         check_vocabulary(tokenizer, source.family.facts(source.config).inputs, paired=config.data.text_pair is not None)
     build = _Build(config, module, tokenizer, source, note)
-    train, held_out = build.parts()
+    parts = build.parts()
+    folders = {name: out / name for name in parts}
     try:
         # The few held-out rows first: what is wrong with them shows at once.
-        build.write(folders[1], *held_out)
-        build.write(folders[0], *train)
+        for name in reversed(parts):
+            build.write(folders[name], parts[name])
     except BaseException:
-        for folder in folders:
+        for folder in folders.values():
             remove_cache(folder)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
-    return folders
+    return tuple(folders.values())
 
 
-def _make_room(out: Path, folders: tuple[Path, Path], note: Note) -> None:
+def _make_room(out: Path, folders: Sequence[Path], note: Note) -> None:
     """Refuses a folder that holds anything but what is left of a build, which is removed."""
     if (folders[0] / MANIFEST).is_file():  # it is written last
         raise UserError(f"{out} holds token caches already; remove them, or name another --out")
@@ -108,38 +120,46 @@ class _Build:
         self._config, self._module, self._tokenizer, self._source, self._note = config, module, tokenizer, source, note
         self._columns = module.columns(config)
 
-    def parts(self) -> tuple[tuple[_Rows, np.ndarray | None, int | None], tuple[_Rows, np.ndarray | None, int | None]]:
-        """The training rows and the held-out ones: source, which of its rows (None: all), and how many (None: not known yet).
-        What there is to learn is known afterwards."""
+    def parts(self) -> dict[str, _Part]:
+        """The training rows and those that are scored. What there is to learn is known afterwards."""
         data = self._config.data
         if data.train is None:
             raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-        if data.eval is None and tasks.scores_rows(self._module.Task):
+        shares = shares_of(data)
+        if shares and tasks.scores_rows(self._module.Task):
             raise UserError(
-                f"data.eval is not set: scores of {self._config.task.name} compare texts, which a cache of held-out rows has not; "
-                "name rows of their own"
+                f"{next(iter(shares)).removesuffix('_fraction')} is not set: scores of {self._config.task.name} compare texts, which a "
+                "cache of held-out rows has not; name rows of their own"
             )
         rows = self._rows(data.train)
-        counts = LabelCounts(label_index(self._columns))
-        seen = _counted(rows, counts)
+        strata = Strata(label_index(self._columns), grouped=data.split_group is not None)
+        seen = _counted(rows, strata)
         stored = stored_targets(self._config, self._source, self._module)
         self.targets = self._module.study(seen, self._config, stored, self._note)
-        if data.eval is not None:
-            return (rows, None, None), (self._rows(data.eval), None, None)
-        for _ in seen:  # what the task did not look at
-            pass
-        held = counts.held_out(data.eval_fraction, 0)
-        return (rows, ~held, int((~held).sum())), (rows, held, int(held.sum()))
+        found = {"train": _Part(rows)}
+        if shares:
+            for _ in seen:  # what the task did not look at
+                pass
+            part = strata.held_out(shares, 0)
+            self._note(f"{shown(data.train)}: {strata.text(part, shares)}")
+            names = ["train", *(key.removeprefix("data.").removesuffix("_fraction") for key in shares)]
+            found = {name: _Part(rows, part == place) for place, name in enumerate(names)}
+        named = {name: _Part(self._rows(where)) for name in _SPLITS[1:] if (where := getattr(data, name)) is not None}
+        found |= named
+        return {name: found[name] for name in _SPLITS if name in found}
 
     def _rows(self, reference: Reference) -> _Rows:
         if reference == "-":
             raise UserError(
                 "data.train=-: standard input can be read once only, and a cache needs it twice; name a file"
             )
-        return _Rows(reference, lambda one, note: checked_rows(one, self._config.data, self._columns, note), self._note)
+        data, columns = self._config.data, self._columns
+        return _Rows(reference, lambda one, note: checked_rows(one, data, columns, note, grouped=True), self._note)
 
-    def write(self, folder: Path, rows: _Rows, mask: np.ndarray | None, total: int | None) -> None:
+    def write(self, folder: Path, part: _Part) -> None:
         """Writes one cache."""
+        rows, mask = part
+        total = None if mask is None else int(mask.sum())
         config, module, tokenizer = self._config, self._module, self._tokenizer
         fields = module.fields(config, tokenizer.pad_id)
         pace = _Pace(folder.name, total, self._note)
@@ -163,9 +183,9 @@ class _Build:
         self._note(f"{folder}: {cache.rows} rows, {size / 2**20:.1f} MiB, {pace.speed():,.0f} rows/s")
 
 
-def _counted(rows: Iterable[Row], counts: LabelCounts) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], strata: Strata) -> Iterator[Row]:
     for row in rows:
-        counts.add(row)
+        strata.add(row)
         yield row
 
 

@@ -327,9 +327,9 @@ def _is_better(task: Task, progress: Progress, metrics: Mapping[str, object], st
     return better
 
 
-def evaluate(setup: Setup, programs: Programs, params: Params) -> Mapping[str, object]:
-    """Metrics of ``params`` on the held-out rows; the final partial batch counts exactly its rows."""
-    batches = setup.eval_batches()
+def evaluate(setup: Setup, programs: Programs, params: Params, *, test: bool = False) -> Mapping[str, object]:
+    """Metrics of ``params`` on the held-out rows, or on those of the test; the final partial batch counts exactly its rows."""
+    batches = setup.test_batches() if test else setup.eval_batches()
 
     def parts() -> Iterator[tuple[Sums, Batch]]:
         ahead = setup.config.data.read_ahead
@@ -337,7 +337,7 @@ def evaluate(setup: Setup, programs: Programs, params: Params) -> Mapping[str, o
             placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             yield programs.evaluate[batches.shape_of(step)](params, placed)
 
-    return tasks.scores(setup.task, *tasks.collected(parts()), setup.scored)
+    return tasks.scores(setup.task, *tasks.collected(parts()), setup.test_scored if test else setup.scored)
 
 
 def _result(

@@ -127,7 +127,10 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
     evaluate = jitted(make_eval_step(setup.model, setup.task), setup.mesh, whole)
     batches, held_out = setup.train_batches(setup.config.train.seed), setup.eval_batches()
     sizes = " x ".join("tokens" if axis == "length" else axis for axis, _ in batches.shapes()[0].sizes)
-    note(f"compiled shapes (rows x {sizes}): train {_shown(batches)}, eval {_shown(held_out)}")
+    scored = held_out.shapes()
+    tested = () if setup.test is None else setup.test_batches().shapes()
+    more = f", test {' '.join(map(str, tested))}" if tested else ""
+    note(f"compiled shapes (rows x {sizes}): train {_shown(batches)}, eval {_shown(held_out)}{more}")
 
     def compiled(name: Name) -> Compiled:
         kind, shape = name
@@ -138,12 +141,14 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
                 lowered = evaluate.lower(state.best_params, setup.batch(shape))
             return Compiled(lowered.compile(), list(seen.values()))
 
-    order = needed(setup, batches, held_out, start)
+    more_scored = tuple(shape for shape in tested if shape not in scored)
+    last: list[Name] = [("eval", shape) for shape in more_scored]
+    order = [*needed(setup, batches, held_out, start), *last]
     note(f"compiling {len(order)} programs, {order[0][0]} {order[0][1]} first")
     ahead = Ahead(compiled, order, _THREADS, first_alone=(os.cpu_count() or 1) < _FEW_CORES)
     return Programs(
         Steps("train", batches.shapes(), ahead),
-        Steps("eval", held_out.shapes(), ahead),
+        Steps("eval", (*scored, *more_scored), ahead),
         jitted(setup.start, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, state), donate_argnums=0),
         state,
         Compilation(ahead, setup.config.model.attention),

@@ -32,9 +32,11 @@ _LENGTH = ("train.steps", "train.epochs")
 # do not matter any more once there is a checkpoint.
 _SOURCES = (
     *("data.train", "data.eval", "data.eval_fraction", "data.text", "data.text_pair", "data.label", "data.tokenizer"),
-    *("data.header", "data.quotes", "data.missing_text"),
+    *("data.header", "data.quotes", "data.missing_text", "data.missing_label"),
+    *("data.test", "data.test_fraction", "data.split_group"),
     "model.init",
 )
+_HELD_OUT = ("data.eval", "data.eval_fraction", "data.test", "data.test_fraction", "data.split_group")
 
 
 def check_folder(setup: Setup, out: Path, seed: int) -> None:
@@ -146,7 +148,7 @@ def changes_said(setup: Setup, meta: RunMeta, step: int, seed: int) -> Iterator[
     for key, was, now in changes:
         if key == "model.init":
             yield f"{key} was {was}, now {now}: the weights are the checkpoint's; architecture and rows are the same"
-        elif key in _SOURCES and key not in ("data.eval", "data.eval_fraction"):
+        elif key in _SOURCES and key not in _HELD_OUT:
             yield f"{key} was {was}, now {now}: the training rows are the same"
     if _other_tokenizer(setup, meta):
         yield (
@@ -176,7 +178,7 @@ def scores_differ(setup: Setup, meta: RunMeta, seed: int) -> str | None:
     if "eval.metric" in changed:
         return f"eval.metric was {changed['eval.metric'][0]}, now {changed['eval.metric'][1]}"
     rows = meta.get("eval_rows")  # checkpoints of earlier versions do not say
-    moved = any(key in changed for key in ("data.eval", "data.eval_fraction"))
+    moved = any(key in changed for key in _HELD_OUT)
     if (rows is None and moved) or (rows is not None and not _are(setup.held_out, rows)):
         return "the held-out rows have changed"
     return None

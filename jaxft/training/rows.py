@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,19 +13,33 @@ import numpy as np
 from jaxft.config import DataConfig, RunConfig, to_tree
 from jaxft.data.cache import Cache, check_made, open_cache
 from jaxft.data.cache_files import MANIFEST, is_cache, read_manifest
-from jaxft.data.encode import Column, hold_out, read_rows
+from jaxft.data.encode import Column, read_rows
 from jaxft.data.examples import Split, make_split
+from jaxft.data.held_out import hold_out
 from jaxft.data.labels import declared_labels, label_text
 from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
-from jaxft.data.sources.read import Reference, Row
+from jaxft.data.sources.read import Reference, Row, shown
 from jaxft.errors import UserError, listed
 from jaxft.hub.source import Note, Source
 from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows
 
 _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
-_NOT_OF_ROWS = ("train", "eval", "eval_fraction", "labels", "tokenizer", "buckets", "packing", "read_ahead")
+_NOT_OF_ROWS = (
+    *("train", "eval", "eval_fraction", "test", "test_fraction", "split_group"),
+    *("labels", "tokenizer", "buckets", "packing", "read_ahead"),
+)
+
+
+class HeldOut(NamedTuple):
+    """Encoded rows that are scored."""
+
+    split: Split
+    count: int
+    """Rows that its examples are of."""
+    rows: tuple[Row, ...] = ()
+    """The rows themselves, where the task's scores need them."""
 
 
 class Rows(NamedTuple):
@@ -33,17 +48,26 @@ class Rows(NamedTuple):
     targets: Targets
     """With the number of training rows (or words) of each label."""
     train: Split
-    held_out: Split
-    counts: tuple[int, int]
-    """Rows that the examples of each are of."""
-    scored: tuple[Row, ...] = ()
-    """The held-out rows themselves, where the task's scores need them."""
+    count: int
+    """Rows that the training examples are of."""
+    eval: HeldOut
+    test: HeldOut | None = None
+
+    @property
+    def held_out(self) -> tuple[HeldOut, ...]:
+        """The parts that are scored."""
+        return (self.eval,) if self.test is None else (self.eval, self.test)
+
+    @property
+    def splits(self) -> tuple[tuple[Split, int], ...]:
+        """Each part, and how many rows it has."""
+        return (self.train, self.count), *((part.split, part.count) for part in self.held_out)
 
 
 def open_rows(
     config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
 ) -> Rows:
-    """The training rows and the held-out rows, each from where the configuration says.
+    """The training rows and those that are scored, each from where the configuration says.
 
     Args:
       config: with ``data.long_texts`` settled.
@@ -56,38 +80,96 @@ def open_rows(
     if data.train is None:
         raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
     fields, columns = module.fields(config, tokenizer.pad_id), module.columns(config)
-    kept = cached("data.train", data.train)
+    kept, taken = cached("data.train", data.train), dict[str, list[Row]]()
     if kept is not None:
         train = _opened(kept, "train", config, module, tokenizer)
-        targets, rows = targets_of(train), []
+        targets, rows = targets_of(train), list[Row]()
         refuse_other_labels(data.labels, targets.labels, f"{kept}: its labels are")
-        if data.eval is None:
+        if shares := [key.removesuffix("_fraction") for key in shares_of(data)]:
             raise UserError(
-                f"data.train={data.train} is a token cache, of which no rows can be held out; set data.eval, to "
+                f"data.train={data.train} is a token cache, of which no rows can be held out; set {shares[0]}, to "
                 "a cache beside it or to rows"
             )
     else:
-        rows = read_rows(data.train, data, columns, note)
+        rows = read_rows(data.train, data, columns, note, grouped=True)
         # Before rows are held out: of scores, each label has one row.
         targets, train = module.study(rows, config, stored_targets(config, source, module), note), None
-    held_out, held = None, []
-    if data.eval is None:
-        # The same rows for every train.seed: runs are compared on them.
-        rows, held = hold_out(rows, data.eval_fraction, 0, label_index(columns))
-    elif (kept := cached("data.eval", data.eval)) is not None:
-        held_out = open_held_out(kept, config, module, tokenizer, targets.labels, "the training rows have")
-    else:
-        held = read_rows(data.eval, data, columns, note)
+        rows, taken = divided(rows, config, columns, note)
+    held = {
+        name: rows_of_split(name, config, module, tokenizer, targets.labels, note) if here is None else here
+        for name, here in {"eval": taken.get("eval"), "test": taken.get("test")}.items()
+        if here is not None or getattr(data, name) is not None
+    }
+    if data.split_group is not None:
+        _warn_of_groups({"train": rows} | {name: part for name, part in held.items() if isinstance(part, list)}, note)
     if train is None:
         train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
         targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels), rows=len(train))
-    if held_out is None:
-        held_out = make_split("eval", module.encode(held, tokenizer, targets, config), fields)
-    counts = (
-        train.rows if isinstance(train, Cache) else len(rows),
-        held_out.rows if isinstance(held_out, Cache) else len(held),
-    )
-    return Rows(targets, train, held_out, counts, tuple(held) if scores_rows(module.Task) else ())
+    scored = scores_rows(module.Task)
+
+    def held_out(name: str, part: list[Row] | Cache) -> HeldOut:
+        if isinstance(part, Cache):
+            return HeldOut(part, part.rows)
+        split = make_split(name, module.encode(part, tokenizer, targets, config), fields)
+        return HeldOut(split, len(part), tuple(part) if scored else ())
+
+    parts = {name: held_out(name, part) for name, part in held.items()}
+    count = train.rows if isinstance(train, Cache) else len(rows)
+    return Rows(targets, train, count, parts["eval"], parts.get("test"))
+
+
+def shares_of(data: DataConfig) -> dict[str, float]:
+    """The shares of the training rows that are held out, by their keys."""
+    found = {} if data.eval is not None else {"data.eval_fraction": data.eval_fraction}
+    return found if data.test_fraction is None else {**found, "data.test_fraction": data.test_fraction}
+
+
+def divided(
+    rows: list[Row], config: RunConfig, columns: tuple[Column, ...], note: Note
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """The training rows without those that are held out of them, and these by the name of their split."""
+    shares = shares_of(config.data)
+    if not shares:
+        return rows, {}
+    # The same rows for every train.seed: runs are compared on them.
+    grouped = config.data.split_group is not None
+    kept, found, said = hold_out(rows, shares, 0, label_index(columns), grouped=grouped)
+    note(f"{shown(config.data.train or '')}: {said}")
+    return kept, {key.removeprefix("data.").removesuffix("_fraction"): part for key, part in found.items()}
+
+
+def rows_of_split(
+    name: str,
+    config: RunConfig,
+    module: TaskModule,
+    tokenizer: TextProcessor,
+    labels: tuple[str, ...],
+    note: Note,
+    *,
+    others: str | None = None,
+) -> list[Row] | Cache:
+    """The rows that ``data.eval`` or ``data.test`` names.
+
+    Args:
+      labels: of the training rows.
+      others: what messages say of these where they are a model's; its rows need no groups.
+    """
+    reference, data = getattr(config.data, name), config.data
+    kept = cached(f"data.{name}", reference)
+    if kept is not None:
+        return open_held_out(kept, name, config, module, tokenizer, labels, others or "the training rows have")
+    return read_rows(reference, data, module.columns(config), note, grouped=others is None)
+
+
+def _warn_of_groups(parts: dict[str, list[Row]], note: Note) -> None:
+    """Says which groups are on two sides; rows of token caches have none."""
+    groups = {name: {row.group for row in rows} for name, rows in parts.items()}
+    for first, second in itertools.combinations(groups, 2):
+        if shared := sorted(groups[first] & groups[second]):
+            note(
+                f"warning: {len(shared)} of the {len(groups[second])} groups of {second} are groups of {first} as well: "
+                f"{listed(shared, 5)}"
+            )
 
 
 def label_index(columns: tuple[Column, ...]) -> int | None:
@@ -152,11 +234,18 @@ def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, toke
 
 
 def open_held_out(
-    folder: Path, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, labels: tuple[str, ...], others: str
+    folder: Path,
+    name: str,
+    config: RunConfig,
+    module: TaskModule,
+    tokenizer: TextProcessor,
+    labels: tuple[str, ...],
+    others: str,
 ) -> Cache:
     """A cache of held-out rows.
 
     Args:
+      name: of the split: ``eval``, ``test``.
       labels: that its ids must be of, in this order.
       others: what messages say of these.
 
@@ -165,9 +254,9 @@ def open_held_out(
     """
     if scores_rows(module.Task):
         raise UserError(
-            f"data.eval={folder} is a token cache, which holds no texts, and scores of {config.task.name} compare texts; name the rows"
+            f"data.{name}={folder} is a token cache, which holds no texts, and scores of {config.task.name} compare texts; name the rows"
         )
-    cache = _opened(folder, "eval", config, module, tokenizer)
+    cache = _opened(folder, name, config, module, tokenizer)
     found = targets_of(cache).labels
     if found != labels:
         raise UserError(

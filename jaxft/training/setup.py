@@ -19,11 +19,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
-from jaxft.data.cache import Cache
-from jaxft.data.duplicates import duplicates
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
-from jaxft.data.lengths import advice, lengths_text
+from jaxft.data.lengths import advice
 from jaxft.data.loader import Batches, local_rows, make_buckets
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
@@ -47,7 +45,8 @@ from jaxft.training.packing import (
     rows_of_batch,
 )
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
-from jaxft.training.rows import Rows, open_rows
+from jaxft.training.rows import open_rows
+from jaxft.training.rows_said import report_data
 from jaxft.trees import Params, leaves_of, map_paths
 
 
@@ -87,6 +86,9 @@ class Setup(Recipe):
     eval_every: int
     scored: tuple[Row, ...] = ()
     """The held-out rows themselves, where the task's scores need them."""
+    test: Examples | None = None
+    """Rows that are scored once, at the end; None: none."""
+    test_scored: tuple[Row, ...] = ()
 
     def train_batches(self, seed: int) -> Batches:
         """Training batches, shuffled by ``seed``."""
@@ -95,6 +97,11 @@ class Setup(Recipe):
     def eval_batches(self) -> Batches:
         """Held-out batches: every row once."""
         return self._batches(self.held_out, rows_of_batch(self.held_out, self.config.eval.batch_size), None)
+
+    def test_batches(self) -> Batches:
+        """Batches of the test: every row once."""
+        assert self.test is not None
+        return self._batches(self.test, rows_of_batch(self.test, self.config.eval.batch_size), None)
 
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
@@ -146,9 +153,9 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         found = open_rows(config, module, tokenizer, source, note)
     targets = found.targets
     fresh_head = _fresh_head(config, source, module, targets, note)
-    _report_data(found, config, note)
+    report_data(found, config, note)
     _advise(found.train, config, source, note)
-    texts = found.train, found.held_out
+    texts = tuple(split for split, _ in found.splits)
     if config.data.packing == "auto":
         facts, _ = planned_targets(config, source)
         # A family that gives one answer a row cannot learn those of several texts.
@@ -156,15 +163,15 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         chosen = choose_packing(found.train, config, facts, module.PACKING and apart, note)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
         check_batch_shapes(config, mesh, rules)  # rows of one text each, if that was chosen, were not looked at yet
-    train, held_out = texts if config.data.packing == "none" else (packed(part, config, note) for part in texts)
-    check_packed_batches(config, mesh, rules, train, held_out, note)
+    train, *held = texts if config.data.packing == "none" else (packed(part, config, note) for part in texts)
+    check_packed_batches(config, mesh, rules, train, held, note)
 
     total = steps_of(config, train)
     recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
     check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
-    _check_learnable(recipe.task, *texts, config, note)
+    _check_learnable(recipe.task, texts[0], texts[1:], config, note)
     for line in (line for split in texts for line in tasks.remarks(recipe.task, split)):
         note(line)
     return Setup(
@@ -173,11 +180,13 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
         fresh_head=fresh_head,
         tokenizer=tokenizer,
         train=train,
-        held_out=held_out,
+        held_out=held[0],
         buckets=buckets_of(config),
         total_steps=total,
         eval_every=config.eval.every or steps_per_epoch(config, train),
-        scored=found.scored,
+        scored=found.eval.rows,
+        test=held[1] if found.test else None,
+        test_scored=found.test.rows if found.test else (),
     )
 
 
@@ -229,7 +238,22 @@ def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
         raise UserError(f"data.stride={config.data.stride}: the task {name} reads no windows here; leave it out")
     if wanted == "auto":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, long_texts=able[0]))
+    _check_row_rules(config, module)
     return config
+
+
+def _check_row_rules(config: RunConfig, module: tasks.TaskModule) -> None:
+    """Raises UserError if labels are to be renamed, or rows without any left out, that the task does not read."""
+    data, name = config.data, config.task.name
+    if data.label_map is None and data.missing_label == "refuse":
+        return  # columns need not be known where nothing is read, as by `predict` on texts of the command line
+    kinds = {column.kind for column in module.columns(config)}
+    if data.label_map is not None and "label" not in kinds and not getattr(module, "LABEL_MAP", False):
+        raise UserError(
+            f"data.label_map={data.label_map}: renames labels of whole rows, which {name} does not read; leave it out"
+        )
+    if data.missing_label != "refuse" and kinds <= {"text", "words", "texts"}:
+        raise UserError(f"data.missing_label={data.missing_label}: rows of {name} need no label; leave it out")
 
 
 def steps_per_epoch(config: RunConfig, train: Examples) -> int:
@@ -289,46 +313,16 @@ def _in_list(names: Sequence[str]) -> str:
     return f"[{listed(map(repr, names))}]"
 
 
-def _report_data(found: Rows, config: RunConfig, note: Note) -> None:
-    for split, rows in zip((found.train, found.held_out), found.counts, strict=True):
-        note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
-    _warn_of_duplicates(found, note)
-    targets = found.targets
-    if not targets.labels:
-        return
-    if not targets.counts:
-        numbers = found.train.columns["labels"]
-        note(f"{targets.labels[0]}: {numbers.min():.4g} to {numbers.max():.4g}, mean {numbers.mean():.4g}")
-        if numbers.min() == numbers.max():
-            note("warning: all training rows have the same number: there is nothing to learn")
-        return
-    note(f"labels: {listed(targets.labels)}")
-    what = "word" if found.train.axis("labels") == "length" else "row"
-    for rows, said in ((0, f"no training {what} has"), (1, f"only one training {what} has")):
-        few = [label for label, count in zip(targets.labels, targets.counts, strict=True) if count == rows]
-        if few:
-            note(f"warning: {said} label {listed(few)}")
-
-
-def _warn_of_duplicates(found: Rows, note: Note) -> None:
-    """Says how many held-out rows are training rows too; rows of a token cache are not read for it."""
-    if isinstance(found.train, Cache) or isinstance(found.held_out, Cache):
-        return
-    copies, rows = len(duplicates(found.train, found.held_out).shared), len(found.held_out)
-    if copies:
-        note(
-            f"warning: {copies} of {rows} held-out rows are training rows as well: scores say less of new texts (jaxft data)"
-        )
-
-
-def _check_learnable(task: tasks.Task, train: Split, held_out: Split, config: RunConfig, note: Note) -> None:
+def _check_learnable(task: tasks.Task, train: Split, held: Sequence[Split], config: RunConfig, note: Note) -> None:
     """Raises UserError if no loss can be of the training rows, as where each text is a single token; warns of held-out rows."""
     if not _any_learnable(task, train):
         raise UserError(
             f"{config.data.train}: none of its {len(train)} texts has a token that {config.task.name} can predict: they are too short"
         )
-    if not _any_learnable(task, held_out):
-        note(f"warning: no held-out text has a token that {config.task.name} can predict: there will be no scores")
+    for split in held:
+        if not _any_learnable(task, split):
+            what = "held-out" if split.name == "eval" else split.name
+            note(f"warning: no {what} text has a token that {config.task.name} can predict: there will be no scores")
 
 
 def _any_learnable(task: tasks.Task, split: Split) -> bool:
@@ -372,7 +366,12 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
 
 
 def check_packed_batches(
-    config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules, train: Examples, held_out: Examples, note: Note
+    config: RunConfig,
+    mesh: Mesh | AbstractMesh,
+    rules: AxisRules,
+    train: Examples,
+    held: Sequence[Examples],
+    note: Note,
 ) -> None:
     """Says how many rows a batch of packed labelled texts takes. Raises UserError if they cannot be split over the mesh, or in
     micro-batches."""
@@ -381,7 +380,7 @@ def check_packed_batches(
     parts, said = ways(mesh, rules, "batch"), []
     for split, key, size, parts_of in (
         (train, "train.batch_size", config.train.batch_size, parts * config.train.accumulation),
-        (held_out, "eval.batch_size", config.eval.batch_size, parts),
+        *((split, "eval.batch_size", config.eval.batch_size, parts) for split in held),
     ):
         rows, each = rows_of_batch(split, size), examples_in(split, np.arange(len(split))) / len(split)
         if rows % parts_of:

@@ -302,10 +302,11 @@ def opened(config: RunConfig) -> Rows:
     return open_rows(settled(config, module), module, open_tokenizer(config, None), None, lambda text: None)
 
 
-def on_caches(config: RunConfig, folders: tuple[Path, Path]) -> RunConfig:
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, train=str(folders[0]), eval=str(folders[1]))
-    )
+def on_caches(config: RunConfig, folders: tuple[Path, ...]) -> RunConfig:
+    named: dict[str, Any] = dict(zip(("train", "eval", "test"), map(str, folders), strict=False)) | {
+        "test_fraction": None
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **named))
 
 
 def assert_same_batches(a: Examples, b: Examples, config: RunConfig) -> None:
@@ -325,6 +326,7 @@ CASES: dict[str, tuple[list[str], bool]] = {
     "classification": ([], False),
     "named-classes": (["data.labels={c: Z, a: Y, b: X}"], False),
     "held-out": (["data.eval=null", "data.eval_fraction=0.2"], False),
+    "test-and-groups": (["data.eval=null", "data.test_fraction=0.2", "data.split_group=pair"], False),
     "pairs": (["data.text_pair=pair", "data.buckets=[16]"], False),
     "windows": (["task.name=token_classification", "data.stride=3"], True),
     "windows-held-out": (["task.name=token_classification", "data.eval=null", "task.label_pieces=all"], True),
@@ -342,16 +344,17 @@ def test_batches_are_those_of_rows_in_memory(home: Path, tmp_path: Path, case: s
     folders = build_caches(config, tmp_path / "caches", said.append)
     memory, kept = opened(config), opened(on_caches(config, folders))
     assert kept.targets == memory.targets
-    assert kept.counts == memory.counts
+    assert [folder.name for folder in folders] == [split.name for split, _ in memory.splits]
+    assert [count for _, count in kept.splits] == [count for _, count in memory.splits]
     assert isinstance(kept.train, Cache)
-    for ours, theirs in zip(kept[1:3], memory[1:3], strict=True):
+    for (ours, _), (theirs, _) in zip(kept.splits, memory.splits, strict=True):
         assert ours.truncated == theirs.truncated
         assert_same_batches(ours, theirs, config)
         if tasks.task(config.task.name).PACKING:
             free = [one for one in options if not one.startswith("data.buckets")]
             packs = config_of(home, *free, "data.packing=best_fit", tags=tags)
             assert_same_batches(pack(ours, 16), pack(theirs, 16), packs)
-    assert any(line.startswith(f"{folders[0]}: {memory.counts[0]} rows, ") for line in said)
+    assert any(line.startswith(f"{folders[0]}: {memory.count} rows, ") for line in said)
 
 
 def test_rows_are_read_once_more_and_no_row_is_kept(home: Path, tmp_path: Path) -> None:
@@ -377,7 +380,7 @@ def test_rows_are_read_once_more_and_no_row_is_kept(home: Path, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def caches(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def caches(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return build_caches(config_of(home), tmp_path_factory.mktemp("built") / "caches", lambda text: None)
 
 
@@ -399,13 +402,13 @@ def refused(config: RunConfig) -> str:
         ("task.name=masked_lm", "made with task.name='classification', here it is 'masked_lm'"),
     ],
 )
-def test_a_cache_of_another_run_is_refused(home: Path, caches: tuple[Path, Path], change: str, said: str) -> None:
+def test_a_cache_of_another_run_is_refused(home: Path, caches: tuple[Path, ...], change: str, said: str) -> None:
     found = refused(on_caches(config_of(home, change), caches))
     assert said in found
     assert str(caches[0]) in found
 
 
-def test_options_that_change_no_row_may_differ(home: Path, caches: tuple[Path, Path]) -> None:
+def test_options_that_change_no_row_may_differ(home: Path, caches: tuple[Path, ...]) -> None:
     opened(on_caches(config_of(home, "task.label_smoothing=0.1", "data.buckets=[16]", "data.read_ahead=1"), caches))
 
 
@@ -417,7 +420,7 @@ def test_an_option_that_changes_rows_may_not(home: Path, tmp_path: Path) -> None
 
 
 def test_a_cache_knows_what_options_meant_before_there_were_any(
-    home: Path, caches: tuple[Path, Path], tmp_path: Path
+    home: Path, caches: tuple[Path, ...], tmp_path: Path
 ) -> None:
     older = copied(caches[0], tmp_path / "older")
     body = json.loads((older / MANIFEST).read_text())
@@ -428,7 +431,7 @@ def test_a_cache_knows_what_options_meant_before_there_were_any(
     assert "made with data.quotes='auto', here it is 'none'" in refused(other)
 
 
-def test_another_tokenizer_is_refused(home: Path, caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(home: Path, caches: tuple[Path, ...], tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path / "other", ("purple",))
     config = on_caches(config_of(home, f"data.tokenizer={tmp_path / 'other'}"), caches)
     assert refused(config) == (
@@ -440,7 +443,7 @@ def test_another_tokenizer_is_refused(home: Path, caches: tuple[Path, Path], tmp
     opened(on_caches(config_of(home, f"data.tokenizer={tmp_path / 'same'}"), caches))
 
 
-def test_held_out_rows_of_other_labels_are_refused(home: Path, caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_held_out_rows_of_other_labels_are_refused(home: Path, caches: tuple[Path, ...], tmp_path: Path) -> None:
     others = build_caches(config_of(home, "data.labels=[c,b,a]"), tmp_path / "caches", lambda text: None)
     assert refused(on_caches(config_of(home), (caches[0], others[1]))) == (
         f"{others[1]}: a token cache with labels ['c', 'b', 'a'], the training rows have ['a', 'b', 'c']; build both with one "
@@ -448,12 +451,12 @@ def test_held_out_rows_of_other_labels_are_refused(home: Path, caches: tuple[Pat
     )
     # Caches and rows may be mixed, where they agree.
     mixed = opened(on_caches(config_of(home), (caches[0], home / "eval.jsonl")))
-    assert mixed.held_out.digest() == open_cache(caches[1], "eval", mixed.held_out.fields).digest()
+    assert mixed.eval.split.digest() == open_cache(caches[1], "eval", mixed.eval.split.fields).digest()
     mixed = opened(on_caches(config_of(home), (home / "train.jsonl", caches[1])))
     assert mixed.train.digest() == open_cache(caches[0], "train", mixed.train.fields).digest()
 
 
-def test_where_a_cache_may_stand(home: Path, caches: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_where_a_cache_may_stand(home: Path, caches: tuple[Path, ...], tmp_path: Path, capsys: Capture) -> None:
     out, (train, held_out) = caches[0].parent, caches
     both = on_caches(config_of(home), caches)
     assert refused(on_caches(config_of(home), (out, held_out))) == (
@@ -486,7 +489,7 @@ def test_a_build_that_was_not_finished_is_begun_anew(home: Path, tmp_path: Path)
     (held_out / "column-tokens.bin.wide").write_bytes(b"of a process that was killed")
     build_caches(config_of(home), out, said.append)
     assert said[0] == f"{out}: holds a build that was not finished; it is begun anew"
-    assert opened(on_caches(config_of(home), (train, held_out))).held_out.digest() == digest
+    assert opened(on_caches(config_of(home), (train, held_out))).eval.split.digest() == digest
     assert not (held_out / "column-tokens.bin.wide").exists()
 
 

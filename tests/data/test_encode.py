@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers, processors
 
 from jaxft.config import DataConfig, RunConfig
-from jaxft.data.encode import hold_out, read_rows
+from jaxft.data.encode import read_rows
 from jaxft.data.examples import Split, make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.sources.rows import Row
@@ -124,23 +123,3 @@ def test_tokenising_in_chunks_changes_nothing(folder: Path) -> None:
     split = encoded(rows, ("x",), Tokenizer(folder, 64))
     for i in (0, 1023, 1024, 2047, 2048, 2499):
         assert split[i]["tokens"].tolist() == [CLS, *(VOCABULARY.index(w) for w in texts[i].split()), SEP]
-
-
-def test_hold_out_is_stratified_and_deterministic() -> None:
-    rows = labelled(*(["x"] * 100 + ["y"] * 40 + ["z"] * 5 + ["one"]))
-    kept, held = hold_out(rows, 0.2, 3)
-    assert Counter(row.values[1] for row in held) == {"x": 20, "y": 8, "z": 1}
-    assert sorted(row.where for row in kept + held) == sorted(row.where for row in rows)
-    # File order within both.
-    places = {row.where: i for i, row in enumerate(rows)}
-    for part in (kept, held):
-        assert [places[row.where] for row in part] == sorted(places[row.where] for row in part)
-    assert hold_out(rows, 0.2, 3) == (kept, held)
-    assert hold_out(rows, 0.2, 4) != (kept, held)
-
-
-def test_hold_out_keeps_a_row_of_each_label() -> None:
-    kept, _ = hold_out(labelled("x", "x", "y"), 0.9, 0)
-    assert {row.values[1] for row in kept} == {"x", "y"}
-    with pytest.raises(UserError, match=r"data\.eval_fraction=0\.1 holds out no row of 3; set data\.eval"):
-        hold_out(labelled("x", "x", "y"), 0.1, 0)

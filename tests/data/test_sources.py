@@ -200,11 +200,6 @@ _NEAREST = (
         ("a.jsonl", '{"text": {}, "label": 1}\n', "a.jsonl:1: column 'text' holds a dict; expected a string, number"),
         ("a.csv.gz", "text,label\n", "a.csv.gz: broken gzip data (Not a gzipped file"),
         ("a.csv.gz", gzip.compress(b"text,label\na,b\n" * 99, mtime=0)[:-12], "a.csv.gz: broken gzip data"),
-        (
-            "a.json",
-            "[]",
-            "a.json: has no list 'data'; a .json file must be of SQuAD's form",
-        ),
         ("a.gz", "", "a.gz': the suffix does not tell"),
         ("a", "", "a': the suffix does not tell"),
     ],

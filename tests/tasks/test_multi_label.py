@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import make_folder, refusal, run
+from tiny import make_folder, refusal, run, write_tokenizer
 
 from jaxft.config import load_config
+from jaxft.data.encode import read_rows
+from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.models.contract import Output
-from jaxft.tasks import collected
+from jaxft.tasks import collected, multi_label
 from jaxft.tasks.multi_label import Task
 from jaxft.training.setup import Times, prepare
 from jaxft.trees import paths_of
@@ -209,6 +211,23 @@ def test_bad_rows_and_settings_are_one_line(
         f"data.train={data}", f"data.eval={data}", f"train.out={tmp_path / 'no'}", *settings,
     )  # fmt: skip
     assert said in message
+
+
+def test_labels_are_renamed_and_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,x|y\nb,X\nc,z\nd,x|z|w\n")
+    mapping = "data.label_map={X: x, z: null, y: why, no: none}"
+    config = load_config(None, ["task.name=multi_label", "task.separator='|'", f"data.train={path}", mapping])
+    notes: list[str] = []
+    rows = read_rows(str(path), config.data, multi_label.columns(config.data), notes.append)
+    targets = multi_label.study(rows, config, None, notes.append)
+    assert targets.labels == ("w", "why", "x")
+    write_tokenizer(tmp_path)
+    made = multi_label.encode(rows, Tokenizer(tmp_path, 8), targets, config)
+    assert [one.example["labels"].tolist() for one in made] == [[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 0, 1]]
+    assert [note.removeprefix(f"{path}: data.label_map: ") for note in notes if "label_map" in note] == [
+        "'X' is 'x' in 1 rows", "'z' is taken off 2 rows", "'y' is 'why' in 1 rows", "'no' is 'none' in 0 rows",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("head", ["fresh", "stored"])

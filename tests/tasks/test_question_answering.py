@@ -282,15 +282,17 @@ def test_rows_of_squads_own_file(tmp_path: Path, capsys: Capture) -> None:
     ]
     assert rows[1].where == f"{file}: article 0, paragraph 0, question 1"
     for content, problem in (
-        ("[{}]", "has no list 'data'; a .json file must be of SQuAD's form"),
         ('{"data": [{"paragraphs": [{"qas": {}}]}]}', "article 0, paragraph 0: has no list 'qas'"),
-        ('{"text": "a"}\n{"text": "b"}', "dev.json:2: not valid JSON: Extra data"),
+        (
+            '{"data": [{"paragraphs": []}, {"title": "T"}]}',
+            "article 1: has no list 'paragraphs'; articles of SQuAD's form",
+        ),
         ('{"data": [{"paragraphs": [{"qas": [3]}]}]}', "question 0: is a int, not an object"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=re.escape(problem)):
             list(iter_rows(str(file), ("question",)))
-    file.write_text('{"data": []}')
+    file.write_text('{"data": [{"paragraphs": []}]}')
     with pytest.raises(UserError, match="no column 'text'"):
         list(iter_rows(str(file), ("text",)))
 

@@ -1,21 +1,26 @@
-"""Decoded lines of text files, whatever they are packed and encoded in: gzip by its content, UTF-8, and UTF-16 or UTF-32 by their
-marks. Files of other formats under a text file's name are named for what they are.
+"""Decoded text of files, in lines or in pieces, whatever it is packed and encoded in: gzip and Zstandard by their content, UTF-8,
+and UTF-16 or UTF-32 by their marks. Files of other formats under a text file's name are named for what they are.
 """
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import importlib
+import sys
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 from jaxft.errors import UserError
 
 # Closing one closes its file.
 Lines = Generator[str, None, None]
+_Bytes = IO[bytes] | gzip.GzipFile
 
 _WORKBOOK = "save the sheet as CSV (UTF-8), or unpack the archive"
 _FOREIGN = (
@@ -26,12 +31,15 @@ _FOREIGN = (
     (b"ARROW1", "an Arrow (Feather) file; save it as .parquet"),
     (b"SQLite format 3\x00", "an SQLite database; export the table as CSV"),
     (b"\xfd7zXZ\x00", "compressed with xz; unpack it, or use gzip"),
-    (b"(\xb5/\xfd", "compressed with zstd; unpack it, or use gzip"),
     (
         b"version https://git-lfs.github.com/spec/",
         "a pointer of Git LFS and not the data; fetch them with: git lfs pull",
     ),
 )
+PACKED = (".gz", ".zst")
+"""Suffixes of packed files."""
+_GZIP, _ZSTD = b"\x1f\x8b", b"(\xb5/\xfd"
+_PIECE = 1 << 16  # bytes of a piece of text, before they are decoded
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, with which it begins
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -50,17 +58,71 @@ def read_lines(path: Path, *, table: bool = True) -> Lines:
     Raises:
       UserError: the file cannot be read, is not text, or not in the encoding that it begins in.
     """
+    with _unpacked(path) as file:
+        yield from decoded(file, str(path), table=table)
+
+
+def read_pieces(path: Path) -> Lines:
+    """The text of a file that is to hold records, in pieces that end anywhere; whoever takes them closes them.
+
+    Raises:
+      UserError: as :func:`read_lines`.
+    """
+    with _unpacked(path) as file:
+        first = file.read(_PIECE)
+        refuse_foreign(first, str(path))
+        encoding = next((encoding for mark, encoding in _MARKS if first.startswith(mark)), "utf-8-sig")
+        if encoding == "utf-8-sig" and b"\x00\x00" in (first[0:4:2], first[1:4:2]):
+            raise UserError(f"{path}: looks like UTF-16 without a byte order mark; save the file as UTF-8")
+        decoder = codecs.getincrementaldecoder(encoding)()
+        read = 0
+        for raw in chain([first], iter(lambda: file.read(_PIECE), b""), [b""]):
+            kept = len(decoder.getstate()[0])  # the beginning of a character, of the piece before
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                name = encoding.removesuffix("-sig").upper()
+                place = f"byte {read - kept + error.start + 1}: {error.reason}"
+                raise UserError(f"{path}: not valid {name} ({place}); save the file as UTF-8") from error
+            read += len(raw)
+            if text:
+                yield text
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[_Bytes]:
+    """A file's bytes, as they were before it was packed."""
+    damaged: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    kind = "gzip"
     try:
         with open(path, "rb") as file:
-            packed = path.suffix.lower() == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
-            yield from decoded(gzip.GzipFile(fileobj=file) if packed else file, str(path), table=table)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: broken gzip data ({error}); copy or compress the file again") from error
+            first, suffix = file.peek(4)[:4], path.suffix.lower()
+            if first == _ZSTD or (suffix == ".zst" and not first.startswith(_GZIP)):
+                zstd = _zstd(path)
+                damaged, kind = (*damaged, zstd.ZstdError), "zstd"
+                with zstd.ZstdFile(file) as unpacked:
+                    yield unpacked
+            elif first.startswith(_GZIP) or suffix == ".gz":
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield unpacked
+            else:
+                yield file
+    except damaged as error:
+        raise UserError(f"{path}: broken {kind} data ({error}); copy or compress the file again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def decoded(file: IO[bytes] | gzip.GzipFile, where: str, *, table: bool = False) -> Lines:
+def _zstd(path: Path) -> ModuleType:
+    """Python's own module, which earlier versions have as a package."""
+    try:
+        return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    except ImportError as error:
+        hint = "pip install jaxft[zstd], or unpack it (zstd -d)"
+        raise UserError(f"{path}: is compressed with zstd, which needs a package ({error}); {hint}") from error
+
+
+def decoded(file: _Bytes, where: str, *, table: bool = False) -> Lines:
     """The lines of an open file; see :func:`read_lines`."""
     first = next(iter(file), b"")
     refuse_foreign(first, where, table=table)
@@ -92,7 +154,7 @@ def refuse_foreign(first: bytes, where: str, *, table: bool = True) -> None:
         raise UserError(f"{where}: is a web page and not the data; was a download refused?")
 
 
-def _wide(file: IO[bytes] | gzip.GzipFile, first: bytes, encoding: str, where: str) -> Lines:
+def _wide(file: _Bytes, first: bytes, encoding: str, where: str) -> Lines:
     decoder = codecs.getincrementaldecoder(encoding)()
     parts: list[str] = []  # of the line that is not yet whole
     number = 1

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.data.sources.lines import read_lines
+from jaxft.data.sources.lines import PACKED, read_lines
 from jaxft.data.sources.rows import Row, column_positions
 from jaxft.errors import UserError
 from jaxft.files import find_file
@@ -27,9 +27,9 @@ class Listing:
 
 
 def suffix_of(name: str | Path) -> str:
-    """The suffix that tells the format, lower-case and without ``.gz``."""
+    """The suffix that tells the format, lower-case and without ``.gz`` or ``.zst``."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    return "".join(suffixes[:-1][-1:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+    return "".join(suffixes[:-1][-1:] if suffixes and suffixes[-1] in PACKED else suffixes[-1:])
 
 
 _CURES = {
@@ -98,6 +98,10 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
             )
         texts = []
     read = {*tables, *classes} or set(texts)
+    if not read and any(suffix_of(file) == ".json" for file in files):
+        raise UserError(
+            f"{path}: its .json files may be about other files; if they hold the rows, name them: {path}/*.json"
+        )
     if not read:
         raise UserError(f"{path}: holds no data file (accepted: {', '.join(sorted(formats))}) and no class folders")
     if others := [entry.name for entry in entries if entry not in read and entry.name != "_SUCCESS"]:

@@ -21,11 +21,11 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.sources.conll import SUFFIXES, iter_conll
+from jaxft.data.sources.json_lists import iter_json
 from jaxft.data.sources.lines import refuse_foreign
 from jaxft.data.sources.listing import iter_classes, listed, suffix_of, unknown_format
 from jaxft.data.sources.lists import Names, library_value, names_in, names_in_parquet, shortest
 from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
-from jaxft.data.sources.squad import iter_squad
 from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
@@ -42,8 +42,8 @@ Reference = str | tuple[str, ...]
 """What ``data.train`` and ``data.eval`` name: one source, or several that are read one after the other."""
 
 _ACCEPTED = (
-    ".csv, .tsv, .jsonl (.ndjson, .jsonlines), .conll (.conllu, .bio, .iob, .iob2) and .txt, each also .gz; .parquet; "
-    ".json (SQuAD's form); "
+    ".csv, .tsv, .jsonl (.ndjson, .jsonlines), .json, .conll (.conllu, .bio, .iob, .iob2) and .txt, each also .gz or .zst; "
+    ".parquet; "
     "a folder or pattern of such files; tfds:NAME:SPLIT; hf:FOLDER[:SPLIT]; - (standard input)"
 )
 _READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
@@ -52,7 +52,7 @@ _READERS: dict[str, Callable[[Path, tuple[str, ...], Form], Iterator[Row]]] = {
     ".jsonl": lambda path, columns, _: iter_jsonl(path, columns),
     ".jsonlines": lambda path, columns, _: iter_jsonl(path, columns),
     ".ndjson": lambda path, columns, _: iter_jsonl(path, columns),
-    ".json": lambda path, columns, _: iter_squad(path, columns),
+    ".json": lambda path, columns, form: iter_json(path, columns, form.note),
     ".txt": lambda path, columns, _: iter_txt(path, columns),
     ".parquet": lambda path, columns, _: _iter_parquet(path, columns),
     **dict.fromkeys(SUFFIXES, lambda path, columns, form: iter_conll(path, columns, form.note)),
@@ -139,7 +139,7 @@ def column_names(reference: str, column: str, form: Form) -> tuple[str, ...]:
     Raises:
       UserError: there is nothing to read there.
     """
-    if reference == "-" or reference.removesuffix(".gz").endswith(".txt"):
+    if reference == "-" or suffix_of(reference) == ".txt":
         return ()
     try:
         next(iter(iter_rows(reference, (column, ALL), dataclasses.replace(form, note=lambda _: None))), None)

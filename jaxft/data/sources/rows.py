@@ -26,10 +26,16 @@ class Row:
 
     values: tuple[Value, ...]
     where: str
+    group: str = ""
+    """Rows of one group stay on one side when rows are held out; empty where nobody asks."""
 
 
 class Carried(str):
     """The name of a column that is only carried along: a row may lack it, and it may hold anything."""
+
+
+class Group(str):
+    """The name of the column that tells which rows stay together."""
 
 
 class Listed(str):
@@ -72,7 +78,8 @@ def missing_column(name: str, present: Sequence[str], where: str) -> UserError:
     hint = nearest(name, named)
     if hint.startswith("did you mean"):
         hint += f" (columns: {', '.join(named)})"
-    return MissingColumn(f"{where}: no column {name!r}: {hint}; set data.text / data.label to one of these", present)
+    keys = "data.split_group" if isinstance(name, Group) else "data.text / data.label"
+    return MissingColumn(f"{where}: no column {name!r}: {hint}; set {keys} to one of these", present)
 
 
 def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -85,11 +92,19 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                 blank = blank or number
                 continue
             refuse_blank(path, blank)
-            record = _json_object(line, where)
-            for name in columns:
-                if name not in record and not isinstance(name, Carried):
-                    raise missing_column(name, list(record), where)
-            yield Row(tuple(json_value(record.get(name), name, where) for name in columns), where)
+            yield record_row(_json_object(line, where), columns, where)
+
+
+def record_row(record: Mapping[str, object], columns: tuple[str, ...], where: str) -> Row:
+    """The row of a JSON object.
+
+    Raises:
+      UserError: it lacks a column, or holds there what no column can.
+    """
+    for name in columns:
+        if name not in record and not isinstance(name, Carried):
+            raise missing_column(name, list(record), where)
+    return Row(tuple(json_value(record.get(name), name, where) for name in columns), where)
 
 
 def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.sources.lines import read_lines
-from jaxft.data.sources.rows import Carried, Row, json_value, missing_column, refuse_constant
+from jaxft.data.sources.rows import Carried, Row, json_value, missing_column
 from jaxft.errors import UserError
 
 COLUMNS = ("id", "title", "question", "context", "answers", "is_impossible")
 _WANTED = (
-    'a .json file must be of SQuAD\'s form, {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}; '
-    "rows of other kinds are read from .jsonl, where each line is one object"
+    'articles of SQuAD\'s form are {"paragraphs": [{"context": ..., "qas": [{"question": ..., "answers": [...]}]}]}'
 )
 
 
-def iter_squad(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+def iter_squad(articles: Iterable[object], columns: tuple[str, ...], path: Path) -> Iterator[Row]:
     """A row per question. ``answers`` are as the file has them; none where it says that the question ``is_impossible``.
 
+    Args:
+      articles: the list that the file holds as its ``data``.
+
     Raises:
-      UserError: not valid JSON, or not of this form.
+      UserError: not of this form.
     """
-    with closing(read_lines(path)) as lines:
-        text = "".join(lines)
-    try:
-        whole = json.loads(text, parse_constant=refuse_constant)
-    except RecursionError as error:
-        raise UserError(f"{path}: not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        problem, line = getattr(error, "msg", str(error)), getattr(error, "lineno", 1)
-        raise UserError(f"{path}:{line}: not valid JSON: {problem}; {_WANTED}") from error
-    articles = _list(whole, "data", str(path))
     for name in columns:
         if name not in COLUMNS and not isinstance(name, Carried):
             raise missing_column(name, COLUMNS, str(path))
