@@ -73,13 +73,13 @@ def _override(tree: Mapping[str, object], assignment: str) -> dict[str, object]:
     if not equals or not key:
         raise UserError(f"{assignment!r}: expected key=value, for instance optim.learning_rate=1e-4")
     *sections, last = key.split(".")
-    above: dict[str, object] = {last: typed(_kind_of(key, text, _task_name(tree)), text, key)}
+    above: dict[str, object] = {last: typed(kind_of(key, text, _task_name(tree)), text, key)}
     for section in reversed(sections):
         above = {section: above}
     return _merge(tree, above)
 
 
-def _kind_of(key: str, text: str, task: str) -> object:
+def kind_of(key: str, text: str, task: str) -> object:
     """The declared type of a dotted key of a run with this task; Any inside mappings that take anything."""
     kind: object = RunConfig
     done: list[str] = []

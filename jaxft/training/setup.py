@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -119,8 +119,21 @@ class Setup(Recipe):
         return map_paths(begun, params)
 
 
-def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
+def prepare(
+    config: RunConfig,
+    note: Note,
+    times: Times,
+    *,
+    open_start: Callable[[RunConfig, Note], Source | None] = open_start,
+    open_rows: Callable[[RunConfig, tasks.TaskModule, TextProcessor, Source | None, Note], Rows] = open_rows,
+    tunable: bool = False,
+) -> Setup:
     """Reads data, config.json and tokenizer, and decides labels, head, shapes, schedule; weights are read later.
+
+    Args:
+      open_start: what opens the folder of weights; a sweep's keeps what was read.
+      open_rows: what reads and encodes rows, likewise.
+      tunable: whether the train step takes rates and other numbers of ``optim`` as arguments.
 
     Raises:
       UserError: anything in the configuration, data or model folder that cannot work.
@@ -150,7 +163,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     check_packed_batches(config, mesh, rules, train, held_out, note)
 
     total = steps_of(config, train)
-    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, platform, tunable=tunable)
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
     check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
