@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(path, space.fixed)
     out = Path(options.out or f"{config.train.out}-sweep")
     with lasting_output("sweep", f"the sweep goes on, its results are in {out}"):
-        return _run(options, path, space, config, out)
+        return _run(options, space, config, out)
 
 
 def _check_points(options: argparse.Namespace) -> None:
@@ -62,15 +62,21 @@ def _check_points(options: argparse.Namespace) -> None:
         raise UserError(f"--points {options.points}: must be at least 1")
 
 
-def _run(options: argparse.Namespace, path: str | None, space: Space, config: RunConfig, out: Path) -> int:
+def _run(options: argparse.Namespace, space: Space, config: RunConfig, out: Path) -> int:
     set_up_jax(config.train.compilation_cache)
     from jaxft.machine import processes  # imports jax
     from jaxft.training.sweep.engine import Sweep, run_sweep
 
     if processes.detect(os.environ) is not None:
         raise UserError("jaxft sweep works in one process (with all of its devices); start a sweep on each machine")
-    sweep = Sweep(path, space, options.search, options.seed, options.points, options.prune, out)
-    outcome = run_sweep(sweep, None, _say)
+    adviser = None
+    if options.search == "tpe" or options.prune:
+        from jaxft.training.sweep.tpe import make_optuna
+
+        why = "--search tpe" if options.search == "tpe" else "--prune"
+        adviser = make_optuna(space, options.seed, why, options.points if options.search == "tpe" else None)
+    sweep = Sweep(config, space, options.search, options.seed, options.points, options.prune, out)
+    outcome = run_sweep(sweep, adviser, _say)
     _report(outcome, out)
     return 130 if outcome.interrupted else 0
 

@@ -195,20 +195,24 @@ def check_config(config: RunConfig) -> None:
     sizes = {axis: getattr(config.mesh, axis) for axis in ("slices", "data", "fsdp", "tensor", "context")}
     mesh = make_abstract_mesh(config.mesh, math.prod(size for size in sizes.values() if size != -1))
     check_batch_shapes(config, mesh, make_rules(config.mesh))
-    module = tasks.task(config.task.name)
-    settled(config, module)
-    labels = declared_labels(config.data.labels)[0] or ("0", "1")
-    # Weights are given by the names of labels, which are not known yet.
-    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
-    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
-    task = module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
-    tasks.metric_of(task, config.eval.metric)
+    settled(config, tasks.task(config.task.name))
+    tasks.metric_of(stand_in_task(config), config.eval.metric)
     if config.model.family is not None:
         models.family(config.model.family)
         if config.model.init is None:
             fresh_config(config.model.family, config.model.arch)
     if config.train.steps is not None:
         make_schedule(config.optim, config.train.steps)
+
+
+def stand_in_task(config: RunConfig) -> tasks.Task:
+    """What stands for a run's task where no row is read: it has the metrics."""
+    module = tasks.task(config.task.name)
+    labels = declared_labels(config.data.labels)[0] or ("0", "1")
+    # Weights are given by the names of labels, which are not known yet.
+    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
+    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
+    return module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
 
 
 def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:

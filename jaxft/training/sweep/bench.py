@@ -128,22 +128,23 @@ class Bench:
     _sources: dict[str, Source | None] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
-    def group(self, config: RunConfig, alike: Sequence[RunConfig]) -> Group:
+    def group(self, key: str, config: RunConfig, alike: Sequence[RunConfig], sure: Sequence[RunConfig]) -> Group:
         """The setup and programs of a trial.
 
         Args:
-          alike: configurations of all trials that may share them; the longest says how many rates there is room for.
+          key: :func:`program_key` of its configuration.
+          alike: configurations of trials that may share them; the longest says how many rates there is room for.
+          sure: those that will be run.
 
         Raises:
-          UserError: any of these runs cannot be made.
+          UserError: a run of ``sure`` cannot be made.
         """
-        key = program_key(config)
         if key not in self.groups:
             setup = prepare(config, self._say, Times(), open_start=self._start, open_rows=self._open, tunable=True)
-            totals = [steps_of(one, setup.train) for one in alike]
-            for one, total in zip(alike, totals, strict=True):
-                make_schedule(one.optim, total)
-            setup = dataclasses.replace(setup, updates=max([setup.total_steps, *totals]))
+            for one in sure:
+                make_schedule(one.optim, steps_of(one, setup.train))
+            most = max(steps_of(one, setup.train) for one in (config, *alike))
+            setup = dataclasses.replace(setup, updates=most)
             self.groups[key] = Group(setup, compile_programs(setup, self._say))
         return self.groups[key]
 

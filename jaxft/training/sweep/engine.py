@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from jaxft import tasks
-from jaxft.config import RunConfig, load_config, to_tree, to_yaml
+from jaxft.config import RunConfig, to_tree, to_yaml, with_overrides
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.memory import resident_bytes
-from jaxft.training.setup import check_config
+from jaxft.training.setup import check_config, stand_in_task
 from jaxft.training.sweep.bench import Bench, Group, program_key
 from jaxft.training.sweep.ledger import Finished, Ledger, open_ledger
 from jaxft.training.sweep.ranking import Direction, Ranked, ranked, table_lines
 from jaxft.training.sweep.samples import random_points
 from jaxft.training.sweep.space import SEED, Point, Space
-from jaxft.training.sweep.trial import Course, forget_state, run_trial
+from jaxft.training.sweep.trial import Course, forget_state, rows_of, run_trial
 
 Search = Literal["grid", "random", "tpe"]
 Note = Callable[[str], None]
@@ -30,11 +30,20 @@ Note = Callable[[str], None]
 class Adviser(Protocol):
     """Chooses points by what came of earlier ones, and says which trials are worth going on with."""
 
-    def point(self, number: int, finished: Sequence[Finished], points: Mapping[int, Point]) -> Point:
+    def point(
+        self, number: int, finished: Sequence[Finished], points: Mapping[int, Point], direction: Direction
+    ) -> Point:
         """Point number ``number``, the same whenever the points before have come to the same."""
         ...
 
-    def hopeful(self, number: int, course: Course, finished: Sequence[Finished]) -> bool:
+    def hopeful(
+        self,
+        number: int,
+        course: Course,
+        finished: Sequence[Finished],
+        points: Mapping[int, Point],
+        direction: Direction,
+    ) -> bool:
         """Whether a trial with these scores so far is worth going on with."""
         ...
 
@@ -43,7 +52,8 @@ class Adviser(Protocol):
 class Sweep:
     """What is asked for."""
 
-    run_file: str | None
+    base: RunConfig
+    """The run that points change."""
     space: Space
     search: Search
     seed: int
@@ -60,7 +70,7 @@ class Sweep:
           UserError: a value that its key does not take.
         """
         own = [f"{key}={text}" for key, text in point.items()]
-        return load_config(self.run_file, [*self.space.fixed, *own, *([] if seed is None else [f"{SEED}={seed}"])])
+        return with_overrides(self.base, [*own, *([] if seed is None else [f"{SEED}={seed}"])])
 
     def known(self) -> list[Point] | None:
         """All points, where they do not depend on what came of others."""
@@ -119,8 +129,13 @@ def run_sweep(sweep: Sweep, adviser: Adviser | None, note: Note) -> Outcome:
     seeds = sweep.space.seeds or (configs[0].train.seed,)
     total = len(points) if known is not None else sweep.count
     assert total is not None
+    task = stand_in_task(configs[0])
+    metric = tasks.metric_of(task, configs[0].eval.metric)
     with open_ledger(sweep.out, _head(sweep)) as ledger:
-        return _Course(sweep, adviser, note, ledger, seeds, known, configs, total).run()
+        return _Course(
+            *(sweep, adviser, note, ledger, seeds, known, configs, list(map(program_key, configs))),
+            *(total, metric, task.metrics[metric]),
+        ).run()
 
 
 def _check(config: RunConfig) -> None:
@@ -130,7 +145,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _head(sweep: Sweep) -> dict[str, object]:
-    tree = to_tree(load_config(sweep.run_file, sweep.space.fixed))
+    tree = to_tree(sweep.base)
     for section, name in (("train", "out"), ("train", "compilation_cache"), ("train", "export")):
         del tree[section][name]
     flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
@@ -151,7 +166,12 @@ class _Course:
     seeds: tuple[int, ...]
     known: list[Point] | None
     configs: list[RunConfig]
+    """Of all points; where these are not known, of the corners of the space."""
+    keys: list[str]
+    """What the programs of each depend on."""
     total: int
+    metric: str
+    direction: Direction
     ran: int = 0
     resident: tuple[int, int] = (0, 0)
 
@@ -161,23 +181,24 @@ class _Course:
         done = len(self.ledger.finished)
         if done:
             self.note(f"{done} of {self.total * len(self.seeds)} trials are finished already ({self.sweep.out})")
-        interrupted, group = False, None
+        interrupted = False
         for number in self._order():
+            if self._whole(number):
+                for seed in self.seeds:  # left by a crash between the ledger and this
+                    forget_state(self._folder(number, seed))
+                continue
             point = self._point(number)
-            group = bench.group(self.sweep.config(point), self._alike(point))
+            group = self._group(bench, self.sweep.config(point))
             if self._point_stopped(number, point, group):
                 interrupted = True
                 break
-        if group is None:  # nothing was left to do
-            group = bench.group(self.configs[0], self.configs)
-        metric = tasks.metric_of(group.setup.task, group.setup.config.eval.metric)
         for one in bench.groups.values():
             one.programs.compilation.stop()
         counts = [one.compiled() for one in bench.groups.values()]
         return Outcome(
-            rows=self._write(metric, group.setup.task.metrics[metric]),
-            metric=metric,
-            direction=group.setup.task.metrics[metric],
+            rows=self._write(),
+            metric=self.metric,
+            direction=self.direction,
             interrupted=interrupted,
             compiled=sum(count for count, _ in counts),
             shapes=sum(shapes for _, shapes in counts),
@@ -191,8 +212,7 @@ class _Course:
         numbers = list(range(self.total))
         if self.known is None:
             return numbers
-        keys = [program_key(config) for config in self.configs]
-        return sorted(numbers, key=lambda number: keys.index(keys[number]))
+        return sorted(numbers, key=lambda number: self.keys.index(self.keys[number]))
 
     def _point(self, number: int) -> Point:
         if self.known is not None:
@@ -200,24 +220,32 @@ class _Course:
         if number in self.ledger.points:
             return self.ledger.points[number]
         assert self.adviser is not None
-        return self.adviser.point(number, list(self.ledger.finished.values()), self.ledger.points)
+        finished = list(self.ledger.finished.values())
+        return self.adviser.point(number, finished, self.ledger.points, self.direction)
 
-    def _alike(self, point: Point) -> list[RunConfig]:
-        """Configurations of all points that share the programs of this one."""
-        key = program_key(self.sweep.config(point))
-        return [config for config in self.configs if program_key(config) == key]
+    def _group(self, bench: Bench, config: RunConfig) -> Group:
+        key = program_key(config)
+        if self.known is not None:
+            alike = [one for one, its in zip(self.configs, self.keys, strict=True) if its == key]
+            return bench.group(key, config, alike, alike)
+        # A corner has the most steps, or the most epochs, that any point has.
+        lengths = [(one.train.steps, one.train.epochs) for one in self.configs]
+        longer = [
+            dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, epochs=epochs))
+            for steps, epochs in dict.fromkeys(lengths)
+        ]
+        return bench.group(key, config, longer, [config])
 
     def _point_stopped(self, number: int, point: Point, group: Group) -> bool:
         """Runs what is left of a point's trials; whether a signal stopped one."""
         for place, seed in enumerate(self.seeds):
-            before = self.ledger.finished.get((number, seed))
-            out = self.sweep.out / "trials" / f"{number:04d}-seed{seed}"
-            if before is not None:
-                self._check_rows(before, group)
-                forget_state(out)  # left by a crash between the ledger and this
+            out = self._folder(number, seed)
+            if (number, seed) in self.ledger.finished:
+                forget_state(out)
                 continue
             if place and self._pruned(number):
                 break
+            self._check_rows(point, group)
             self.ledger.begin(number, seed, point)
             began = time.perf_counter()
             config = self.sweep.config(point, seed)
@@ -225,46 +253,58 @@ class _Course:
             def hopeful(course: Course, place: int = place) -> bool:
                 if not self.sweep.prune or self.adviser is None or place:
                     return True  # a point is judged by its first seed
-                return self.adviser.hopeful(number, course, list(self.ledger.finished.values()))
+                finished = list(self.ledger.finished.values())
+                return self.adviser.hopeful(number, course, finished, self.ledger.points, self.direction)
 
             result = run_trial(group, config, out, number, seed, self.note, hopeful)
             if result is None:
                 return True
             self.ledger.finish(result)
             forget_state(out)
-            self._tell(result, point, group, time.perf_counter() - began)
+            self._tell(result, point, time.perf_counter() - began)
         return False
 
     def _pruned(self, number: int) -> bool:
         return any(one.state == "pruned" for (point, _), one in self.ledger.finished.items() if point == number)
 
-    def _check_rows(self, before: Finished, group: Group) -> None:
-        """Raises UserError if the rows are not those that a finished trial was run on."""
-        if before.rows != f"{group.setup.train.digest()}/{group.setup.held_out.digest()}":
+    def _folder(self, number: int, seed: int) -> Path:
+        return self.sweep.out / "trials" / f"{number:04d}-seed{seed}"
+
+    def _whole(self, number: int) -> bool:
+        """Whether nothing is left to do of a point."""
+        return self._pruned(number) or all((number, seed) in self.ledger.finished for seed in self.seeds)
+
+    def _check_rows(self, point: Point, group: Group) -> None:
+        """Raises UserError if the rows are not those that finished trials were run on."""
+        rows = rows_of(group.setup)
+        own = {key: text for key, text in point.items() if key.split(".")[0] in ("data", "task", "model")}
+        alike = [one for one in self.ledger.finished.values() if own.items() <= self.ledger.points[one.point].items()]
+        before = next((one for one in alike if one.rows != rows), None)
+        if before is not None:
             raise UserError(
                 f"{self.sweep.out}: the rows of {group.setup.config.data.train} (or their tokenizer) have changed since trial "
                 f"{before.point} of seed {before.seed}; scores would not be comparable: give another --out"
             )
 
-    def _tell(self, result: Finished, point: Point, group: Group, seconds: float) -> None:
+    def _tell(self, result: Finished, point: Point, seconds: float) -> None:
         """A line for a trial that has ended, and the files of results."""
         self.ran += 1
         now = resident_bytes() or 0
         self.resident = (self.resident[0] or now, now)
-        metric = tasks.metric_of(group.setup.task, group.setup.config.eval.metric)
-        rows = self._write(metric, group.setup.task.metrics[metric])
+        rows = self._write()
         values = " ".join(f"{key.split('.')[-1]}={text}" for key, text in point.items())
         score = "n/a" if result.value is None else f"{result.value:.4f}"
         state = "" if result.state == "done" else f" {result.state}"
         done, total = len(self.ledger.finished), self.total * len(self.seeds)
         best = f" | best so far: point {rows[0].number}, {rows[0].mean:.4f}" if rows and not rows[0].remark else ""
         self.note(
-            f"trial {done:>{len(str(total))}}/{total} | {values} seed={result.seed} | {metric} {score}{state} "
+            f"trial {done:>{len(str(total))}}/{total} | {values} seed={result.seed} | {self.metric} {score}{state} "
             f"(step {result.best_step} of {result.steps}) | {seconds:.1f} s{best}"
         )
 
-    def _write(self, metric: str, direction: Direction) -> list[Ranked]:
+    def _write(self) -> list[Ranked]:
         """Writes the ranking and the winner's run file."""
+        metric, direction = self.metric, self.direction
         rows = ranked(self.ledger.points, list(self.ledger.finished.values()), self.seeds, direction)
         out = self.sweep.out
         write_atomic(out / "results.md", "\n".join(table_lines(rows, metric, direction)) + "\n")

@@ -100,7 +100,12 @@ class Range:
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
             value = self.low + share * (self.high - self.low)
-        return _text(value, self.whole)
+        return self.text(value)
+
+    def text(self, value: float) -> str:
+        """A number of the range in a few digits; rounding does not leave the range."""
+        made = _text(value, self.whole)
+        return made if self.low <= float(made) <= self.high else repr(self.low if float(made) < self.low else self.high)
 
 
 Dimension = Choices | Range

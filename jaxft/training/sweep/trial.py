@@ -97,8 +97,13 @@ def _finished(setup: Setup, out: Path, metric: str, point: int, seed: int, state
         steps=last,
         metrics={name: value for name, value in scores.items() if name not in ("step", "kind")},
         course=tuple((step, value) for step, value in course if math.isfinite(value)),
-        rows=f"{setup.train.digest()}/{setup.held_out.digest()}",
+        rows=rows_of(setup),
     )
+
+
+def rows_of(setup: Setup) -> str:
+    """Hashes of the training rows and the held-out rows."""
+    return f"{setup.train.digest()}/{setup.held_out.digest()}"
 
 
 def course_of(log: Path, metric: str) -> Course:
