@@ -133,11 +133,10 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
     def compiled(name: Name) -> Compiled:
         kind, shape = name
         with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
+            program, arguments = evaluate, (state.best_params, setup.batch(shape))
             if kind == "train":
-                lowered = train.lower(*setup.arguments(shape))
-            else:
-                lowered = evaluate.lower(state.best_params, setup.batch(shape))
-            return Compiled(lowered.compile(), list(seen.values()))
+                program, arguments = train, setup.arguments(shape)
+            return Compiled(program.lower(*arguments).compile(), list(seen.values()))
 
     order = needed(setup, batches, held_out, start)
     note(f"compiling {len(order)} programs, {order[0][0]} {order[0][1]} first")

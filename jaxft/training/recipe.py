@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -40,7 +41,7 @@ from jaxft.tasks import Targets, Task
 from jaxft.training import gradients
 from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.training.optim.schedules import Schedule
-from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule
+from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import Batch, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree
@@ -123,9 +124,7 @@ class Recipe:
         ) -> tuple[TrainState[jax.Array], Sums]:
             schedule = table_schedule(tunable.rates)
             optimizer = _optimizer(self.config, self.freeze, schedule, self.shapes, self.axes, tunable)
-            made = make_train_step(
-                self.task, gradient_of, optimizer, schedule, ema=tunable.ema, frozen=self.frozen
-            )
+            made = make_train_step(self.task, gradient_of, optimizer, schedule, ema=tunable.ema, frozen=self.frozen)
             return made(state, batch, seed)
 
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -214,7 +213,7 @@ def make_recipe(
     check_split(mesh, rules, shapes, axes, config.mesh.replicate)
     schedule = make_schedule(config.optim, total_steps)
     freeze = (*config.optim.freeze, *adapters.frozen_paths(model, config.model.lora, bool(targets.labels)))
-    values = shapes_of(config.optim, total_steps, replicated(mesh)) if tunable else None
+    values = tunable_of(config.optim, total_steps, total_steps) if tunable else None
     optimizer = _optimizer(config, freeze, schedule, shapes, axes, values)
     shardings = shardings_of(mesh, rules, shapes, axes)
     fields = module.fields(config, tokenizer.pad_id)
@@ -247,7 +246,7 @@ def _optimizer(
     schedule: Schedule,
     shapes: Shapes,
     axes: Axes,
-    tunable: Tunable[jax.Array] | Tunable[jax.ShapeDtypeStruct] | None,
+    tunable: Tunable[jax.Array] | Tunable[np.ndarray] | None,
 ) -> optax.GradientTransformation:
     return make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes, tunable)
 

@@ -49,7 +49,7 @@ def make_optimizer(
     schedule: Schedule,
     params: Params | Shapes,
     axes: Axes,
-    tunable: Tunable[jax.Array] | Tunable[jax.ShapeDtypeStruct] | None = None,
+    tunable: Tunable[jax.Array] | Tunable[np.ndarray] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer for parameters of the given shapes and logical axes.
 
@@ -58,7 +58,7 @@ def make_optimizer(
       schedule: from ``make_schedule``.
       params: arrays or ``jax.ShapeDtypeStruct``; only paths and shapes are read.
       axes: tree of the same structure with a tuple of logical axis names (or None) per dimension.
-      tunable: what stands for weight decay and clipping instead of the numbers of ``config``; shapes do for the optimizer's state.
+      tunable: what stands for weight decay and clipping instead of the numbers of ``config``.
 
     Raises:
       UserError: a freeze pattern that matches nothing, values out of range, layer-wise decay without layers.
@@ -71,9 +71,8 @@ def make_optimizer(
     partly = {path: rows for path, rows in by_path.items() if isinstance(rows, np.ndarray)}
     factors = _rate_factors(config.layer_decay, leaves, partly)
 
-    limit, decay = config.clip_norm, config.weight_decay
-    if tunable is not None:
-        limit, decay = tunable.clip_norm, tunable.weight_decay
+    limit: ArrayLike | None = config.clip_norm if tunable is None else tunable.clip_norm
+    decay: ArrayLike = config.weight_decay if tunable is None else tunable.weight_decay
 
     steps = [_zero_rows(partly)] if partly else []
     if limit is not None:

@@ -6,8 +6,6 @@ of the optimizer is the same with arguments as with constants, but for the place
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -31,7 +29,7 @@ SCHEDULE_KEYS = (
 )
 """Keys of ``optim`` that make up the table of rates."""
 NUMBER_KEYS = ("weight_decay", "clip_norm", "ema")
-"""Keys of ``optim`` that are a number each. Whether clip_norm and ema are there at all belongs to the program."""
+"""Keys of ``optim`` that are a number each. Whether ``clip_norm`` and ``ema`` are there at all belongs to the program."""
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +57,12 @@ def tunable_of(config: OptimConfig, total_steps: int, length: int) -> Tunable[np
     if length < total_steps:
         raise ValueError(f"a table of {length} rates for {total_steps} updates")
     rates = rate_table(make_schedule(config, total_steps), total_steps)
-    numbers = {key: None if (value := getattr(config, key)) is None else np.float32(value) for key in NUMBER_KEYS}
-    return Tunable(rates=np.pad(rates, (0, length - total_steps), mode="edge"), **numbers)
+    return Tunable(
+        rates=np.pad(rates, (0, length - total_steps), mode="edge"),
+        weight_decay=np.array(config.weight_decay, np.float32),
+        clip_norm=None if config.clip_norm is None else np.array(config.clip_norm, np.float32),
+        ema=None if config.ema is None else np.array(config.ema, np.float32),
+    )
 
 
 def rate_table(schedule: Schedule, total_steps: int) -> np.ndarray:
@@ -68,18 +70,21 @@ def rate_table(schedule: Schedule, total_steps: int) -> np.ndarray:
 
     Compiled, and for one update at a time: operation by operation, or in vectors, the last bit may be another.
     """
-    counts = jnp.arange(total_steps, dtype=jnp.int32)
-    return np.asarray(jax.jit(lambda steps: jax.lax.map(schedule, steps))(counts))
+    counts = np.arange(total_steps, dtype=np.int32)
+    # Compiled apart from jit's own cache, which would keep a program for each run.
+    return np.asarray(jax.jit(lambda steps: jax.lax.map(schedule, steps)).lower(counts).compile()(counts))
 
 
 def shapes_of(config: OptimConfig, length: int, sharding: Sharding) -> Tunable[jax.ShapeDtypeStruct]:
     """The same as shapes."""
 
-    def scalar(value: float | None) -> jax.ShapeDtypeStruct | None:
-        return None if value is None else jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
-
-    rates = jax.ShapeDtypeStruct((length,), jnp.float32, sharding=sharding)
-    return Tunable(rates, *(scalar(getattr(config, key)) for key in NUMBER_KEYS))
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+    return Tunable(
+        rates=jax.ShapeDtypeStruct((length,), jnp.float32, sharding=sharding),
+        weight_decay=number,
+        clip_norm=None if config.clip_norm is None else number,
+        ema=None if config.ema is None else number,
+    )
 
 
 def table_schedule(rates: jax.Array) -> Schedule:

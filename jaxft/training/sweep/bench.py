@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft import tasks
 from jaxft.config import RunConfig, to_tree
@@ -81,6 +82,8 @@ class Group:
 
     setup: Setup
     programs: Programs
+    values: dict[str, Tunable[np.ndarray]] = field(default_factory=dict)
+    """The numbers of the latest trial, by what they follow from."""
 
     def trial(self, config: RunConfig, out: Path, seed: int) -> tuple[Setup, Programs]:
         """Setup and programs of one trial, for :func:`jaxft.training.loop.fit`.
@@ -105,7 +108,11 @@ class Group:
             total_steps=total,
             eval_every=config.eval.every or steps_per_epoch(config, setup.train),
         )
-        values = jax.device_put(tunable_of(config.optim, total, updates), replicated(setup.mesh))
+        key = json.dumps([to_tree(config.optim), total])
+        if key not in self.values:
+            self.values.clear()  # seeds of one point follow each other
+            self.values[key] = tunable_of(config.optim, total, updates)
+        values = jax.device_put(self.values[key], replicated(setup.mesh))
         return own, dataclasses.replace(self.programs, train=Bound(self.programs.train, values))
 
     def compiled(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from jaxft import tasks
 from jaxft.config import RunConfig, to_tree, to_yaml, with_overrides
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
-from jaxft.machine.memory import resident_bytes
+from jaxft.machine.memory import release_freed, resident_bytes
 from jaxft.training.setup import check_config, stand_in_task
 from jaxft.training.sweep.bench import Bench, Group, program_key
 from jaxft.training.sweep.ledger import Finished, Ledger, open_ledger
@@ -140,7 +140,9 @@ def run_sweep(sweep: Sweep, adviser: Adviser | None, note: Note) -> Outcome:
 
 def _check(config: RunConfig) -> None:
     if config.train.seeds:
-        raise UserError(f"train.seeds={list(config.train.seeds)}: a sweep has its seeds as train.seed=0..4; leave it out")
+        raise UserError(
+            f"train.seeds={list(config.train.seeds)}: a sweep has its seeds as train.seed=0..4; leave it out"
+        )
     check_config(config)
 
 
@@ -289,6 +291,7 @@ class _Course:
     def _tell(self, result: Finished, point: Point, seconds: float) -> None:
         """A line for a trial that has ended, and the files of results."""
         self.ran += 1
+        release_freed()
         now = resident_bytes() or 0
         self.resident = (self.resident[0] or now, now)
         rows = self._write()
@@ -324,4 +327,3 @@ def _header(best: Ranked, metric: str, seeds: int) -> str:
         f"# The best point of a sweep: {values}\n# {metric} {best.mean:.4f}{spread}, {seeds} seed{'s' * (seeds > 1)}; "
         f"this is the run of the first of them\n"
     )
-

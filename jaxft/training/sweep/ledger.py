@@ -90,7 +90,9 @@ def open_ledger(folder: Path, head: dict[str, Any]) -> Iterator[Ledger]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{path}: another jaxft sweep is at work here; wait for it, or give another --out") from error
+            raise UserError(
+                f"{path}: another jaxft sweep is at work here; wait for it, or give another --out"
+            ) from error
         raw = path.read_bytes()
         records, whole = _records(path, raw)
         if whole < len(raw):  # a line that a crash cut short

@@ -6,6 +6,7 @@ Bergstra et al. 2011 (TPE); Golovin et al. 2017 (the median rule). Nothing here 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def import_optuna(why: str) -> ModuleType:
       UserError: it is not installed.
     """
     try:
-        import optuna
+        optuna = importlib.import_module("optuna")
     except ImportError as error:
         raise UserError(f"{why} needs the package optuna: pip install 'jaxft[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
