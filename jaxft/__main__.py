@@ -19,6 +19,7 @@ STARTED = time.perf_counter()
 
 COMMANDS = {
     "train": "fine-tune a model on labelled text",
+    "sweep": "try many settings of a run, each with several seeds, and rank them",
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
     "data": "what a run's loader will see: lengths, labels, duplicates, rows as tokens",

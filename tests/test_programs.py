@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import pytest
@@ -68,7 +68,8 @@ def held_back(
             def passed(name: programs.Name) -> programs.Compiled:
                 gate(name)
                 kind, shape = name
-                return programs.Compiled((made.train if kind == "train" else made.evaluate)[shape], [])
+                program = (made.train if kind == "train" else made.evaluate)[shape]
+                return programs.Compiled(cast(jax.stages.Compiled, program), [])
 
             super().__init__(passed, names, count, **how)
 

@@ -7,7 +7,7 @@ command line are applied last. Decoding is strict: an unknown key or a value of 
 """
 
 from jaxft.config.decode import decode, flat, to_tree, to_yaml, to_yaml_line
-from jaxft.config.read import load_config, run_config
+from jaxft.config.read import load_config, run_config, with_overrides
 from jaxft.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -43,4 +43,5 @@ __all__ = [
     "to_tree",
     "to_yaml",
     "to_yaml_line",
+    "with_overrides",
 ]

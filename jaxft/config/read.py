@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxft.config.decode import decode
+from jaxft.config.decode import decode, to_tree
 from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
 from jaxft.config.scalars import Scalar, parse_yaml, settle, value_kind
@@ -73,13 +73,13 @@ def _override(tree: Mapping[str, object], assignment: str) -> dict[str, object]:
     if not equals or not key:
         raise UserError(f"{assignment!r}: expected key=value, for instance optim.learning_rate=1e-4")
     *sections, last = key.split(".")
-    above: dict[str, object] = {last: typed(_kind_of(key, text, _task_name(tree)), text, key)}
+    above: dict[str, object] = {last: typed(kind_of(key, text, _task_name(tree)), text, key)}
     for section in reversed(sections):
         above = {section: above}
     return _merge(tree, above)
 
 
-def _kind_of(key: str, text: str, task: str) -> object:
+def kind_of(key: str, text: str, task: str) -> object:
     """The declared type of a dotted key of a run with this task; Any inside mappings that take anything."""
     kind: object = RunConfig
     done: list[str] = []
@@ -122,6 +122,20 @@ def load_config(
     config = run_config(tree)
     check_ranges(config)
     return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The same with ``key=value`` overrides applied.
+
+    Raises:
+      UserError: unknown key, value of the wrong type or out of range.
+    """
+    tree: dict[str, object] = to_tree(config)
+    for assignment in overrides:
+        tree = _override(tree, assignment)
+    changed = run_config(tree)
+    check_ranges(changed)
+    return changed
 
 
 def run_config(tree: Mapping[str, object]) -> RunConfig:

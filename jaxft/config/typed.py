@@ -37,7 +37,7 @@ def typed(kind: object, text: str, key: str) -> object:
     inner, mapping = item_kind(kind), value_kind(kind) is not None and text.startswith("{")
     if inner is not None and takes_text(inner) and not mapping:
         if text.startswith("[") and text.endswith("]"):
-            return [_text(inner, item, f"{key}={text}") for item in _items(text[1:-1], f"{key}={text}")]
+            return [_text(inner, item, f"{key}={text}") for item in items_of(text[1:-1], f"{key}={text}")]
         if not takes_text(kind) and not (text == "null" and takes_none(kind)):
             raise UserError(f"{key}={text}: takes a list; write {key}=[{text}]")
     if takes_text(kind) and not mapping:
@@ -60,13 +60,14 @@ def _text(kind: object, text: str, where: str) -> str | None:
     return text
 
 
-def _items(text: str, where: str) -> list[str]:
-    """The items of a list, still in their quotes. Commas count outside quotes and brackets."""
+def items_of(text: str, where: str, brackets: str = "[]") -> list[str]:
+    """The items of a list, still in their quotes. Commas count outside quotes and brackets, of which an even number opens and an
+    odd number closes."""
     items, item, depth, rest = [], "", 0, text
     while rest:
         quoted = None if item.strip() else _SINGLE.match(rest) or _DOUBLE.match(rest)
         piece = quoted[0] if quoted else rest[0]
-        depth += {"[": 1, "]": -1}.get(piece, 0)
+        depth += (1, -1)[brackets.index(piece) % 2] if piece in brackets else 0
         if depth < 0:
             break
         if piece == "," and depth == 0:

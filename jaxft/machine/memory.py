@@ -5,12 +5,22 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 
 def peak_bytes() -> int:
     """The largest resident size so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int | None:
+    """The resident size now; None where the system does not say (it has no /proc)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()
 
 
 def device_bytes() -> int | None:

@@ -313,7 +313,7 @@ def _seed_values(results: Mapping[int, Mapping[str, object]]) -> dict[str, list[
     return {name: [entry[name] for entry in scores] for name in scores[0]}
 
 
-def _mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); one value has none."""
     mean = sum(values) / len(values)
     if len(values) < 2:
@@ -331,7 +331,7 @@ def seeds_text(results: Mapping[int, Mapping[str, object]]) -> str:
     first = max(map(len, ("metric", *values)))
     lines = [f"{'metric':<{first}}  {'mean +- sd':>18}" + "".join(f"{f'seed {seed}':>12}" for seed in results)]
     for name, column in values.items():
-        mean, sd = _mean_sd(column)
+        mean, sd = mean_sd(column)
         spread = f"{mean:.4f} +- " + ("n/a" if sd is None else f"{sd:.4f}")
         lines.append(f"{name:<{first}}  {spread:>18}" + "".join(f"{value:>12.4f}" for value in column))
     return "\n".join([*lines, f"sd: sample standard deviation over {len(results)} seeds (n - 1)"])
@@ -342,7 +342,7 @@ def write_seeds(out: Path, results: Mapping[int, Mapping[str, object]], *, split
     out.mkdir(parents=True, exist_ok=True)
     table = {}
     for name, column in _seed_values(results).items():
-        mean, sd = _mean_sd(column)
+        mean, sd = mean_sd(column)
         table[name] = {"mean": mean, "sd": sd, "values": column}
     named = "" if split == "eval" else f"_{split}"
     return _write_json(out / f"seeds{named}.json", {"seeds": list(results), "metrics": table})

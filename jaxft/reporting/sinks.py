@@ -41,9 +41,15 @@ class Sinks:
     """The open sinks of one run; made by :func:`open_sinks`."""
 
     def __init__(
-        self, log: LineFile, timing: LineFile, trackers: list[Tracker], bar: tqdm | None, total_steps: int
+        self,
+        log: LineFile,
+        timing: LineFile,
+        trackers: list[Tracker],
+        bar: tqdm | None,
+        total_steps: int,
+        say: Callable[[str], None],
     ) -> None:
-        self._log, self._timing, self._trackers = log, timing, trackers
+        self._log, self._timing, self._trackers, self._say = log, timing, trackers, say
         self._bar, self._total_steps = bar, total_steps
         self._speeds: tuple[int, dict[str, float]] = (-1, {})
         self._postfix: dict[str, str] = {}
@@ -73,7 +79,7 @@ class Sinks:
     def note(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""
         if self._bar is None:
-            print(text, flush=True)
+            self._say(text)
         else:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -139,8 +145,18 @@ class Silent(Sinks):
         """Nothing."""
 
 
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 def open_sinks(
-    out: Path, config: LogConfig, *, start_step: int, total_steps: int, run_config: Mapping[str, object]
+    out: Path,
+    config: LogConfig,
+    *,
+    start_step: int,
+    total_steps: int,
+    run_config: Mapping[str, object],
+    say: Callable[[str], None] = _print,
 ) -> Sinks:
     """Opens all sinks of a run in the folder ``out``.
 
@@ -148,6 +164,7 @@ def open_sinks(
       start_step: optimizer steps done so far; what the logs hold beyond them is dropped (at 0: everything).
       total_steps: the last planned step.
       run_config: the resolved configuration as plain dicts, for Weights & Biases.
+      say: what puts a line on the console.
 
     Raises:
       UserError: the folder cannot be written, a log in it is damaged, or a package is missing.
@@ -165,7 +182,8 @@ def open_sinks(
             raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
         undo.pop_all()
     wanted = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
-    return Sinks(log, timing, trackers, _open_bar(start_step, total_steps) if wanted else None, total_steps)
+    bar = _open_bar(start_step, total_steps) if wanted else None
+    return Sinks(log, timing, trackers, bar, total_steps, say)
 
 
 def _open_bar(start_step: int, total_steps: int) -> tqdm:

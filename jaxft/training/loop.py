@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -62,22 +62,48 @@ class Progress:
         return mean
 
 
+class Watch(Protocol):
+    """Someone who compares runs and keeps none of their parameters: a sweep.
+
+    A run that is watched says on the console what it is told to, and stores only what going on after a stop needs.
+    """
+
+    def say(self, text: str) -> None:
+        """Takes a line that would stand on the console."""
+        ...
+
+    def goes_on(self, step: int, scores: Mapping[str, object]) -> bool:
+        """Asked after each evaluation: whether the run is worth going on with."""
+        ...
+
+
+class Diverged(UserError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
 
     step: int
     params: Params
-    """The best ones by ``eval.metric``, or the last ones if nothing was evaluated."""
+    """The best ones by ``eval.metric``, or the last ones if nothing was evaluated, or the run was watched."""
     metrics: Mapping[str, object]
-    """Scores of ``params`` on the held-out rows."""
+    """Scores of ``params`` on the held-out rows; none of a run that was interrupted or watched."""
     best_step: int
     interrupted: bool = False
+    given_up: bool = False
+    """Whoever watched it did not want it to go on."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times) -> Result:
+def fit(
+    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times, watch: Watch | None = None
+) -> Result:
     """Trains one run to its end (or until it is told to stop) and returns its best parameters.
+
+    Args:
+      watch: who wants its scores only, not its parameters.
 
     Raises:
       UserError: the folder holds another run, or training diverged.
@@ -87,13 +113,20 @@ def fit(setup: Setup, programs: Programs, out: Path, seed: int, note: Note, time
     store = checkpoint.Checkpoints(out / "checkpoints", keep=config.checkpoint.keep, verify=config.checkpoint.verify)
     try:
         with jax.set_mesh(setup.mesh):
-            return _fit(setup, programs, out, seed, note, times, store)
+            return _fit(setup, programs, out, seed, note, times, store, watch)
     finally:
         store.close()
 
 
 def _fit(
-    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times, store: checkpoint.Checkpoints
+    setup: Setup,
+    programs: Programs,
+    out: Path,
+    seed: int,
+    note: Note,
+    times: Times,
+    store: checkpoint.Checkpoints,
+    watch: Watch | None,
 ) -> Result:
     config = setup.config
     with times.part("weights"):
@@ -109,12 +142,12 @@ def _fit(
     meta = run_meta(setup, out, seed)
     rules = setup.model.compute.rules
     seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
-    interrupted, step, lap = False, start, lap_of(setup)
+    interrupted, given_up, step, lap = False, False, start, lap_of(setup)
     goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
     best_metrics: Mapping[str, object] | None = None
     pending: tuple[int, Sums, int, Shape] | None = None
 
-    sinks = _sinks(setup, out, start)
+    sinks = _sinks(setup, out, start, watch)
     with sinks, stop_on_signal() as stop:
         sinks.advance(start)
         # A run that has stopped early stays stopped when it is resumed.
@@ -157,14 +190,17 @@ def _fit(
                         scores = _evaluate(setup, programs, sinks, state, step, progress.metric) if evaluated else None
                     better = scores is not None and _is_better(setup.task, progress, scores, step)
                     best_metrics = scores if better else best_metrics
-                    ended = interrupted or step == total or _out_of_patience(config, progress)
-                    if due or better or ended:
+                    given_up = watch is not None and scores is not None and not watch.goes_on(step, scores)
+                    ended = step == total or given_up or _out_of_patience(config, progress)
+                    # Of a run that is watched, what has ended is scores; nobody asks for its state.
+                    wanted = due or better or ended if watch is None else due and not ended
+                    if wanted or interrupted:
                         sinks.sync()
                         with goodput.part("checkpoint"):
                             store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
-            if interrupted or _out_of_patience(config, progress):
+            if interrupted or given_up or _out_of_patience(config, progress):
                 break
-        if not interrupted and step < total:
+        if not interrupted and not given_up and step < total:
             sinks.note(
                 f"stopped early at step {step}: no better {progress.metric} in {progress.bad_evals} evaluations; "
                 "the same command with a larger eval.patience goes on"
@@ -176,6 +212,9 @@ def _fit(
             sinks.note(goodput.finish(out, lap.clock.waited))
     if interrupted:
         note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
+    if watch is not None:
+        best = step if progress.best_step is None else progress.best_step
+        return Result(step, state.best_params, {}, best, interrupted, given_up)
     return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
 
 
@@ -189,11 +228,12 @@ def _compiled(
         return programs.compilation.wait(kind, shapes, lambda: stop is not None and stop.requested)
 
 
-def _sinks(setup: Setup, out: Path, start: int) -> Sinks:
-    config = setup.config
+def _sinks(setup: Setup, out: Path, start: int, watch: Watch | None) -> Sinks:
+    config, total = setup.config, setup.total_steps
     if not processes.is_first():
         return Silent()
-    return open_sinks(out, config.log, start_step=start, total_steps=setup.total_steps, run_config=to_tree(config))
+    said = {} if watch is None else {"say": watch.say}
+    return open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config), **said)
 
 
 def _start(
@@ -279,7 +319,7 @@ def _report_step(
     sinks.advance(step)
     config = setup.config.train
     if int(values["streak"]) > config.max_nonfinite:
-        raise UserError(
+        raise Diverged(
             f"step {step}: loss or gradient was not finite {int(values['streak'])} steps in a row; "
             "lower optim.learning_rate or look at the data"
         )

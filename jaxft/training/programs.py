@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -105,8 +105,9 @@ class Compilation:
 class Programs:
     """Compiled steps by batch shape; shared by all seeds of a run."""
 
-    train: Mapping[Shape, jax.stages.Compiled]
-    """``(state, batch, seed) -> (state, metrics)``."""
+    train: Mapping[Shape, Callable[..., Any]]
+    """``(state, batch, seed) -> (state, metrics)``; where the recipe has ``updates``, with a
+    :class:`~jaxft.training.optim.tunable.Tunable` besides."""
     evaluate: Mapping[Shape, jax.stages.Compiled]
     """``(params, batch)`` to what the scores are made of."""
     init: jax.stages.Wrapped
@@ -135,11 +136,10 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
     def compiled(name: Name) -> Compiled:
         kind, shape = name
         with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
+            program, arguments = evaluate, (state.best_params, setup.batch(shape))
             if kind == "train":
-                lowered = train.lower(state, setup.batch(shape), setup.seed())
-            else:
-                lowered = evaluate.lower(state.best_params, setup.batch(shape))
-            return Compiled(lowered.compile(), list(seen.values()))
+                program, arguments = train, setup.arguments(shape)
+            return Compiled(program.lower(*arguments).compile(), list(seen.values()))
 
     more_scored = tuple(shape for shape in tested if shape not in scored)
     last: list[Name] = [("eval", shape) for shape in more_scored]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -40,8 +41,9 @@ from jaxft.tasks import Targets, Task
 from jaxft.training import gradients
 from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.training.optim.schedules import Schedule
+from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
 from jaxft.training.state import TrainState, init_state, state_shardings
-from jaxft.training.step import make_train_step
+from jaxft.training.step import Batch, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
 
 
@@ -69,6 +71,11 @@ class Recipe:
     """Tree of bool: which parameters do not train at all; they get no gradient."""
     state: TrainState[jax.ShapeDtypeStruct]
     """The training state, as shapes with shardings."""
+    freeze: tuple[str, ...]
+    """Patterns of what does not train: those of ``optim.freeze``, and what adapters leave alone."""
+    updates: int | None
+    """If the train step takes rates and other numbers of ``optim`` as arguments (:mod:`jaxft.training.optim.tunable`), for how many
+    updates at most. None: they are constants in it."""
 
     def start(self, params: Params) -> TrainState[jax.Array]:
         """The state before step 0. Traceable."""
@@ -89,8 +96,18 @@ class Recipe:
         """The seed argument of the train step."""
         return jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated(self.mesh))
 
+    def arguments(self, shape: Shape) -> tuple[object, ...]:
+        """The arguments of the train step for batches of one shape, as shapes with shardings."""
+        fixed = (self.state, self.batch(shape), self.seed())
+        if self.updates is None:
+            return fixed
+        return (*fixed, shapes_of(self.config.optim, self.updates, replicated(self.mesh)))
+
     def train_program(self) -> jax.stages.Wrapped:
-        """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state."""
+        """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state.
+
+        With ``updates``, it takes a :class:`~jaxft.training.optim.tunable.Tunable` besides.
+        """
         gradient_of = gradients.of_batch(
             self.model,
             self.task,
@@ -101,8 +118,18 @@ class Recipe:
         step = make_train_step(
             self.task, gradient_of, self.optimizer, self.schedule, ema=self.config.optim.ema, frozen=self.frozen
         )
+
+        def tuned_step(
+            state: TrainState[jax.Array], batch: Batch, seed: jax.Array, tunable: Tunable[jax.Array]
+        ) -> tuple[TrainState[jax.Array], Sums]:
+            schedule = table_schedule(tunable.rates)
+            optimizer = _optimizer(self.config, self.freeze, schedule, self.shapes, self.axes, tunable)
+            made = make_train_step(self.task, gradient_of, optimizer, schedule, ema=tunable.ema, frozen=self.frozen)
+            return made(state, batch, seed)
+
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jitted(step, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)
+        chosen = step if self.updates is None else tuned_step
+        return jitted(chosen, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)
 
 
 def open_start(config: RunConfig, note: Note) -> Source | None:
@@ -160,6 +187,8 @@ def make_recipe(
     tokenizer: TextProcessor,
     total_steps: int,
     platform: str,
+    *,
+    tunable: bool = False,
 ) -> Recipe:
     """The recipe of a run.
 
@@ -168,6 +197,7 @@ def make_recipe(
       targets: what is learnt of the training rows' labels.
       total_steps: for the schedule.
       platform: of the mesh's devices: ``cpu``, ``gpu`` or ``tpu``.
+      tunable: whether the train step takes rates and other numbers as arguments, for this many steps.
 
     Raises:
       UserError: anything in the configuration that cannot be built on this mesh.
@@ -187,7 +217,8 @@ def make_recipe(
         *adapters.frozen_paths(model, config.model.lora, bool(targets.labels)),
         *_unread(task, shapes),
     )
-    optimizer = make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes)
+    values = tunable_of(config.optim, total_steps, total_steps) if tunable else None
+    optimizer = _optimizer(config, freeze, schedule, shapes, axes, values)
     shardings = shardings_of(mesh, rules, shapes, axes)
     fields = module.fields(config, tokenizer.pad_id)
     if config.data.packing == "best_fit":
@@ -208,6 +239,8 @@ def make_recipe(
         optimizer=optimizer,
         frozen=jax.tree.map(lambda rows: rows is True, frozen_mask(shapes, axes, freeze)),
         state=_state(config, mesh, optimizer, shapes, shardings),
+        freeze=freeze,
+        updates=total_steps if tunable else None,
     )
 
 
@@ -215,6 +248,17 @@ def _unread(task: Task, shapes: Shapes) -> tuple[str, ...]:
     """The paths of parameters that the task never reads, which decay would wear away."""
     unread = tuple(getattr(task, "unread", ()))
     return tuple(path for path in paths_of(shapes) if any(f"/{one}/" in f"/{path}/" for one in unread))
+
+
+def _optimizer(
+    config: RunConfig,
+    freeze: tuple[str, ...],
+    schedule: Schedule,
+    shapes: Shapes,
+    axes: Axes,
+    tunable: Tunable[jax.Array] | Tunable[np.ndarray] | None,
+) -> optax.GradientTransformation:
+    return make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes, tunable)
 
 
 def _check_tells_texts_apart(config: RunConfig, model: Model, fields: Fields, family: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,7 +45,7 @@ from jaxft.training.packing import (
     rows_of_batch,
 )
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
-from jaxft.training.rows import open_rows
+from jaxft.training.rows import Rows, open_rows
 from jaxft.training.rows_said import report_data
 from jaxft.trees import Params, leaves_of, map_paths
 
@@ -134,8 +134,21 @@ class Setup(Recipe):
         return map_paths(begun, params)
 
 
-def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
+def prepare(
+    config: RunConfig,
+    note: Note,
+    times: Times,
+    *,
+    open_start: Callable[[RunConfig, Note], Source | None] = open_start,
+    open_rows: Callable[[RunConfig, tasks.TaskModule, TextProcessor, Source | None, Note], Rows] = open_rows,
+    tunable: bool = False,
+) -> Setup:
     """Reads data, config.json and tokenizer, and decides labels, head, shapes, schedule; weights are read later.
+
+    Args:
+      open_start: what opens the folder of weights; a sweep's keeps what was read.
+      open_rows: what reads and encodes rows, likewise.
+      tunable: whether the train step takes rates and other numbers of ``optim`` as arguments.
 
     Raises:
       UserError: anything in the configuration, data or model folder that cannot work.
@@ -167,7 +180,8 @@ def prepare(config: RunConfig, note: Note, times: Times) -> Setup:
     check_packed_batches(config, mesh, rules, train, held, note)
 
     total = steps_of(config, train)
-    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, platform, tunable=tunable)
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
     check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
@@ -200,20 +214,24 @@ def check_config(config: RunConfig) -> None:
     sizes = {axis: getattr(config.mesh, axis) for axis in ("slices", "data", "fsdp", "tensor", "context")}
     mesh = make_abstract_mesh(config.mesh, math.prod(size for size in sizes.values() if size != -1))
     check_batch_shapes(config, mesh, make_rules(config.mesh))
-    module = tasks.task(config.task.name)
-    settled(config, module)
-    labels = declared_labels(config.data.labels)[0] or ("0", "1")
-    # Weights are given by the names of labels, which are not known yet.
-    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
-    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
-    task = module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
-    tasks.metric_of(task, config.eval.metric)
+    settled(config, tasks.task(config.task.name))
+    tasks.metric_of(stand_in_task(config), config.eval.metric)
     if config.model.family is not None:
         models.family(config.model.family)
         if config.model.init is None:
             fresh_config(config.model.family, config.model.arch)
     if config.train.steps is not None:
         make_schedule(config.optim, config.train.steps)
+
+
+def stand_in_task(config: RunConfig) -> tasks.Task:
+    """What stands for a run's task where no row is read: it has the metrics."""
+    module = tasks.task(config.task.name)
+    labels = declared_labels(config.data.labels)[0] or ("0", "1")
+    # Weights are given by the names of labels, which are not known yet.
+    known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
+    options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
+    return module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
 
 
 def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:

@@ -57,7 +57,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
-    ema: float | None = None,
+    ema: float | jax.Array | None = None,
     frozen: Tree[bool] | None = None,
 ) -> Callable[[TrainState[jax.Array], Batch, ArrayLike], tuple[TrainState[jax.Array], Sums]]:
     """One optimizer step as a pure function ``(state, batch, seed) -> (state, metrics)``.

@@ -126,6 +126,7 @@ def test_values_and_gradients_of_classes(head: str, tmp_path: Path) -> None:
 
     def product(params: Any) -> tuple[jax.Array, jax.Array]:
         logits = apply_model(model, params, jax.tree.map(jnp.asarray, batch), None).logits
+        assert logits is not None
         logits = logits if head == "classification" else logits[mask]
         return (logits * weights).sum(), logits
 

@@ -219,7 +219,7 @@ def test_labels_are_renamed_and_taken_off(tmp_path: Path) -> None:
     mapping = "data.label_map={X: x, z: null, y: why, no: none}"
     config = load_config(None, ["task.name=multi_label", "task.separator='|'", f"data.train={path}", mapping])
     notes: list[str] = []
-    rows = read_rows(str(path), config.data, multi_label.columns(config.data), notes.append)
+    rows = read_rows(str(path), config.data, multi_label.columns(config), notes.append)
     targets = multi_label.study(rows, config, None, notes.append)
     assert targets.labels == ("w", "why", "x")
     write_tokenizer(tmp_path)

@@ -4,8 +4,9 @@
 
 FOLDER gets tags_train.jsonl and tags_test.jsonl: ``text``, name and short description, and ``tags``, the debtags that at least 300
 packages have; and descriptions_train.jsonl and descriptions_test.jsonl: the ``short`` and the ``long`` description, from the lists of
-translations (where apt has none: ``sudo apt-get -o Acquire::Languages=en update``). One source package in ten is held out: packages of one source (libfoo1, libfoo-dev) are alike, and all on one side. Equal
-texts are there once. Nothing is downloaded; the lists' licence is that of the distribution, so no rows are kept here.
+translations (where apt has none: ``sudo apt-get -o Acquire::Languages=en update``). One source package in ten is held out: packages of
+one source (libfoo1, libfoo-dev) are alike, and all on one side. Equal texts are there once. Nothing is downloaded; the lists' licence is
+that of the distribution, so no rows are kept here.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def init_ema(params: T) -> T:
     return jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
 
 
-def update_ema(average: T, params: T, decay: float, count: ArrayLike) -> T:
+def update_ema(average: T, params: T, decay: ArrayLike, count: ArrayLike) -> T:
     """The average after the parameters' update number ``count`` (from 0).
 
     The first updates use the smaller decay (1 + count) / (10 + count), so that a short run does not end on an average

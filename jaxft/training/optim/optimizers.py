@@ -34,7 +34,10 @@ from jaxft.trees import Axes, Leaf, Params, Shapes, Tree, leaves_of, map_paths, 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+
     from jaxft.config import OptimConfig
+    from jaxft.training.optim.tunable import Tunable
 
 _MUON_RMS = 0.2
 """RMS of an orthogonalised update, equal to the one AdamW typically has: rate and weight decay carry over (Liu et al.
@@ -42,7 +45,11 @@ _MUON_RMS = 0.2
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: Schedule, params: Params | Shapes, axes: Axes
+    config: OptimConfig,
+    schedule: Schedule,
+    params: Params | Shapes,
+    axes: Axes,
+    tunable: Tunable[jax.Array] | Tunable[np.ndarray] | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer for parameters of the given shapes and logical axes.
 
@@ -51,6 +58,7 @@ def make_optimizer(
       schedule: from ``make_schedule``.
       params: arrays or ``jax.ShapeDtypeStruct``; only paths and shapes are read.
       axes: tree of the same structure with a tuple of logical axis names (or None) per dimension.
+      tunable: what stands for weight decay and clipping instead of the numbers of ``config``.
 
     Raises:
       UserError: a freeze pattern that matches nothing, values out of range, layer-wise decay without layers.
@@ -63,12 +71,15 @@ def make_optimizer(
     partly = {path: rows for path, rows in by_path.items() if isinstance(rows, np.ndarray)}
     factors = _rate_factors(config.layer_decay, leaves, partly)
 
+    limit: ArrayLike | None = config.clip_norm if tunable is None else tunable.clip_norm
+    decay: ArrayLike = config.weight_decay if tunable is None else tunable.weight_decay
+
     steps = [_zero_rows(partly)] if partly else []
-    if config.clip_norm is not None:
-        steps.append(_clip_by_global_norm(config.clip_norm))
+    if limit is not None:
+        steps.append(_clip_by_global_norm(limit))
     steps.append(_rule(config, trained))
-    if config.name != "adam" and config.weight_decay > 0:
-        steps.append(_decay_weights(config.weight_decay, leaves))
+    if config.name != "adam" and (tunable is not None or config.weight_decay > 0):
+        steps.append(_decay_weights(decay, leaves))
     if factors:
         steps.append(_scale_rows(factors))
     steps.append(optax.scale_by_learning_rate(schedule))
@@ -236,14 +247,14 @@ def _scale_rows(factors: Mapping[str, np.ndarray | np.float32]) -> optax.Gradien
     return optax.stateless(lambda updates, params: map_paths(scale, updates))
 
 
-def _decay_weights(rate: float, leaves: dict[str, Leaf]) -> optax.GradientTransformation:
+def _decay_weights(rate: ArrayLike, leaves: dict[str, Leaf]) -> optax.GradientTransformation:
     def decay(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
         return update + rate * param if leaves[path].decays else update
 
     return optax.stateless(lambda updates, params: map_paths(decay, updates, params))
 
 
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+def _clip_by_global_norm(limit: ArrayLike) -> optax.GradientTransformation:
     """Clips gradients as ``torch.nn.utils.clip_grad_norm_`` does, epsilon included. One factor for all fuses with the next step."""
 
     def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
