@@ -36,9 +36,10 @@ def run(options: argparse.Namespace) -> int:
     set_up_jax(None)
     from jaxft import tasks
     from jaxft.data.lengths import advice, lengths_text
+    from jaxft.training.batch_shapes import buckets_of
     from jaxft.training.recipe import open_start, planned_targets
     from jaxft.training.rows import open_rows
-    from jaxft.training.setup import buckets_of, open_tokenizer, settled
+    from jaxft.training.setup import open_tokenizer, settled
 
     module = tasks.task(config.task.name)
     config = settled(config, module)

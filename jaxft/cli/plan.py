@@ -90,8 +90,8 @@ def _run(options: argparse.Namespace, config: RunConfig, topology: Topology, llo
     from jaxft.planning.advice import advice_for
     from jaxft.planning.measure import DoesNotFit, Plan, devices_of, largest_batch, make_plan
     from jaxft.planning.table import plan_json, plan_text
+    from jaxft.training.batch_shapes import buckets_of, check_batch_shapes
     from jaxft.training.packing import refuse_unknown_rows
-    from jaxft.training.setup import buckets_of, check_batch_shapes
 
     refuse_unknown_rows(config, tasks.task(config.task.name).fields(config, 0))
     length = max(buckets_of(config))
@@ -135,8 +135,9 @@ def _note(text: str) -> None:
 
 def _recipe(config: RunConfig, mesh: Mesh, platform: str) -> Recipe:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
+    from jaxft.training.batch_shapes import check_lengths
     from jaxft.training.recipe import make_recipe, open_start, planned_targets
-    from jaxft.training.setup import check_lengths, stand_in_tokenizer
+    from jaxft.training.setup import stand_in_tokenizer
 
     source = open_start(config, _note)
     facts, targets = planned_targets(config, source)

@@ -14,15 +14,13 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
-from jaxft.data.loader import Batches, local_rows, make_buckets
+from jaxft.data.loader import Batches, local_rows
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.data.sources.rows import Row
@@ -33,15 +31,13 @@ from jaxft.machine import processes
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
-from jaxft.parallel.sharding import AxisRules, make_abstract_mesh, make_mesh, make_rules, ways
+from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules
+from jaxft.training.batch_shapes import buckets_of, check_batch_shapes, check_lengths, check_packed_batches
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import (
     choose_packing,
     counts_texts,
-    examples_in,
-    holds_texts,
     packed,
-    row_length,
     rows_of_batch,
 )
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
@@ -354,70 +350,3 @@ def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) 
     buckets = buckets_of(config) if config.data.packing == "none" else ()
     if hint := advice(train, config.data.max_length, buckets, limit):
         note(hint)
-
-
-def buckets_of(config: RunConfig) -> tuple[int, ...]:
-    """The padded lengths that a run's batches can have."""
-    if config.data.packing == "best_fit":
-        return (row_length(config),)
-    return make_buckets(config.data.buckets, row_length(config))
-
-
-def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: AxisRules) -> None:
-    """Raises UserError if batches or rows cannot be split over the mesh."""
-    parts = ways(mesh, rules, "batch")
-    micro = config.train.batch_size // config.train.accumulation
-    sizes = (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size))
-    of_texts = config.data.packing != "none" and counts_texts(tasks.task(config.task.name).fields(config, 0))
-    for key, size in () if of_texts else sizes:  # how many rows labelled texts take is known once they are packed
-        if size % parts:
-            raise UserError(
-                f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
-            )
-    parts = ways(mesh, rules, "length")
-    for length in buckets_of(config):
-        if length % parts:
-            key = "data.max_length" if length == row_length(config) else "data.buckets"
-            raise UserError(
-                f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
-            )
-
-
-def check_packed_batches(
-    config: RunConfig,
-    mesh: Mesh | AbstractMesh,
-    rules: AxisRules,
-    train: Examples,
-    held: Sequence[Examples],
-    note: Note,
-) -> None:
-    """Says how many rows a batch of packed labelled texts takes. Raises UserError if they cannot be split over the mesh, or in
-    micro-batches."""
-    if not holds_texts(train):
-        return
-    parts, said = ways(mesh, rules, "batch"), []
-    for split, key, size, parts_of in (
-        (train, "train.batch_size", config.train.batch_size, parts * config.train.accumulation),
-        *((split, "eval.batch_size", config.eval.batch_size, parts) for split in held),
-    ):
-        rows, each = rows_of_batch(split, size), examples_in(split, np.arange(len(split))) / len(split)
-        if rows % parts_of:
-            wanted = (max(1, rows // parts_of) * parts_of, -(-rows // parts_of) * parts_of)
-            choose = " or ".join(dict.fromkeys(f"{round(each * n)} ({n} rows)" for n in wanted))
-            raise UserError(
-                f"{key}={size} is {rows} packed rows, which cannot be split {parts_of} ways (mesh slices x data x fsdp, "
-                f"train.accumulation); choose {choose}"
-            )
-        said.append(f"{split.name} {size} texts in {rows} rows")
-    note(f"batches: {', '.join(said)}, on average")
-
-
-def check_lengths(config: RunConfig, limit: int | None) -> None:
-    """Raises UserError if rows can be longer than the model takes."""
-    if limit is not None and config.data.max_length > limit:
-        raise UserError(
-            f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"
-        )
-    longest, most = max(buckets_of(config)), tasks.texts_of_row(config.task)
-    if limit is not None and longest > limit * most:
-        raise UserError(f"data.buckets: {longest} is beyond the model's position table of {limit * most}")

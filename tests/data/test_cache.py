@@ -30,9 +30,10 @@ from jaxft.data.loader import Batches
 from jaxft.data.packing import pack
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
+from jaxft.training.batch_shapes import buckets_of
 from jaxft.training.caching import build_caches
 from jaxft.training.rows import Rows, open_rows
-from jaxft.training.setup import buckets_of, open_tokenizer, settled
+from jaxft.training.setup import open_tokenizer, settled
 
 Capture = pytest.CaptureFixture[str]
 FIELDS: Fields = {
