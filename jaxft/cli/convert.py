@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -110,6 +110,8 @@ class _Opened:
     """The opened model folder, None for a checkpoint."""
     non_finite: list[str]
     """Names of tensors with NaN or infinity."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What the task of a checkpoint's run has to say beside the weights."""
 
 
 def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
@@ -185,6 +187,7 @@ def _common_type(weights: Weights, to: str) -> str:
 def _open_checkpoint(path: Path, options: argparse.Namespace) -> _Opened:
     from jaxft.errors import UserError
     from jaxft.inference.predict import restored
+    from jaxft.training.setup import files_of_run
 
     config, family_name, model, params, tokenizer_folder, labels, hf_config = restored(path, [], print)
     if options.head not in ("stored", str(model.head or "none")):
@@ -205,6 +208,7 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> _Opened:
         beside=_beside(config, tokenizer_folder),
         source=None,
         non_finite=[],
+        files=files_of_run(config, model),
     )
 
 
@@ -238,6 +242,7 @@ def _write_folder(target: Path, got: _Opened, dtype: str | None, shard_bytes: in
         dtype=dtype,
         shard_bytes=shard_bytes,
         source_folder=got.beside,
+        files=got.files,
         note=print,
     )
     if got.non_finite:

@@ -284,6 +284,7 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
     from jaxft.hub.pretrained import export_folder
     from jaxft.hub.source import SINGLE_LABEL
     from jaxft.models import adapters
+    from jaxft.training.setup import files_beside
 
     source = ready.source
     with _replaced(target) as fresh:
@@ -299,15 +300,9 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
             problem_type=ready.targets.problem or (SINGLE_LABEL if ready.targets.labels else None),
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
-            files=_files_of_task(ready),
+            files=files_beside(ready.task, ready.model, ready.config),
             note=_note,
         )
-
-
-def _files_of_task(ready: Setup) -> Mapping[str, str]:
-    """What the task has to say beside the weights (:class:`~jaxft.tasks.contract.Accompanied`)."""
-    made = getattr(ready.task, "files", None)
-    return {} if made is None else made(ready.model.facts.stacks[-1].width, ready.config.data.max_length)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -235,6 +235,21 @@ def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:
     special = SpecialIds(pad=0, mask=3, end=2)
     made = SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
     return cast(TextProcessor, made)
+
+
+def files_beside(task: tasks.Task, model: Model, config: RunConfig) -> Mapping[str, str]:
+    """What the task of a run has to say beside the weights of its model (:class:`~jaxft.tasks.contract.Accompanied`)."""
+    made = getattr(task, "files", None)
+    return {} if made is None else made(model.facts.stacks[-1].width, config.data.max_length)
+
+
+def files_of_run(config: RunConfig, model: Model) -> Mapping[str, str]:
+    """The same of a run of which there is the configuration alone, and a model of its checkpoint."""
+    module = tasks.task(config.task.name)
+    if module.Task.head != model.head or not hasattr(module.Task, "files"):
+        return {}
+    task = module.make_task(config.task, tasks.Targets(), model.facts, stand_in_tokenizer())
+    return files_beside(task, model, config)
 
 
 def settled(config: RunConfig, module: tasks.TaskModule) -> RunConfig:
