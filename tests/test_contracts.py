@@ -54,6 +54,7 @@ from jaxft.tasks import (
     embedding,
     masked_lm,
     multi_label,
+    multiple_choice,
     question_answering,
     regression,
     reranking,
@@ -66,8 +67,8 @@ FAMILIES: tuple[Family, ...] = (
     *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
 )
 TASKS: tuple[TaskModule, ...] = (
-    *(causal_lm, classification, embedding, masked_lm, multi_label, question_answering, regression, reranking),
-    token_classification,
+    *(causal_lm, classification, embedding, masked_lm, multi_label, multiple_choice, question_answering, regression),
+    *(reranking, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)

@@ -35,6 +35,7 @@ MADE = {
     "question_answering": lambda module: module.Task(no_answer=True, n_best=3, max_answer_length=4),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
+    "multiple_choice": lambda module: module.Task(),
     "embedding": lambda module: module.Task(EmbeddingConfig(pooling="mean", normalize=True, at=2)),
     "regression": lambda module: module.Task(),
     "reranking": lambda module: module.Task(at=2),
@@ -72,6 +73,7 @@ ONCE = {
     ("bert", "token_classification"),
     ("bert", "question_answering"),
     ("bert", "embedding"),
+    ("bert", "multiple_choice"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -133,6 +135,12 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
             batch["texts"] = (batch["texts"] % 25).astype(np.int32)  # some are there twice
             del batch["labels"]
+        if task == "multiple_choice":  # two answers each, one above the other half of the tokens
+            second = (np.arange(LENGTH) >= lengths[:, None] // 2).astype(np.int32)
+            starts = np.stack([np.zeros_like(lengths), lengths // 2, *[np.zeros_like(lengths)] * 2], 1).astype(np.int32)
+            batch |= {"segments": (1 + second) * mask, "starts": starts, "counts": np.full(ROWS, 2, np.int32)}
+            batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
+            batch["labels"] = batch["labels"] % 2
         if task == "regression":
             batch["labels"] = rng.normal(size=ROWS).astype(np.float32)
         if task == "token_classification":

@@ -301,7 +301,7 @@ def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers
     config, tokenizer = settled(served.config_for(module), module), served.tokenizer
     fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways
     served.devices.check_batch("--batch-size", batch_size)
-    buckets = make_buckets(None, tokenizer.max_length or 512)
+    buckets = make_buckets(None, (tokenizer.max_length or 512) * tasks.texts_of_row(config.task))
 
     def asked(params: PyTree[Array], batch: Batch) -> Batch:
         return task.predictions(forward_of(served.model, params), batch)

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxft.config import RunConfig
 from jaxft.config.tasks.embedding import NEED_NUMBERS, Config
-from jaxft.data.batch import Field, Fields, text_fields
+from jaxft.data.batch import Field, Fields
 from jaxft.data.encode import Column, chunks_of, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
@@ -34,6 +34,7 @@ from jaxft.tasks._correlation import pearson, spearman
 from jaxft.tasks._nearest import names, nearest_scores
 from jaxft.tasks._numbers import number_of, rounded
 from jaxft.tasks._sentence_files import Sentences, read_sentences, sentence_files
+from jaxft.tasks._several import joined, several_fields
 from jaxft.tasks._texts import by_text
 from jaxft.tasks._vectors import text_vectors
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
@@ -266,7 +267,7 @@ def encode(
         texts = [_texts_of(row, options, trained=targets is not None) for row in chunk]
         encoded = iter(tokenizer.encode([text for of_row in texts for text in of_row]))
         for i, (row, of_row) in enumerate(zip(chunk, texts, strict=True)):
-            example, dropped = _joined([next(encoded) for _ in of_row])
+            example, dropped = joined([next(encoded) for _ in of_row], options.texts)
             kinds = np.full(options.texts, -1, np.int32)
             kinds[: len(of_row)] = [numbers.setdefault(_digest(text), len(numbers)) for text in of_row]
             example |= {"texts": kinds}
@@ -299,27 +300,12 @@ def _texts_of(row: Row, options: Config, *, trained: bool) -> list[str]:
     return found[: options.texts]
 
 
-def _joined(encoded: Sequence[tuple[list[int], list[int], int]]) -> tuple[dict[str, np.ndarray], int]:
-    """The texts of an example one after the other, and how many tokens of them were cut off."""
-    sizes = [len(ids) for ids, _, _ in encoded]
-    example = {
-        "tokens": np.array([token for ids, _, _ in encoded for token in ids], np.int32),
-        "types": np.array([kind for _, types, _ in encoded for kind in types], np.int32),
-        "segments": np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
-        "positions": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
-        "starts": np.cumsum([0, *sizes[:-1]]).astype(np.int32),
-    }
-    return example, sum(dropped for _, _, dropped in encoded)
-
-
 def fields(config: RunConfig, pad_id: int) -> Fields:
     """Fields of batches of texts with ``segments`` and ``positions`` [B, S], ``starts`` and ``texts`` [B, P], and ``labels`` [B] float32
     if the loss is of numbers."""
     options = _options(config)
-    places, each = Field(("batch", "length")), ("batch", options.texts)
-    made = {"segments": places, "positions": places, "starts": Field(each), "texts": Field(each, fill=-1)}
     numbers = {"labels": Field(("batch",), "float32")} if options.loss in NEED_NUMBERS else {}
-    return {**text_fields(pad_id), **made, **numbers}
+    return {**several_fields(pad_id, options.texts), "texts": Field(("batch", options.texts), fill=-1), **numbers}
 
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:

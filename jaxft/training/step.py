@@ -43,7 +43,8 @@ def _once(forward: Forward) -> Forward:
 
     def output_of(batch: Batch, key: jax.Array | None) -> Output:
         for known, used, output in seen:
-            if known is batch and used is key:
+            same = known.keys() == batch.keys() and all(known[name] is batch[name] for name in known)
+            if same and used is key:
                 return output
         seen.append((batch, key, forward(batch, key)))
         return seen[-1][2]

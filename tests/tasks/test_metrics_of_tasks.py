@@ -39,6 +39,9 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
     elif name == "reranking":
         batch["labels"] = jnp.round(batch["labels"])
         logits = (scale * (2.0 * batch["labels"] - 1))[:, None]
+    elif name == "multiple_choice":
+        batch = task.prepare(batch, jax.random.key(0))
+        logits = scale * jax.nn.one_hot(batch["labels"], batch["starts"].shape[1])[..., None]
     elif name == "embedding":  # each text its own direction; a partner that of its text, or of another one
         kind = np.arange(len(batch["mask"]))[:, None] + (np.arange(2) * (0 if scale > 0 else 1))
         seen = jnp.asarray(kind % len(kind))[jnp.arange(len(kind))[:, None], jnp.maximum(batch["segments"] - 1, 0)]

@@ -26,7 +26,7 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, shardings_of
-from jaxft.tasks import classification, collected, embedding, regression, reranking
+from jaxft.tasks import classification, collected, embedding, multiple_choice, regression, reranking
 from jaxft.training.gradients import of_batch
 from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
@@ -39,10 +39,12 @@ LABELS = {
     "regression": ("score",),
     "reranking": ("score",),
     "embedding": (),
+    "multiple_choice": (),
 }
 LEARNT: dict[str, Any] = {
     "regression": regression.Task,
     "reranking": reranking.Task,
+    "multiple_choice": multiple_choice.Task,
     "embedding": lambda: embedding.Task(EmbeddingConfig(pooling="mean", directions="both")),
 }
 HOW: dict[str, dict[str, Any]] = {
@@ -57,6 +59,7 @@ QUICK = {
     ("bert", "token_classification", "2x2x2 in two parts"),
     ("bert", "multi_label", "one device"),
     ("bert", "embedding", "2x2x2 in two parts"),
+    ("bert", "multiple_choice", "one device"),
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
@@ -81,15 +84,18 @@ def texts_of(task: str) -> Split:
             return found | {"labels": rng.integers(0, 2, 3).astype(np.int32)}
         if task == "reranking":
             return found | {"labels": np.array(rng.random(), np.float32), "query": np.array(number % 7, np.int32)}
-        if task == "embedding":
+        if task in ("embedding", "multiple_choice"):
+            length, found = max(length, 2), {name: np.resize(value, max(length, 2)) for name, value in found.items()}
             first = (length + 1) // 2  # of the text; the partner may be of no token
             second = np.arange(length) >= first
-            return found | {
+            made = {
                 "segments": (1 + second).astype(np.int32),
                 "positions": (np.arange(length) - first * second).astype(np.int32),
                 "starts": np.array([0, min(first, length - 1)], np.int32),
-                "texts": np.array([2 * number, 2 * number + 1], np.int32),
             }
+            if task == "multiple_choice":
+                return found | made | {"counts": np.array(2, np.int32), "labels": np.array(rng.integers(2), np.int32)}
+            return found | made | {"texts": np.array([2 * number, 2 * number + 1], np.int32)}
         if task == "regression":
             return found | {"labels": np.array(rng.normal(), np.float32)}
         words = {"word": np.arange(length, dtype=np.int32), "counts": np.ones(length, np.int32)}

@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 from tiny import make_folder, refusal, run
 
-from jaxft.config import RunConfig
+from jaxft.config import load_config
 from jaxft.config.tasks.embedding import Config
+from jaxft.data.examples import make_split
+from jaxft.data.packing import pack
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Output
+from jaxft.tasks import Targets, embedding, texts_of_row
 from jaxft.tasks import _contrastive as contrastive
 from jaxft.tasks._nearest import nearest_scores
 from jaxft.tasks._vectors import text_vectors
@@ -279,7 +284,6 @@ def test_a_run_exports_what_sentence_transformers_loads(
 def test_what_is_never_read_does_not_decay(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    from jaxft.config import load_config
     from jaxft.training.setup import Times, prepare
     from jaxft.trees import paths_of
 
@@ -335,9 +339,22 @@ def test_folders_with_other_modules_are_refused(
     assert said in refusal(capsys, "predict", source, "--text", "red cat")
 
 
-def test_rows_have_as_many_texts_as_there_are() -> None:
-    config = RunConfig(task=Config("embedding", negatives=("a",), negatives_per_row=3))
-    from jaxft.tasks import embedding, texts_of_row
-
+def test_rows_have_as_many_negatives_as_they_have(tmp_path: Path) -> None:
+    more: list[Any] = [["a tree", "red", "blue"], "a fish", [], ["house"], ["a", "b", "c", "d"], "red", "red", "red"]
+    data, source = write_pairs(tmp_path, wrong=more), make_folder(tmp_path / "source", None)
+    settings = ["task.negatives=[wrong]", "task.negatives_per_row=3", "data.packing=best_fit", "train.batch_size=16"]
+    config = load_config(
+        None, [f"model.init={source}", *NAMES, f"data.train={data}", f"data.eval={data}", "mesh.data=1", *settings]
+    )
     assert texts_of_row(config.task) == 5
-    assert embedding.fields(config, 0)["texts"].axes == ("batch", 5)
+    tokenizer = Tokenizer(source, 12)
+    rows = [Row((f"red {i}", "cat", value), "") for i, value in enumerate(more)]
+    split = make_split("train", embedding.encode(rows, tokenizer, Targets(), config), embedding.fields(config, 0))
+    assert [(of_row >= 0).sum() for of_row in split.columns["texts"]] == [5, 3, 2, 3, 5, 3, 3, 3]
+    assert [int(split[i]["segments"].max()) for i in range(8)] == [5, 3, 2, 3, 5, 3, 3, 3]
+    together = pack(split, 60)
+    assert len(together[0]["starts"]) > 1
+    segments = together[0]["segments"]
+    for example, starts in enumerate(together[0]["starts"]):
+        mine = np.unique(segments[(segments - 1) // 5 == example])
+        np.testing.assert_array_equal(segments[starts[: len(mine)]], mine)
