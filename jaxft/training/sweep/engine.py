@@ -16,12 +16,12 @@ from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.memory import release_freed, resident_bytes
 from jaxft.training.setup import check_config, stand_in_task
-from jaxft.training.sweep.bench import Bench, Group, program_key
 from jaxft.training.sweep.ledger import Finished, Ledger, open_ledger
 from jaxft.training.sweep.ranking import Direction, Ranked, ranked, table_lines
 from jaxft.training.sweep.samples import random_points
 from jaxft.training.sweep.space import SEED, Point, Space
 from jaxft.training.sweep.trial import Course, forget_state, rows_of, run_trial
+from jaxft.training.sweep.workbench import Group, Workbench, program_key
 
 Search = Literal["grid", "random", "tpe"]
 Note = Callable[[str], None]
@@ -179,7 +179,7 @@ class _Course:
 
     def run(self) -> Outcome:
         """All trials, in order of their programs where points are known."""
-        bench = Bench(self.note)
+        bench = Workbench(self.note)
         done = len(self.ledger.finished)
         if done:
             self.note(f"{done} of {self.total * len(self.seeds)} trials are finished already ({self.sweep.out})")
@@ -225,7 +225,7 @@ class _Course:
         finished = list(self.ledger.finished.values())
         return self.adviser.point(number, finished, self.ledger.points, self.direction)
 
-    def _group(self, bench: Bench, config: RunConfig) -> Group:
+    def _group(self, bench: Workbench, config: RunConfig) -> Group:
         key = program_key(config)
         if self.known is not None:
             alike = [one for one, its in zip(self.configs, self.keys, strict=True) if its == key]

@@ -14,8 +14,8 @@ from jaxft.files import write_atomic
 from jaxft.reporting.sinks import read_log
 from jaxft.training.loop import Diverged, fit
 from jaxft.training.setup import Setup, Times
-from jaxft.training.sweep.bench import Group
 from jaxft.training.sweep.ledger import Finished, State
+from jaxft.training.sweep.workbench import Group
 
 Course = tuple[tuple[int, float], ...]
 """(step, value of the metric) of each evaluation."""

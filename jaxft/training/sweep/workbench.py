@@ -122,7 +122,7 @@ class Group:
 
 
 @dataclass
-class Bench:
+class Workbench:
     """Makes setups and programs, and keeps what they share.
 
     Args:
