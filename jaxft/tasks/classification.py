@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +162,10 @@ class Task:
                 "probability": round(probability, 6) if said else None,
                 "right": said and true == predicted,
             }
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """The probability of a wrong label; 0 where the model says none: see :class:`~jaxft.tasks.contract.Grading`."""
+        return None if judged["right"] else cast(float, judged["probability"] or 0.0)
 
     def learnable(self, split: Split) -> int:
         """The number of rows."""

@@ -36,6 +36,7 @@ __all__ = [
     "Field",
     "Fields",
     "Forward",
+    "Grading",
     "Judging",
     "Note",
     "Output",
@@ -163,6 +164,18 @@ class Judging(Protocol):
           outputs: what :meth:`Task.outputs` gave of all batches.
           rows: the values of the rows, as the task's columns say.
           order: [examples] the example that each batch's rows were, one after the other.
+        """
+        ...
+
+
+class Grading(Protocol):
+    """What a task has besides if the worst mistakes among judged rows can be told: those of ``errors.csv``."""
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How bad an answer is, more is worse; None: it is right.
+
+        Args:
+          judged: what :meth:`Judging.judged` says of the row.
         """
         ...
 

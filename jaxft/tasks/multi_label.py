@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,12 @@ class Task:
         for row, true, said in zip(rows, outputs["labels"][back], outputs["said"][back], strict=True):
             named = [_BETWEEN.join(self.labels[i] for i in np.flatnonzero(one)) for one in (true, said)]
             texts = dict(zip(("text", "pair"), row[:-1], strict=False))
-            yield {**texts, "true": named[0], "predicted": named[1], "right": bool((true == said).all())}
+            wrong = int((true != said).sum())
+            yield {**texts, "true": named[0], "predicted": named[1], "right": not wrong, "wrong": wrong}
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How many labels are wrong: see :class:`~jaxft.tasks.contract.Grading`."""
+        return None if judged["right"] else float(cast(int, judged["wrong"]))
 
 
 def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:
