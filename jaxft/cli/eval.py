@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
     )
     sums, outputs = tasks.collected(parts)
-    metrics = tasks.scores(task, sums, outputs, rows)
+    metrics = tasks.reported(task, tasks.scores(task, sums, outputs, rows), outputs)
     print(f"{name}: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     for line in tasks.remarks(task, split):
         print(line)

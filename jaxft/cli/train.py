@@ -219,16 +219,19 @@ def _report(
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
     from jaxft.reporting.sinks import read_log
+    from jaxft.tasks import reported
 
     log = read_log(out / "log.jsonl")
+    metrics = reported(ready.task, result.metrics, held_out.outputs)
     print()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
-    print(report_text(result.metrics, ready.targets.labels, log, width))
-    written = write_report(out, result.metrics, ready.targets.labels, log)
+    print(report_text(metrics, ready.targets.labels, log, width))
+    written = write_report(out, metrics, ready.targets.labels, log)
     if tested is not None:
         print(f"\ntest, with the parameters of step {result.best_step}:")
-        print(report_text(tested.metrics, ready.targets.labels, [], width))
-        written += write_report(out, tested.metrics, ready.targets.labels, [], split="test")
+        scores = reported(ready.task, tested.metrics, tested.outputs)
+        print(report_text(scores, ready.targets.labels, [], width))
+        written += write_report(out, scores, ready.targets.labels, [], split="test")
     elif (out / "metrics_test.json").exists():
         print(f"\nwarning: {out / 'metrics_test.json'} is of an earlier part of this run, which had a test")
     peak = peak_bytes() / 2**30

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.data.examples import Split
 from jaxft.data.sources.rows import Row
-from jaxft.tasks.contract import Batch, Grading, Judging, Remarking, ScoringRows, Sums, Task
+from jaxft.tasks.contract import Batch, Grading, Judging, Remarking, Reporting, ScoringRows, Sums, Task
 
 Arrays = dict[str, np.ndarray]
 
@@ -87,6 +87,11 @@ def mistakes(
         else:
             heapq.heappushpop(worst, entry)
     return [judged for *_, judged in sorted(worst, key=lambda one: one[:2], reverse=True)], wrong
+
+
+def reported(task: Task, metrics: Mapping[str, object], outputs: Mapping[str, np.ndarray]) -> Mapping[str, object]:
+    """The final numbers of a task, and what else its report has (:class:`~jaxft.tasks.contract.Reporting`)."""
+    return {**metrics, **cast(Reporting, task).reported(outputs)} if hasattr(task, "reported") else metrics
 
 
 def remarks(task: Task, split: Split) -> Iterator[str]:

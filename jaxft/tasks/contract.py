@@ -42,6 +42,7 @@ __all__ = [
     "Output",
     "Partial",
     "Remarking",
+    "Reporting",
     "Row",
     "RunConfig",
     "ScoringRows",
@@ -177,6 +178,15 @@ class Grading(Protocol):
         Args:
           judged: what :meth:`Judging.judged` says of the row.
         """
+        ...
+
+
+class Reporting(Protocol):
+    """What a task has besides if a report tells more than scores, or what takes too long for every evaluation of a run."""
+
+    def reported(self, outputs: Arrays) -> Mapping[str, object]:
+        """What ``metrics.json`` has besides :meth:`Task.score`, from what :meth:`Task.outputs` gave of all batches. ``calibration``, with
+        ``bins``, is drawn."""
         ...
 
 
