@@ -83,6 +83,8 @@ class _Known(TypedDict, total=False):
     confusion: list[list[int]]
     positive: str
     best_threshold: dict[str, float] | None
+    intervals: dict[str, list[float]]
+    """Where 95 % of resamples of the rows have a score."""
     calibration: dict[str, Any]
     """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
 
@@ -180,7 +182,16 @@ def report_text(
     head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
     parts = [head]
-    parts += [line for line in (_threshold_text(known), _temperature_text(known), _no_score_text(metrics)) if line]
+    parts += [
+        line
+        for line in (
+            _intervals_text(known, metrics, min(width, 100)),
+            _threshold_text(known),
+            _temperature_text(known),
+            _no_score_text(metrics),
+        )
+        if line
+    ]
     if "classes" in known:
         table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
@@ -207,6 +218,12 @@ def _threshold_text(metrics: _Known) -> str:
         return ""
     name = plain_label(metrics["positive"])
     return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
+
+
+def _intervals_text(known: _Known, metrics: Mapping[str, object], width: int) -> str:
+    found, shown = known.get("intervals", {}), dict(_HEADLINE)
+    parts = [f"{shown[name]} {low:.4f}..{high:.4f}" for name, (low, high) in found.items() if name in metrics]
+    return _joined(["95 % of 1,000 resamples of the rows:", *parts], width) if parts else ""
 
 
 def _temperature_text(metrics: _Known) -> str:

@@ -21,6 +21,7 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
+from jaxft.tasks._bootstrap import intervals_of_classes, intervals_of_ranking
 from jaxft.tasks._calibration import (
     brier_score,
     expected_calibration_error,
@@ -248,13 +249,18 @@ class Task:
 
     def reported(self, outputs: Arrays) -> dict[str, object]:
         """``calibration``: bins of confidence, and the temperature that would give the least cross-entropy (up to
-        ``MOST_CONFUSION_CLASSES`` classes): see :class:`~jaxft.tasks.contract.Reporting`."""
+        ``MOST_CONFUSION_CLASSES`` classes).
+        ``intervals``: where 95 % of resamples of the rows have scores. See :class:`~jaxft.tasks.contract.Reporting`."""
         found: dict[str, object] = {"bins": reliability(*self._confidence(outputs))}
         if self._few:
             best = temperature_of_classes(outputs["logits"], outputs["labels"])
             at_best = {} if best is None else self._calibration(outputs, best)
             found |= {"temperature": best, **{f"{name}_at_temperature": value for name, value in at_best.items()}}
-        return {"calibration": found}
+        ranking = intervals_of_ranking(outputs["margin"], outputs["labels"] == 1) if self._binary else {}
+        # A model that gives no numbers predicts nothing.
+        said = not np.isnan(outputs["probability"]).any()
+        counted = intervals_of_classes(outputs["labels"], outputs["predicted"], len(self.labels)) if said else {}
+        return {"calibration": found, "intervals": {**counted, **ranking}}
 
     def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, object]:
         positive = outputs["labels"] == 1

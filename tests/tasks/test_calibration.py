@@ -151,6 +151,7 @@ def test_what_is_no_number_has_no_calibration(tmp_path: Path) -> None:
     metrics = metrics_of(classification.Task(tuple("abc")), logits, np.zeros(9, int))
     assert math.isnan(metrics["ece"])
     assert metrics["calibration"] == {"bins": [], "temperature": None}
+    assert metrics["intervals"] == {}
     assert [path.name for path in write_report(tmp_path, metrics, "abc", [])] == ["metrics.json", "confusion.png"]
 
 
