@@ -108,6 +108,11 @@ def test_eval_writes_each_row(home: Path, tmp_path: Path, capsys: Capture) -> No
     assert [record["right"] for record in records] == [row["true"] == row["predicted"] for row in found]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert np.mean([record["right"] for record in records]) == metrics["accuracy"]
+    worst = table_of(tmp_path / "errors.csv")
+    assert [float(row["probability"]) for row in worst] == sorted(
+        (float(r["probability"]) for r in worst), reverse=True
+    )
+    assert sorted(map(str, worst)) == sorted(str(row) for row in found if row["right"] == "false")
     # The same as predict says.
     assert run(capsys, "predict", home / "model", home / "rows.csv", "--out", tmp_path / "p.csv")[0] == 0
     for row, other in zip(found, table_of(tmp_path / "p.csv"), strict=True):

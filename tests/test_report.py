@@ -182,7 +182,7 @@ def test_smoothing_neither_lags_nor_starts_elsewhere() -> None:
 @pytest.mark.parametrize("values", [[0.9335], [0.93350, 0.93351], [5e-5, 5e-5], [0.5, 0.9], [0.0]])
 def test_axes_bear_plain_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: list[float]) -> None:
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     log = [
         {"step": 10 * (i + 1), "kind": kind, "loss": value, "learning_rate": value, "accuracy": value}
         for i, value in enumerate(values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -29,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="eval",
         help="the rows of data.eval (default) or data.test; of a run, without these, those that it held out",
     )
-    parser.add_argument("--out", help="folder for metrics.json and confusion.png (of a test: metrics_test.json ...)")
+    parser.add_argument(
+        "--out", help="folder for metrics.json, confusion.png and errors.csv (of a test: metrics_test.json ...)"
+    )
     parser.add_argument(
         "--rows", metavar="FILE", help="write each row's label, prediction and probability: .csv, .tsv or .jsonl"
     )
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     import numpy as np
 
     from jaxft import tasks
+    from jaxft.cli.row_files import write_errors, write_rows
     from jaxft.data.cache import Cache
     from jaxft.data.examples import make_split
     from jaxft.data.lengths import counted
@@ -90,18 +92,20 @@ def run(options: argparse.Namespace) -> int:
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
     )
     sums, outputs = tasks.collected(parts)
-    metrics = tasks.scores(task, sums, outputs, rows)
+    metrics = tasks.reported(task, tasks.scores(task, sums, outputs, rows), outputs)
     print(f"{name}: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     for line in tasks.remarks(task, split):
         print(line)
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
+    order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])
     if options.rows:
-        order = np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch)])
         write_rows(Path(options.rows), cast("Judging", task).judged(outputs, [row.values for row in rows], order))
         print(f"wrote {options.rows}")
     if options.out:
         for path in write_report(Path(options.out), metrics, labels, [], split=name):
             print(f"wrote {path}")
+        for line in write_errors(Path(options.out), task, outputs, rows, order, split=name):
+            print(line)
         if "confusion" in metrics and (why := lacking()) is not None:
             print(why)
     return 0
@@ -133,18 +137,3 @@ def _rows(
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def write_rows(target: Path, judged: Iterable[Mapping[str, object]]) -> None:
-    """Writes one line per row, as a task judged it.
-
-    Raises:
-      UserError: ``target`` cannot be written.
-    """
-    from jaxft.data.sources.write import row_writer
-    from jaxft.files import file_written_whole
-
-    with file_written_whole(target) as file:
-        write = row_writer(str(target), file)
-        for row in judged:
-            write(dict(row))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # they import jax, whose import takes seconds
     from jaxft.models.contract import Family
     from jaxft.training.loop import Result
     from jaxft.training.programs import Programs
+    from jaxft.training.scoring import Evaluation
     from jaxft.training.setup import Setup, Times
 
 MAIN_KEYS = {
@@ -93,7 +94,7 @@ def _run(config: RunConfig) -> int:
 def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
     from jaxft import checkpoint
     from jaxft.machine import processes
-    from jaxft.training import loop, resume
+    from jaxft.training import loop, resume, scoring
     from jaxft.training.programs import compile_programs
 
     seeds = config.train.seeds or (config.train.seed,)
@@ -109,19 +110,20 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
     for seed in seeds:
         folder = _folder_of(config, seed)
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
-        began = time.perf_counter()
+        began, test = time.perf_counter(), None
         result = loop.fit(ready, programs, folder, seed, _note, times)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
         trained = time.perf_counter() - began
         if ready.test is not None and not result.interrupted:
-            tested[seed] = loop.evaluate(ready, programs, result.params, test=True)
+            test = scoring.evaluated(ready, programs, result.params, test=True)
+            tested[seed] = test.metrics
         if seed == seeds[-1]:
             programs.compilation.stop()  # steps of shapes that no batch had
         if result.interrupted:
             return 130
         results[seed] = result.metrics
-        _finish(ready, programs, result, tested.get(seed), folder, trained)
+        _finish(ready, programs, result, test, folder, trained)
     _state(config, out)
     if len(results) > 1 and processes.is_first():
         from jaxft.reporting.report import seeds_text, write_seeds
@@ -193,40 +195,53 @@ def _finish(
     ready: Setup,
     programs: Programs,
     result: Result,
-    tested: Mapping[str, object] | None,
+    tested: Evaluation | None,
     out: Path,
     seconds: float,
 ) -> None:
-    """Report, plots, export; ``tested``: scores of the test."""
+    """Report, plots, export; ``tested``: what was found in the test."""
     from jaxft.machine.processes import is_first
+    from jaxft.training.scoring import evaluated
 
+    # Scores of the best step are known; what the model says of each row is kept of no evaluation.
+    held_out = evaluated(ready, programs, result.params)
     if is_first():
-        _report(ready, result, tested, out, seconds)
+        _report(ready, result, held_out, tested, out, seconds)
     if ready.config.train.export:
         _export(ready, programs, result, out / "export")
 
 
-def _report(ready: Setup, result: Result, tested: Mapping[str, object] | None, out: Path, seconds: float) -> None:
+def _report(
+    ready: Setup, result: Result, held_out: Evaluation, tested: Evaluation | None, out: Path, seconds: float
+) -> None:
+    from jaxft.cli.row_files import write_errors
     from jaxft.machine.memory import peak_bytes
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
     from jaxft.reporting.sinks import read_log
+    from jaxft.tasks import reported
 
     log = read_log(out / "log.jsonl")
+    metrics = reported(ready.task, result.metrics, held_out.outputs)
     print()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
-    print(report_text(result.metrics, ready.targets.labels, log, width))
-    written = write_report(out, result.metrics, ready.targets.labels, log)
+    print(report_text(metrics, ready.targets.labels, log, width))
+    written = write_report(out, metrics, ready.targets.labels, log)
     if tested is not None:
         print(f"\ntest, with the parameters of step {result.best_step}:")
-        print(report_text(tested, ready.targets.labels, [], width))
-        written += write_report(out, tested, ready.targets.labels, [], split="test")
+        scores = reported(ready.task, tested.metrics, tested.outputs)
+        print(report_text(scores, ready.targets.labels, [], width))
+        written += write_report(out, scores, ready.targets.labels, [], split="test")
     elif (out / "metrics_test.json").exists():
         print(f"\nwarning: {out / 'metrics_test.json'} is of an earlier part of this run, which had a test")
     peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in written:
         print(f"wrote {path}")
+    for split, found in (("eval", held_out), ("test", tested)):
+        if found is not None:
+            for line in write_errors(out, ready.task, found.outputs, found.rows, found.order, split=split):
+                print(line)
     if (why := lacking()) is not None:
         print(why)
 
@@ -272,7 +287,7 @@ def _export_adapter(ready: Setup, result: Result, target: Path) -> None:
 def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[Array], Mapping[str, object]]:
     """What is exported, adapters merged in, and its held-out metrics."""
     from jaxft.models import adapters
-    from jaxft.training.loop import evaluate
+    from jaxft.training.scoring import evaluate
 
     if not isinstance(ready.model, adapters.Adapted):
         return result.params, result.metrics
@@ -341,7 +356,7 @@ def _compare(
     from jaxft.models import adapters
     from jaxft.parallel.sharding import jitted, replicated
     from jaxft.reporting.records import to_json
-    from jaxft.training.loop import evaluate
+    from jaxft.training.scoring import evaluate
 
     source = open_source(str(target), _note, family=ready.family_name)
     base = adapters.base_of(ready.model)

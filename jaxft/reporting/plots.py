@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # an extra
     from matplotlib.figure import Figure
 
 _DPI = 120
-_BLUE, _ORANGE, _GREEN, _RED, _GRAY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
+BLUE, _ORANGE, _GREEN, _RED, GRAY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
 _MOST_POINTS = 4000
 """More points than pixels make files large and lines solid, and Agg refuses very long paths."""
 _MOST_CELLS_WITH_TEXT = 20
@@ -40,6 +40,9 @@ class Series(NamedTuple):
     values: Sequence[float]
 
 
+_NO_SCORES = ("loss", "ece", "brier", "macro_ece", "macro_brier")
+
+
 def series_of(log: Sequence[Mapping[str, float | str]], kind: str, name: str) -> Series:
     """The values of one name in the train or eval records of a log."""
     records = [record for record in log if record.get("kind") == kind and name in record]
@@ -47,7 +50,7 @@ def series_of(log: Sequence[Mapping[str, float | str]], kind: str, name: str) ->
 
 
 def score_series(log: Sequence[Mapping[str, float | str]]) -> list[Series]:
-    """The curves of the evaluation scores: every float besides the loss.
+    """The curves of the evaluation scores: every float besides the loss and errors of calibration, which lie far from the others.
 
     Of equal curves, only the first: micro F1 is the accuracy when each row has one label.
     """
@@ -56,7 +59,7 @@ def score_series(log: Sequence[Mapping[str, float | str]]) -> list[Series]:
         for record in log
         if record.get("kind") == "eval"
         for name, value in record.items()
-        if isinstance(value, float) and name != "loss"
+        if isinstance(value, float) and name not in _NO_SCORES
     )
     found: list[Series] = []
     for series in (series_of(log, "eval", name) for name in names):
@@ -112,7 +115,8 @@ def _lacking(what: str, *modules: str) -> str | None:
     return None
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, or UserError where none can be drawn."""
     reason = lacking()
     if reason is not None:
         raise UserError(reason)
@@ -124,12 +128,13 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure as a small PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # matplotlib writes its own PNGs through it
 
     canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)  # as _new_figure() made it
+    assert isinstance(canvas, FigureCanvasAgg)  # as new_figure() made it
     canvas.draw()
     picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
@@ -161,7 +166,7 @@ def confusion_png(path: Path, confusion: Sequence[Sequence[int]], labels: Sequen
     count = len(labels)
     shares = [[cell / max(sum(row), 1) for cell in row] for row in confusion]
     side = min(max(3.0, 0.55 * count), 8.5)
-    figure = _new_figure(side + 2.6, side + 1.6)
+    figure = new_figure(side + 2.6, side + 1.6)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     bar = figure.colorbar(image, ax=axes, shrink=0.85, format=lambda share, _: f"{100 * share:.0f}%")
@@ -175,7 +180,7 @@ def confusion_png(path: Path, confusion: Sequence[Sequence[int]], labels: Sequen
     axes.spines[:].set_visible(False)
     if count <= _MOST_CELLS_WITH_TEXT:
         _write_cells(axes, confusion, shares, side * 72 / count)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _name_classes(axes: Axes, labels: Sequence[str], cell_points: float) -> str:
@@ -205,7 +210,7 @@ def _write_cells(axes: Axes, confusion: Sequence[Sequence[int]], shares: list[li
     size = min(12.0, 0.8 * cell_points / (0.65 * longest))
     for i, row in enumerate(confusion):
         for j, cell in enumerate(row):
-            colour = "white" if shares[i][j] > 0.55 else ("#1a202c" if cell else _GRAY)
+            colour = "white" if shares[i][j] > 0.55 else ("#1a202c" if cell else GRAY)
             axes.text(j, i, str(cell), ha="center", va="center", fontsize=size, color=colour)
 
 
@@ -218,10 +223,10 @@ def curves_png(path: Path, log: Sequence[Mapping[str, float | str]]) -> Path | N
     if not panels:
         return None
     heights = [1.0 if name == "learning rate" else 1.6 for name in panels]
-    figure = _new_figure(8.0, 0.6 + 1.7 * sum(heights))
+    figure = new_figure(8.0, 0.6 + 1.7 * sum(heights))
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, name in zip(grid, panels, strict=True):
-        _style(axes, name)
+        style(axes, name)
         if name == "loss":
             _draw_losses(axes, train, evaluated)
         elif name == "score":
@@ -230,16 +235,16 @@ def curves_png(path: Path, log: Sequence[Mapping[str, float | str]]) -> Path | N
             axes.legend(frameon=False, fontsize=9)
             _scale(axes, [value for series in scores for value in series.values])
         else:
-            _draw_rate(axes, rate, _GRAY)
+            _draw_rate(axes, rate, GRAY)
     grid[-1].set_xlabel("step")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_losses(axes: Axes, train: Series, evaluated: Series) -> None:
     if train.steps:
         raw, mean = _thinned(train), _thinned(smoothed(train))
-        axes.plot(raw.steps, raw.values, color=_BLUE, lw=0.8, alpha=0.35, label="train")
-        axes.plot(mean.steps, mean.values, color=_BLUE, lw=1.8, label="train, smoothed")
+        axes.plot(raw.steps, raw.values, color=BLUE, lw=0.8, alpha=0.35, label="train")
+        axes.plot(mean.steps, mean.values, color=BLUE, lw=1.8, label="train, smoothed")
     if evaluated.steps:
         axes.plot(evaluated.steps, evaluated.values, "o-", ms=3.5, lw=1.4, color=_ORANGE, label="eval")
     axes.legend(frameon=False, fontsize=9)
@@ -268,11 +273,12 @@ def _is_flat(low: float, high: float) -> bool:
 
 
 def _cycle(count: int) -> list[str]:
-    colours = (_ORANGE, _GREEN, _RED, _BLUE)
+    colours = (_ORANGE, _GREEN, _RED, BLUE)
     return [colours[i % len(colours)] for i in range(count)]
 
 
-def _style(axes: Axes, name: str) -> None:
+def style(axes: Axes, name: str) -> None:
+    """Names the vertical axis, and gives all pictures one look."""
     axes.set_ylabel(name)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -285,12 +291,12 @@ def _words(name: str) -> str:
 
 def schedule_png(path: Path, rates: Sequence[float]) -> Path:
     """The learning rate of every step."""
-    figure = _new_figure(8.0, 3.2)
+    figure = new_figure(8.0, 3.2)
     axes = figure.add_subplot()
-    _style(axes, "learning rate")
-    _draw_rate(axes, Series("learning rate", range(len(rates)), rates), _BLUE)
+    style(axes, "learning rate")
+    _draw_rate(axes, Series("learning rate", range(len(rates)), rates), BLUE)
     axes.set_xlabel("step")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def shows_blocks(stream: object) -> bool:
@@ -383,12 +389,12 @@ def curves_by_name_png(
     path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_name: str, title: str
 ) -> Path:
     """Panels side by side with logarithmic axes: each of curves by name, of points (x, y)."""
-    figure = _new_figure(4.6 * len(panels), 4.4)
+    figure = new_figure(4.6 * len(panels), 4.4)
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    colours = dict(zip(names, (_BLUE, _ORANGE, _GREEN, _RED, _GRAY, "#6b46c1", "#97266d", "#2c7a7b") * 9, strict=False))
+    colours = dict(zip(names, (BLUE, _ORANGE, _GREEN, _RED, GRAY, "#6b46c1", "#97266d", "#2c7a7b") * 9, strict=False))
     for i, (name, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
-        _style(axes, name)
+        style(axes, name)
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=3.5, lw=1.4, color=colours[label], label=label)
         axes.set_xscale("log", base=2)
@@ -397,4 +403,4 @@ def curves_by_name_png(
         if i == 0:
             axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)

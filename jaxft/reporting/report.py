@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from jaxft.files import write_atomic
 from jaxft.reporting.plots import (
@@ -27,6 +27,7 @@ from jaxft.reporting.plots import (
     smoothed,
 )
 from jaxft.reporting.records import to_json
+from jaxft.reporting.reliability import reliability_png
 
 __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_report", "write_seeds"]
 
@@ -58,6 +59,10 @@ _HEADLINE = (
     ("average_precision", "average precision"),
     ("macro_auroc", "macro AUROC"),
     ("macro_average_precision", "macro average precision"),
+    ("ece", "calibration error"),
+    ("brier", "Brier"),
+    ("macro_ece", "macro calibration error"),
+    ("macro_brier", "macro Brier"),
     ("spearman", "Spearman"),
     ("pearson", "Pearson"),
     ("mse", "MSE"),
@@ -78,6 +83,10 @@ class _Known(TypedDict, total=False):
     confusion: list[list[int]]
     positive: str
     best_threshold: dict[str, float] | None
+    intervals: dict[str, list[float]]
+    """Where 95 % of resamples of the rows have a score."""
+    calibration: dict[str, Any]
+    """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
 
 
 def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
@@ -99,7 +108,8 @@ def write_report(
     *,
     split: str = "eval",
 ) -> list[Path]:
-    """Writes ``metrics.json``, ``confusion.png`` if the task has classes and, unless the log is empty, ``curves.png``; no PNG where
+    """Writes ``metrics.json``, ``confusion.png`` if the task has classes, ``reliability.png`` if its probabilities were
+    looked at and, unless the log is empty, ``curves.png``; no PNG where
     :func:`jaxft.reporting.plots.lacking` says why.
 
     Args:
@@ -119,9 +129,16 @@ def write_report(
     if lacking() is None:
         written += [
             confusion_png(out / f"confusion{named}.png", known["confusion"], labels) if "confusion" in known else None,
+            _reliability(out / f"reliability{named}.png", known, metrics),
             curves_png(out / "curves.png", log),
         ]
     return [path for path in written if path is not None]
+
+
+def _reliability(path: Path, known: _Known, metrics: Mapping[str, object]) -> Path | None:
+    if not known.get("calibration", {}).get("bins"):
+        return None
+    return reliability_png(path, known["calibration"]["bins"], cast("float | None", metrics.get("ece")))
 
 
 def _write_json(path: Path, tree: Mapping[str, object]) -> Path:
@@ -165,7 +182,16 @@ def report_text(
     head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
     parts = [head]
-    parts += [line for line in (_threshold_text(known), _no_score_text(metrics)) if line]
+    parts += [
+        line
+        for line in (
+            _intervals_text(known, metrics, min(width, 100)),
+            _threshold_text(known),
+            _temperature_text(known),
+            _no_score_text(metrics),
+        )
+        if line
+    ]
     if "classes" in known:
         table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
@@ -192,6 +218,20 @@ def _threshold_text(metrics: _Known) -> str:
         return ""
     name = plain_label(metrics["positive"])
     return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
+
+
+def _intervals_text(known: _Known, metrics: Mapping[str, object], width: int) -> str:
+    found, shown = known.get("intervals", {}), dict(_HEADLINE)
+    parts = [f"{shown[name]} {low:.4f}..{high:.4f}" for name, (low, high) in found.items() if name in metrics]
+    return _joined(["95 % of 1,000 resamples of the rows:", *parts], width) if parts else ""
+
+
+def _temperature_text(metrics: _Known) -> str:
+    found = metrics.get("calibration", {})
+    if found.get("temperature") is None:
+        return ""
+    errors = [value for name, value in found.items() if name.endswith("ece_at_temperature")]
+    return f"Logits divided by {found['temperature']:.4g} would have a calibration error of {errors[0]:.4f}; nothing is divided."
 
 
 def _no_score_text(metrics: Mapping[str, object]) -> str:

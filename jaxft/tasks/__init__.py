@@ -12,7 +12,7 @@ from typing import cast
 from jaxft.config import TaskConfig
 from jaxft.config.outside import outside_module
 from jaxft.errors import UserError, nearest
-from jaxft.tasks._scores import collected, is_better, remarks, scalar, scores, scores_rows
+from jaxft.tasks._scores import collected, is_better, mistakes, remarks, reported, scalar, scores, scores_rows
 from jaxft.tasks.contract import Note, Targets, Task, TaskModule
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "collected",
     "is_better",
     "metric_of",
+    "mistakes",
     "problem_of",
     "remarks",
+    "reported",
     "scalar",
     "scores",
     "scores_rows",

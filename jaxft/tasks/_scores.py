@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxft.data.examples import Split
 from jaxft.data.sources.rows import Row
-from jaxft.tasks.contract import Batch, Remarking, ScoringRows, Sums, Task
+from jaxft.tasks.contract import Batch, Grading, Judging, Remarking, Reporting, ScoringRows, Sums, Task
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,6 +61,37 @@ def scores(task: Task, sums: Arrays, outputs: Arrays, rows: Sequence[Row]) -> Ma
     if scores_rows(task):
         return cast(ScoringRows, task).score_rows(sums, outputs, [row.values for row in rows])
     return task.score(sums, outputs)
+
+
+def mistakes(
+    task: Task, outputs: Mapping[str, np.ndarray], rows: Sequence[Row], order: np.ndarray, most: int
+) -> tuple[list[dict[str, object]], int]:
+    """The worst mistakes among evaluated rows, the worst first, and how many there are in all.
+
+    Args:
+      task: one with :class:`~jaxft.tasks.contract.Judging` and :class:`~jaxft.tasks.contract.Grading`.
+      outputs: of all batches.
+      order: [examples] the example that each batch's rows were, one after the other.
+      most: mistakes that are told.
+    """
+    wrong, worst = 0, list[tuple[float, int, dict[str, object]]]()
+    for number, judged in enumerate(cast(Judging, task).judged(outputs, [row.values for row in rows], order)):
+        how = cast(Grading, task).wrongness(judged)
+        if how is None:
+            continue
+        wrong += 1
+        # Of equal ones, the first row; numbers differ, so that records are not compared.
+        entry = (how, -number, judged)
+        if len(worst) < most:
+            heapq.heappush(worst, entry)
+        else:
+            heapq.heappushpop(worst, entry)
+    return [judged for *_, judged in sorted(worst, key=lambda one: one[:2], reverse=True)], wrong
+
+
+def reported(task: Task, metrics: Mapping[str, object], outputs: Mapping[str, np.ndarray]) -> Mapping[str, object]:
+    """The final numbers of a task, and what else its report has (:class:`~jaxft.tasks.contract.Reporting`)."""
+    return {**metrics, **cast(Reporting, task).reported(outputs)} if hasattr(task, "reported") else metrics
 
 
 def remarks(task: Task, split: Split) -> Iterator[str]:

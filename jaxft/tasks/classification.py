@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
+from jaxft.tasks._bootstrap import intervals_of_classes, intervals_of_ranking
+from jaxft.tasks._calibration import (
+    brier_score,
+    expected_calibration_error,
+    reliability,
+    softmax,
+    temperature_of_classes,
+)
 from jaxft.tasks._classes import class_names, class_weights
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
 from jaxft.tasks._texts import by_text, logits_by_text
@@ -64,6 +72,7 @@ class Task:
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
         ranking: dict[str, Direction] = {"auroc": "max", "average_precision": "max"} if self._binary else {}
+        brier: dict[str, Direction] = {"brier": "min"} if self._few else {}
         return {
             "accuracy": "max",
             "macro_f1": "max",
@@ -72,11 +81,17 @@ class Task:
             "mcc": "max",
             "loss": "min",
             **ranking,
+            "ece": "min",
+            **brier,
         }
 
     @property
     def _binary(self) -> bool:
         return len(self.labels) == 2
+
+    @property
+    def _few(self) -> bool:
+        return len(self.labels) <= MOST_CONFUSION_CLASSES
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """The batch as it is."""
@@ -105,13 +120,14 @@ class Task:
             "predicted": (predicted * count[:, None]).sum(0),
             "correct": (predicted * counted).sum(0),
         }
-        if len(self.labels) <= MOST_CONFUSION_CLASSES:
+        if self._few:
             sums["confusion"] = jnp.einsum("bt,bp->tp", counted, predicted, precision="highest")
         return sums
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
         """What the model says of each text: ``predicted`` int32 and its ``probability`` float32, [B] ([B E] of packed rows).
 
+        Up to ``MOST_CONFUSION_CLASSES`` classes also all ``logits`` [B, C], which calibration is computed from in float64.
         Of two classes also ``positive``, the probability of the second, and ``margin``, by how much its logit is higher [B]: unlike
         the probability, it does not round to 1.
         """
@@ -119,6 +135,8 @@ class Task:
         probabilities, predicted = jax.nn.softmax(logits, axis=-1), self._predicted(logits)
         chosen = jax.nn.one_hot(predicted, len(self.labels))
         found = {"predicted": predicted, "probability": jnp.where(chosen > 0, probabilities, 0.0).sum(-1)}
+        if self._few:
+            found["logits"] = logits
         if self._binary:
             found |= {"positive": probabilities[:, 1], "margin": logits[:, 1] - logits[:, 0]}
         return found | {name: by_text(batch[name]) for name in ("labels", "weights")}
@@ -163,6 +181,10 @@ class Task:
                 "right": said and true == predicted,
             }
 
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """The probability of a wrong label; 0 where the model says none: see :class:`~jaxft.tasks.contract.Grading`."""
+        return None if judged["right"] else cast(float, judged["probability"] or 0.0)
+
     def learnable(self, split: Split) -> int:
         """The number of rows."""
         return len(split)
@@ -194,6 +216,7 @@ class Task:
             "weighted_f1": float((f1 * true).sum()) / (rows or math.nan),
             "mcc": _matthews(hits, true, predicted),
             **(self._ranking(outputs) if self._binary and outputs is not None else {}),
+            **(self._calibration(outputs) if outputs is not None else {}),
             "rows": rows,
             "classes": {
                 label: {
@@ -208,6 +231,36 @@ class Task:
         if "confusion" in sums:
             scores["confusion"] = np.rint(sums["confusion"]).astype(np.int64).tolist()
         return scores
+
+    def _calibration(self, outputs: Arrays, temperature: float = 1.0) -> dict[str, float]:
+        """Of the most probable class, whatever the threshold; the Brier score is of all classes."""
+        said, came = self._confidence(outputs, temperature)
+        found = {"ece": expected_calibration_error(said, came)}
+        if self._few:
+            found["brier"] = brier_score(softmax(outputs["logits"].astype(np.float64) / temperature), outputs["labels"])
+        return found
+
+    def _confidence(self, outputs: Arrays, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        """The probability of each row's most probable class, and whether it is that one."""
+        if not self._few:
+            return outputs["probability"], outputs["predicted"] == outputs["labels"]
+        probabilities = softmax(outputs["logits"].astype(np.float64) / temperature)
+        return probabilities.max(-1), probabilities.argmax(-1) == outputs["labels"]
+
+    def reported(self, outputs: Arrays) -> dict[str, object]:
+        """``calibration``: bins of confidence, and the temperature that would give the least cross-entropy (up to
+        ``MOST_CONFUSION_CLASSES`` classes).
+        ``intervals``: where 95 % of resamples of the rows have scores. See :class:`~jaxft.tasks.contract.Reporting`."""
+        found: dict[str, object] = {"bins": reliability(*self._confidence(outputs))}
+        if self._few:
+            best = temperature_of_classes(outputs["logits"], outputs["labels"])
+            at_best = {} if best is None else self._calibration(outputs, best)
+            found |= {"temperature": best, **{f"{name}_at_temperature": value for name, value in at_best.items()}}
+        ranking = intervals_of_ranking(outputs["margin"], outputs["labels"] == 1) if self._binary else {}
+        # A model that gives no numbers predicts nothing.
+        said = not np.isnan(outputs["probability"]).any()
+        counted = intervals_of_classes(outputs["labels"], outputs["predicted"], len(self.labels)) if said else {}
+        return {"calibration": found, "intervals": {**counted, **ranking}}
 
     def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, object]:
         positive = outputs["labels"] == 1

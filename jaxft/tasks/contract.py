@@ -36,11 +36,13 @@ __all__ = [
     "Field",
     "Fields",
     "Forward",
+    "Grading",
     "Judging",
     "Note",
     "Output",
     "Partial",
     "Remarking",
+    "Reporting",
     "Row",
     "RunConfig",
     "ScoringRows",
@@ -164,6 +166,27 @@ class Judging(Protocol):
           rows: the values of the rows, as the task's columns say.
           order: [examples] the example that each batch's rows were, one after the other.
         """
+        ...
+
+
+class Grading(Protocol):
+    """What a task has besides if the worst mistakes among judged rows can be told: those of ``errors.csv``."""
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How bad an answer is, more is worse; None: it is right.
+
+        Args:
+          judged: what :meth:`Judging.judged` says of the row.
+        """
+        ...
+
+
+class Reporting(Protocol):
+    """What a task has besides if a report tells more than scores, or what takes too long for every evaluation of a run."""
+
+    def reported(self, outputs: Arrays) -> Mapping[str, object]:
+        """What ``metrics.json`` has besides :meth:`Task.score`, from what :meth:`Task.outputs` gave of all batches. ``calibration``, with
+        ``bins``, is drawn."""
         ...
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxft.data.sources.read import shown
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, nearest
 from jaxft.models.contract import Facts
+from jaxft.tasks._calibration import expected_calibration_error, reliability, sigmoid, temperature_of_labels
 from jaxft.tasks._classes import class_names, distinct
 from jaxft.tasks._ranking import auroc, average_precision
 from jaxft.tasks._texts import by_text, logits_by_text
@@ -69,9 +71,14 @@ class Task:
     @property
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
-        ranking: dict[str, Direction] = {"macro_auroc": "max", "macro_average_precision": "max"} if self._ranked else {}
+        ranking: dict[str, Direction] = {
+            "macro_auroc": "max",
+            "macro_average_precision": "max",
+            "macro_ece": "min",
+            "macro_brier": "min",
+        }
         counts: dict[str, Direction] = {"micro_f1": "max", "macro_f1": "max", "samples_f1": "max", "exact_match": "max"}
-        return {**counts, "hamming_loss": "min", "loss": "min", **ranking}
+        return {**counts, "hamming_loss": "min", "loss": "min", **(ranking if self._ranked else {})}
 
     @property
     def _ranked(self) -> bool:
@@ -156,7 +163,27 @@ class Task:
             both = [row for row in table.values() if not math.isnan(row["auroc"])]
             for name in ("auroc", "average_precision"):
                 scores[f"macro_{name}"] = float(np.mean([row[name] for row in both])) if both else math.nan
+            chances, true = sigmoid(outputs["margins"]), outputs["labels"] > 0
+            for i, row in enumerate(table.values()):
+                row["ece"] = expected_calibration_error(chances[:, i], true[:, i])
+                row["brier"] = float(np.square(chances[:, i] - true[:, i]).mean()) if rows else math.nan
+            for name in ("ece", "brier"):
+                scores[f"macro_{name}"] = float(np.mean([row[name] for row in table.values()]))
         return {**scores, "classes": table}
+
+    def reported(self, outputs: Arrays) -> dict[str, object]:
+        """``calibration`` of all probabilities of all labels: bins, and the temperature that would give the least cross-entropy; up to
+        ``MOST_RANKED_CLASSES`` labels: see :class:`~jaxft.tasks.contract.Reporting`."""
+        if not self._ranked:
+            return {}
+        margins, true = outputs["margins"].astype(np.float64), outputs["labels"] > 0
+        found: dict[str, object] = {"bins": reliability(sigmoid(margins).ravel(), true.ravel())}
+        found["temperature"] = best = temperature_of_labels(margins, true)
+        if best is not None:
+            chances = sigmoid(margins / best)
+            errors = (expected_calibration_error(*both) for both in zip(chances.T, true.T, strict=True))
+            found["macro_ece_at_temperature"] = float(np.mean(list(errors)))
+        return {"calibration": found}
 
     def learnable(self, split: Split) -> int:
         """The number of rows."""
@@ -187,7 +214,12 @@ class Task:
         for row, true, said in zip(rows, outputs["labels"][back], outputs["said"][back], strict=True):
             named = [_BETWEEN.join(self.labels[i] for i in np.flatnonzero(one)) for one in (true, said)]
             texts = dict(zip(("text", "pair"), row[:-1], strict=False))
-            yield {**texts, "true": named[0], "predicted": named[1], "right": bool((true == said).all())}
+            wrong = int((true != said).sum())
+            yield {**texts, "true": named[0], "predicted": named[1], "right": not wrong, "wrong": wrong}
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How many labels are wrong: see :class:`~jaxft.tasks.contract.Grading`."""
+        return None if judged["right"] else float(cast(int, judged["wrong"]))
 
 
 def _logits(forward: Forward, batch: Batch, key: Array | None) -> Array:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,10 @@ class Task:
                 "f1": round(scored.f1, 6),
                 **({"null_margin": _rounded(one.margin)} if self.no_answer else {}),
             }
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """By how much the F1 of a wrong answer is below 1: see :class:`~jaxft.tasks.contract.Grading`."""
+        return None if judged["right"] else 1.0 - cast(float, judged["f1"])
 
     def _is_none(self, found: _Found) -> bool:
         """Whether the answer is that there is none."""

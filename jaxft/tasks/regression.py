@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +119,11 @@ class Task:
         ):
             texts = dict(zip(("text", "pair"), row[:-1], strict=False))
             yield {**texts, "true": rounded(true), "predicted": rounded(said), "error": rounded(said - true)}
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """By how much a number is off: see :class:`~jaxft.tasks.contract.Grading`."""
+        error = cast("float | None", judged["error"])
+        return None if error == 0 else math.inf if error is None else abs(error)
 
 
 def columns(config: RunConfig) -> tuple[Column, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import numpy as np
@@ -121,6 +122,14 @@ class Task:
             rows, outputs["labels"][back].tolist(), scores.tolist(), places.tolist(), strict=True
         ):
             yield {"text": row[0], "pair": row[1], "true": rounded(true), "score": rounded(score), "place": place}
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """By how much a score is off, if by more than a half: see :class:`~jaxft.tasks.contract.Grading`."""
+        true, score = (cast("float | None", judged[name]) for name in ("true", "score"))
+        if true is None or score is None:
+            return math.inf
+        off = abs(true - score)
+        return off if off > 0.5 else None
 
 
 def columns(config: RunConfig) -> tuple[Column, ...]:

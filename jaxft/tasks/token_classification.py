@@ -141,6 +141,13 @@ class Task:
             right = one.true == one.predicted
             yield {"text": text, "true": " ".join(one.true), "predicted": " ".join(one.predicted), "right": right}
 
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How many words have a wrong tag: see :class:`~jaxft.tasks.contract.Grading`."""
+        if judged["right"]:
+            return None
+        tags = (str(judged[name]).split(" ") for name in ("true", "predicted"))
+        return float(sum(true != said for true, said in zip(*tags, strict=False)))
+
     def learnable(self, split: Split) -> int:
         """How many tokens have a label."""
         return int((split.columns["labels"] >= 0).sum())

@@ -23,11 +23,12 @@ from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
 from jaxft.tasks import Task
-from jaxft.tasks.contract import Batch, Sums
+from jaxft.tasks.contract import Sums
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
+from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
 from jaxft.trees import Params
@@ -365,19 +366,6 @@ def _is_better(task: Task, progress: Progress, metrics: Mapping[str, object], st
     else:
         progress.bad_evals += 1
     return better
-
-
-def evaluate(setup: Setup, programs: Programs, params: Params, *, test: bool = False) -> Mapping[str, object]:
-    """Metrics of ``params`` on the held-out rows, or on those of the test; the final partial batch counts exactly its rows."""
-    batches = setup.test_batches() if test else setup.eval_batches()
-
-    def parts() -> Iterator[tuple[Sums, Batch]]:
-        ahead = setup.config.data.read_ahead
-        for step, batch in enumerate(stream(batches, 0, batches.steps_per_epoch, ahead)):
-            placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
-            yield programs.evaluate[batches.shape_of(step)](params, placed)
-
-    return tasks.scores(setup.task, *tasks.collected(parts()), setup.test_scored if test else setup.scored)
 
 
 def _result(

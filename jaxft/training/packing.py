@@ -51,6 +51,13 @@ def examples_in(split: Examples, rows: np.ndarray) -> int:
     return int(split.sizes(TEXTS)[rows].sum()) if holds_texts(split) else len(rows)
 
 
+def examples_of(split: Examples, rows: np.ndarray) -> np.ndarray:
+    """The examples that some rows hold, one after the other; where rows are packed, those of the split that was packed."""
+    if not isinstance(split, Packed):
+        return rows
+    return np.concatenate([split.texts[split.first[row] : split.first[row + 1]] for row in rows])
+
+
 def holds_texts(split: Examples) -> bool:
     """Whether rows hold several texts each, with labels or the like of their own."""
     return TEXTS in split.fields["weights"].axes

@@ -39,7 +39,7 @@ class HeldOut(NamedTuple):
     count: int
     """Rows that its examples are of."""
     rows: tuple[Row, ...] = ()
-    """The rows themselves, where the task's scores need them."""
+    """The rows themselves, where the task's scores need them, or its report."""
 
 
 class Rows(NamedTuple):
@@ -105,13 +105,13 @@ def open_rows(
     if train is None:
         train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
         targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels), rows=len(train))
-    scored = scores_rows(module.Task)
+    kept = scores_rows(module.Task) or hasattr(module.Task, "wrongness")
 
     def held_out(name: str, part: list[Row] | Cache) -> HeldOut:
         if isinstance(part, Cache):
             return HeldOut(part, part.rows)
         split = make_split(name, module.encode(part, tokenizer, targets, config), fields)
-        return HeldOut(split, len(part), tuple(part) if scored else ())
+        return HeldOut(split, len(part), tuple(part) if kept else ())
 
     parts = {name: held_out(name, part) for name, part in held.items()}
     count = train.rows if isinstance(train, Cache) else len(rows)

@@ -81,7 +81,7 @@ class Setup(Recipe):
     total_steps: int
     eval_every: int
     scored: tuple[Row, ...] = ()
-    """The held-out rows themselves, where the task's scores need them."""
+    """The held-out rows themselves, where the task's scores or report need them."""
     test: Examples | None = None
     """Rows that are scored once, at the end; None: none."""
     test_scored: tuple[Row, ...] = ()

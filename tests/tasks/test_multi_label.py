@@ -146,7 +146,7 @@ def test_rows_are_trained_on_scored_answered_and_exported(tmp_path: Path, capsys
     code, out, err = run(capsys, "eval", tmp_path / "run", "--rows", told)
     assert code == 0, err
     lines = told.read_text().splitlines()
-    assert lines[0] == "text,true,predicted,right"
+    assert lines[0] == "text,true,predicted,right,wrong"
     assert [line.split(",")[1] for line in lines[1:]] == [
         "pet|small",
         "",
