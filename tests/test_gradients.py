@@ -13,13 +13,14 @@ import pytest
 
 from jaxft.attention.native.compiled import unavailable
 from jaxft.config import MeshConfig, OptimConfig
+from jaxft.config.tasks.embedding import Config
 from jaxft.data.batch import Field
 from jaxft.errors import UserError
 from jaxft.layers import Compute
 from jaxft.models.families import bert
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, replicated, shardings_of
-from jaxft.tasks import classification, masked_lm
+from jaxft.tasks import classification, embedding, masked_lm
 from jaxft.training.gradients import of_batch, of_each_row, of_rows
 from jaxft.training.optim import global_norm, make_optimizer, make_schedule
 from jaxft.training.state import init_state
@@ -197,6 +198,8 @@ def test_what_cannot_be_is_said() -> None:
     model, made, batch = model_of("classification"), TASKS["classification"], batch_of("classification")
     with pytest.raises(UserError, match=r"clip=0.0 must be above 0, at_once=4 at least 1"):
         of_each_row(model, made, 0.0, 4)
+    with pytest.raises(UserError, match="compares the rows of a batch, so that no row has a loss of its own"):
+        of_each_row(model, embedding.Task(Config()), 1.0, 4)
     arguments = (params_of("classification"), batch, KEY, jnp.float32(1.0))
     with pytest.raises(UserError, match=r"at_once=3 does not divide the 8 rows"):
         jax.eval_shape(of_each_row(model, made, 1.0, 3), *arguments)

@@ -175,10 +175,15 @@ def of_each_row(
         be split.
 
     Raises:
-      UserError: of the call, where a mesh splits anything but rows, or ``at_once`` does not divide the rows of a device.
+      UserError: the task compares the rows of a batch; or, of the call, where a mesh splits anything but rows, or ``at_once`` does not
+        divide the rows of a device.
     """
     if not clip > 0 or at_once < 1:
         raise UserError(f"gradients of each row: clip={clip} must be above 0, at_once={at_once} at least 1")
+    if compares(task):
+        raise UserError(
+            "gradients of each row: the task compares the rows of a batch, so that no row has a loss of its own"
+        )
     gradients_of = of_rows(model, task, frozen)
 
     def clipped(params: Params, batch: Batch, key: jax.Array, numbers: jax.Array) -> tuple[list[jax.Array], Sums]:
