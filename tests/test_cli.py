@@ -112,6 +112,16 @@ def test_pairs_from_parquet_to_jsonl(home: Path, tmp_path: Path, capsys: Capture
     assert [record["pair"] for record in _records(out)] == [line["two"] for line in lines]
 
 
+def compare_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What is counted is equal; what is a mean of probabilities, of other batches, nearly so."""
+    for name in ("loss", "ece", "brier"):
+        assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-5)
+    said, wanted = found.pop("calibration"), expected.pop("calibration")
+    assert said["temperature"] == pytest.approx(wanted["temperature"], rel=1e-4)
+    assert [one["rows"] for one in said["bins"]] == [one["rows"] for one in wanted["bins"]]
+    assert found == expected
+
+
 @pytest.mark.parametrize("what", ["run", "run/checkpoints", "run/checkpoints/4"])
 def test_eval_gives_the_metrics_of_the_run(home: Path, tmp_path: Path, capsys: Capture, what: str) -> None:
     """21 rows in batches of 8: the last batch is partial, and counts exactly."""
@@ -119,18 +129,18 @@ def test_eval_gives_the_metrics_of_the_run(home: Path, tmp_path: Path, capsys: C
     assert code == 0
     assert "eval: 21 rows" in out
     found, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, home / "run"))
-    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
-    assert found == expected
+    compare_scores(found, expected)
     assert found["rows"] == 21
 
 
 def test_eval_of_the_test_gives_the_scores_of_the_run(home: Path, tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = run(capsys, "eval", home / "run", "--split", "test", "--out", tmp_path)
     assert (code, "test: 13 rows" in out) == (0, True)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics_test.json", "confusion_test.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("metrics_test.json", "confusion_test.png", "reliability_test.png", "errors_test.csv")
+    }
     found, expected = (json.loads((at / "metrics_test.json").read_text()) for at in (tmp_path, home / "run"))
-    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
-    assert found == expected
+    compare_scores(found, expected)
     assert found["rows"] == 13
 
 

@@ -231,7 +231,7 @@ def _temperature_text(metrics: _Known) -> str:
     if found.get("temperature") is None:
         return ""
     errors = [value for name, value in found.items() if name.endswith("ece_at_temperature")]
-    return f"Logits divided by {found['temperature']:.4g} would have a calibration error of {errors[0]:.4f}; nothing is divided."
+    return f"Logits divided by {found['temperature']:.3g} would have a calibration error of {errors[0]:.4f}; nothing is divided."
 
 
 def _no_score_text(metrics: Mapping[str, object]) -> str:
