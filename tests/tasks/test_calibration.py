@@ -174,4 +174,4 @@ def test_the_report_draws_and_tells_it(tmp_path: Path) -> None:
     text = report_text(metrics, "abc", [], 100)
     found = metrics["calibration"]
     assert f"calibration error {metrics['ece']:.4f}   Brier {metrics['brier']:.4f}" in " ".join(text.split("\n"))
-    assert f"Logits divided by {found['temperature']:.4g} would have a calibration error of" in text
+    assert f"Logits divided by {found['temperature']:.3g} would have a calibration error of" in text
