@@ -203,8 +203,9 @@ def _finish(
     from jaxft.machine.processes import is_first
     from jaxft.training.scoring import evaluated
 
-    # Scores of the best step are known; what the model says of each row is kept of no evaluation.
-    held_out = evaluated(ready, programs, result.params)
+    # Scores of the best step are known; what the model says of each row is kept of no evaluation, and few tasks tell it.
+    told = hasattr(ready.task, "wrongness") or hasattr(ready.task, "reported")
+    held_out = evaluated(ready, programs, result.params) if told else None
     if is_first():
         _report(ready, result, held_out, tested, out, seconds)
     if ready.config.train.export:
@@ -212,7 +213,7 @@ def _finish(
 
 
 def _report(
-    ready: Setup, result: Result, held_out: Evaluation, tested: Evaluation | None, out: Path, seconds: float
+    ready: Setup, result: Result, held_out: Evaluation | None, tested: Evaluation | None, out: Path, seconds: float
 ) -> None:
     from jaxft.cli.row_files import write_errors
     from jaxft.machine.memory import peak_bytes
@@ -222,7 +223,7 @@ def _report(
     from jaxft.tasks import reported
 
     log = read_log(out / "log.jsonl")
-    metrics = reported(ready.task, result.metrics, held_out.outputs)
+    metrics = result.metrics if held_out is None else reported(ready.task, result.metrics, held_out.outputs)
     print()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
     print(report_text(metrics, ready.targets.labels, log, width))

@@ -35,9 +35,9 @@ class Config(TaskConfig):
     negatives_per_row: int | None = None
     """How many of these a row has at most; the first ones count. None: one for each column."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
-    """Of ``triplet``."""
+    """How ``triplet`` measures."""
     margin: float = 5.0
-    """Of ``triplet``."""
+    """By how much the partner must be nearer in ``triplet``."""
     matryoshka: tuple[int, ...] = ()
     """Widths that vectors may be cut to: the loss is the sum of that at each (Kusupati et al. 2022). Empty: the whole width alone."""
     pooling: Literal["mean", "cls", "last", "weighted"] | None = None

@@ -72,7 +72,7 @@ class Config:
     tie_word_embeddings: bool = False
     num_labels: int = 2
     classifier_dropout: float | None = None
-    """Of what classifies tokens. None: 0.1, as the reference has it."""
+    """Dropout before tokens are classified. None: 0.1, as the reference has it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
