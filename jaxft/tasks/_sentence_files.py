@@ -53,7 +53,10 @@ def read_sentences(folder: Path) -> Sentences | None:
             f"{path}: its modules are {', '.join(kinds) or 'none'}; jaxft has Transformer, Pooling and Normalize: without the others, "
             "vectors would be other ones"
         )
-    pooling = _pooling(folder / str(entries[kinds.index("Pooling")].get("path", "")) / "config.json")
+    inside = str(entries[kinds.index("Pooling")].get("path", ""))
+    if Path(inside).name != inside:  # a name in the folder, never a way out of it
+        raise UserError(f"{path}: the path {inside!r:.60} is no folder beside it")
+    pooling = _pooling(folder / inside / "config.json")
     prompts = _prompts(folder / "config_sentence_transformers.json")
     text = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
     return Sentences(pooling, "Normalize" in kinds, prompts.get("query", ""), text)
@@ -69,19 +72,24 @@ def _read(path: Path) -> object:
 def _pooling(path: Path) -> str:
     said = _read(path)
     said = cast(dict[str, object], said) if isinstance(said, dict) else {}
+    # Files that say nothing mean the mean: sentence-transformers' own default.
     modes = said.get("pooling_mode") or [name for name, key in _OLDER.items() if said.get(key) is True] or ["mean"]
     named = [modes] if isinstance(modes, str) else modes
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in _MODES:
-        raise UserError(f"{path}: pools by {modes}; jaxft pools by {', '.join(POOLINGS)}, one of them")
+    if not isinstance(named, list) or len(named) != 1 or str(named[0]) not in _MODES:
+        raise UserError(f"{path}: pools by {modes!s:.60}; jaxft pools by {', '.join(POOLINGS)}, one of them")
     if said.get("include_prompt") is False:
         raise UserError(f"{path}: include_prompt is false; jaxft pools over all tokens, those of a prompt too")
-    return _MODES[named[0]]
+    return _MODES[str(named[0])]
 
 
 def _prompts(path: Path) -> dict[str, str]:
     said = _read(path) if path.is_file() else {}
     prompts = said.get("prompts") if isinstance(said, dict) else None
-    return {str(name): text for name, text in (prompts or {}).items() if isinstance(text, str)}
+    if prompts is None:
+        return {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise UserError(f"{path}: prompts must map names to texts")
+    return cast(dict[str, str], prompts)
 
 
 def sentence_files(said: Sentences, width: int, max_length: int | None) -> dict[str, str]:

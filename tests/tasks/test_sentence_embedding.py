@@ -21,10 +21,12 @@ from jaxft.data.examples import make_split
 from jaxft.data.packing import pack
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.sources.rows import Row
+from jaxft.errors import UserError
 from jaxft.models.contract import Output
 from jaxft.tasks import Targets, embedding, texts_of_row
 from jaxft.tasks import _contrastive as contrastive
 from jaxft.tasks._nearest import nearest_scores
+from jaxft.tasks._sentence_files import Sentences, read_sentences
 from jaxft.tasks._vectors import text_vectors
 from jaxft.tasks.embedding import Task
 
@@ -337,6 +339,21 @@ def test_folders_with_other_modules_are_refused(
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling/config.json").write_text(json.dumps(pooling))
     assert said in refusal(capsys, "predict", source, "--text", "red cat")
+
+
+def test_odd_files_of_a_folder_are_refused(tmp_path: Path) -> None:
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text("{}")
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert read_sentences(tmp_path) == Sentences("mean", False)
+    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": ["query"]}')
+    with pytest.raises(UserError, match="prompts must map names to texts"):
+        read_sentences(tmp_path)
+    modules[1]["path"] = "../elsewhere"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="elsewhere' is no folder beside it"):
+        read_sentences(tmp_path)
 
 
 def test_rows_have_as_many_negatives_as_they_have(tmp_path: Path) -> None:
