@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from jaxft.errors import UserError
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file; whoever reads one checks what its values are."""
 _PACKAGE = Path(__file__).resolve().parent
 
 

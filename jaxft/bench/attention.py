@@ -7,13 +7,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.bench.attention_case import TORCH, Case
 from jaxft.bench.workers import Worker, available_memory
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 
 PASSES = ("forward", "both")
 
@@ -151,14 +151,14 @@ class _Contender:
         self._worker.close()
 
 
-def to_json(result: Result) -> dict[str, Any]:
+def to_json(result: Result) -> JsonObject:
     """Plain data."""
     return dataclasses.asdict(result)
 
 
-def from_json(tree: Mapping[str, Any]) -> Result:
+def from_json(tree: JsonObject) -> Result:
     """Back from :func:`to_json`."""
-    fields: dict[str, Any] = dict(tree)
+    fields: JsonObject = dict(tree)
     for name in PASSES:
         fields[name] = Timing(**tree[name])
     fields["case"] = Case(**tree["case"])

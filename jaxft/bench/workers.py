@@ -13,9 +13,9 @@ import select
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 from jaxft.machine.memory import release_freed
 
 
@@ -32,7 +32,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ours
         )
 
-    def read(self, seconds: float | None = None) -> dict[str, Any]:
+    def read(self, seconds: float | None = None) -> JsonObject:
         """The next answer.
 
         Args:
@@ -52,7 +52,7 @@ class Worker:
             raise UserError(f"{self.name}: the worker died (exit {code}): {self._last_words()}")
         return json.loads(line)
 
-    def ask(self, line: str = "") -> dict[str, Any]:
+    def ask(self, line: str = "") -> JsonObject:
         """Sends a line, returns the answer."""
         assert self._process.stdin is not None
         try:

@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxft.checkpoint.manifest import LeafSpec, Manifest
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 
 Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 """An array, or what is said of one."""
@@ -39,9 +40,9 @@ _SLICE_BYTES = 2**20
 _SHOWN = 4
 
 
-def flatten(tree: PyTree[Shaped]) -> dict[str, Any]:
+def flatten(tree: PyTree[Shaped]) -> JsonObject:
     """Leaves by path, in the order of ``jax.tree.leaves``."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [_name(key) for key in keys]
         path = "/".join(names)
@@ -58,9 +59,9 @@ def _name(key: object) -> str:
     raise TypeError(f"tree key {key!r} has no name")
 
 
-def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, object]) -> JsonObject:
     """Nested dicts from leaves by path."""
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
         functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf

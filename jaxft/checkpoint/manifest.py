@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jaxft.errors import UserError
-from jaxft.files import fsync_folder, write_atomic
+from jaxft.files import JsonObject, fsync_folder, write_atomic
 
 NAME = "jaxft.json"
 FORMAT = 1
@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> JsonObject:
     """The manifest's JSON without its checksum, which has been checked. Every future format keeps these two keys."""
     try:
         text = path.read_bytes().decode("utf-8")

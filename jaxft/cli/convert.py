@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:  # they import jax
     from jax import Array
@@ -386,7 +386,7 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
     wide = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float32), _rounded(params, options.dtype))
     from jaxft.hub.source import read_json
 
-    architectures: Any = read_json(target / "config.json")["architectures"]
+    architectures = cast(list[str], read_json(target / "config.json")["architectures"])
     reference = parity.load_reference(target, architectures[0])
     print(
         f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxft.config import RunConfig, load_config, to_tree
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 
 if TYPE_CHECKING:  # a run file is read, and refused, before jax is imported
     from jax import Array
@@ -33,9 +34,9 @@ class Trained:
     """The run's: config, log, checkpoints, report, export."""
     config: RunConfig
     """The resolved configuration."""
-    metrics: dict[str, Any]
+    metrics: JsonObject
     """Scores of the best parameters on the held-out rows; means over several seeds; empty where the run was stopped."""
-    test: dict[str, Any] = field(default_factory=dict)
+    test: JsonObject = field(default_factory=dict)
     """Scores of the same parameters on the rows of the test, likewise; empty where there is none."""
     interrupted: bool = False
     """Whether it was told to stop: the same call goes on from there."""
@@ -153,9 +154,9 @@ def _scored(folder: Path, config: RunConfig, tested: bool) -> Trained:
     )
 
 
-def _means(path: Path) -> dict[str, Any]:
+def _means(path: Path) -> JsonObject:
     return {name: found["mean"] for name, found in _read(path)["metrics"].items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from jaxft.config.names import meant
 from jaxft.config.scalars import EXPONENT, Scalar, settle
 from jaxft.config.stored import GONE
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -76,7 +77,7 @@ def _check_keys(schema: object, tree: object, where: str, hint: Callable[[str, I
         _check_keys(types[key], value, path, hint)
 
 
-def to_tree(config: DataclassInstance) -> dict[str, Any]:
+def to_tree(config: DataclassInstance) -> JsonObject:
     """A config dataclass as plain dicts and lists, JSON- and YAML-ready."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options
+from jaxft.files import JsonObject
 
 GONE = {
     "eval.mode": "the task says for each metric whether less (loss) or more (accuracy) is better; leave it out",
@@ -21,7 +22,7 @@ _LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with ev
 class RunMeta(TypedDict):
     """What a checkpoint says of its run (:func:`jaxft.training.loop.run_meta`), as JSON holds it."""
 
-    config: dict[str, dict[str, Any]]
+    config: dict[str, JsonObject]
     """By section and key."""
     seed: int
     family: str
@@ -35,7 +36,7 @@ class RunMeta(TypedDict):
     max_length: int
     tokenizer_inside: NotRequired[str]
     """Where the tokenizer lies inside the run's folder."""
-    progress: NotRequired[dict[str, Any]]
+    progress: NotRequired[JsonObject]
     """Fields of the loop's Progress."""
     train_rows: NotRequired[str]
     """Digest of the encoded rows; versions before this one's do not say."""

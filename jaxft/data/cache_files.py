@@ -12,12 +12,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import JsonObject, write_atomic
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -125,7 +125,7 @@ class Body(TypedDict):
     offsets: dict[str, ArraySaid]
     dropped: ArraySaid
     made: dict[str, object]
-    about: dict[str, Any]
+    about: JsonObject
     """What whoever wrote it had to say."""
     digest: str
     files: dict[str, FileSaid]

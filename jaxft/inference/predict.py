@@ -30,6 +30,7 @@ from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabulary, has_tokenizer
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import (
     SINGLE_LABEL,
@@ -117,7 +118,7 @@ class Served:
         module = self.module()
         options = self.config_for(module).task
         if getattr(options, "class_weights", "none") == "balanced":
-            unweighted: dict[str, Any] = {"class_weights": "none"}
+            unweighted: JsonObject = {"class_weights": "none"}
             options = dataclasses.replace(options, **unweighted)
         targets = tasks.Targets(self.labels, problem=tasks.problem_of(module))
         made: Any = module.make_task(options, targets, self.model.facts, self.tokenizer)

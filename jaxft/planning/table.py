@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from jaxft.files import JsonObject
 from jaxft.machine.gpus import Gpu
 from jaxft.planning.hlo import Collective
 from jaxft.planning.hlo.llo import LloPrice
@@ -234,14 +234,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([line(head), *(line(row) for row in rows)])
 
 
-def _shape(plan: Plan) -> dict[str, Any]:
+def _shape(plan: Plan) -> JsonObject:
     shape = list(plan.topology.shape)
     if not isinstance(plan.topology.chip, Gpu):
         return {"torus": shape}
     return {"nodes": shape[0], "per_node": shape[1]}
 
 
-def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> dict[str, Any]:
+def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> JsonObject:
     """The plan as plain data."""
     chip = plan.topology.chip
     return {

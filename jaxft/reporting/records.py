@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import JsonObject, write_atomic
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -36,7 +36,7 @@ def step_of(record: Mapping[str, float | str]) -> int:
     return cast(int, record["step"])
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[JsonObject]:
     """The records of a ``log.jsonl`` or ``timing.jsonl``, non-finite values as floats again.
 
     A last line that a crash cut short is left out.
@@ -50,7 +50,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _lines_of(path: Path) -> list[tuple[bytes, JsonObject]]:
     """Each whole line of a log with what it says."""
     try:
         raw = path.read_bytes()
@@ -69,7 +69,7 @@ def _lines_of(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return found
 
 
-def _record_of(line: bytes) -> dict[str, Any] | None:
+def _record_of(line: bytes) -> JsonObject | None:
     try:
         record = json.loads(line)
     except ValueError:

@@ -9,9 +9,9 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
-from jaxft.files import write_atomic
+from jaxft.files import JsonObject, write_atomic
 from jaxft.reporting.plots import (
     Series,
     chart,
@@ -85,7 +85,7 @@ class _Known(TypedDict, total=False):
     best_threshold: dict[str, float] | None
     intervals: dict[str, list[float]]
     """Where 95 % of resamples of the rows have a score."""
-    calibration: dict[str, Any]
+    calibration: JsonObject
     """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
 
 

@@ -63,7 +63,7 @@ def reliability(said: np.ndarray, came: np.ndarray) -> list[dict[str, float]]:
 
 
 def _binned(said: np.ndarray, came: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the bins that have rows: which, the means of probabilities and of what came true, how many rows."""
+    """Which bins have rows; their mean probability, the share that came true, their number of rows."""
     said = said.astype(np.float64)
     place = np.clip(np.searchsorted(_EDGES, said, side="left") - 1, 0, BINS - 1)
     counts = np.bincount(place, minlength=BINS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 
 if TYPE_CHECKING:  # a compiled library, which those who have no text do without
     from tokenizers import Tokenizer
@@ -156,7 +157,7 @@ def _pairs(merges: Sequence[str | Sequence[str]]) -> Merges:
     return cast(Merges, [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges])
 
 
-def _without_vocabulary(tree: dict[str, Any], path: Path) -> Tokenizer:
+def _without_vocabulary(tree: JsonObject, path: Path) -> Tokenizer:
     """A backend with the post-processor, truncation and padding of a tokenizer.json, quickly."""
     from tokenizers import Tokenizer as Fast
 

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import JsonObject, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -115,7 +115,7 @@ def read_files(folder: Path, model_type: str | None = None) -> Files:
         raise UserError(f"{folder}: not a tokenizer that can be read: {_first_line(error)}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A JSON object; {} if there is no such file.
 
     Raises:
@@ -185,7 +185,7 @@ def _built(folder: Path, kind: Kind, stored: Settings) -> Files:
     return Files(_plain(built.fast), contents, side, types, length, denied)
 
 
-def _arguments(stored: Settings, has_json: bool) -> dict[str, Any]:
+def _arguments(stored: Settings, has_json: bool) -> JsonObject:
     """The class's arguments as tokenizer_config.json gives them."""
     settings = {name: value for name, value in stored.items() if name not in ("tokenizer_class", "auto_map")}
     if has_json:  # there its post-processor decides
@@ -203,7 +203,7 @@ def _arguments(stored: Settings, has_json: bool) -> dict[str, Any]:
     return settings
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any], has_json: bool) -> dict[int, AddedToken]:
+def _added_tokens(folder: Path, settings: JsonObject, has_json: bool) -> dict[int, AddedToken]:
     """Added tokens by the ids that the files state (their order is what counts); changes ``settings`` as these files do."""
     from tokenizers import AddedToken
 
@@ -232,7 +232,7 @@ def _added_tokens(folder: Path, settings: dict[str, Any], has_json: bool) -> dic
     return added
 
 
-def _merge_special_tokens_map(folder: Path, settings: dict[str, Any]) -> None:
+def _merge_special_tokens_map(folder: Path, settings: JsonObject) -> None:
     from tokenizers import AddedToken
 
     for name, value in read_json(folder / "special_tokens_map.json").items():

@@ -13,7 +13,7 @@ import pickletools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Protocol, cast
 
 import numpy as np
 
@@ -310,13 +310,16 @@ def _reduced(function: object, arguments: object) -> object:
     raise _Refused(f"calls {quoted(function.name)} with unexpected arguments")
 
 
-def _tensor(storage: object, offset: object, shape: Any, stride: Any) -> TensorRef:
+def _tensor(storage: object, offset: object, shape: object, stride: object) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         raise _Malformed("a tensor is not described the way torch does it")
-    for sizes in (shape, stride):
-        if not isinstance(sizes, tuple) or not all(type(size) is int for size in sizes):
-            raise _Malformed("a tensor's shape or stride is not a tuple of integers")
-    return TensorRef(storage, offset, shape, stride)
+    return TensorRef(storage, offset, _sizes(shape), _sizes(stride))
+
+
+def _sizes(stored: object) -> tuple[int, ...]:
+    if not isinstance(stored, tuple) or not all(type(size) is int for size in stored):
+        raise _Malformed("a tensor's shape or stride is not a tuple of integers")
+    return stored
 
 
 def _holds_tensors(value: object) -> bool:

@@ -57,7 +57,7 @@ class Sweep:
     space: Space
     search: Search
     seed: int
-    """Of the search."""
+    """What points of a random search, and of TPE, are drawn from."""
     count: int | None
     """Points that a search tries; None: all of a grid."""
     prune: bool
@@ -73,7 +73,7 @@ class Sweep:
         return with_overrides(self.base, [*own, *([] if seed is None else [f"{SEED}={seed}"])])
 
     def known(self) -> list[Point] | None:
-        """All points, where they do not depend on what came of others."""
+        """Every point, where they do not depend on what came of others."""
         if self.search == "grid":
             return self.space.grid()
         if self.search == "random":
@@ -168,7 +168,7 @@ class _Course:
     seeds: tuple[int, ...]
     known: list[Point] | None
     configs: list[RunConfig]
-    """Of all points; where these are not known, of the corners of the space."""
+    """One for each point; where points are not known, for each corner of the space."""
     keys: list[str]
     """What the programs of each depend on."""
     total: int
@@ -178,7 +178,7 @@ class _Course:
     resident: tuple[int, int] = (0, 0)
 
     def run(self) -> Outcome:
-        """All trials, in order of their programs where points are known."""
+        """Runs the trials that are left, in the order of their programs where points are known."""
         bench = Workbench(self.note)
         done = len(self.ledger.finished)
         if done:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxft.errors import UserError
-from jaxft.files import fsync_folder
+from jaxft.files import JsonObject, fsync_folder
 from jaxft.reporting.records import to_json
 
 NAME = "sweep.jsonl"
@@ -47,7 +47,7 @@ class Finished:
 class Ledger:
     """An open ledger; one process has it at a time."""
 
-    head: dict[str, Any]
+    head: JsonObject
     finished: dict[tuple[int, int], Finished] = field(default_factory=dict)
     """By number of the point, and seed."""
     begun: set[tuple[int, int]] = field(default_factory=set)
@@ -74,7 +74,7 @@ class Ledger:
 
 
 @contextmanager
-def open_ledger(folder: Path, head: dict[str, Any]) -> Iterator[Ledger]:
+def open_ledger(folder: Path, head: JsonObject) -> Iterator[Ledger]:
     """The ledger of a sweep, begun or gone on with.
 
     Args:
@@ -114,7 +114,7 @@ def _write(descriptor: int, record: Mapping[str, object]) -> None:
     os.fsync(descriptor)
 
 
-def _records(path: Path, raw: bytes) -> tuple[list[dict[str, Any]], int]:
+def _records(path: Path, raw: bytes) -> tuple[list[JsonObject], int]:
     """The records of a ledger, and how many bytes they take."""
     found, end = [], 0
     for number, line in enumerate(raw.splitlines(keepends=True), start=1):
@@ -131,7 +131,7 @@ def _records(path: Path, raw: bytes) -> tuple[list[dict[str, Any]], int]:
     return found, end
 
 
-def _ledger_of(path: Path, records: list[dict[str, Any]], head: dict[str, Any], descriptor: int) -> Ledger:
+def _ledger_of(path: Path, records: list[JsonObject], head: JsonObject, descriptor: int) -> Ledger:
     first = records[0]
     if first["kind"] != "sweep" or first.get("format") != FORMAT:
         raise UserError(f"{path}: not a ledger that this version of jaxft can read; give another --out")

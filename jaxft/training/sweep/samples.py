@@ -52,7 +52,7 @@ def refuse_counts(space: Space) -> None:
 
 
 def _every(space: Space) -> list[Point]:
-    """All points of a space of choices and whole numbers."""
+    """Every point of a space of choices and whole numbers."""
     points: list[dict[str, str]] = [{}]
     for key, one in space.dimensions.items():
         texts = one.texts if isinstance(one, Choices) else map(str, range(int(one.low), int(one.high) + 1))

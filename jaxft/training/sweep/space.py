@@ -125,7 +125,7 @@ class Space:
     """The dimensions, seeds too, as they were typed."""
 
     def grid(self) -> list[Point]:
-        """All points of a grid, the last key changing fastest.
+        """Every point of a grid, the last key changing fastest.
 
         Raises:
           UserError: a range that does not say how many values it has.

@@ -16,6 +16,7 @@ from jaxft import tasks
 from jaxft.config import RunConfig, to_tree
 from jaxft.data.batch import Shape
 from jaxft.data.processors.contract import TextProcessor
+from jaxft.files import JsonObject
 from jaxft.hub.source import Note, Source
 from jaxft.hub.weights import Weights
 from jaxft.hub.weights.held import Held
@@ -39,7 +40,7 @@ RUN_TIME_KEYS = (
 
 def program_key(config: RunConfig) -> str:
     """What the programs of a run depend on; equal for runs that share them."""
-    tree: dict[str, Any] = to_tree(config)
+    tree: JsonObject = to_tree(config)
     for key in RUN_TIME_KEYS:
         section, name = key.split(".")
         del tree[section][name]
