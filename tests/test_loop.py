@@ -37,6 +37,7 @@ from jaxft.training import loop, resume, setup
 from jaxft.training.caching import build_caches
 from jaxft.training.loop import Result
 from jaxft.training.programs import Programs, compile_programs
+from jaxft.training.progress import Progress
 from jaxft.training.setup import Setup, Times
 from jaxft.trees import paths_of
 
@@ -488,7 +489,7 @@ def test_the_logged_loss_is_the_mean_over_its_interval(ready: Ready, whole: tupl
 
 
 def test_steps_without_a_finite_loss_are_left_out_of_the_mean() -> None:
-    progress = loop.Progress()
+    progress = Progress()
     for loss, weight in ((3.0, 2.0), (np.nan, 8.0), (np.inf, 8.0), (5.0, 2.0)):
         progress.add(loss, weight)
     assert progress.mean() == 2.0

@@ -73,12 +73,12 @@ class Profile:
 
     def __init__(self, span: str | None, folder: Path) -> None:
         self._first, self._last = (0, -1) if span is None else tuple(int(part) for part in span.split(":"))
-        self._folder, self._running = folder, False
+        self.folder, self._running = folder, False
 
     def before(self, step: int) -> None:
         """To be called before a step (counted from 1) is sent off."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self.folder))
             self._running = True
 
     def after(self, step: int, result: PyTree[jax.Array]) -> bool:

@@ -41,6 +41,11 @@ def of_batch(
     # By their specs alone: on an Explicit mesh, the one set in the step is its Auto twin.
     specs = None if param_shardings is None else jax.tree.map(lambda sharding: sharding.spec, param_shardings)
 
+    def placed(gradient: list[jax.Array]) -> list[jax.Array]:
+        return (
+            gradient if specs is None else jax.lax.with_sharding_constraint(gradient, without_frozen(specs, frozen)[0])
+        )
+
     def gradient_of(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
         trained, join = without_frozen(params, frozen)
 
@@ -50,9 +55,7 @@ def of_batch(
             return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
 
         gradient, sums = jax.grad(loss_of, has_aux=True)(trained)
-        if specs is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, without_frozen(specs, frozen)[0])
-        return gradient, sums
+        return placed(gradient), sums
 
     def pulled_back(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
         """The gradient of what rows are compared by, pulled back from that of the loss, which ``batch`` has under names that begin with
@@ -65,10 +68,7 @@ def of_batch(
             found = cast(Comparing, task).represent(forward_of(model, join(trained)), rows, key)
             return jnp.stack([(value * batch[_PULLED + name]).sum() for name, value in found.items()]).sum()
 
-        gradient = jax.grad(product)(trained)
-        return gradient if specs is None else jax.lax.with_sharding_constraint(
-            gradient, without_frozen(specs, frozen)[0]
-        ), {}
+        return placed(jax.grad(product)(trained)), {}
 
     def gradient(params: Params, batch: Batch, key: jax.Array, weight: jax.Array) -> tuple[list[jax.Array], Sums]:
         if accumulation == 1 or not compares(task):
@@ -86,14 +86,8 @@ def of_batch(
             return sums["loss"] / weight, {name: sums[name] for name in ("loss", "weight")}
 
         pulled, sums = jax.grad(loss_of, has_aux=True)(found)
-        return _accumulated(
-            pulled_back,
-            accumulation,
-            params,
-            batch | {_PULLED + name: value for name, value in pulled.items()},
-            key,
-            weight,
-        )[0], sums
+        batch = batch | {_PULLED + name: value for name, value in pulled.items()}
+        return _accumulated(pulled_back, accumulation, params, batch, key, weight)[0], sums
 
     return gradient
 

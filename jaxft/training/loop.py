@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
 
 from jaxft import checkpoint, tasks
 from jaxft.config import RunConfig, to_tree
-from jaxft.config.stored import RunMeta, stored_metric, wrong_best
-from jaxft.data.batch import Shape
-from jaxft.data.loader import stream, to_global
+from jaxft.config.stored import RunMeta
+from jaxft.data.batch import HostBatch, Shape
+from jaxft.data.loader import Batches, stream, to_global
 from jaxft.errors import UserError
 from jaxft.machine import processes
 from jaxft.machine.memory import release_freed
 from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
-from jaxft.tasks import Task
 from jaxft.tasks.contract import Sums
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
+from jaxft.training.progress import Progress, stored_progress
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
 from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
@@ -34,33 +34,6 @@ from jaxft.training.state import TrainState
 from jaxft.trees import Params
 
 T = TypeVar("T")
-
-
-@dataclass
-class Progress:
-    """What the loop knows besides the state; stored with each checkpoint."""
-
-    metric: str | None = None
-    """Name of the metric that the best value is of."""
-    best_value: float | None = None
-    best_step: int | None = None
-    bad_evals: int = 0
-    """Evaluations in a row without a better value."""
-    loss: float = 0.0
-    """Sum over the steps since the last line of the log, those with a finite loss."""
-    weight: float = 0.0
-    """What that sum is to be divided by."""
-
-    def add(self, loss: float, weight: float) -> None:
-        """Counts a step. One without a finite loss changed nothing, and is told by the number of skipped steps."""
-        if math.isfinite(loss) and math.isfinite(weight):
-            self.loss, self.weight = self.loss + loss, self.weight + weight
-
-    def mean(self) -> float:
-        """The mean loss since the last call, NaN if no step had a finite one."""
-        mean = self.loss / self.weight if self.weight else math.nan
-        self.loss = self.weight = 0.0
-        return mean
 
 
 class Watch(Protocol):
@@ -114,12 +87,16 @@ def fit(
     store = checkpoint.Checkpoints(out / "checkpoints", keep=config.checkpoint.keep, verify=config.checkpoint.verify)
     try:
         with jax.set_mesh(setup.mesh):
-            return _fit(setup, programs, out, seed, note, times, store, watch)
+            run = _begun(setup, programs, out, seed, note, times, store, watch)
+            with run.sinks, stop_on_signal() as stop:
+                run.train(stop)
+                run.finish(out)
+            return run.result(note)
     finally:
         store.close()
 
 
-def _fit(
+def _begun(
     setup: Setup,
     programs: Programs,
     out: Path,
@@ -128,95 +105,172 @@ def _fit(
     times: Times,
     store: checkpoint.Checkpoints,
     watch: Watch | None,
-) -> Result:
-    config = setup.config
+) -> _Run:
+    """A run with its state, fresh or restored, and the program of its first step."""
     with times.part("weights"):
         state, progress, start = _start(setup, programs, out, seed, note, store)
-    batches, total = setup.train_batches(seed), setup.total_steps
-    if start < total:
+    batches = setup.train_batches(seed)
+    if start < setup.total_steps:
         with times.part("compile"):
             programs.compilation.wait("train", (batches.shape_of(start),))
     for line in programs.compilation.news():
         note(line)
     release_freed()
     note(f"time to first step: {times.text()}")
-    meta = run_meta(setup, out, seed)
-    rules = setup.model.compute.rules
-    seed_array = jax.device_put(np.uint32(seed), replicated(setup.mesh))
-    interrupted, given_up, step, lap = False, False, start, lap_of(setup)
-    goodput, profile = Goodput(times), Profile(config.train.profile, out / "profile")
-    best_metrics: Mapping[str, object] | None = None
-    pending: tuple[int, Sums, int, Shape] | None = None
+    return _Run(
+        setup, programs, batches, store, watch, seed,
+        state=state, progress=progress, step=start, meta=run_meta(setup, out, seed), lap=lap_of(setup), goodput=Goodput(times),
+        profile=Profile(setup.config.train.profile, out / "profile"), sinks=_sinks(setup, out, start, watch),
+    )  # fmt: skip
 
-    sinks = _sinks(setup, out, start, watch)
-    with sinks, stop_on_signal() as stop:
-        sinks.advance(start)
+
+class _Sent(NamedTuple):
+    """A step that the devices work on, or have done, whose numbers the host has not read."""
+
+    step: int
+    sums: Sums
+    rows: int
+    shape: Shape
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    setup: Setup
+    programs: Programs
+    batches: Batches
+    store: checkpoint.Checkpoints
+    watch: Watch | None
+    seed: int
+    _: KW_ONLY
+    state: TrainState
+    progress: Progress
+    step: int
+    """Steps that have been sent to the devices."""
+    meta: RunMeta
+    lap: Lap
+    goodput: Goodput
+    profile: Profile
+    sinks: Sinks
+    sent: _Sent | None = None
+    interrupted: bool = False
+    given_up: bool = False
+    best_scores: Mapping[str, object] | None = None
+    """Scores of the best step, if it was evaluated in this process."""
+
+    def train(self, stop: Stop) -> None:
+        """Trains until the last step, or until someone or something stops it."""
+        config, total = self.setup.config, self.setup.total_steps
+        self.sinks.advance(self.step)
         # A run that has stopped early stays stopped when it is resumed.
-        last = start if _out_of_patience(config, progress) else total
-        for batch in _timed(stream(batches, start, last, config.data.read_ahead), lap.clock):
-            placed = to_global(batch, setup.fields, setup.mesh, rules, batches.batch_size)
-            shape = batches.shape_of(step)
-            if not _compiled(programs, "train", (shape,), lap, goodput, stop):
-                # Told to stop while the program of the next step was being compiled.
-                interrupted = True
-                if pending is not None:
-                    _report_step(setup, sinks, lap, progress, *pending)
-                sinks.sync()
-                store.wait()
-                if step not in store.steps():  # the last evaluation may have stored it, as the best one perhaps
-                    store.save(step, state, meta | {"progress": progress.__dict__})
+        last = self.step if self._out_of_patience() else total
+        seed = jax.device_put(np.uint32(self.seed), replicated(self.setup.mesh))
+        for batch in _timed(stream(self.batches, self.step, last, config.data.read_ahead), self.lap.clock):
+            shape = self.batches.shape_of(self.step)
+            if not _compiled(self.programs, "train", (shape,), self.lap, self.goodput, stop):
+                self._leave_between_steps()
                 break
-            profile.before(step + 1)
-            state, metrics = programs.train[shape](state, placed, seed_array)
-            if profile.after(step + 1, metrics):
-                sinks.note(f"wrote a trace of steps {config.train.profile} to {out / 'profile'}")
-            # One step late: the device is already at work on the next step while the host reads this one's numbers.
-            if pending is not None:
-                _report_step(setup, sinks, lap, progress, *pending)
-            step += 1
-            pending = (step, metrics, examples_in(setup.train, batches.rows_of(step - 1)), shape)
-            for line in programs.compilation.news():
-                sinks.note(line)
-
-            interrupted = stop.after(step)
-            evaluated = step % setup.eval_every == 0 or step == total
-            due = _checkpoint_due(config, step, evaluated)
-            if evaluated or interrupted or due:
-                _report_step(setup, sinks, lap, progress, *pending)
-                pending = None
-                if evaluated:
-                    _compiled(programs, "eval", setup.eval_batches().shapes(), lap, goodput)
-                with lap.clock.paused():
-                    with goodput.part("evaluation"):
-                        scores = _evaluate(setup, programs, sinks, state, step, progress.metric) if evaluated else None
-                    better = scores is not None and _is_better(setup.task, progress, scores, step)
-                    best_metrics = scores if better else best_metrics
-                    given_up = watch is not None and scores is not None and not watch.goes_on(step, scores)
-                    ended = step == total or given_up or _out_of_patience(config, progress)
-                    # Of a run that is watched, what has ended is scores; nobody asks for its state.
-                    wanted = due or better or ended if watch is None else due and not ended
-                    if wanted or interrupted:
-                        sinks.sync()
-                        with goodput.part("checkpoint"):
-                            store.save(step, state, meta | {"progress": progress.__dict__}, best=better)
-            if interrupted or given_up or _out_of_patience(config, progress):
+            self._send(batch, shape, seed)
+            for line in self.programs.compilation.news():
+                self.sinks.note(line)
+            self.interrupted = stop.after(self.step)
+            self._look_up()
+            if self.interrupted or self.given_up or self._out_of_patience():
                 break
-        if not interrupted and not given_up and step < total:
-            sinks.note(
-                f"stopped early at step {step}: no better {progress.metric} in {progress.bad_evals} evaluations; "
-                "the same command with a larger eval.patience goes on"
+        if not self.interrupted and not self.given_up and self.step < total:
+            self.sinks.note(
+                f"stopped early at step {self.step}: no better {self.progress.metric} in {self.progress.bad_evals} "
+                "evaluations; the same command with a larger eval.patience goes on"
             )
-        profile.close()
-        with goodput.part("checkpoint"):
-            store.wait()
+
+    def finish(self, out: Path) -> None:
+        """Waits for what is still being written, and says where the time went."""
+        self.profile.close()
+        with self.goodput.part("checkpoint"):
+            self.store.wait()
         if processes.is_first():
-            sinks.note(goodput.finish(out, lap.clock.waited))
-    if interrupted:
-        note(f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there")
-    if watch is not None:
+            self.sinks.note(self.goodput.finish(out, self.lap.clock.waited))
+
+    def result(self, note: Note) -> Result:
+        """How it ended."""
+        step, progress = self.step, self.progress
+        if self.interrupted:
+            total = self.setup.total_steps
+            note(
+                f"stopped by a signal at step {step} of {total}; the state is saved, the same command goes on from there"
+            )
         best = step if progress.best_step is None else progress.best_step
-        return Result(step, state.best_params, {}, best, interrupted, given_up)
-    return _result(setup, programs, state, step, progress, store, interrupted, best_metrics)
+        if self.interrupted or self.watch is not None:  # whoever sent the signal does not wait for long
+            return Result(step, self.state.best_params, {}, best, self.interrupted, self.given_up)
+        if best != step:
+            self.state = self.store.restore(self.programs.shapes, best).state
+        params = self.state.best_params
+        # Evaluated in this process already, unless the best step was before a resume.
+        return Result(step, params, self.best_scores or evaluate(self.setup, self.programs, params), best)
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.out_of(self.setup.config.eval.patience)
+
+    def _send(self, batch: HostBatch, shape: Shape, seed: jax.Array) -> None:
+        """Sends a step to the devices, and reads the numbers of the step before."""
+        setup, step = self.setup, self.step
+        placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, self.batches.batch_size)
+        self.profile.before(step + 1)
+        self.state, sums = self.programs.train[shape](self.state, placed, seed)
+        if self.profile.after(step + 1, sums):
+            self.sinks.note(f"wrote a trace of steps {setup.config.train.profile} to {self.profile.folder}")
+        # One step late: the device is already at work on the next step while the host reads this one's numbers.
+        self._read()
+        self.step += 1
+        self.sent = _Sent(self.step, sums, examples_in(setup.train, self.batches.rows_of(step)), shape)
+
+    def _read(self) -> None:
+        """Reads and reports the numbers of the step that was sent last."""
+        sent, self.sent = self.sent, None
+        if sent is not None:
+            _report_step(self.setup, self.sinks, self.lap, self.progress, *sent)
+
+    def _leave_between_steps(self) -> None:
+        """Stores the state of a run that was told to stop while the program of its next step was being compiled."""
+        self.interrupted = True
+        self._read()
+        self.sinks.sync()
+        self.store.wait()
+        if self.step not in self.store.steps():  # the last evaluation may have stored it, as the best one perhaps
+            self._save(best=False)
+
+    def _look_up(self) -> None:
+        """Evaluates and stores what is due after a step."""
+        step, setup = self.step, self.setup
+        evaluated = step % setup.eval_every == 0 or step == setup.total_steps
+        due = _checkpoint_due(setup.config, step, evaluated)
+        if not (evaluated or self.interrupted or due):
+            return
+        self._read()
+        if evaluated:
+            _compiled(self.programs, "eval", setup.eval_batches().shapes(), self.lap, self.goodput)
+        with self.lap.clock.paused():
+            better = evaluated and self._evaluate()
+            ended = step == setup.total_steps or self.given_up or self._out_of_patience()
+            # Of a run that is watched, what has ended is scores; nobody asks for its state.
+            wanted = due or better or ended if self.watch is None else due and not ended
+            if wanted or self.interrupted:
+                self.sinks.sync()
+                with self.goodput.part("checkpoint"):
+                    self._save(best=better)
+
+    def _evaluate(self) -> bool:
+        """Scores the held-out rows; whether they are the best so far."""
+        with self.goodput.part("evaluation"):
+            scores = _evaluate(self.setup, self.programs, self.sinks, self.state, self.step, self.progress.metric)
+        better = self.progress.takes(self.setup.task, scores, self.step)
+        self.best_scores = scores if better else self.best_scores
+        self.given_up = self.watch is not None and not self.watch.goes_on(self.step, scores)
+        return better
+
+    def _save(self, *, best: bool) -> None:
+        self.store.save(self.step, self.state, self.meta | {"progress": self.progress.__dict__}, best=best)
 
 
 def _compiled(
@@ -251,7 +305,7 @@ def _start(
     note(f"resuming from step {restored.step}")
     for line in changes_said(setup, meta, restored.step, seed):
         note(line)
-    progress = _progress(meta, note)
+    progress = stored_progress(meta, note)
     reason = scores_differ(setup, meta, seed)
     progress.metric = setup.config.eval.metric or progress.metric
     if reason is not None and progress.best_step is not None:
@@ -260,18 +314,6 @@ def _start(
             f"{reason}: by them, the best step so far ({progress.best_step}) has {progress.metric} {progress.best_value}"
         )
     return restored.state, progress, restored.step
-
-
-def _progress(meta: RunMeta, note: Note) -> Progress:
-    """The progress in a checkpoint; what an earlier version took for the best by mistake is forgotten."""
-    progress = Progress(**meta["progress"])
-    if progress.metric is None:
-        wrong = wrong_best(meta["config"])
-        progress = Progress() if wrong else progress
-        progress.metric = stored_metric(meta)
-        if wrong:
-            note(f"warning: {wrong}; from here on the best one is kept")
-    return progress
 
 
 def _score_best_anew(
@@ -304,10 +346,6 @@ def run_meta(setup: Setup, out: Path, seed: int) -> RunMeta:
 
 def _checkpoint_due(config: RunConfig, step: int, evaluated: bool) -> bool:
     return evaluated if config.checkpoint.every is None else step % config.checkpoint.every == 0
-
-
-def _out_of_patience(config: RunConfig, progress: Progress) -> bool:
-    return config.eval.patience is not None and progress.bad_evals >= config.eval.patience
 
 
 def _report_step(
@@ -354,38 +392,6 @@ def _evaluate(
         {name: tasks.scalar(metrics, name) for name in sorted(setup.task.metrics, key=lambda name: name != "loss")},
     )
     return metrics
-
-
-def _is_better(task: Task, progress: Progress, metrics: Mapping[str, object], step: int) -> bool:
-    """Whether an evaluation is the best so far; notes it in ``progress``."""
-    assert progress.metric is not None
-    value = tasks.scalar(metrics, progress.metric)
-    better = tasks.is_better(task, progress.metric, value, progress.best_value)
-    if better:
-        progress.best_value, progress.best_step, progress.bad_evals = value, step, 0
-    else:
-        progress.bad_evals += 1
-    return better
-
-
-def _result(
-    setup: Setup,
-    programs: Programs,
-    state: TrainState,
-    step: int,
-    progress: Progress,
-    store: checkpoint.Checkpoints,
-    interrupted: bool,
-    best_metrics: Mapping[str, object] | None,
-) -> Result:
-    best = step if progress.best_step is None else progress.best_step
-    if interrupted:  # whoever sent the signal does not wait for long
-        return Result(step, state.best_params, {}, best, interrupted)
-    if best != step:
-        state = store.restore(programs.shapes, best).state
-    params = state.best_params
-    # Evaluated in this process already, unless the best step was before a resume.
-    return Result(step, params, best_metrics or evaluate(setup, programs, params), best)
 
 
 def _timed(batches: Iterator[T], clock: Clock) -> Iterator[T]:
