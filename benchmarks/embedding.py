@@ -4,11 +4,13 @@
     python benchmarks/embedding.py RUN --batch 512 --at-once 64 --turns 6 --steps 2 key=value ...
     python benchmarks/embedding.py --memory 64 512 4096                # peak memory of a few steps with batches of these sizes
 
-Contenders, each in its own process, taking turns: `jaxft` (train.accumulation = pairs of a batch / pairs at once) and `torch`
-(CachedMultipleNegativesRankingLoss with as many at once, AdamW, clipping at norm 1, float32, no compilation). Both are given the same
-pairs in the same steps, from the same weights, without dropout: the losses of all steps are compared. Reading of batches is included, on
-both sides; the steps that compile come before. Printed: pairs a second (median of the turns, and their range), the ratio to torch,
-the largest difference of a step's loss, and peak memory.
+Contenders, each in its own process, taking turns: `jaxft` (train.accumulation = pairs of a batch / pairs at once), `packed` (the
+same with data.packing=best_fit), `torch` (CachedMultipleNegativesRankingLoss with as many at once, AdamW, clipping at norm 1,
+float32, no compilation) and `shuffled` (the same with batches of any lengths, as the trainer of sentence-transformers draws them).
+`jaxft` and `torch` are given the same pairs in the same steps, from the same weights, without dropout: the losses of all steps are
+compared. Reading of batches is included, on both sides; the steps that compile come before. Printed: pairs a second (median of the
+turns, and their range), the ratio to the last contender, the largest difference of a step's loss where the pairs are the same, and
+peak memory.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from jaxft.files import write_atomic
 
 RUN = "configs/runs/debian_descriptions.yaml"
 SAME = ("model.arch={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}", "optim.warmup_steps=0")
-CONTENDERS = ("jaxft", "torch")
+CONTENDERS = ("jaxft", "packed", "torch", "shuffled")
+SAME_PAIRS = ("jaxft", "torch")
 Step = Callable[[], tuple[int, float]]
 """Trains on one batch; returns its pairs and its loss."""
 
@@ -44,8 +47,11 @@ def setup_of(options: argparse.Namespace) -> Any:
         *SAME,
         f"train.batch_size={options.batch}",
         f"train.accumulation={options.batch // options.at_once}",
-        "data.packing=none",
-        f"data.buckets={[*range(16, most, 16), most]}",
+        *(
+            ("data.packing=best_fit", "data.buckets=null")
+            if options.worker == "packed"
+            else ("data.packing=none", f"data.buckets={[*range(16, most, 16), most]}")
+        ),
         "optim.schedule=constant",
         "optim.weight_decay=0.0",
         *options.overrides,
@@ -60,6 +66,7 @@ def jaxft_step(options: argparse.Namespace) -> Step:
     from jaxft.data.loader import stream, to_global
     from jaxft.parallel.sharding import replicated
     from jaxft.training import programs
+    from jaxft.training.packing import examples_in
 
     setup = setup_of(options)
     batches = setup.train_batches(0)
@@ -74,16 +81,18 @@ def jaxft_step(options: argparse.Namespace) -> Step:
 
     def step() -> tuple[int, float]:
         nonlocal state
-        shape = batches.shape_of(next(at))
+        number = next(at)
+        shape, pairs = batches.shape_of(number), examples_in(setup.train, batches.rows_of(number))
         with jax.set_mesh(setup.mesh):
             batch = to_global(next(rows), setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             state, metrics = made.train[shape](state, batch, seed)
-        return options.batch, float(metrics["loss"]) / float(metrics["weight"])
+        return pairs, float(metrics["loss"]) / float(metrics["weight"])
 
     return step
 
 
 def torch_step(options: argparse.Namespace) -> Step:
+    import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -106,9 +115,15 @@ def torch_step(options: argparse.Namespace) -> Step:
         model.parameters(), lr=config.optim.learning_rate, weight_decay=0.0, eps=config.optim.eps
     )
     at = iter(range(1 << 30))
+    order = np.random.default_rng(0).permutation(len(texts))
+
+    def rows_of(number: int) -> Any:
+        if options.worker == "torch":
+            return batches.rows_of(number)
+        return np.take(order, range(number * options.batch, (number + 1) * options.batch), mode="wrap")
 
     def step() -> tuple[int, float]:
-        chosen = [texts[row] for row in batches.rows_of(next(at))]
+        chosen = [texts[row] for row in rows_of(next(at))]
         loss = loss_of([model.preprocess([row[side] for row in chosen]) for side in (0, 1)], torch.zeros(0))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
@@ -120,7 +135,7 @@ def torch_step(options: argparse.Namespace) -> Step:
 
 
 def worker(options: argparse.Namespace) -> None:
-    step = (jaxft_step if options.worker == "jaxft" else torch_step)(options)
+    step = (jaxft_step if options.worker in ("jaxft", "packed") else torch_step)(options)
     losses = [step()[1]]
     answer({})
     for line in sys.stdin:
@@ -185,16 +200,17 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def text_of(rows: list[dict[str, Any]]) -> str:
     base = rows[-1]
-    lines = [f"{'':8}{'pairs/s':>10}{'min':>9}{'max':>9}{'ratio':>8}{'peak GiB':>10}{'loss differs':>14}"]
+    lines = [f"{'':8}{'pairs/s':>10}{'min':>9}{'max':>9}{'ratio':>8}{'peak GiB':>10}{'loss differs':>14}{'loss':>20}"]
     for row in rows:
         median, least, most = row["pairs_per_s"]
-        apart = max(abs(a - b) / abs(b) for a, b in zip(row["losses"], base["losses"], strict=True))
-        ratio = median / base["pairs_per_s"][0]
+        ratio, apart = median / base["pairs_per_s"][0], ""
+        if row["kind"] in SAME_PAIRS and (same := [one["losses"] for one in rows if one["kind"] == "torch"]):
+            apart = f"{max(abs(a - b) / abs(b) for a, b in zip(row['losses'], same[0], strict=True)):.1e}"
+        course = f"{row['losses'][0]:.4f} to {row['losses'][-1]:.4f}"
         lines.append(
-            f"{row['kind']:8}{median:10.1f}{least:9.1f}{most:9.1f}{ratio:8.2f}{row['peak_gib']:10.2f}{apart:14.1e}"
+            f"{row['kind']:9}{median:9.1f}{least:9.1f}{most:9.1f}{ratio:8.2f}{row['peak_gib']:10.2f}{apart:>14}{course:>20}"
         )
-    first, last = (f"{base['losses'][place]:.4f}" for place in (0, -1))
-    return "\n".join([*lines, f"loss of {len(base['losses'])} steps: {first} to {last}"])
+    return "\n".join(lines)
 
 
 def main() -> None:

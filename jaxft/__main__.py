@@ -1,6 +1,6 @@
 """The command line, ``jaxft COMMAND``. Thin: each command lives in ``jaxft.cli``.
 
-Problems that the user can fix are printed as one line and end with exit code 2; nothing half-written is left behind.
+Problems that the user can fix are printed as one line and end with the exit code of their kind; nothing half-written is left behind.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(
         prog="jaxft",
         description="Train, fine-tune and ship Transformers with JAX and Flax: Hugging Face weights in, Hugging Face folders out.",
-        epilog="jaxft COMMAND --help says more about each.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,6 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=summary)
     parser.parse_args(given)
     return parser.error("name a COMMAND first, then its arguments")
+
+
+def _epilog() -> str:
+    from jaxft.errors import EXIT_CODES
+
+    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+    return f"jaxft COMMAND --help says more about each.\n\nexit codes:\n{codes}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +84,7 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
         sys.stdout.flush()  # a full disk is to be told here, not by Python at exit
         return code
     except UserError as error:
-        return _refuse(command, str(error))
+        return _refuse(command, str(error), error.exit_code)
     except BrokenPipeError:
         drop_output(sys.stdout)  # its reader (head, less) has gone
         return 1
@@ -134,10 +142,10 @@ def _end_if_compiling(code: int, *, together: bool = False) -> None:
     os._exit(code)
 
 
-def _refuse(command: str, message: str) -> int:
+def _refuse(command: str, message: str, code: int = 2) -> int:
     # Messages of libraries that are passed on may have several lines; scripts read one.
     print(f"jaxft {command}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -1,17 +1,50 @@
-"""The one exception class that means "the user can fix this".
+"""The exception class that means "the user can fix this", its kinds, and the exit codes of all commands.
 
-Everything raised as :class:`UserError` is printed by the command line as one line and ends the process with exit code 2,
+Everything raised as :class:`UserError` is printed by the command line as one line and ends the process with the exit code of its kind,
 without a traceback. Anything else that escapes is a bug in jaxft and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "a check found a difference or damage (convert --check, cache verify, doctor); or a fault of jaxft, with its traceback",
+    2: "something to correct: one line says what, where and what to do",
+    3: "checkpoints are there, and none of them can be used; nothing was removed, nothing was trained anew",
+    4: "storage failed: a full or failing disk; what was stored before is whole",
+    5: "training diverged: losses or gradients were not finite again and again",
+    6: "plan: the run does not fit the hardware",
+    130: "told to stop (Ctrl-C, SIGTERM): the state is saved where there was one, the same command goes on",
+}
+"""What the exit code of any command means."""
 
 
 class UserError(Exception):
     """A problem in the user's input: says what is wrong, where, and what to do about it."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class NothingUsable(UserError):
+    """A run has stored steps, and none of them can be gone on from."""
+
+    exit_code = 3
+
+
+class StorageError(UserError):
+    """Something could not be stored or read: a full or failing disk, a file system that may not be written."""
+
+    exit_code = 4
+
+
+class Diverged(UserError):
+    """Losses or gradients of a run were not finite for too long."""
+
+    exit_code = 5
 
 
 def printable(text: str) -> str:

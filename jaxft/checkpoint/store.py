@@ -31,7 +31,7 @@ from jaxft.checkpoint.manifest import (
     read_manifest,
     seal,
 )
-from jaxft.errors import UserError
+from jaxft.errors import NothingUsable, UserError
 from jaxft.files import fsync_folder
 from jaxft.machine import processes
 
@@ -180,7 +180,9 @@ class Checkpoints:
                 logger.warning("%s: falling back to the one before step %d", error, candidate)
                 self._damaged.add(candidate)
         if candidates:
-            raise UserError(f"{self.folder}: all checkpoints are damaged ({candidates}); remove them to start afresh")
+            raise NothingUsable(
+                f"{self.folder}: all checkpoints are damaged ({candidates}); remove them to start afresh"
+            )
         raise UserError(f"{self.folder}: there is no checkpoint here")
 
     def _restore(

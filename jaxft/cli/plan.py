@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--analytic", action="store_true", help="formulas only, nothing compiled; needs no compiler")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     parser.epilog = (
-        "exit code: 0 the run fits, 3 it does not (the plan is printed all the same), 2 something to correct"
+        "exit code: 0 the run fits, 6 it does not (the plan is printed all the same), 2 something to correct"
     )
 
 
-DOES_NOT_FIT = 3
+DOES_NOT_FIT = 6
 """Exit code: the plan is printed, and says that the run needs more memory than a chip has."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan; 0 if the run fits (or nothing is known of the memory), 3 if it does not."""
+    """Prints the plan; 0 if the run fits (or nothing is known of the memory), 6 if it does not."""
     from jaxft.machine.chips import parse_topology
 
     path, overrides = split_run_file(options.run_file, options.overrides)

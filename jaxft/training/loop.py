@@ -16,7 +16,7 @@ from jaxft.config import RunConfig, to_tree
 from jaxft.config.stored import RunMeta
 from jaxft.data.batch import HostBatch, Shape
 from jaxft.data.loader import Batches, stream, to_global
-from jaxft.errors import UserError
+from jaxft.errors import Diverged
 from jaxft.machine import processes
 from jaxft.machine.memory import release_freed
 from jaxft.machine.processes.stopping import Stop, stop_on_signal
@@ -49,10 +49,6 @@ class Watch(Protocol):
     def goes_on(self, step: int, scores: Mapping[str, object]) -> bool:
         """Asked after each evaluation: whether the run is worth going on with."""
         ...
-
-
-class Diverged(UserError):
-    """Loss or gradient was not finite for too many steps in a row."""
 
 
 @dataclass(frozen=True)

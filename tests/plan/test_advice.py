@@ -102,7 +102,7 @@ def test_formulas_show_their_exchanges_and_the_exit_code_says_what_does_not_fit(
                 r"total +[\d.]+"):  # fmt: skip
         assert re.search(row, out), row
     huge = options("train.batch_size=33554432", "data.max_length=64")
-    out, _ = plan(*huge, "--topology", "v5e-8", "--analytic", code=3)
+    out, _ = plan(*huge, "--topology", "v5e-8", "--analytic", code=6)
     assert "DOES NOT FIT" in out
     assert "advice" in out
     one, _ = plan(*options("data.max_length=64"), "--topology", "cpu:1", "--analytic")

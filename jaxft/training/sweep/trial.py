@@ -10,9 +10,10 @@ from pathlib import Path
 
 from jaxft import tasks
 from jaxft.config import RunConfig, to_yaml
+from jaxft.errors import Diverged
 from jaxft.files import write_atomic
 from jaxft.reporting.sinks import read_log
-from jaxft.training.loop import Diverged, fit
+from jaxft.training.loop import fit
 from jaxft.training.setup import Setup, Times
 from jaxft.training.sweep.ledger import Finished, State
 from jaxft.training.sweep.workbench import Group
