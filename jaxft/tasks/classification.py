@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -32,6 +33,7 @@ from jaxft.tasks._calibration import (
 from jaxft.tasks._classes import class_names, class_weights
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
 from jaxft.tasks._texts import by_text, logits_by_text
+from jaxft.tasks._thresholds import stored, tuned
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
@@ -63,8 +65,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.threshold is None:
             return
-        if not self._binary:
-            raise UserError(f"--threshold is for models of two labels; this one has {len(self.labels)}")
+        self._check_binary()
         if not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold {self.threshold}: must lie in 0..1")
 
@@ -88,6 +89,15 @@ class Task:
     @property
     def _binary(self) -> bool:
         return len(self.labels) == 2
+
+    def _check_binary(self) -> None:
+        if not self._binary:
+            raise UserError(f"--threshold is for models of two labels; this one has {len(self.labels)}")
+
+    def decided(self, folder: Path, note: Note) -> Task:
+        """With the threshold stored in a model's folder: see :class:`~jaxft.tasks.contract.Deciding`."""
+        self._check_binary()
+        return replace(self, threshold=stored(folder, self.labels, self.labels[1:], 0.5, note)[0])
 
     @property
     def _few(self) -> bool:
@@ -250,7 +260,8 @@ class Task:
     def reported(self, outputs: Arrays) -> dict[str, object]:
         """``calibration``: bins of confidence, and the temperature that would give the least cross-entropy (up to
         ``MOST_CONFUSION_CLASSES`` classes).
-        ``intervals``: where 95 % of resamples of the rows have scores. See :class:`~jaxft.tasks.contract.Reporting`."""
+        ``intervals``: where 95 % of resamples of the rows have scores. ``thresholds``, of two classes: the one of the highest F1 of the
+        second. See :class:`~jaxft.tasks.contract.Reporting`."""
         found: dict[str, object] = {"bins": reliability(*self._confidence(outputs))}
         if self._few:
             best = temperature_of_classes(outputs["logits"], outputs["labels"])
@@ -260,7 +271,10 @@ class Task:
         # A model that gives no numbers predicts nothing.
         said = not np.isnan(outputs["probability"]).any()
         counted = intervals_of_classes(outputs["labels"], outputs["predicted"], len(self.labels)) if said else {}
-        return {"calibration": found, "intervals": {**counted, **ranking}}
+        cuts = {}
+        if self._binary:
+            cuts["thresholds"] = tuned(outputs["positive"][:, None], outputs["labels"][:, None] == 1, self.labels[1:])
+        return {"calibration": found, "intervals": {**counted, **ranking}, **cuts}
 
     def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, object]:
         positive = outputs["labels"] == 1
