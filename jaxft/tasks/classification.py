@@ -31,6 +31,7 @@ from jaxft.tasks._calibration import (
     temperature_of_classes,
 )
 from jaxft.tasks._classes import class_names, class_weights
+from jaxft.tasks._focal import focal
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
 from jaxft.tasks._texts import by_text, logits_by_text
 from jaxft.tasks._thresholds import stored, tuned
@@ -59,6 +60,8 @@ class Task:
     """Probability from which on the second of two classes is predicted. None: the more probable class is."""
     top: int | None = None
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
+    focal_gamma: float = 0.0
+    """See :func:`cross_entropy`."""
 
     head = "classification"
 
@@ -119,7 +122,7 @@ class Task:
         batch) add nothing.
         """
         logits, labels = logits_by_text(forward(batch, key)), by_text(batch["labels"])
-        loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
+        loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights, self.focal_gamma)
         count = by_text(batch["weights"])
         true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
         counted = true * count[:, None]
@@ -302,16 +305,20 @@ def _matthews(hits: np.ndarray, of_class: np.ndarray, said: np.ndarray) -> float
 
 
 def cross_entropy(
-    logits: Array, labels: Array, smoothing: float = 0.0, weights: tuple[float, ...] | None = None
+    logits: Array, labels: Array, smoothing: float = 0.0, weights: tuple[float, ...] | None = None, gamma: float = 0.0
 ) -> Array:
     """Per-row loss [B] of float logits [B, C] and int labels [B]; as torch's ``cross_entropy`` with ``label_smoothing`` and
-    ``weight``, before its division by the summed weights of the true classes."""
+    ``weight``, before its division by the summed weights of the true classes.
+
+    With a ``gamma`` (Lin et al. 2017) the term of each class c is multiplied by (1 - p_c)^gamma: of the true class alone, or, with
+    smoothing, of each in its share of the target.
+    """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     scale = jnp.ones(logits.shape[-1], jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     # one_hot rather than a gather: the backward pass of a gather is a scatter.
     chosen = jax.nn.one_hot(labels, logits.shape[-1])
     target = (1.0 - smoothing) * chosen + smoothing / logits.shape[-1]
-    return -(target * scale * logp).sum(-1)
+    return -(target * scale * focal(logp, gamma)).sum(-1)
 
 
 def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array:
@@ -371,4 +378,5 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     labels = targets.labels
     if len(labels) < 2:
         raise UserError(f"classification needs at least two labels, the training rows have {list(labels)}")
-    return Task(labels, options.label_smoothing, class_weights(options.class_weights, targets))
+    weights = class_weights(options.class_weights, targets)
+    return Task(labels, options.label_smoothing, weights, focal_gamma=options.focal_gamma)

@@ -28,6 +28,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.models.contract import Facts
 from jaxft.tasks._calibration import expected_calibration_error, reliability, sigmoid, temperature_of_labels
 from jaxft.tasks._classes import class_names, distinct
+from jaxft.tasks._focal import binary_losses
 from jaxft.tasks._ranking import auroc, average_precision
 from jaxft.tasks._texts import by_text, logits_by_text
 from jaxft.tasks._thresholds import stored, tuned
@@ -63,6 +64,8 @@ class Task:
     head_bias: tuple[float, ...] | None = None
     """What a fresh head's bias begins with: the log odds of each label in training. From 0, where each label is as likely as not, the first
     steps push all texts the same way, and what an encoder has learnt is lost on it (Lin et al. 2017, section 3.3). None: 0."""
+    focal_gamma: float = 0.0
+    """Power of 1 - p that each decision's loss is multiplied by (Lin et al. 2017)."""
 
     head = "classification"
 
@@ -119,9 +122,10 @@ class Task:
         }
 
     def _loss(self, logits: Array, labels: Array) -> Array:
-        """[texts], as torch's ``binary_cross_entropy_with_logits`` with ``pos_weight``, averaged over labels."""
+        """[texts], as torch's ``binary_cross_entropy_with_logits`` with ``pos_weight``, averaged over labels; each decision's times
+        (1 - p)^gamma, p being the probability of what is right."""
         positive = 1.0 if self.class_weights is None else jnp.asarray(self.class_weights, jnp.float32)
-        missed, false = jax.nn.softplus(-logits), jax.nn.softplus(logits)
+        missed, false = binary_losses(logits, self.focal_gamma)
         return (positive * labels * missed + (1 - labels) * false).mean(-1)
 
     def _said(self, logits: Array) -> Array:
@@ -338,7 +342,8 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     if not targets.labels:
         raise UserError("multi_label needs at least one label, the training rows have none")
     weights = _weights(options.class_weights, targets)
-    return Task(targets.labels, weights, options.threshold, head_bias=_log_odds(targets, weights))
+    bias = _log_odds(targets, weights)
+    return Task(targets.labels, weights, options.threshold, head_bias=bias, focal_gamma=options.focal_gamma)
 
 
 def _log_odds(targets: Targets, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:
