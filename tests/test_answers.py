@@ -145,6 +145,12 @@ def test_thresholds_and_ranking(home: Path, tmp_path: Path, capsys: Capture) -> 
         assert row["predicted"] == ("yes" if yes else "no")
         assert row["probability"] == row["probability_yes" if yes else "probability_no"]
     assert "must lie in 0..1" in refusal(capsys, "predict", home / "model", "--text", "a", "--threshold", "2")
+    assert f"{home / 'model'} has no thresholds.json" in refusal(
+        capsys, "predict", home / "model", "--text", "a", "--threshold", "best"
+    )
+    row = metrics["thresholds"]["labels"]["yes"]
+    assert (row["threshold"], row["f1"]) == (best["threshold"], pytest.approx(best["f1"]))
+    assert f"{row['f1_at_half']:.4f} at 0.5" in out
 
 
 def test_rows_of_one_class_have_no_rank(home: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -53,12 +53,16 @@ def test_the_lines_of_the_readme(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", SOME)
 def test_save_gives_what_load_takes(family: str, tmp_path: Path) -> None:
     head = next(head for head in models.family(family).HEADS if head)
-    loaded = jaxft.load(str(make_any(tmp_path / "source", family, head)))
+    source = make_any(tmp_path / "source", family, head)
+    (source / "thresholds.json").write_text("{}")
+    loaded = jaxft.load(str(source))
     trained = jax.tree.map(lambda leaf: leaf + 1, loaded.params)
     loaded.save(str(tmp_path / "same"))
     loaded.save(tmp_path / "moved", params=trained)
     for folder, expected in (("same", loaded.params), ("moved", trained)):
         again = jaxft.load(tmp_path / folder)
+        # Thresholds are of the weights that they were tuned with.
+        assert (tmp_path / folder / "thresholds.json").exists() == (folder == "same")
         jax.tree.map(np.testing.assert_array_equal, again.params, expected)
         assert again.tokenizer is not None
         assert again.model == loaded.model

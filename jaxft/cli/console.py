@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns that the lines of a run keep to."""
+
+THRESHOLD_HELP = (
+    "of two labels: the second where its probability is at least this (default: the likelier); of several for a text: those from it on; "
+    "best: the thresholds that jaxft train tuned on its validation rows and stored with the model"
+)
+
+
+def threshold(text: str) -> float | str:
+    """What ``--threshold`` is given: a number, or ``best``."""
+    try:
+        return text if text == "best" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'best'") from error
 
 
 def show_anything() -> None:

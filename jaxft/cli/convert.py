@@ -125,6 +125,7 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
         if not (path / "config.yaml").is_file() or not (path / "export/config.json").is_file():
             return _open_checkpoint(path, options)
         path = path / "export"
+    from jaxft.data.thresholds import beside
     from jaxft.hub.pretrained import load_params, open_params
     from jaxft.hub.source import open_source
     from jaxft.layers import Compute
@@ -153,6 +154,8 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
         beside=source.folder,
         source=source,
         non_finite=non_finite,
+        # Thresholds are of these weights, to the last bit.
+        files=beside(source.folder) if head == source.head and options.dtype is None else {},
     )
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from jaxft.cli.console import THRESHOLD_HELP, threshold
+
 if TYPE_CHECKING:
     from jaxft.config import RunConfig
     from jaxft.data.cache import Cache
@@ -36,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold",
-        type=float,
-        help="of two labels: the second where its probability is at least this (default: the likelier)",
+        type=threshold,
+        help=THRESHOLD_HELP,
     )
 
 
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
     )
     sums, outputs = tasks.collected(parts)
-    metrics = tasks.reported(task, tasks.scores(task, sums, outputs, rows), outputs)
+    metrics = tasks.reported(task, tasks.scores(task, sums, outputs, rows), outputs, test=name == "test")
     print(f"{name}: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
     for line in tasks.remarks(task, split):
         print(line)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import IO, TYPE_CHECKING
 
+from jaxft.cli.console import THRESHOLD_HELP, threshold
+
 if TYPE_CHECKING:
     from jaxft.data.sources.rows import Value
     from jaxft.inference.predict import Answers, Served
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threshold",
-        type=float,
-        help="of two labels: the second where its probability is at least this (default: the likelier)",
+        type=threshold,
+        help=THRESHOLD_HELP,
     )
 
 

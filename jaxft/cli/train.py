@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxft import __version__
 from jaxft.cli.console import WIDTH, first_in_environment, lasting_output, model_lines, no_interrupt, settings_lines
@@ -201,19 +201,28 @@ def _finish(
 ) -> None:
     """Report, plots, export; ``tested``: what was found in the test."""
     from jaxft.machine.processes import is_first
+    from jaxft.tasks import reported
     from jaxft.training.scoring import evaluated
 
     # Scores of the best step are known; what the model says of each row is kept of no evaluation, and few tasks tell it.
     told = hasattr(ready.task, "wrongness") or hasattr(ready.task, "reported")
     held_out = evaluated(ready, programs, result.params) if told else None
+    metrics = result.metrics
     if is_first():
-        _report(ready, result, held_out, tested, out, seconds)
+        metrics = metrics if held_out is None else reported(ready.task, metrics, held_out.outputs)
+        _report(ready, result, metrics, held_out, tested, out, seconds)
     if ready.config.train.export:
-        _export(ready, programs, result, out / "export")
+        _export(ready, programs, result, metrics, out / "export")
 
 
 def _report(
-    ready: Setup, result: Result, held_out: Evaluation | None, tested: Evaluation | None, out: Path, seconds: float
+    ready: Setup,
+    result: Result,
+    metrics: Mapping[str, object],
+    held_out: Evaluation | None,
+    tested: Evaluation | None,
+    out: Path,
+    seconds: float,
 ) -> None:
     from jaxft.cli.row_files import write_errors
     from jaxft.machine.memory import peak_bytes
@@ -223,14 +232,13 @@ def _report(
     from jaxft.tasks import reported
 
     log = read_log(out / "log.jsonl")
-    metrics = result.metrics if held_out is None else reported(ready.task, result.metrics, held_out.outputs)
     print()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
     print(report_text(metrics, ready.targets.labels, log, width))
     written = write_report(out, metrics, ready.targets.labels, log)
     if tested is not None:
         print(f"\ntest, with the parameters of step {result.best_step}:")
-        scores = reported(ready.task, tested.metrics, tested.outputs)
+        scores = reported(ready.task, tested.metrics, tested.outputs, test=True)
         print(report_text(scores, ready.targets.labels, [], width))
         written += write_report(out, scores, ready.targets.labels, [], split="test")
     elif (out / "metrics_test.json").exists():
@@ -247,14 +255,18 @@ def _report(
         print(why)
 
 
-def _export(ready: Setup, programs: Programs, result: Result, target: Path) -> None:
-    """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics."""
+def _export(ready: Setup, programs: Programs, result: Result, told: Mapping[str, object], target: Path) -> None:
+    """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics.
+
+    Args:
+      told: what the report has; thresholds among it are kept beside the weights.
+    """
     from jaxft.machine import processes
 
     merged, metrics = _exported(ready, programs, result)
     params = processes.fetch(merged)
     if processes.is_first():
-        _write_export(ready, params, target)
+        _write_export(ready, params, told, target)
     processes.barrier("export")
     _compare(ready, programs, merged, metrics, result, target)
     _export_adapter(ready, result, target.with_name("adapter"))
@@ -296,7 +308,7 @@ def _exported(ready: Setup, programs: Programs, result: Result) -> tuple[PyTree[
     return merged, evaluate(ready, programs, adapters.unchanged(merged, result.params))
 
 
-def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
+def _write_export(ready: Setup, params: PyTree[Array], told: Mapping[str, object], target: Path) -> None:
     from jaxft.hub.pretrained import export_folder
     from jaxft.hub.source import SINGLE_LABEL
     from jaxft.models import adapters
@@ -316,9 +328,20 @@ def _write_export(ready: Setup, params: PyTree[Array], target: Path) -> None:
             problem_type=ready.targets.problem or (SINGLE_LABEL if ready.targets.labels else None),
             max_length=ready.config.data.max_length,
             source_folder=None if source is None else source.folder,
-            files=files_beside(ready.task, ready.model, ready.config),
+            files={**files_beside(ready.task, ready.model, ready.config), **_thresholds(ready.targets.labels, told)},
             note=_note,
         )
+
+
+def _thresholds(labels: tuple[str, ...], told: Mapping[str, object]) -> dict[str, str]:
+    """The file of the thresholds that a report tells of, by its name; nothing if it tells of none."""
+    from jaxft.data.thresholds import FILE, thresholds_text
+
+    found = cast("Mapping[str, Any] | None", told.get("thresholds"))
+    if found is None:
+        return {}
+    cuts = {name: row["threshold"] for name, row in found["labels"].items()}
+    return {FILE: thresholds_text(labels, cuts, found["rows"])}
 
 
 @contextmanager

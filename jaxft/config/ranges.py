@@ -139,6 +139,18 @@ def check_ranges(config: RunConfig) -> None:
             "must be at least 1 (null: all at once)",
         ),
         (
+            config.model.reinit_layers >= 0,
+            "model.reinit_layers",
+            config.model.reinit_layers,
+            "must not be negative (0: none)",
+        ),
+        (
+            config.model.reinit_layers == 0 or config.model.init is not None,
+            "model.reinit_layers",
+            config.model.reinit_layers,
+            "draws layers of loaded weights afresh, and without model.init all are; leave it out",
+        ),
+        (
             config.model.lora.rank is None or config.model.lora.rank > 0,
             "model.lora.rank",
             config.model.lora.rank,

@@ -50,6 +50,9 @@ class ModelConfig:
     (for instance dropout rates)."""
     head: Literal["task", "fresh"] = "task"
     """``task``: use the head found in ``init`` if it fits the task, else a fresh one, and say so. ``fresh``: always new."""
+    reinit_layers: int = 0
+    """How many of the last layers of ``init``'s weights are drawn afresh, with the pooler where there is one (Zhang et al. 2020);
+    0: none."""
     param_dtype: DType = "float32"
     """Storage type of parameters and of optimizer moments."""
     activation_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

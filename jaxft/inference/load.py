@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
+from jaxft.data.thresholds import beside
 from jaxft.errors import UserError, nearest
 from jaxft.hub.pretrained import check_changes, export_folder, load_params
 from jaxft.hub.source import Note, Source, open_source
@@ -68,6 +69,17 @@ class Loaded:
             source_folder=self.source.folder,
             note=lambda text: None,
             labels=self.labels if labels is None else tuple(labels),
+            files=beside(self.source.folder) if self._is_stored(params, labels) else None,
+        )
+
+    def _is_stored(self, params: PyTree[Array], labels: Sequence[str] | None) -> bool:
+        """Whether parameters, head and labels are those of the folder, so that what was tuned for them still holds."""
+        return (
+            params is self.params
+            and self.model.head == self.source.head
+            and not self.source.changes
+            and self.labels == self.source.labels  # of a fresh head, the folder's are not known
+            and (labels is None or tuple(labels) == self.labels)
         )
 
 

@@ -50,6 +50,8 @@ from jaxft.training.recipe import make_compute
 from jaxft.training.setup import settled
 from jaxft.training.step import forward_of
 
+BEST = "best"
+"""A threshold that is not given, but stored with the model."""
 T = TypeVar("T")
 Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
 """Answers to rows in their order, each with whether something of the row was cut off."""
@@ -77,6 +79,8 @@ class Served:
     devices: Devices
     note: Note
     """Called with a line for what had to be guessed."""
+    folder: Path
+    """Where its weights are."""
 
     def module(self) -> tasks.TaskModule:
         """The module of the task that the model's head is for.
@@ -110,7 +114,7 @@ class Served:
         """The module of the task that the model's head is for, and the task.
 
         Args:
-          changes: to the task, for instance ``threshold=0.8``; None: none.
+          changes: to the task, for instance ``threshold=0.8``; None: none. ``threshold="best"``: those stored with the model.
 
         Raises:
           UserError: no task scores this head, or the task has no such option.
@@ -124,6 +128,9 @@ class Served:
         made: Any = module.make_task(options, targets, self.model.facts, self.tokenizer)
         for name, value in changes.items():
             if value is None:
+                continue
+            if value == BEST and hasattr(made, "decided"):
+                made = made.decided(self.folder, self.note)
                 continue
             if name not in {field.name for field in dataclasses.fields(made)}:
                 raise UserError(f"--{name}: answers of {self.model.head} have none; leave it out")
@@ -175,7 +182,8 @@ def _from_folder(
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
     if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
-    return _served(config, source.family_name, model, params, folder, labels, source.hf_config, devices, note)
+    hf_config = source.hf_config
+    return _served(config, source.family_name, model, params, folder, labels, hf_config, devices, note, source.folder)
 
 
 def _compute(config: RunConfig, devices: Devices) -> Compute:
@@ -185,7 +193,8 @@ def _compute(config: RunConfig, devices: Devices) -> Compute:
 def _from_checkpoint(folder: Path, overrides: list[str], note: Note) -> Served:
     config, name, model, params, tokenizer, labels, hf_config = restored(folder, overrides, note)
     devices = devices_asked_for(overrides)
-    return _served(config, name, model, devices.spread(model, params), tokenizer, labels, hf_config, devices, note)
+    params = devices.spread(model, params)
+    return _served(config, name, model, params, tokenizer, labels, hf_config, devices, note, folder)
 
 
 def restored(
@@ -274,13 +283,14 @@ def _served(
     hf_config: dict[str, object],
     devices: Devices,
     note: Note,
+    folder: Path,
 ) -> Served:
     limit = model.facts.limit
     length = config.data.max_length
     tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
     check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
-    return Served(config, family, model, params, tokenizer, labels, hf_config, devices, _once(note))
+    return Served(config, family, model, params, tokenizer, labels, hf_config, devices, _once(note), folder)
 
 
 def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:

@@ -28,6 +28,7 @@ from jaxft.reporting.plots import (
 )
 from jaxft.reporting.records import to_json
 from jaxft.reporting.reliability import reliability_png
+from jaxft.reporting.thresholds_text import HONEST, thresholds_text
 
 __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_report", "write_seeds"]
 
@@ -87,6 +88,8 @@ class _Known(TypedDict, total=False):
     """Where 95 % of resamples of the rows have a score."""
     calibration: JsonObject
     """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
+    thresholds: dict[str, Any]
+    """``labels``, each with the ``threshold`` of its highest F1."""
 
 
 def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
@@ -195,6 +198,8 @@ def report_text(
     if "classes" in known:
         table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
+    if "thresholds" in known and "positive" not in known:  # that of the second of two classes is said in one line
+        parts.append(thresholds_text(known["thresholds"], width, _fit))
     if "confusion" in known:
         parts.append(_confusion_text(known["confusion"], names, width))
     parts += _curves(log, width, wanted, blocks)
@@ -216,8 +221,12 @@ def _threshold_text(metrics: _Known) -> str:
     best = metrics.get("best_threshold")
     if not best:
         return ""
-    name = plain_label(metrics["positive"])
-    return f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count (--threshold)."
+    name, tuned = plain_label(metrics["positive"]), metrics.get("thresholds")
+    line = f"Best F1 of {name}: {best['f1']:.4f}, if probabilities of at least {best['threshold']:.8g} count"
+    if tuned is None:
+        return f"{line} (--threshold)."
+    (row,) = tuned["labels"].values()
+    return f"{line}; {row['f1_at_half']:.4f} at 0.5.\nThe threshold is {HONEST} (--threshold best)."
 
 
 def _intervals_text(known: _Known, metrics: Mapping[str, object], width: int) -> str:

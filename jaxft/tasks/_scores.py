@@ -89,9 +89,18 @@ def mistakes(
     return [judged for *_, judged in sorted(worst, key=lambda one: one[:2], reverse=True)], wrong
 
 
-def reported(task: Task, metrics: Mapping[str, object], outputs: Mapping[str, np.ndarray]) -> Mapping[str, object]:
-    """The final numbers of a task, and what else its report has (:class:`~jaxft.tasks.contract.Reporting`)."""
-    return {**metrics, **cast(Reporting, task).reported(outputs)} if hasattr(task, "reported") else metrics
+def reported(
+    task: Task, metrics: Mapping[str, object], outputs: Mapping[str, np.ndarray], *, test: bool = False
+) -> Mapping[str, object]:
+    """The final numbers of a task, and what else its report has (:class:`~jaxft.tasks.contract.Reporting`).
+
+    Args:
+      test: of the rows of a test, which nothing is tuned on.
+    """
+    if not hasattr(task, "reported"):
+        return metrics
+    more = cast(Reporting, task).reported(outputs)
+    return {**metrics, **{name: value for name, value in more.items() if not (test and name == "thresholds")}}
 
 
 def remarks(task: Task, split: Split) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -30,8 +31,10 @@ from jaxft.tasks._calibration import (
     temperature_of_classes,
 )
 from jaxft.tasks._classes import class_names, class_weights
+from jaxft.tasks._focal import focal
 from jaxft.tasks._ranking import auroc, average_precision, best_cut
 from jaxft.tasks._texts import by_text, logits_by_text
+from jaxft.tasks._thresholds import stored, tuned
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
@@ -57,14 +60,15 @@ class Task:
     """Probability from which on the second of two classes is predicted. None: the more probable class is."""
     top: int | None = None
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
+    focal_gamma: float = 0.0
+    """See :func:`cross_entropy`."""
 
     head = "classification"
 
     def __post_init__(self) -> None:
         if self.threshold is None:
             return
-        if not self._binary:
-            raise UserError(f"--threshold is for models of two labels; this one has {len(self.labels)}")
+        self._check_binary()
         if not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold {self.threshold}: must lie in 0..1")
 
@@ -89,6 +93,15 @@ class Task:
     def _binary(self) -> bool:
         return len(self.labels) == 2
 
+    def _check_binary(self) -> None:
+        if not self._binary:
+            raise UserError(f"--threshold is for models of two labels; this one has {len(self.labels)}")
+
+    def decided(self, folder: Path, note: Note) -> Task:
+        """With the threshold stored in a model's folder: see :class:`~jaxft.tasks.contract.Deciding`."""
+        self._check_binary()
+        return replace(self, threshold=stored(folder, self.labels, self.labels[1:], 0.5, note)[0])
+
     @property
     def _few(self) -> bool:
         return len(self.labels) <= MOST_CONFUSION_CLASSES
@@ -109,7 +122,7 @@ class Task:
         batch) add nothing.
         """
         logits, labels = logits_by_text(forward(batch, key)), by_text(batch["labels"])
-        loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
+        loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights, self.focal_gamma)
         count = by_text(batch["weights"])
         true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
         counted = true * count[:, None]
@@ -250,7 +263,8 @@ class Task:
     def reported(self, outputs: Arrays) -> dict[str, object]:
         """``calibration``: bins of confidence, and the temperature that would give the least cross-entropy (up to
         ``MOST_CONFUSION_CLASSES`` classes).
-        ``intervals``: where 95 % of resamples of the rows have scores. See :class:`~jaxft.tasks.contract.Reporting`."""
+        ``intervals``: where 95 % of resamples of the rows have scores. ``thresholds``, of two classes: the one of the highest F1 of the
+        second. See :class:`~jaxft.tasks.contract.Reporting`."""
         found: dict[str, object] = {"bins": reliability(*self._confidence(outputs))}
         if self._few:
             best = temperature_of_classes(outputs["logits"], outputs["labels"])
@@ -260,7 +274,10 @@ class Task:
         # A model that gives no numbers predicts nothing.
         said = not np.isnan(outputs["probability"]).any()
         counted = intervals_of_classes(outputs["labels"], outputs["predicted"], len(self.labels)) if said else {}
-        return {"calibration": found, "intervals": {**counted, **ranking}}
+        cuts = {}
+        if self._binary:
+            cuts["thresholds"] = tuned(outputs["positive"][:, None], outputs["labels"][:, None] == 1, self.labels[1:])
+        return {"calibration": found, "intervals": {**counted, **ranking}, **cuts}
 
     def _ranking(self, outputs: Mapping[str, np.ndarray]) -> dict[str, object]:
         positive = outputs["labels"] == 1
@@ -288,16 +305,20 @@ def _matthews(hits: np.ndarray, of_class: np.ndarray, said: np.ndarray) -> float
 
 
 def cross_entropy(
-    logits: Array, labels: Array, smoothing: float = 0.0, weights: tuple[float, ...] | None = None
+    logits: Array, labels: Array, smoothing: float = 0.0, weights: tuple[float, ...] | None = None, gamma: float = 0.0
 ) -> Array:
     """Per-row loss [B] of float logits [B, C] and int labels [B]; as torch's ``cross_entropy`` with ``label_smoothing`` and
-    ``weight``, before its division by the summed weights of the true classes."""
+    ``weight``, before its division by the summed weights of the true classes.
+
+    With a ``gamma`` (Lin et al. 2017) the term of each class c is multiplied by (1 - p_c)^gamma: of the true class alone, or, with
+    smoothing, of each in its share of the target.
+    """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     scale = jnp.ones(logits.shape[-1], jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     # one_hot rather than a gather: the backward pass of a gather is a scatter.
     chosen = jax.nn.one_hot(labels, logits.shape[-1])
     target = (1.0 - smoothing) * chosen + smoothing / logits.shape[-1]
-    return -(target * scale * logp).sum(-1)
+    return -(target * scale * focal(logp, gamma)).sum(-1)
 
 
 def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array:
@@ -357,4 +378,5 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     labels = targets.labels
     if len(labels) < 2:
         raise UserError(f"classification needs at least two labels, the training rows have {list(labels)}")
-    return Task(labels, options.label_smoothing, class_weights(options.class_weights, targets))
+    weights = class_weights(options.class_weights, targets)
+    return Task(labels, options.label_smoothing, weights, focal_gamma=options.focal_gamma)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -31,6 +32,7 @@ __all__ = [
     "Column",
     "Comparing",
     "DataConfig",
+    "Deciding",
     "Encoded",
     "Facts",
     "Field",
@@ -186,7 +188,20 @@ class Reporting(Protocol):
 
     def reported(self, outputs: Arrays) -> Mapping[str, object]:
         """What ``metrics.json`` has besides :meth:`Task.score`, from what :meth:`Task.outputs` gave of all batches. ``calibration``, with
-        ``bins``, is drawn."""
+        ``bins``, is drawn; ``thresholds``, where a label is given from a probability on, has the best one of each (``labels``), which an
+        export keeps."""
+        ...
+
+
+class Deciding(Protocol):
+    """What a task has besides if ``jaxft train`` tunes the thresholds that it decides by, and ``--threshold best`` takes these."""
+
+    def decided(self, folder: Path, note: Note) -> _Task:
+        """The same task with the thresholds that a model's folder has (``thresholds.json``).
+
+        Raises:
+          UserError: it has none, or those of another model.
+        """
         ...
 
 

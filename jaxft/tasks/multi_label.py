@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -27,8 +28,10 @@ from jaxft.errors import UserError, nearest
 from jaxft.models.contract import Facts
 from jaxft.tasks._calibration import expected_calibration_error, reliability, sigmoid, temperature_of_labels
 from jaxft.tasks._classes import class_names, distinct
+from jaxft.tasks._focal import binary_losses
 from jaxft.tasks._ranking import auroc, average_precision
 from jaxft.tasks._texts import by_text, logits_by_text
+from jaxft.tasks._thresholds import stored, tuned
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
@@ -53,20 +56,28 @@ class Task:
     """Label names in the order of class ids."""
     class_weights: tuple[float, ...] | None = None
     """What the loss of each label counts where a row has it, or None for 1 each."""
-    threshold: float = 0.5
-    """Probability from which on a label is given to a text."""
+    threshold: float | tuple[float, ...] = 0.5
+    """Probability from which on a label is given to a text: of all labels, or of each."""
     top: int | None = None
     """How many labels an answer has probabilities of, the most probable ones. None: all."""
 
     head_bias: tuple[float, ...] | None = None
     """What a fresh head's bias begins with: the log odds of each label in training. From 0, where each label is as likely as not, the first
     steps push all texts the same way, and what an encoder has learnt is lost on it (Lin et al. 2017, section 3.3). None: 0."""
+    focal_gamma: float = 0.0
+    """Power of 1 - p that each decision's loss is multiplied by (Lin et al. 2017)."""
 
     head = "classification"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise UserError(f"--threshold {self.threshold}: must lie in 0..1")
+        for threshold in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if not 0 <= threshold <= 1:
+                raise UserError(f"--threshold {threshold}: must lie in 0..1")
+
+    def decided(self, folder: Path, note: Note) -> Task:
+        """With the thresholds stored in a model's folder: see :class:`~jaxft.tasks.contract.Deciding`."""
+        assert not isinstance(self.threshold, tuple)  # a run has one
+        return replace(self, threshold=stored(folder, self.labels, self.labels, self.threshold, note))
 
     @property
     def metrics(self) -> dict[str, Direction]:
@@ -111,21 +122,25 @@ class Task:
         }
 
     def _loss(self, logits: Array, labels: Array) -> Array:
-        """[texts], as torch's ``binary_cross_entropy_with_logits`` with ``pos_weight``, averaged over labels."""
+        """[texts], as torch's ``binary_cross_entropy_with_logits`` with ``pos_weight``, averaged over labels; each decision's times
+        (1 - p)^gamma, p being the probability of what is right."""
         positive = 1.0 if self.class_weights is None else jnp.asarray(self.class_weights, jnp.float32)
-        missed, false = jax.nn.softplus(-logits), jax.nn.softplus(logits)
+        missed, false = binary_losses(logits, self.focal_gamma)
         return (positive * labels * missed + (1 - labels) * false).mean(-1)
 
     def _said(self, logits: Array) -> Array:
-        return (jax.nn.sigmoid(logits) >= self.threshold).astype(jnp.float32)
+        cut = jnp.asarray(self.threshold, jnp.float32) if isinstance(self.threshold, tuple) else self.threshold
+        return (jax.nn.sigmoid(logits) >= cut).astype(jnp.float32)
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
-        """``margins``, the logits, float32, and ``labels`` [texts, C]; of very many labels only which ones are ``said``."""
+        """``margins``, the logits, their ``chances``, probabilities, float32, and ``labels`` [texts, C]; of very many labels only which
+        ones are ``said``."""
         logits, labels = _logits(forward, batch, None), _labels(batch).astype(jnp.int8)
         said = {"said": self._said(logits).astype(jnp.int8)}
         return {
             **said,
-            **({"margins": logits} if self._ranked else {}),
+            # Probabilities of the program itself: thresholds tuned on them part rows as it does, to the last bit.
+            **({"margins": logits, "chances": jax.nn.sigmoid(logits)} if self._ranked else {}),
             "labels": labels,
             "weights": by_text(batch["weights"]),
         }
@@ -173,7 +188,8 @@ class Task:
 
     def reported(self, outputs: Arrays) -> dict[str, object]:
         """``calibration`` of all probabilities of all labels: bins, and the temperature that would give the least cross-entropy; up to
-        ``MOST_RANKED_CLASSES`` labels: see :class:`~jaxft.tasks.contract.Reporting`."""
+        ``MOST_RANKED_CLASSES`` labels. ``thresholds``: of each label the one of the highest F1. See
+        :class:`~jaxft.tasks.contract.Reporting`."""
         if not self._ranked:
             return {}
         margins, true = outputs["margins"].astype(np.float64), outputs["labels"] > 0
@@ -183,7 +199,7 @@ class Task:
             chances = sigmoid(margins / best)
             errors = (expected_calibration_error(*both) for both in zip(chances.T, true.T, strict=True))
             found["macro_ece_at_temperature"] = float(np.mean(list(errors)))
-        return {"calibration": found}
+        return {"calibration": found, "thresholds": tuned(outputs["chances"], true, self.labels)}
 
     def learnable(self, split: Split) -> int:
         """The number of rows."""
@@ -197,7 +213,11 @@ class Task:
         """The labels of a text (or pair) whose probability reaches the threshold, and the probabilities of all; None instead of NaN."""
         found = parts[0][1]["probabilities"]
         unsaid = bool(np.isnan(found).any())
-        chosen = None if unsaid else [self.labels[i] for i in np.flatnonzero(found >= np.float32(self.threshold))]
+        chosen = (
+            None
+            if unsaid
+            else [self.labels[i] for i in np.flatnonzero(found >= np.asarray(self.threshold, np.float32))]
+        )
         order = (-found).argsort(kind="stable")[: self.top]
         cells = {"predicted": None if chosen is None else _BETWEEN.join(chosen)}
         if len(self.labels) <= _MOST_PROBABILITY_COLUMNS:
@@ -322,7 +342,8 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     if not targets.labels:
         raise UserError("multi_label needs at least one label, the training rows have none")
     weights = _weights(options.class_weights, targets)
-    return Task(targets.labels, weights, options.threshold, head_bias=_log_odds(targets, weights))
+    bias = _log_odds(targets, weights)
+    return Task(targets.labels, weights, options.threshold, head_bias=bias, focal_gamma=options.focal_gamma)
 
 
 def _log_odds(targets: Targets, weights: tuple[float, ...] | None) -> tuple[float, ...] | None:

@@ -32,6 +32,7 @@ from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._classes import class_names, distinct
 from jaxft.tasks._entities import entity_scores, token_scores
+from jaxft.tasks._focal import focal
 from jaxft.tasks._texts import at_tokens
 from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
@@ -49,6 +50,8 @@ class Task:
 
     labels: tuple[str, ...]
     """Tags in the order of class ids."""
+    focal_gamma: float = 0.0
+    """Power of 1 - p that a token's loss is multiplied by (Lin et al. 2017)."""
 
     head = "token_classification"
 
@@ -77,7 +80,7 @@ class Task:
         """``loss`` and ``weight`` summed over the labelled tokens of a batch."""
         logits, learnt = _logits(forward, batch, key), _learnt(batch)
         chosen = jax.nn.one_hot(jnp.maximum(batch["labels"], 0), len(self.labels))
-        loss = -(chosen * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
+        loss = -(chosen * focal(jax.nn.log_softmax(logits, axis=-1), self.focal_gamma)).sum(-1)
         return {"loss": (loss * learnt).sum(), "weight": learnt.sum()}
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
@@ -398,9 +401,9 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     Raises:
       UserError: fewer than two labels.
     """
-    del options, facts, tokenizer
+    del facts, tokenizer
     if len(targets.labels) < 2:
         raise UserError(
             f"token_classification needs at least two labels, the training rows have {list(targets.labels)}"
         )
-    return Task(targets.labels)
+    return Task(targets.labels, options.focal_gamma)

@@ -6,6 +6,7 @@ Shapes only, no arrays: a plan for hardware that is not there is made of the sam
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -27,6 +28,7 @@ from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Family, FamilyConfig, Model, classes_of, with_classes
 from jaxft.models.initial import shapes_and_axes
+from jaxft.models.reinit import redrawn_rows
 from jaxft.parallel.sharding import (
     DEFAULT_RULES,
     AxisRules,
@@ -40,6 +42,7 @@ from jaxft.parallel.sharding import (
 from jaxft.tasks import Targets, Task
 from jaxft.training import gradients
 from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
+from jaxft.training.optim.freezing import Frozen
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
 from jaxft.training.state import TrainState, init_state, state_shardings
@@ -73,6 +76,8 @@ class Recipe:
     """The training state, as shapes with shardings."""
     freeze: tuple[str, ...]
     """Patterns of what does not train: those of ``optim.freeze``, and what adapters leave alone."""
+    redrawn: Mapping[str, int]
+    """What of the loaded weights is drawn afresh (:func:`jaxft.models.reinit.redrawn_rows`)."""
     updates: int | None
     """If the train step takes rates and other numbers of ``optim`` as arguments (:mod:`jaxft.training.optim.tunable`), for how many
     updates at most. None: they are constants in it."""
@@ -224,6 +229,7 @@ def make_recipe(
     if config.data.packing == "best_fit":
         fields = packed_fields(fields)
         _check_tells_texts_apart(config, base, fields, family_name)
+    redrawn = _redrawn(config, base, task, shapes, frozen := frozen_mask(shapes, axes, freeze))
     return Recipe(
         config=config,
         mesh=mesh,
@@ -237,9 +243,10 @@ def make_recipe(
         shardings=shardings,
         schedule=schedule,
         optimizer=optimizer,
-        frozen=jax.tree.map(lambda rows: rows is True, frozen_mask(shapes, axes, freeze)),
+        frozen=jax.tree.map(lambda rows: rows is True, frozen),
         state=_state(config, mesh, optimizer, shapes, shardings),
         freeze=freeze,
+        redrawn=redrawn,
         updates=total_steps if tunable else None,
     )
 
@@ -248,6 +255,31 @@ def _unread(task: Task, shapes: Shapes) -> tuple[str, ...]:
     """The paths of parameters that the task never reads, which decay would wear away."""
     unread = tuple(getattr(task, "unread", ()))
     return tuple(path for path in paths_of(shapes) if any(f"/{one}/" in f"/{path}/" for one in unread))
+
+
+def _redrawn(config: RunConfig, base: Model, task: Task, shapes: Shapes, frozen: Tree[Frozen]) -> dict[str, int]:
+    """What of the loaded weights is drawn afresh, by path in the model without adapters; what the task never reads stays.
+
+    Raises:
+      UserError: such a parameter would not train.
+    """
+    count = config.model.reinit_layers
+    if not count:
+        return {}
+    unread, masks = _unread(task, shapes), paths_of(frozen)
+    found: dict[str, int] = {}
+    for path, rows in redrawn_rows(base, count).items():
+        full = path if path in masks else f"base/{path}"
+        if full in unread:
+            continue
+        mask = masks[full]
+        if mask is True or (mask is not False and np.any(np.asarray(mask)[-rows:])):
+            why = "optim.freeze" if full == path else "adapters, without it in model.lora.train,"
+            raise UserError(
+                f"model.reinit_layers={count}: {why} would leave {path} as it was drawn, at random; train it, or leave this out"
+            )
+        found[path] = rows
+    return found
 
 
 def _optimizer(

@@ -28,7 +28,7 @@ from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import REGRESSION, Note, Source, fresh_config, resolve_folder
 from jaxft.machine import processes
-from jaxft.models import adapters
+from jaxft.models import adapters, reinit
 from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
 from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules
@@ -112,6 +112,9 @@ class Setup(Recipe):
         with processes.raise_together():  # each process reads, and judges, what its devices keep
             loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
         loaded = self._begun(base, loaded) if fresh else loaded
+        if self.redrawn:
+            loaded = reinit.redrawn(base, loaded, self.redrawn, seed, self.mesh)
+            note(reinit.said(base, self.redrawn, self.config.model.reinit_layers))
         if not isinstance(self.model, adapters.Adapted):
             return loaded
         return adapters.with_adapters(self.model, loaded, seed, self.shardings)

@@ -121,6 +121,7 @@ def test_rows_are_trained_on_scored_answered_and_exported(tmp_path: Path, capsys
         "data.max_length=12",
     ]
     source = make_folder(tmp_path / "source", None)
+    (source / "thresholds.json").write_text("of other weights")
     code, trained, err = run(capsys, "train", f"model.init={source}", *about, *SHORT, f"train.out={tmp_path / 'run'}")
     assert code == 0, err
     assert "labels: old, pet, small" in trained
@@ -157,6 +158,20 @@ def test_rows_are_trained_on_scored_answered_and_exported(tmp_path: Path, capsys
         "small",
         "",
     ]
+
+    # The thresholds of the report lie beside the weights, and give on its rows what it says.
+    report = json.loads((tmp_path / "run/metrics.json").read_text())["thresholds"]["labels"]
+    kept = json.loads((exported / "thresholds.json").read_text())
+    assert kept["thresholds"] == {name: row["threshold"] for name, row in report.items()}
+    code, _, err = run(capsys, "eval", tmp_path / "run", "--threshold", "best", "--out", tmp_path)
+    assert code == 0, err
+    again = json.loads((tmp_path / "metrics.json").read_text())["classes"]
+    assert {name: row["f1"] for name, row in again.items()} == pytest.approx(
+        {name: row["f1"] for name, row in report.items()}
+    )
+    code, out, err = run(capsys, "predict", exported, "--text", "the cat", "--threshold", "best")
+    assert code == 0, err
+    assert json.loads(out)["labels"] == [name for name, p in by_name.items() if p >= kept["thresholds"][name]]
 
 
 @pytest.mark.slow  # two more runs

@@ -126,6 +126,8 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     learnt = LEARNT[task]() if task in LEARNT else tasks.task(task).Task(LABELS[task])
     if task == "classification":
         learnt = dataclasses.replace(learnt, class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1)
+    if hasattr(learnt, "focal_gamma"):
+        learnt = dataclasses.replace(learnt, focal_gamma=1.5)
     apart = texts_of(task)
     packed = pack(apart, ROOM)
     assert len(packed) <= 16 < len(apart)

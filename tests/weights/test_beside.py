@@ -114,3 +114,9 @@ def test_broken_lists_of_modules_are_refused(tmp_path: Path, target: Path) -> No
     source = fill(tmp_path / "source", {"modules.json": "["})
     with pytest.raises(UserError, match=r"modules\.json: not valid JSON"):
         taken(source, target)
+
+
+def test_thresholds_of_other_weights_are_left_behind(tmp_path: Path, target: Path) -> None:
+    found, notes = taken(fill(tmp_path / "source", {"thresholds.json": "{}"}), target)
+    assert found == {"config.json"}
+    assert notes == [f"left behind in {tmp_path / 'source'}: thresholds.json (tuned for other weights)"]

@@ -18,6 +18,9 @@ class Config(TaskConfig):
     need none."""
     threshold: float = 0.5
     """Probability from which on a label is given to a text."""
+    focal_gamma: float = 0.0
+    """Power of 1 - p that the loss of each decision is multiplied by, p being the probability of what is right (Lin et al. 2017): what
+    the model knows already counts less. 0: cross-entropy."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     """What the loss of a label counts where a row has it, beside 1 where it has not (torch's ``pos_weight``). ``balanced``: rows without
     the label divided by rows with it. Or a weight per label name; 1 for those that are not named."""
@@ -27,3 +30,5 @@ class Config(TaskConfig):
             raise UserError("task.separator is empty; name what stands between labels, or leave it out")
         if not 0 < self.threshold < 1:
             raise UserError(f"task.threshold={self.threshold}: must lie between 0 and 1")
+        if not self.focal_gamma >= 0:
+            raise UserError(f"task.focal_gamma={self.focal_gamma}: must not be negative")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from jaxft.data.thresholds import FILE as THRESHOLDS
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
 
@@ -110,6 +111,8 @@ def _unfit(path: Path, source: Path) -> str | None:
         return "folder"
     if not path.is_file():
         return "no plain file"
+    if path.name == THRESHOLDS:
+        return "tuned for other weights"
     if path.name in _ADAPTERS or path.name.startswith("adapter_model."):
         return "adapters, which transformers would load on top"
     if suffix in _CODE:
