@@ -82,7 +82,7 @@ def of_optuna(options: argparse.Namespace) -> dict[str, Any]:
             model_init=lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, num_labels=labels
             ),
-            compute_metrics=lambda said: {"accuracy": float((said.predictions.argmax(-1) == said.label_ids).mean())},
+            compute_metrics=accuracy,
         )
         best: Any = trainer.hyperparameter_search(
             hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", LOW, HIGH, log=True)},
@@ -92,6 +92,10 @@ def of_optuna(options: argparse.Namespace) -> dict[str, Any]:
             compute_objective=lambda metrics: metrics["eval_accuracy"],
         )
     return {"best": best.objective}
+
+
+def accuracy(said: Any) -> dict[str, float]:
+    return {"accuracy": float((said.predictions.argmax(-1) == said.label_ids).mean())}
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -24,15 +24,15 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "words", "texts", "label", "labels", "number"]
+    kind: Literal["text", "words", "texts", "label", "labels", "number", "numbers"]
     """``text``: a text. ``words``: a text, or a list of words. ``texts``: more texts, one or a list, that the task checks itself.
     ``label``: one value, of few that there are. ``labels``: a list of values, or of stretches of characters with a label each.
-    ``number``: one number."""
+    ``number``: one number. ``numbers``: a list of them."""
 
     @property
     def wanted(self) -> str:
         """How a source is asked for it."""
-        return Listed(self.name) if self.kind in ("words", "texts", "labels") else self.name
+        return Listed(self.name) if self.kind in ("words", "texts", "labels", "numbers") else self.name
 
     @property
     def is_text(self) -> bool:

@@ -48,7 +48,7 @@ class RowRules:
                 if self._config.missing_label == "skip":
                     self._without_label += 1
                     return None
-                what = "a number" if kind == "number" else "a label"
+                what = {"number": "a number", "numbers": "a list of numbers"}.get(kind, "a label")
                 raise UserError(
                     f"{row.where}: column {name!r} is empty; every row needs {what} (data.missing_label=skip leaves such rows out)"
                 )

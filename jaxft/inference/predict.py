@@ -55,6 +55,8 @@ BEST = "best"
 T = TypeVar("T")
 Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
 """Answers to rows in their order, each with whether something of the row was cut off."""
+Predict = Callable[[Sequence[Row]], list[list[tuple[Encoded, dict[str, np.ndarray]]]]]
+"""What a model says of rows: of each its examples, with arrays by name."""
 
 
 def _options_of(module: TaskModule, folder: Path, note: Note) -> TaskConfig:
@@ -296,14 +298,28 @@ def _served(
 def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:
     """``rows -> answers`` in the same order, each with whether something of the row was cut off.
 
-    Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
-    it is first needed.
-
     Args:
       changes: to the task, for instance ``threshold=0.8``.
 
     Raises:
       UserError: no task answers with the model's head, or not with these changes.
+    """
+    task, predict = make_predictor(served, batch_size, **changes)
+
+    def answers(rows: Sequence[Row]) -> list[tuple[Answer, bool]]:
+        return [
+            (task.answer(row.values, some), any(one.dropped for one, _ in some))
+            for row, some in zip(rows, predict(rows), strict=True)
+        ]
+
+    return answers
+
+
+def make_predictor(served: Served, batch_size: int, **changes: object) -> tuple[Answering, Predict]:
+    """The task that answers with a model, and ``rows -> the examples of each with what the model says of them``.
+
+    Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
+    it is first needed. Arguments and errors are those of :func:`make_answerer`.
     """
     module, made = served.task(**changes)
     if not hasattr(made, "predictions"):
@@ -333,7 +349,7 @@ def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers
             found |= {i: {name: value[k] for name, value in made.items()} for k, i in enumerate(chosen)}
         return [found[i] for i in range(len(encoded))]
 
-    def answers(rows: Sequence[Row]) -> list[tuple[Answer, bool]]:
+    def predict(rows: Sequence[Row]) -> list[list[tuple[Encoded, dict[str, np.ndarray]]]]:
         if not rows:
             return []
         check_types(tokenizer, served.model.facts.inputs, paired=len(rows[0].values) == 2)
@@ -341,12 +357,9 @@ def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers
         parts: list[list[tuple[Encoded, dict[str, np.ndarray]]]] = [[] for _ in rows]
         for one, outputs in zip(encoded, computed(encoded), strict=True):
             parts[one.row].append((one, outputs))
-        return [
-            (task.answer(row.values, some), any(one.dropped for one, _ in some))
-            for row, some in zip(rows, parts, strict=True)
-        ]
+        return parts
 
-    return answers
+    return task, predict
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

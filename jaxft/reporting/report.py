@@ -88,7 +88,7 @@ class _Known(TypedDict, total=False):
     """Where 95 % of resamples of the rows have a score."""
     calibration: JsonObject
     """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
-    thresholds: dict[str, Any]
+    thresholds: JsonObject
     """``labels``, each with the ``threshold`` of its highest F1."""
 
 

@@ -111,6 +111,18 @@ def cosine(seen: Compared, numbers: Array) -> Array:
     return (seen.weights * (cosines(seen.vectors, 0, 1) - numbers) ** 2).sum()
 
 
+def distillation(seen: Compared, teacher: Array) -> Array:
+    """The mean squared difference of each example's vectors from its teacher's (Reimers and Gurevych 2020): a text, and its translation if
+    there is one, learn the same.
+
+    Args:
+      teacher: [N, D].
+    """
+    there = (seen.texts >= 0).astype(jnp.float32)
+    apart = ((seen.vectors - teacher[:, None]) ** 2).mean(-1)  # [N, P]
+    return (seen.weights * (apart * there).sum(-1) / jnp.maximum(there.sum(-1), 1)).sum()
+
+
 def triplet(seen: Compared, margin: float, *, euclidean: bool) -> Array:
     """max(0, distance to the partner - distance to the negative + margin); Euclidean as torch's ``pairwise_distance``, or 1 - cosine."""
     far = [_distance(seen.vectors, other) if euclidean else 1 - cosines(seen.vectors, 0, other) for other in (1, 2)]

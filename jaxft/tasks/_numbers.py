@@ -36,6 +36,29 @@ def number_of(row: Row, column: str) -> float:
     return number
 
 
+def vector_of(row: Row, column: str, width: int) -> np.ndarray:
+    """[W] float32, the numbers that a row's last value holds.
+
+    Raises:
+      UserError: they are none that float32 can hold, or not so many.
+    """
+    value = row.values[-1]
+    if not isinstance(value, list) or not all(type(number) in (int, float) for number in value):
+        raise UserError(
+            f"{row.where}: column {column!r} holds {value!r:.60}; expected a list of numbers, a teacher's vector (data.label)"
+        )
+    found = np.array(value, np.float64)
+    if len(found) != width:
+        raise UserError(
+            f"{row.where}: column {column!r} holds a vector of {len(found)} numbers; task.teacher_width={width} says another width"
+        )
+    if not (np.abs(found) <= np.finfo(np.float32).max).all():
+        raise UserError(
+            f"{row.where}: column {column!r} holds a vector with a number that is not finite in float32; remove the row"
+        )
+    return found.astype(np.float32)
+
+
 def encode_numbers(rows: Iterable[Row], tokenizer: TextProcessor, column: str, *, labelled: bool) -> Iterator[Encoded]:
     """An example per row: ``tokens``, ``types`` and, if rows are ``labelled``, ``labels``: the number of each, float32."""
     for first, chunk in chunks_of(rows):

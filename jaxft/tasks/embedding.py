@@ -32,7 +32,7 @@ from jaxft.tasks import _contrastive as contrastive
 from jaxft.tasks._contrastive import Compared
 from jaxft.tasks._correlation import pearson, spearman
 from jaxft.tasks._nearest import names, nearest_scores
-from jaxft.tasks._numbers import number_of, rounded
+from jaxft.tasks._numbers import number_of, rounded, vector_of
 from jaxft.tasks._sentence_files import Sentences, read_sentences, sentence_files
 from jaxft.tasks._several import joined, several_fields
 from jaxft.tasks._texts import by_text
@@ -42,7 +42,14 @@ from jaxft.tasks.contract import Answer, Array, Arrays, Batch, Direction, Forwar
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = True
 PROBLEM: str | None = None
-ROW_OPTIONS: tuple[str, ...] = ("loss", "negatives", "negatives_per_row", "query_prompt", "text_prompt")
+ROW_OPTIONS: tuple[str, ...] = (
+    "loss",
+    "negatives",
+    "negatives_per_row",
+    "teacher_width",
+    "query_prompt",
+    "text_prompt",
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,14 @@ class Task:
         return self.options.loss in NEED_NUMBERS
 
     @property
+    def _taught(self) -> bool:
+        return self.options.loss == "distillation"
+
+    @property
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
+        if self._taught:
+            return {"loss": "min", "cosine": "max"}
         scored: tuple[str, ...] = ("spearman", "pearson")
         if self.options.loss == "margin_mse":
             scored = ("accuracy", *scored)
@@ -102,6 +115,10 @@ class Task:
             )
         if o.loss == "triplet":
             return contrastive.triplet(seen, o.margin, euclidean=o.distance == "euclidean")
+        if self._taught:
+            # Of the vectors that the model gives, as a teacher's are those that it gives.
+            vectors = contrastive.unit(seen.vectors) if o.normalize else seen.vectors
+            return contrastive.distillation(seen._replace(vectors=vectors), _teachers(batch))
         numbers = by_text(batch["labels"])
         if o.loss == "cosent":
             return contrastive.cosent(seen, numbers, o.scale)
@@ -113,8 +130,10 @@ class Task:
         return self.compare(self.represent(forward, batch, key), batch)
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
-        """``vectors`` [N, P, D] beside ``texts`` [N, P], ``weights`` and ``labels`` [N]."""
+        """``vectors`` [N, P, D] beside ``texts`` [N, P], ``weights`` and ``labels`` [N], or ``teacher`` [N, D]."""
         seen = _compared(self.represent(forward, batch, None)["vectors"], batch)
+        if self._taught:
+            return {**seen._asdict(), "teacher": _teachers(batch)}
         return {**seen._asdict(), **({"labels": by_text(batch["labels"])} if self._numbered else {})}
 
     def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, object]:
@@ -122,6 +141,9 @@ class Task:
         assert outputs is not None
         vectors, texts = outputs["vectors"], outputs["texts"]
         found: dict[str, object] = {"loss": float(sums["loss"]) / (float(sums["weight"]) or math.nan)}
+        if self._taught:
+            near = _taught_cosines(outputs)
+            return {**found, "cosine": float(near.mean()) if len(near) else math.nan, "rows": len(texts)}
         near = _cosines(vectors)
         if self._numbered:
             said, labels = near[:, 0], outputs["labels"].astype(np.float64)
@@ -143,7 +165,7 @@ class Task:
 
     def remarks(self, split: Split) -> Iterator[str]:
         """A line on rows that share a partner or a text, which a ranking loss would otherwise take for negatives of each other."""
-        if self._numbered:
+        if self._numbered or self._taught:
             return
         texts = split.columns["texts"]
         shared = len(texts) - min(len(np.unique(texts[:, 0])), len(np.unique(texts[:, 1])))
@@ -175,8 +197,13 @@ class Task:
     def judged(
         self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
     ) -> Iterator[dict[str, object]]:
-        """For each row its texts, their cosine, and its number if it has one: see :class:`~jaxft.tasks.contract.Judging`."""
+        """For each row its texts, their cosine (with a teacher's vector, the mean), and its number if it has one: see
+        :class:`~jaxft.tasks.contract.Judging`."""
         back = order.argsort()
+        if self._taught:
+            for row, cosine in zip(rows, _taught_cosines(outputs)[back].tolist(), strict=True):
+                yield {"text": row[0], **({"pair": row[1]} if len(row) > 2 else {}), "similarity": rounded(cosine)}
+            return
         near = _cosines(outputs["vectors"][back])
         numbers = outputs["labels"][back].tolist() if self._numbered else [None] * len(near)
         for row, cosines, number in zip(rows, near, numbers, strict=True):
@@ -194,6 +221,18 @@ def _compared(vectors: Array, batch: Batch) -> Compared:
     """The texts of a batch, whether rows hold one example each or several."""
     texts = batch["texts"].reshape(-1, batch["texts"].shape[-1])
     return Compared(vectors.reshape(*texts.shape, vectors.shape[-1]), texts, by_text(batch["weights"]))
+
+
+def _teachers(batch: Batch) -> Array:
+    """[N, D], whether rows hold one example each or several."""
+    return batch["teacher"].reshape(-1, batch["teacher"].shape[-1])
+
+
+def _taught_cosines(outputs: Arrays) -> np.ndarray:
+    """[N] float64, the mean cosine of each example's texts with its teacher's vector."""
+    near = _cosines(np.concatenate([outputs["teacher"][:, None], outputs["vectors"]], axis=1))
+    there = outputs["texts"] >= 0
+    return (near * there).sum(1) / np.maximum(there.sum(1), 1)
 
 
 def _cosines(vectors: np.ndarray) -> np.ndarray:
@@ -234,24 +273,33 @@ def _options(config: RunConfig) -> Config:
 
 
 def columns(config: RunConfig) -> tuple[Column, ...]:
-    """A text, its partner, its negatives, and the number of the row if the loss is of one.
-
-    Raises:
-      UserError: no column is named for partners.
-    """
+    """A text, its partner, its negatives, and the number of the row if the loss is of one; a text, its translation if one is named, and a
+    teacher's vector. Without a column of partners, texts alone, which are answered but not learnt of."""
     data, options = config.data, _options(config)
+    if options.loss == "distillation":
+        return (*text_columns(data), Column(data.label, "numbers"))
     if data.text_pair is None:
-        raise UserError(
-            "embedding learns of texts that belong together: name the columns, for instance data.text=query data.text_pair=passage"
-        )
+        return text_columns(data)
     found = [*text_columns(data), *(Column(name, "texts") for name in options.negatives)]
     return (*found, Column(data.label, "number")) if options.loss in NEED_NUMBERS else tuple(found)
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
-    """Nothing: there are no classes."""
-    del rows, config, stored, note
+    """Nothing: there are no classes.
+
+    Raises:
+      UserError: no column is named for partners.
+    """
+    del rows, stored, note
+    _refuse_alone(config)
     return Targets()
+
+
+def _refuse_alone(config: RunConfig) -> None:
+    if config.data.text_pair is None and _options(config).loss != "distillation":
+        raise UserError(
+            "embedding learns of texts that belong together: name the columns, for instance data.text=query data.text_pair=passage"
+        )
 
 
 def encode(
@@ -259,8 +307,10 @@ def encode(
 ) -> Iterator[Encoded]:
     """An example per row: tokens and types of its texts, one after the other; which text and place each is of (``segments`` from 1,
     ``positions`` from 0), where each begins (``starts``), what text it is by number (``texts``, -1: there is none) and, if the loss is of
-    one, the row's number (``labels``)."""
+    one, the row's number (``labels``) or vector (``teacher``)."""
     options = _options(config)
+    if targets is not None:
+        _refuse_alone(config)
     numbers: dict[bytes, int] = {}
     numbered = targets is not None and options.loss in NEED_NUMBERS
     for first, chunk in chunks_of(rows):
@@ -271,6 +321,8 @@ def encode(
             kinds = np.full(options.texts, -1, np.int32)
             kinds[: len(of_row)] = [numbers.setdefault(_digest(text), len(numbers)) for text in of_row]
             example |= {"texts": kinds}
+            if targets is not None and options.teacher_width is not None:
+                example["teacher"] = vector_of(row, config.data.label, options.teacher_width)
             if numbered:
                 example["labels"] = np.asarray(number_of(row, config.data.label), np.float32)
             yield Encoded(example, first + i, dropped)
@@ -285,6 +337,8 @@ def _texts_of(row: Row, options: Config, *, trained: bool) -> list[str]:
     query, other = options.query_prompt or "", options.text_prompt or ""
     if not trained and len(row.values) == 1:
         return [(query if options.embed_as == "query" else other) + str(row.values[0])]
+    if trained and options.loss == "distillation":  # no text looks for the other: they are the same
+        return [f"{other}{text}" for text in row.values[:-1]]
     found = [query + str(row.values[0]), other + str(row.values[1])]
     if not trained:
         return found
@@ -302,9 +356,12 @@ def _texts_of(row: Row, options: Config, *, trained: bool) -> list[str]:
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
     """Fields of batches of texts with ``segments`` and ``positions`` [B, S], ``starts`` and ``texts`` [B, P], and ``labels`` [B] float32
-    if the loss is of numbers."""
+    if the loss is of numbers; ``teacher`` [B, D] float32 if it is of these."""
     options = _options(config)
-    numbers = {"labels": Field(("batch",), "float32")} if options.loss in NEED_NUMBERS else {}
+    if options.teacher_width is not None:
+        numbers: dict[str, Field] = {"teacher": Field(("batch", options.teacher_width), "float32")}
+    else:
+        numbers = {"labels": Field(("batch",), "float32")} if options.loss in NEED_NUMBERS else {}
     return {**several_fields(pad_id, options.texts), "texts": Field(("batch", options.texts), fill=-1), **numbers}
 
 
@@ -312,10 +369,15 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     """The task of a run.
 
     Raises:
-      UserError: vectors are to be cut wider than they are.
+      UserError: vectors are to be cut wider than they are, or a teacher's have another width.
     """
     del targets, tokenizer
     width = facts.stacks[-1].width if facts.stacks else math.inf
     if any(cut > width for cut in options.matryoshka):
         raise UserError(f"task.matryoshka={list(options.matryoshka)}: the model's vectors have {width} numbers")
+    if options.teacher_width is not None and facts.stacks and options.teacher_width != width:
+        raise UserError(
+            f"task.teacher_width={options.teacher_width}: the model's vectors have {width} numbers; a student learns vectors "
+            "of its own width"
+        )
     return Task(dataclasses.replace(options, pooling=options.pooling or "mean"))

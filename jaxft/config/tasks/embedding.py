@@ -9,7 +9,7 @@ from typing import Literal
 from jaxft.config.schema import TaskConfig
 from jaxft.errors import UserError
 
-Loss = Literal["ranking", "cosent", "cosine", "triplet", "margin_mse"]
+Loss = Literal["ranking", "cosent", "cosine", "triplet", "margin_mse", "distillation"]
 NEED_NUMBERS: tuple[Loss, ...] = ("cosent", "cosine", "margin_mse")
 """Losses of rows that have a number each, in the column ``data.label``."""
 NEED_NEGATIVES: tuple[Loss, ...] = ("triplet", "margin_mse")
@@ -23,7 +23,8 @@ class Config(TaskConfig):
     loss: Loss = "ranking"
     """``ranking``: each text finds its partner among all of the batch (multiple negatives ranking, InfoNCE). ``cosent``: similarities are
     in the order of the numbers. ``cosine``: they equal the numbers. ``triplet``: the partner is nearer than the negative by a margin.
-    ``margin_mse``: by how much it is more similar equals the number."""
+    ``margin_mse``: by how much it is more similar equals the number. ``distillation``: the vectors of a row's texts are that of the row, a
+    teacher's, in the column ``data.label``."""
     scale: float = 20.0
     """What similarities are multiplied with in ``ranking`` and ``cosent``: 1 / temperature."""
     directions: Literal["one", "both"] = "one"
@@ -40,6 +41,8 @@ class Config(TaskConfig):
     """By how much the partner must be nearer in ``triplet``."""
     matryoshka: tuple[int, ...] = ()
     """Widths that vectors may be cut to: the loss is the sum of that at each (Kusupati et al. 2022). Empty: the whole width alone."""
+    teacher_width: int | None = None
+    """How many numbers the vectors have that ``distillation`` learns: as many as the model's own."""
     pooling: Literal["mean", "cls", "last", "weighted"] | None = None
     """How the vectors of tokens become one: their mean, that of the first or the last token, or the mean weighted by place (1, 2, ...).
     None: as the model's folder says, or their mean."""
@@ -77,8 +80,28 @@ class Config(TaskConfig):
             )
         if self.loss in ("cosent", "cosine") and self.negatives:
             raise UserError(f"task.loss={self.loss} is of two texts and a number: leave task.negatives out")
+        if self.loss == "distillation":
+            self._check_distillation()
+        elif self.teacher_width is not None:
+            raise UserError(
+                f"task.teacher_width={self.teacher_width} is of task.loss=distillation, not of {self.loss}; leave it out"
+            )
         if self.directions == "both" and self.loss != "ranking":
             raise UserError(f"task.directions=both is of task.loss=ranking, not of {self.loss}; leave it out")
+
+    def _check_distillation(self) -> None:
+        if self.teacher_width is None or self.teacher_width < 1:
+            raise UserError(
+                f"task.teacher_width={self.teacher_width}: task.loss=distillation needs to know how many numbers the teacher's vectors "
+                "have (column data.label), for instance task.teacher_width=384"
+            )
+        if self.negatives:
+            raise UserError("task.loss=distillation is of texts and a teacher's vector: leave task.negatives out")
+        if self.matryoshka:
+            raise UserError(
+                f"task.matryoshka={list(self.matryoshka)}: task.loss=distillation learns a teacher's whole vector, whose first numbers "
+                "need not mean anything by themselves; leave it out"
+            )
 
     @property
     def most_negatives(self) -> int:
