@@ -113,6 +113,14 @@ def first_in_environment() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in variables)
 
 
+def note(text: str) -> None:
+    """A line on standard output, of the first process alone."""
+    from jaxft.machine.processes import is_first
+
+    if is_first():
+        print(text, flush=True)
+
+
 def settings_lines(config: RunConfig) -> list[str]:
     """How a configuration differs from the defaults, as ``key=value``; long values are cut."""
     usual, tree = flat(to_tree(RunConfig())), flat(to_tree(config))

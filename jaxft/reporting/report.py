@@ -9,9 +9,9 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
-from jaxft.files import JsonObject, write_atomic
+from jaxft.files import write_atomic
 from jaxft.reporting.plots import (
     Series,
     chart,
@@ -28,6 +28,7 @@ from jaxft.reporting.plots import (
 )
 from jaxft.reporting.records import to_json
 from jaxft.reporting.reliability import reliability_png
+from jaxft.reporting.scores import SHOWN, Known, headline
 from jaxft.reporting.thresholds_text import HONEST, thresholds_text
 
 __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_report", "write_seeds"]
@@ -35,72 +36,6 @@ __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_
 _MOST_CONFUSION_CLASSES = 20
 _MOST_TABLE_CLASSES = 50
 _SHOWN_CONFUSIONS = 10
-_HEADLINE = (
-    ("accuracy", "accuracy"),
-    ("exact_match", "exact match"),
-    ("macro_f1", "macro F1"),
-    ("micro_f1", "micro F1"),
-    ("weighted_f1", "weighted F1"),
-    ("mcc", "MCC"),
-    ("samples_f1", "samples F1"),
-    ("hamming_loss", "Hamming loss"),
-    ("f1", "F1"),
-    ("precision", "entity precision"),
-    ("recall", "entity recall"),
-    ("macro_entity_f1", "macro entity F1"),
-    ("HasAns_exact", "exact match with answer"),
-    ("HasAns_f1", "F1 with answer"),
-    ("NoAns_exact", "right without answer"),
-    ("best_exact", "best exact match"),
-    ("best_exact_threshold", "threshold of that"),
-    ("best_f1", "best F1"),
-    ("best_f1_threshold", "threshold of that"),
-    ("map", "MAP"),
-    ("auroc", "AUROC"),
-    ("average_precision", "average precision"),
-    ("macro_auroc", "macro AUROC"),
-    ("macro_average_precision", "macro average precision"),
-    ("ece", "calibration error"),
-    ("brier", "Brier"),
-    ("macro_ece", "macro calibration error"),
-    ("macro_brier", "macro Brier"),
-    ("spearman", "Spearman"),
-    ("pearson", "Pearson"),
-    ("mse", "MSE"),
-    ("rmse", "RMSE"),
-    ("mae", "MAE"),
-    ("r2", "R2"),
-    ("loss", "loss"),
-    ("perplexity", "perplexity"),
-)
-
-
-class _Known(TypedDict, total=False):
-    """What is shown of scores besides the numbers of the headline, where a task has it."""
-
-    rows: int
-    classes: dict[str, dict[str, float]]
-    """Precision, recall, F1 and rows of each."""
-    confusion: list[list[int]]
-    positive: str
-    best_threshold: dict[str, float] | None
-    intervals: dict[str, list[float]]
-    """Where 95 % of resamples of the rows have a score."""
-    calibration: JsonObject
-    """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
-    thresholds: JsonObject
-    """``labels``, each with the ``threshold`` of its highest F1."""
-
-
-def _headline(metrics: Mapping[str, object]) -> list[tuple[str, float]]:
-    """The scores that stand at the top, as they are called there."""
-    ranks = [(name, name.upper() if name.startswith(("mrr", "ndcg")) else name) for name in metrics if "@" in name]
-    entities = "macro_entity_f1" in metrics
-    return [
-        ("entity F1" if entities and name == "f1" else shown, cast(float, metrics[name]))
-        for name, shown in (*ranks, *_HEADLINE)
-        if name in metrics
-    ]
 
 
 def write_report(
@@ -125,7 +60,7 @@ def write_report(
       The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known, named = cast(_Known, metrics), "" if split == "eval" else f"_{split}"
+    known, named = cast(Known, metrics), "" if split == "eval" else f"_{split}"
     written = [
         _write_json(out / f"metrics{named}.json", metrics),
     ]
@@ -138,7 +73,7 @@ def write_report(
     return [path for path in written if path is not None]
 
 
-def _reliability(path: Path, known: _Known, metrics: Mapping[str, object]) -> Path | None:
+def _reliability(path: Path, known: Known, metrics: Mapping[str, object]) -> Path | None:
     if not known.get("calibration", {}).get("bins"):
         return None
     return reliability_png(path, known["calibration"]["bins"], cast("float | None", metrics.get("ece")))
@@ -179,8 +114,8 @@ def report_text(
     """
     blocks = shows_blocks(sys.stdout) if blocks is None else blocks
     wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
-    known = cast(_Known, metrics)
-    scores = [f"{shown} {_shown(value)}" for shown, value in _headline(metrics)]
+    known = cast(Known, metrics)
+    scores = [f"{shown} {_shown(value)}" for _, shown, value in headline(metrics)]
     rows = [f"rows {known['rows']:,}"] if "rows" in known else []
     head = _joined([*scores, *rows], min(width, 100))
     names = [plain_label(label) for label in labels]
@@ -217,7 +152,7 @@ def _joined(items: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _threshold_text(metrics: _Known) -> str:
+def _threshold_text(metrics: Known) -> str:
     best = metrics.get("best_threshold")
     if not best:
         return ""
@@ -229,13 +164,13 @@ def _threshold_text(metrics: _Known) -> str:
     return f"{line}; {row['f1_at_half']:.4f} at 0.5.\nThe threshold is {HONEST} (--threshold best)."
 
 
-def _intervals_text(known: _Known, metrics: Mapping[str, object], width: int) -> str:
-    found, shown = known.get("intervals", {}), dict(_HEADLINE)
+def _intervals_text(known: Known, metrics: Mapping[str, object], width: int) -> str:
+    found, shown = known.get("intervals", {}), dict(SHOWN)
     parts = [f"{shown[name]} {low:.4f}..{high:.4f}" for name, (low, high) in found.items() if name in metrics]
     return _joined(["95 % of 1,000 resamples of the rows:", *parts], width) if parts else ""
 
 
-def _temperature_text(metrics: _Known) -> str:
+def _temperature_text(metrics: Known) -> str:
     found = metrics.get("calibration", {})
     if found.get("temperature") is None:
         return ""
@@ -245,7 +180,7 @@ def _temperature_text(metrics: _Known) -> str:
 
 def _no_score_text(metrics: Mapping[str, object]) -> str:
     """Why a headline says n/a."""
-    missing = [shown for shown, value in _headline(metrics) if math.isnan(value)]
+    missing = [shown for _, shown, value in headline(metrics) if math.isnan(value)]
     if not missing:
         return ""
     if not math.isnan(cast(float, metrics["loss"])):
