@@ -292,7 +292,7 @@ def _start(
 ) -> tuple[TrainState, Progress, int]:
     """A fresh state, or the newest checkpoint's."""
     check_folder(setup, out, seed)
-    if not store.steps():
+    if store.empty():
         metric = tasks.metric_of(setup.task, setup.config.eval.metric)
         return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)

@@ -44,18 +44,24 @@ def check_folder(setup: Setup, out: Path, seed: int) -> None:
 
     Raises:
       UserError: ``out`` holds another run's checkpoints, or any at all while ``checkpoint.resume`` is ``never``.
+      NothingUsable: it holds steps, and no manifest of theirs can be read.
     """
-    for _, folder in sorted(checkpoint.step_folders(out / "checkpoints").items(), reverse=True):
+    found = checkpoint.step_folders(out / "checkpoints")
+    reasons = []
+    for _, folder in sorted(found.items(), reverse=True):
         if setup.config.checkpoint.resume == "never":
             raise UserError(
                 f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out"
             )
         try:
             manifest = checkpoint.read_manifest(folder)
-        except checkpoint.DamagedCheckpoint:
+        except checkpoint.DamagedCheckpoint as error:
+            reasons.append(error.reason)
             continue  # restoring falls back in the same order, with its warning
         check_goes_on(setup, cast(RunMeta, manifest.meta), manifest.step or 0, seed, out)
         return
+    if found:
+        raise checkpoint.nothing_usable(out / "checkpoints", found, reasons[0])
 
 
 def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.checkpoint import Checkpoints, manifest, save_params
+from jaxft.checkpoint import Checkpoints, folders, manifest, save_params
 from jaxft.errors import UserError
 
 SIZE = 3_000_000
@@ -121,7 +121,7 @@ def test_death_before_any_operation_of_a_deletion(tmp_path: Path, monkeypatch: p
             for name in real:
                 patch.setattr(os, name, counted(name))
             try:
-                store._forget(1)
+                folders.forget(folder, 1)
             except _Dead:
                 finished = False
             else:
@@ -192,7 +192,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatc
         raise OSError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_forget", refuse)
+        patch.setattr(folders, "forget", refuse)
         store.save(1, numbered(1), {})
         store.save(2, numbered(2), {})
         with pytest.raises(UserError, match=r"step 2 is complete, but removing older ones failed: .*Permission denied"):
