@@ -27,7 +27,7 @@ from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.progress import Progress, stored_progress
-from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
+from jaxft.training.resume import changes_said, check_folder, check_goes_on, log_said, scores_differ
 from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
@@ -266,7 +266,8 @@ class _Run:
         return better
 
     def _save(self, *, best: bool) -> None:
-        self.store.save(self.step, self.state, self.meta | {"progress": self.progress.__dict__}, best=best)
+        meta = {**self.meta, "progress": self.progress.__dict__, "log": self.sinks.written()}
+        self.store.save(self.step, self.state, meta, best=best)
 
 
 def _compiled(
@@ -299,7 +300,7 @@ def _start(
     meta = cast(RunMeta, restored.meta)
     check_goes_on(setup, meta, restored.step, seed, out)
     note(f"resuming from step {restored.step}")
-    for line in changes_said(setup, meta, restored.step, seed):
+    for line in (*changes_said(setup, meta, restored.step, seed), *log_said(out, meta, restored.step)):
         note(line)
     progress = stored_progress(meta, note)
     reason = scores_differ(setup, meta, seed)

@@ -18,6 +18,8 @@ from jaxft.config.stored import RunMeta, stored_config
 from jaxft.data.examples import Examples
 from jaxft.data.packing import Packed
 from jaxft.errors import UserError
+from jaxft.machine import processes
+from jaxft.reporting import records
 from jaxft.training.optim import make_schedule
 from jaxft.training.setup import Setup, steps_of
 
@@ -164,6 +166,13 @@ def changes_said(setup: Setup, meta: RunMeta, step: int, seed: int) -> Iterator[
     before = steps_of(run_config(stored_config(meta)), setup.train)
     if before != setup.total_steps:
         yield from _length_said(setup, before, step)
+
+
+def log_said(out: Path, meta: RunMeta, step: int) -> Iterator[str]:
+    """What is wrong with the log of a run that goes on from a checkpoint, if anything is; said by whoever writes it."""
+    if processes.is_first():
+        said = records.log_said(out / "log.jsonl", meta.get("log"), step)
+        yield from () if said is None else (said,)
 
 
 def _length_said(setup: Setup, before: int, step: int) -> Iterator[str]:
