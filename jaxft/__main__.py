@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",
     "bench": "time attention backends on this machine",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
+    "checkpoint": "list, inspect, verify, export and prune what a run has stored",
     "show-config": "check a run file and print its resolved configuration",
     "completion": "print a script that completes commands, options and keys in bash or zsh",
 }

@@ -47,14 +47,15 @@ class Checkpoints:
     Args:
       folder: created if missing.
       keep: how many of the newest steps stay; the best one stays besides.
+      keep_every: steps that are multiples of it stay, too.
       verify: compare the hash of every file before a checkpoint is believed; existence and size are always compared.
     """
 
-    def __init__(self, folder: Path, *, keep: int, verify: bool = True) -> None:
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, verify: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._verify = verify
         self._saving: threading.Thread | None = None
         self._failure: UserError | None = None
@@ -269,7 +270,7 @@ class Checkpoints:
             self._set_aside(unusable)
         self._damaged.clear()
         past = {step: manifest for step, manifest in self._manifests().items() if step <= saved}
-        for step in sorted(past.keys() - folders.kept_steps(past, self._keep, None)):
+        for step in sorted(past.keys() - folders.kept_steps(past, self._keep, self._keep_every)):
             folders.forget(self.folder, step)
 
 

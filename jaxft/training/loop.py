@@ -80,7 +80,8 @@ def fit(
     """
     config = setup.config
     out.mkdir(parents=True, exist_ok=True)
-    store = checkpoint.Checkpoints(out / "checkpoints", keep=config.checkpoint.keep, verify=config.checkpoint.verify)
+    said = config.checkpoint
+    store = checkpoint.Checkpoints(out / "checkpoints", keep=said.keep, keep_every=said.keep_every, verify=said.verify)
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
@@ -266,8 +267,8 @@ class _Run:
         return better
 
     def _save(self, *, best: bool) -> None:
-        meta = {**self.meta, "progress": self.progress.__dict__, "log": self.sinks.written()}
-        self.store.save(self.step, self.state, meta, best=best)
+        said = {"progress": self.progress.__dict__, "log": self.sinks.written()}
+        self.store.save(self.step, self.state, {**self.meta, **said}, best=best)
 
 
 def _compiled(
