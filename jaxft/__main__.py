@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from jaxft.cli.console import drop_output, no_interrupt, show_anything
-    from jaxft.errors import UserError
+    from jaxft.errors import StorageError, UserError, storage_problem
 
     show_anything()
     try:
@@ -98,7 +98,8 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
         if where is None and _output_is_lost():
             where = "standard output"
             drop_output(sys.stdout)
-        return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part))
+        kind = UserError if storage_problem(error) is None else StorageError
+        return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part), kind.exit_code)
     except KeyboardInterrupt:
         with no_interrupt():
             print(f"jaxft {command}: interrupted", file=sys.stderr, flush=True)

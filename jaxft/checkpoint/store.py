@@ -4,7 +4,9 @@ cannot turn into a half checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import threading
 import weakref
 from collections.abc import Mapping
@@ -15,13 +17,16 @@ import jax
 import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
 
 import jaxft
 from jaxft.checkpoint import folders, layout
 from jaxft.checkpoint.manifest import DamagedCheckpoint, LeafSpec, Manifest, check_files, copy_json, read_manifest, seal
-from jaxft.errors import UserError
+from jaxft.errors import StorageError, UserError, storage_problem
 from jaxft.machine import processes
 
+_REASON = 100
+"""Most characters of a library's message, or of a path, in a line of ours."""
 logger = logging.getLogger("jaxft.checkpoint")
 
 
@@ -97,18 +102,36 @@ class Checkpoints:
         tree = layout.specs_of(flat)
         meta = with_versions(meta)
         temporary = self._free(step)
+        self._check_room(step, layout.size_of(tree))
+        arrays, again = layout.detach(flat)
         try:
-            writing = layout.start_save(temporary, flat)
+            writing = layout.start_save(temporary, arrays, keeps=True)
         except (OSError, ValueError) as error:
+            self._clean()
             raise self._failed(step, error) from error
+        copies = arrays if again else None
+        del arrays
+
+        def write(writing: ocp.AsyncResponse[None]) -> None:
+            writing.result()
+            if processes.is_first():
+                seal(temporary, kind="state", step=step, best=best, tree=tree, meta=meta)
+                folders.commit(self.folder, step)
 
         def finish() -> None:
             what = "failed"
             try:
-                writing.result()
+                try:
+                    write(writing)
+                except Exception as error:
+                    if copies is None:
+                        raise  # other processes may still write there; wait() cleans once all have ended
+                    folders.remove_leftovers(self.folder)
+                    if storage_problem(error) is None:
+                        raise
+                    logger.warning("step %d: %s; saving it once more", step, storage_problem(error))
+                    write(layout.start_save(temporary, copies, keeps=True))
                 if processes.is_first():
-                    seal(temporary, kind="state", step=step, best=best, tree=tree, meta=meta)
-                    folders.commit(self.folder, step)
                     what = "is complete, but removing older ones failed"
                     self._retain(step)
             except Exception as error:  # noqa: BLE001 - the next wait() raises it; in this thread nobody would see it
@@ -129,6 +152,9 @@ class Checkpoints:
             self._saving = None
             failure, self._failure = self._failure, None
             if processes.anyone(failure is not None):
+                # What cannot be removed now is removed at the next start; the failure is what is told.
+                with contextlib.suppress(OSError):
+                    self._clean()
                 raise failure or UserError("a checkpoint failed in another process; its log says why")
 
     def close(self) -> None:
@@ -218,6 +244,8 @@ class Checkpoints:
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative")
+        if not self.folder.is_dir():
+            raise StorageError(f"{_short(self.folder)} was removed while the run stored its steps there; the run ends")
         try:
             self._clean()
             if processes.is_first() and step in self._unusable():
@@ -231,11 +259,26 @@ class Checkpoints:
             raise UserError(f"{target} already exists; resume from it, remove it, or save to another folder")
         return folders.saving(self.folder, step)
 
+    def _check_room(self, step: int, size: int) -> None:
+        """Refuses a save that cannot fit, before anything is written. Quotas are not seen here."""
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._failed(step, error) from error
+        if processes.anyone(size > free):
+            raise StorageError(
+                f"checkpoint of step {step} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in "
+                f"{_short(self.folder)}; earlier checkpoints are intact; make room, and the same command goes on"
+            )
+
     def _failed(self, step: int, error: Exception, what: str = "failed") -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(
+        if not self.folder.is_dir():
+            return StorageError(f"checkpoint of step {step} {what}: {_short(self.folder)} is not there any more")
+        problem = storage_problem(error)
+        reason = problem or " ".join(str(error).split())[:_REASON] or type(error).__name__
+        return (UserError if problem is None else StorageError)(
             f"checkpoint of step {step} {what}: {reason}; earlier checkpoints are intact; "
-            f"check space and permissions of {self.folder}"
+            f"check space and permissions of {_short(self.folder)}"
         )
 
     def _clean(self) -> None:
@@ -272,6 +315,11 @@ class Checkpoints:
         past = {step: manifest for step, manifest in self._manifests().items() if step <= saved}
         for step in sorted(past.keys() - folders.kept_steps(past, self._keep, self._keep_every)):
             folders.forget(self.folder, step)
+
+
+def _short(folder: Path) -> str:
+    text = str(folder)
+    return text if len(text) <= _REASON else f"...{text[3 - _REASON :]}"
 
 
 def _said(reasons: Mapping[int, str]) -> str:

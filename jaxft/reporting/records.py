@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from jaxft.errors import UserError
+from jaxft.errors import StorageError, UserError, not_written
 from jaxft.files import JsonObject, write_atomic
 
 Mark = tuple[int, int, str]
@@ -176,16 +176,26 @@ class LineFile:
         # Unbuffered: a failed write leaves nothing behind that close() would try, and fail, to write again.
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
         rest = memoryview(line)
+        self._check_there()
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise not_written(self._path, error) from error
         self._written.add(line, cast(int, record["step"]))
 
     def sync(self) -> None:
         """Waits until everything is on the disk."""
-        os.fsync(self._file.fileno())
+        self._check_there()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise not_written(self._path, error) from error
+
+    def _check_there(self) -> None:
+        # Writing to a file that has been removed succeeds, and is lost.
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise StorageError(f"{self._path} was removed while the run wrote to it; the run ends")
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, SupportsFloat
 
 from jaxft.config import LogConfig
-from jaxft.errors import UserError
+from jaxft.errors import not_written
 from jaxft.files import JsonObject
 from jaxft.reporting.records import LineFile, read_log, to_json
 from jaxft.reporting.trackers import Tracker, open_trackers
@@ -188,7 +188,7 @@ def open_sinks(
             undo.callback(log.close)
             timing = LineFile(out / "timing.jsonl", start_step)
         except OSError as error:
-            raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
+            raise not_written(error.filename or out, error) from error
         undo.pop_all()
     wanted = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
     bar = _open_bar(start_step, total_steps) if wanted else None
