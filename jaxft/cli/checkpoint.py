@@ -75,12 +75,14 @@ def _step_of(text: str, found: dict[int, Path], folder: Path) -> int:
 
 def _list(folder: Path, found: dict[int, Path]) -> int:
     """A line per step; sizes are compared, nothing is hashed."""
-    from jaxft.checkpoint.folders import set_aside
+    from jaxft.checkpoint.folders import read_all, set_aside
 
+    # Each was the best when it was saved; the newest of them is.
+    best = max((step for step, manifest in read_all(folder)[0].items() if manifest.best), default=None)
     for step, path in sorted(found.items()):
-        manifest, problem = _state_of(path, hashes=False)
+        problem = _state_of(path, hashes=False)[1]
         when = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-        mark = "best" if manifest is not None and manifest.best else ""
+        mark = "best" if step == best else ""
         print(f"{step:>9}  {when}  {_size(path) / 1e6:>12,.1f} MB  {mark:<4}  {problem or 'sizes as written'}")
     for path in set_aside(folder):
         print(f"{path.name}: {_size(path) / 1e6:,.1f} MB, set aside because it could not be used")

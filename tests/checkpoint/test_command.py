@@ -44,6 +44,14 @@ def test_list_and_verify_name_what_is_damaged(run_folder: Path, capsys: pytest.C
     assert all_files(run_folder) == before
 
 
+def test_only_the_newest_best_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2, 3):
+        saved(store, step, best=step if step < 3 else None)
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert [("best" in line) for line in capsys.readouterr().out.splitlines()] == [False, True, False]
+
+
 def test_inspect_shows_arrays_and_versions(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "inspect", str(run_folder), "20"]) == 0
     shown = capsys.readouterr().out
