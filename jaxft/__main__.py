@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": "what this machine or cluster is, how fast it is, and what looks wrong",
     "bench": "time attention backends on this machine",
     "convert": "convert weights between Hugging Face formats and jaxft checkpoints",
+    "checkpoint": "list, inspect, verify, export and prune what a run has stored",
     "show-config": "check a run file and print its resolved configuration",
     "completion": "print a script that completes commands, options and keys in bash or zsh",
 }
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from jaxft.cli.console import drop_output, no_interrupt, show_anything
-    from jaxft.errors import UserError
+    from jaxft.errors import StorageError, UserError, storage_problem
 
     show_anything()
     try:
@@ -97,7 +98,8 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
         if where is None and _output_is_lost():
             where = "standard output"
             drop_output(sys.stdout)
-        return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part))
+        kind = UserError if storage_problem(error) is None else StorageError
+        return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part), kind.exit_code)
     except KeyboardInterrupt:
         with no_interrupt():
             print(f"jaxft {command}: interrupted", file=sys.stderr, flush=True)

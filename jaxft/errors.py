@@ -7,6 +7,9 @@ without a traceback. Anything else that escapes is a bug in jaxft and keeps its 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -39,6 +42,30 @@ class StorageError(UserError):
     """Something could not be stored or read: a full or failing disk, a file system that may not be written."""
 
     exit_code = 4
+
+
+_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What is wrong with the storage, in the system's words, if an error (or what it came from) is about that.
+
+    Libraries that write files in C++ name the system's error in their message only.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        said = re.search(r"(?:os_error_code='|OS error |Errno )(\d+)", str(seen))
+        number = seen.errno if isinstance(seen, OSError) and seen.errno is not None else int(said[1]) if said else None
+        if number in _OF_STORAGE:
+            return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def not_written(where: object, error: OSError) -> UserError:
+    """The error that says that a file could not be written; its kind is that of the cause."""
+    kind = UserError if storage_problem(error) is None else StorageError
+    return kind(f"{where}: cannot be written: {error.strerror}")
 
 
 class Diverged(UserError):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, not_written
 
 JsonObject = dict[str, Any]
 """An object of a JSON file; whoever reads one checks what its values are."""
@@ -101,7 +101,7 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}") from error
+        raise not_written(target, error) from error
     try:
         yield temporary
         if target.exists():
@@ -131,7 +131,7 @@ def file_written_whole(target: Path) -> Iterator[IO[str]]:
     try:
         file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115 - closed below, before the rename
     except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}") from error
+        raise not_written(target, error) from error
     try:
         with file:
             yield file

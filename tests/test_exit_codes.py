@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,16 @@ def test_a_command_ends_with_the_code_of_what_ended_it(
     monkeypatch.setattr("jaxft.cli.show_config.run", fails)
     assert main(["show-config"]) == kind.exit_code
     assert capsys.readouterr().err == "jaxft show-config: error: said in one line\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 4), (errno.EIO, 4), (errno.EDQUOT, 4), (errno.EACCES, 2)])
+def test_failing_storage_has_its_code_wherever_it_shows(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(options: object) -> int:
+        raise OSError(number, os.strerror(number), "there")
+
+    monkeypatch.setattr("jaxft.cli.show_config.run", fails)
+    assert main(["show-config"]) == code
+    assert capsys.readouterr().err == f"jaxft show-config: error: there: {os.strerror(number)}\n"
+    assert errors.not_written("there", OSError(number, os.strerror(number))).exit_code == code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from jaxft.config import LogConfig
 from jaxft.errors import UserError
+from jaxft.reporting.records import log_said
 from jaxft.reporting.sinks import Clock, Sinks, open_sinks, read_log
 
 OFF = LogConfig(progress="off")
@@ -68,12 +70,81 @@ def test_a_start_at_zero_begins_empty_logs(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_bytes() == b""
 
 
-def test_a_damaged_line_inside_the_log_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "kind": "train"}\nnot json\n{"step": 2, "kind": "train"}\n')
-    with pytest.raises(UserError, match=r"log\.jsonl:2: not a log record"):
-        opened(tmp_path, start=2)
+def test_a_damaged_line_inside_the_log_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = ['{"step": 1, "kind": "train"}\n', '{"step": 2, "kind": "train"}\n']
+    whole = f"{good[0]}not json\n{good[1]}"
+    (tmp_path / "log.jsonl").write_text(whole)
     with pytest.raises(UserError, match=r"log\.jsonl:2"):
         read_log(tmp_path / "log.jsonl")
+    opened(tmp_path, start=2).close()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "1 of its lines are no records (line 2 is the first): left out" in said
+    assert (tmp_path / "log.jsonl").read_text() == "".join(good)
+    assert (tmp_path / "log.jsonl.damaged").read_text() == whole
+
+
+def test_a_log_of_a_run_that_stored_nothing_is_not_dropped_silently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path) as sinks:
+        steps(sinks, 1, 7)
+    capsys.readouterr()
+    opened(tmp_path).close()
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'log.jsonl'} of a run that stored no step (it got to step 7) is written anew\n"
+    )
+
+
+def whole_log(tmp_path: Path, last: int) -> tuple[Path, dict[str, Any]]:
+    with opened(tmp_path, total=last) as sinks:
+        steps(sinks, 1, last)
+        written = sinks.written()
+    assert json.loads(json.dumps(written)) == written
+    return tmp_path / "log.jsonl", written
+
+
+def test_a_log_as_it_was_written_is_not_complained_of(tmp_path: Path) -> None:
+    log, written = whole_log(tmp_path, 12)
+    assert log_said(log, written, 12) is None
+    log.write_bytes(log.read_bytes() + b'{"step": 13, "kind": "tr')  # what a crash after the checkpoint leaves
+    assert log_said(log, written, 12) is None
+    assert log_said(log, None, 12) is None  # checkpoints of earlier versions do not say
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: raw.replace(b'"step": 9, "kind": "train"', b'"step": 8, "kind": "train"'), "not what was written.* up to step 8,"),
+        (lambda raw: b"".join(raw.splitlines(keepends=True)[:6]), "has [0-9]+ of [0-9,]+ bytes: it is whole up to step 5,"),
+        (lambda raw: b"x" + raw[1:], "not what was written: it is whole only after step 12"),
+        (lambda raw: b"", "has 0 of .* only after step 12"),
+    ],
+)  # fmt: skip
+def test_a_log_that_differs_is_told_with_what_is_whole(tmp_path: Path, damage: Any, said: str) -> None:
+    log, written = whole_log(tmp_path, 12)
+    log.write_bytes(damage(log.read_bytes()))
+    line = log_said(log, written, 12)
+    assert line is not None
+    assert re.search(said, line)
+    assert "\n" not in line
+    log.unlink()
+    assert "log.jsonl is missing: it begins anew after step 12" in str(log_said(log, written, 12))
+
+
+def test_what_a_checkpoint_keeps_of_a_log_is_bounded_and_the_same_after_a_stop(tmp_path: Path) -> None:
+    log, straight = whole_log(tmp_path / "straight", 300)
+    assert 30 < len(straight["marks"]) <= 64
+    with opened(tmp_path / "resumed", total=300) as sinks:
+        steps(sinks, 1, 150)
+    with opened(tmp_path / "resumed", start=120, total=300) as sinks:
+        steps(sinks, 121, 300)
+        assert sinks.written() == straight
+    raw = bytearray(log.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    log.write_bytes(raw)
+    found = re.search(r"whole up to step (\d+)", str(log_said(log, straight, 300)))
+    assert found is not None
+    assert 130 < int(found[1]) < 151
 
 
 def test_lines_are_readable_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxft.checkpoint.beside import find_tokenizer, tokenizer_place
+    from jaxft.checkpoint.folders import nothing_usable, step_folders
     from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
     from jaxft.checkpoint.params import StoredArray, is_checkpoint, open_params, restore_params, save_params
-    from jaxft.checkpoint.store import Checkpoints, Restored, step_folders
+    from jaxft.checkpoint.store import Checkpoints, Restored
 
 _HOME = {
     "Checkpoints": "store",
@@ -25,11 +26,12 @@ _HOME = {
     "StoredArray": "params",
     "find_tokenizer": "beside",
     "is_checkpoint": "params",
+    "nothing_usable": "folders",
     "open_params": "params",
     "read_manifest": "manifest",
     "restore_params": "params",
     "save_params": "params",
-    "step_folders": "store",
+    "step_folders": "folders",
     "tokenizer_place": "beside",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "StoredArray",
     "find_tokenizer",
     "is_checkpoint",
+    "nothing_usable",
     "open_params",
     "read_manifest",
     "restore_params",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def start_save(
     groups = unflatten({_stored_path(path): leaf if keeps else _detach(leaf) for path, leaf in flat.items()})
     with context:
         return ocp.save_checkpointables_async(str(folder), groups)
+
+
+def detach(flat: Mapping[str, jax.Array | np.ndarray]) -> tuple[dict[str, jax.Array | np.ndarray], bool]:
+    """Arrays that the caller may donate without harm to what is written, and whether they can be written twice.
+
+    On CPU these are copies of our own. Of other devices they are the caller's, which Orbax copies to the host before it returns.
+    """
+    owned = all(
+        not isinstance(leaf, jax.Array) or all(device.platform == "cpu" for device in leaf.sharding.device_set)
+        for leaf in flat.values()
+    )
+    return {path: _detach(leaf) for path, leaf in flat.items()}, owned and jax.process_count() == 1
+
+
+def size_of(tree: Mapping[str, LeafSpec]) -> int:
+    """Bytes of the arrays of a tree."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in tree.values())
 
 
 def _detach(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -1,8 +1,8 @@
 """``jaxft.json``: what a step folder holds, with the hash of every file. Needs neither jax nor devices.
 
-It is written last and removed first, so a folder without it is not a checkpoint. Orbax has no checksums: one flipped
-bit in array data was restored as a wrong number without an error (28 of 28 trials with its v1 API). The manifest has
-the hash of itself too, so that a flipped bit in ``meta`` does not pass either.
+It is written last, before the folder gets its final name (folders.py), so a step without it has lost it. Orbax has no
+checksums: one flipped bit in array data was restored as a wrong number without an error (28 of 28 trials with its v1 API).
+The manifest has the hash of itself too, so that a flipped bit in ``meta`` does not pass either.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxft.errors import UserError
+from jaxft.errors import NothingUsable, UserError
 from jaxft.files import JsonObject, fsync_folder, write_atomic
 
 NAME = "jaxft.json"
@@ -29,8 +29,22 @@ _THREADS = min(4, os.cpu_count() or 1)
 Kind = Literal["state", "params"]
 
 
-class DamagedCheckpoint(UserError):
+_ORBAX = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "commit_success.txt", "params", "counters")
+"""What Orbax leaves in a folder that it writes, by any of which it is known if others are lost."""
+
+
+class DamagedCheckpoint(NothingUsable):
     """A checkpoint whose files are not the ones that were written; an older one may do."""
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without what to do about it."""
+        return str(self).removesuffix("; use another checkpoint")
+
+
+def was_written(folder: Path) -> bool:
+    """Whether a checkpoint was stored in a folder, whatever is left of it."""
+    return any((folder / name).exists() for name in (NAME, *_ORBAX))
 
 
 @dataclass(frozen=True)
@@ -114,8 +128,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a step folder.
 
     Raises:
-      DamagedCheckpoint: there is a manifest, but not the one that was written.
-      UserError: there is none, or a newer jaxft wrote it.
+      DamagedCheckpoint: there is a manifest, but not the one that was written; or it is missing beside what Orbax wrote.
+      UserError: the folder is none of a checkpoint, or a newer jaxft wrote it.
     """
     path = Path(folder) / NAME
     body = _parse(path)
@@ -141,6 +155,9 @@ def _parse(path: Path) -> JsonObject:
         # Rendering again also catches a flipped bit in white space, or one that makes two keys equal.
         same = isinstance(body, dict) and _render(body) == text
     except (FileNotFoundError, NotADirectoryError) as error:
+        if was_written(path.parent):
+            lost = f"{path}: missing, nothing says whether the files beside it are those that were written"
+            raise DamagedCheckpoint(f"{lost}; use another checkpoint") from error
         raise UserError(f"{path.parent} is not a jaxft checkpoint: it has no {NAME}") from error
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: damaged, not readable as JSON ({error}); use another checkpoint") from error

@@ -19,8 +19,9 @@ from jaxtyping import PyTree
 
 from jaxft.checkpoint import layout
 from jaxft.checkpoint.beside import RUN_SUBFOLDER
+from jaxft.checkpoint.folders import nothing_usable, step_folders
 from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
-from jaxft.checkpoint.store import load_checked, step_folders, with_versions
+from jaxft.checkpoint.store import load_checked, with_versions
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
 from jaxft.machine import processes
@@ -116,15 +117,20 @@ def _first_sound(folder: Path, read: Callable[[Path], T]) -> T:
     candidates = _candidates(Path(folder).absolute())
     if not candidates:
         raise UserError(f"{folder}: there is no jaxft checkpoint here; name a run, a step folder or saved parameters")
-    for path in candidates[:-1]:
+    reasons = dict[Path, str]()
+    for path in candidates:
         try:
             return read(path)
         except UserError as error:
             # Without a manifest now: a run that is still going has just deleted it.
-            if not isinstance(error, DamagedCheckpoint) and (path / NAME).exists():
+            damaged = isinstance(error, DamagedCheckpoint)
+            if len(candidates) == 1 or (not damaged and (path / NAME).exists()):
                 raise
-            logger.warning("%s: falling back to the next best in %s", error, path.parent)
-    return read(candidates[-1])
+            reasons[path] = error.reason if isinstance(error, DamagedCheckpoint) else str(error)
+            if path != candidates[-1]:
+                logger.warning("%s: falling back to the next best in %s", reasons[path], path.parent)
+    newest = max(candidates, key=lambda path: int(path.name))
+    raise nothing_usable(newest.parent, [int(path.name) for path in candidates], reasons[newest])
 
 
 def is_checkpoint(folder: Path) -> bool:

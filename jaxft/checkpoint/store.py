@@ -4,11 +4,10 @@ cannot turn into a half checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import re
 import shutil
 import threading
-import uuid
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,27 +17,17 @@ import jax
 import numpy as np
 import orbax.checkpoint
 from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
 
 import jaxft
-from jaxft.checkpoint import layout
-from jaxft.checkpoint.manifest import (
-    NAME,
-    DamagedCheckpoint,
-    LeafSpec,
-    Manifest,
-    check_files,
-    copy_json,
-    read_manifest,
-    seal,
-)
-from jaxft.errors import NothingUsable, UserError
-from jaxft.files import fsync_folder
+from jaxft.checkpoint import folders, layout
+from jaxft.checkpoint.manifest import DamagedCheckpoint, LeafSpec, Manifest, check_files, copy_json, read_manifest, seal
+from jaxft.errors import StorageError, UserError, storage_problem
 from jaxft.machine import processes
 
+_REASON = 100
+"""Most characters of a library's message, or of a path, in a line of ours."""
 logger = logging.getLogger("jaxft.checkpoint")
-
-_STEP = re.compile(r"0|[1-9]\d*")
-_LEFTOVER = re.compile(r"\d+\.orbax-checkpoint-tmp(-\d+)?|\.deleting-\d+-[0-9a-f]{8}")
 
 
 class Restored(NamedTuple):
@@ -52,7 +41,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Full training states under one folder: ``<step>/``, written by Orbax, plus ``<step>/jaxft.json``, written last.
 
-    One training run owns the folder: constructing this removes what crashed saves and deletions left there. To only
+    One training run owns the folder: constructing this removes what crashed saves and deletions left there, but nothing that was
+    complete once (:mod:`jaxft.checkpoint.folders`). To only
     read (perhaps while a run is writing), use :func:`~jaxft.checkpoint.restore_params` and
     :func:`~jaxft.checkpoint.read_manifest`.
 
@@ -62,14 +52,15 @@ class Checkpoints:
     Args:
       folder: created if missing.
       keep: how many of the newest steps stay; the best one stays besides.
+      keep_every: steps that are multiples of it stay, too.
       verify: compare the hash of every file before a checkpoint is believed; existence and size are always compared.
     """
 
-    def __init__(self, folder: Path, *, keep: int, verify: bool = True) -> None:
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, verify: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._verify = verify
         self._saving: threading.Thread | None = None
         self._failure: UserError | None = None
@@ -79,6 +70,8 @@ class Checkpoints:
         threading._register_atexit(_finish_at_exit, weakref.ref(self))  # pyrefly: ignore[missing-attribute]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if processes.is_first():
+                folders.finish_commits(self.folder)
             self._clean()
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be used for checkpoints: {error}") from error
@@ -108,18 +101,37 @@ class Checkpoints:
         flat = layout.flatten(state)
         tree = layout.specs_of(flat)
         meta = with_versions(meta)
-        target = self._free(step)
+        temporary = self._free(step)
+        self._check_room(step, layout.size_of(tree))
+        arrays, again = layout.detach(flat)
         try:
-            writing = layout.start_save(target, flat)
+            writing = layout.start_save(temporary, arrays, keeps=True)
         except (OSError, ValueError) as error:
+            self._clean()
             raise self._failed(step, error) from error
+        copies = arrays if again else None
+        del arrays
+
+        def write(writing: ocp.AsyncResponse[None]) -> None:
+            writing.result()
+            if processes.is_first():
+                seal(temporary, kind="state", step=step, best=best, tree=tree, meta=meta)
+                folders.commit(self.folder, step)
 
         def finish() -> None:
             what = "failed"
             try:
-                writing.result()
+                try:
+                    write(writing)
+                except Exception as error:
+                    if copies is None:
+                        raise  # other processes may still write there; wait() cleans once all have ended
+                    folders.remove_leftovers(self.folder)
+                    if storage_problem(error) is None:
+                        raise
+                    logger.warning("step %d: %s; saving it once more", step, storage_problem(error))
+                    write(layout.start_save(temporary, copies, keeps=True))
                 if processes.is_first():
-                    seal(target, kind="state", step=step, best=best, tree=tree, meta=meta)
                     what = "is complete, but removing older ones failed"
                     self._retain(step)
             except Exception as error:  # noqa: BLE001 - the next wait() raises it; in this thread nobody would see it
@@ -140,6 +152,9 @@ class Checkpoints:
             self._saving = None
             failure, self._failure = self._failure, None
             if processes.anyone(failure is not None):
+                # What cannot be removed now is removed at the next start; the failure is what is told.
+                with contextlib.suppress(OSError):
+                    self._clean()
                 raise failure or UserError("a checkpoint failed in another process; its log says why")
 
     def close(self) -> None:
@@ -172,18 +187,21 @@ class Checkpoints:
         specs = layout.specs_of(wanted)
         if step is not None:
             return self._restore(step, like, wanted, specs)
-        candidates = sorted(step_folders(self.folder), reverse=True)
+        candidates = sorted(folders.step_folders(self.folder), reverse=True)
+        if not candidates:
+            raise UserError(f"{self.folder}: there is no checkpoint here")
+        reasons = dict[int, str]()
         for candidate in candidates:
             try:
-                return self._restore(candidate, like, wanted, specs)
+                restored = self._restore(candidate, like, wanted, specs)
             except DamagedCheckpoint as error:
-                logger.warning("%s: falling back to the one before step %d", error, candidate)
+                reasons[candidate] = error.reason
                 self._damaged.add(candidate)
-        if candidates:
-            raise NothingUsable(
-                f"{self.folder}: all checkpoints are damaged ({candidates}); remove them to start afresh"
-            )
-        raise UserError(f"{self.folder}: there is no checkpoint here")
+                continue
+            if reasons and processes.is_first():
+                logger.warning("going on from step %d, not %s", candidate, _said(reasons))
+            return restored
+        raise folders.nothing_usable(self.folder, candidates, reasons[candidates[0]])
 
     def _restore(
         self, step: int, like: PyTree[layout.Shaped], wanted: Mapping[str, layout.Shaped], specs: dict[str, LeafSpec]
@@ -213,81 +231,102 @@ class Checkpoints:
             raise problem or kind(f"{folder}: refused; the log of process 0 says why")
 
     def _manifests(self) -> dict[int, Manifest]:
-        found = {}
-        for step, folder in step_folders(self.folder).items():
-            try:
-                found[step] = read_manifest(folder)
-            except DamagedCheckpoint as error:
-                # restore() warns; here the question is only what counts as complete.
-                logger.debug("%s", error)
-            except UserError:
-                if (folder / NAME).exists():
-                    raise  # a newer format; else retention has just deleted it
-        return found
+        return folders.read_all(self.folder)[0]
+
+    def empty(self) -> bool:
+        """Whether no step was ever stored here; one that cannot be used counts as stored."""
+        return not folders.step_folders(self.folder)
 
     def _free(self, step: int) -> Path:
-        """The folder to save a step to, with nothing in its way.
+        """Where to write a step, with nothing in the way of it or of its final name.
 
-        A step that restore() found damaged is replaced: training that went on from an older one comes by it again.
+        A step that cannot be used makes room: training that went on from an older one comes by it again.
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative")
-        target = self.folder / str(step)
+        if not self.folder.is_dir():
+            raise StorageError(f"{_short(self.folder)} was removed while the run stored its steps there; the run ends")
         try:
-            if step in self._damaged and processes.is_first():
-                self._forget(step)
             self._clean()
+            if processes.is_first() and step in self._unusable():
+                self._set_aside([step])
+            processes.barrier("checkpoint free")
         except OSError as error:
             raise self._failed(step, error) from error
         self._damaged.discard(step)
+        target = self.folder / str(step)
         if target.exists():
             raise UserError(f"{target} already exists; resume from it, remove it, or save to another folder")
-        return target
+        return folders.saving(self.folder, step)
+
+    def _check_room(self, step: int, size: int) -> None:
+        """Refuses a save that cannot fit, before anything is written. Quotas are not seen here."""
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._failed(step, error) from error
+        if processes.anyone(size > free):
+            raise StorageError(
+                f"checkpoint of step {step} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in "
+                f"{_short(self.folder)}; earlier checkpoints are intact; make room, and the same command goes on"
+            )
 
     def _failed(self, step: int, error: Exception, what: str = "failed") -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(
+        if not self.folder.is_dir():
+            return StorageError(f"checkpoint of step {step} {what}: {_short(self.folder)} is not there any more")
+        problem = storage_problem(error)
+        reason = problem or " ".join(str(error).split())[:_REASON] or type(error).__name__
+        return (UserError if problem is None else StorageError)(
             f"checkpoint of step {step} {what}: {reason}; earlier checkpoints are intact; "
-            f"check space and permissions of {self.folder}"
+            f"check space and permissions of {_short(self.folder)}"
         )
 
     def _clean(self) -> None:
-        """Removes what crashed or failed saves and deletions left: only what is ours, never what has a manifest."""
+        """Removes what crashed or failed saves and deletions left; a step is none of it, even if it cannot be used."""
         if processes.is_first():
-            for child in self.folder.iterdir():
-                unsealed = _STEP.fullmatch(child.name) and (child / layout.MARKER).exists()
-                ours = unsealed or _LEFTOVER.fullmatch(child.name)
-                if ours and child.is_dir() and not (child / NAME).exists():
-                    logger.info("removing %s, left by a save or deletion that did not finish", child)
-                    shutil.rmtree(child)
+            for path in folders.remove_leftovers(self.folder):
+                logger.info("removed %s, left by a save or deletion that did not finish", path)
         processes.barrier("checkpoint clean")
 
+    def _unusable(self) -> dict[int, str]:
+        """Steps whose manifest cannot be read, or whose files restore() found damaged, and why."""
+        there = folders.step_folders(self.folder)
+        found = {step: "damaged files" for step in self._damaged if step in there}
+        return found | folders.read_all(self.folder)[1]
+
+    def _set_aside(self, steps: list[int]) -> None:
+        places = [folders.move_aside(self.folder, step).name for step in steps]
+        logger.warning(
+            "%s: step%s %s cannot be used, and may still hold data: moved to %s; the last %d such are kept",
+            self.folder, "s" * (len(steps) > 1), ", ".join(map(str, steps)), ", ".join(places), self._keep,
+        )  # fmt: skip
+        folders.limit_aside(self.folder, self._keep)
+
     def _retain(self, saved: int) -> None:
-        """Deletes what is neither among the newest nor the best.
+        """Deletes what is neither among the newest nor the best, and sets aside what cannot be used.
 
         Steps after the one just saved stay: they are of a run that went further before someone resumed from an older
-        step, and must not push out the new ones. Those that restore() found damaged go, now that there is a good one.
+        step, and must not push out the new ones.
         """
-        for step in sorted(self._damaged):
-            if (self.folder / str(step)).exists():
-                self._forget(step)
+        unusable = sorted(self._unusable())
+        if unusable:
+            self._set_aside(unusable)
         self._damaged.clear()
-        manifests = self._manifests()
-        past = sorted(step for step in manifests if step <= saved)
-        best = max((step for step in past if manifests[step].best), default=None)
-        for step in past[: -self._keep]:
-            if step != best:
-                self._forget(step)
+        past = {step: manifest for step, manifest in self._manifests().items() if step <= saved}
+        for step in sorted(past.keys() - folders.kept_steps(past, self._keep, self._keep_every)):
+            folders.forget(self.folder, step)
 
-    def _forget(self, step: int) -> None:
-        """Deletes a step: first what makes it count, durably, then its name, then its content."""
-        folder = self.folder / str(step)
-        (folder / NAME).unlink(missing_ok=True)
-        fsync_folder(folder)
-        gone = self.folder / f".deleting-{step}-{uuid.uuid4().hex[:8]}"
-        folder.rename(gone)
-        fsync_folder(self.folder)
-        shutil.rmtree(gone)
+
+def _short(folder: Path) -> str:
+    text = str(folder)
+    return text if len(text) <= _REASON else f"...{text[3 - _REASON :]}"
+
+
+def _said(reasons: Mapping[int, str]) -> str:
+    """Why newer steps are passed over: of the newest in full, the others by number."""
+    newest, *others = reasons
+    more = f" (nor {', '.join(map(str, others))}, damaged as well)" if others else ""
+    return f"{newest}{more}: {reasons[newest]}"
 
 
 def _finish_at_exit(reference: weakref.ref[Checkpoints]) -> None:
@@ -298,15 +337,6 @@ def _finish_at_exit(reference: weakref.ref[Checkpoints]) -> None:
             store._saving.join()
         if store._failure is not None:
             logger.error("%s", store._failure)
-
-
-def step_folders(folder: Path) -> dict[int, Path]:
-    """Folders named after a step that have a manifest, whatever is in it."""
-    if not folder.is_dir():
-        return {}
-    return {
-        int(child.name): child for child in folder.iterdir() if _STEP.fullmatch(child.name) and (child / NAME).exists()
-    }
 
 
 def with_versions(meta: Mapping[str, object]) -> dict[str, object]:

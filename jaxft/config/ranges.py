@@ -54,6 +54,12 @@ def check_ranges(config: RunConfig) -> None:
             config.checkpoint.every,
             "must be at least 1",
         ),
+        (
+            config.checkpoint.keep_every is None or config.checkpoint.keep_every > 0,
+            "checkpoint.keep_every",
+            config.checkpoint.keep_every,
+            "must be at least 1",
+        ),
         (config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "must be at least 1"),
         (data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"),
         (0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),

@@ -282,6 +282,8 @@ class CheckpointConfig:
     """Steps between checkpoints. None: at each evaluation."""
     keep: int = 2
     """Newest steps kept; the best one by ``eval.metric`` is kept besides."""
+    keep_every: int | None = None
+    """Steps that are multiples of this are kept besides, for ever. None: none are."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on from the newest valid checkpoint in ``train.out``. ``never``: refuse a folder that has any."""
     verify: bool = True

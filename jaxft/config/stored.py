@@ -38,6 +38,8 @@ class RunMeta(TypedDict):
     """Where the tokenizer lies inside the run's folder."""
     progress: NotRequired[JsonObject]
     """Fields of the loop's Progress."""
+    log: NotRequired[JsonObject]
+    """What log.jsonl held (:class:`jaxft.reporting.records.Written`); versions before this one's do not say."""
     train_rows: NotRequired[str]
     """Digest of the encoded rows; versions before this one's do not say."""
     eval_rows: NotRequired[str]

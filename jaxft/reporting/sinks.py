@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, SupportsFloat
 
 from jaxft.config import LogConfig
-from jaxft.errors import UserError
+from jaxft.errors import not_written
+from jaxft.files import JsonObject
 from jaxft.reporting.records import LineFile, read_log, to_json
 from jaxft.reporting.trackers import Tracker, open_trackers
 
@@ -96,6 +97,10 @@ class Sinks:
         self._log.sync()
         self._timing.sync()
 
+    def written(self) -> JsonObject:
+        """What ``log.jsonl`` should hold from now on, for a checkpoint to keep (:func:`jaxft.reporting.records.log_said`)."""
+        return self._log.written()
+
     def close(self) -> None:
         """Closes everything; a second call does nothing."""
         bar, self._bar = self._bar, None
@@ -141,6 +146,10 @@ class Silent(Sinks):
     def sync(self) -> None:
         """Nothing."""
 
+    def written(self) -> JsonObject:
+        """Nothing: only the first process stores it."""
+        return {}
+
     def close(self) -> None:
         """Nothing."""
 
@@ -167,7 +176,7 @@ def open_sinks(
       say: what puts a line on the console.
 
     Raises:
-      UserError: the folder cannot be written, a log in it is damaged, or a package is missing.
+      UserError: the folder cannot be written, or a package is missing.
     """
     with ExitStack() as undo:
         try:
@@ -179,11 +188,14 @@ def open_sinks(
             undo.callback(log.close)
             timing = LineFile(out / "timing.jsonl", start_step)
         except OSError as error:
-            raise UserError(f"{error.filename or out}: cannot be written: {error.strerror}") from error
+            raise not_written(error.filename or out, error) from error
         undo.pop_all()
     wanted = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
     bar = _open_bar(start_step, total_steps) if wanted else None
-    return Sinks(log, timing, trackers, bar, total_steps, say)
+    sinks = Sinks(log, timing, trackers, bar, total_steps, say)
+    for line in (*log.warnings, *(line for line in timing.warnings if start_step)):
+        sinks.note(line)
+    return sinks
 
 
 def _open_bar(start_step: int, total_steps: int) -> tqdm:

@@ -27,7 +27,7 @@ from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.progress import Progress, stored_progress
-from jaxft.training.resume import changes_said, check_folder, check_goes_on, scores_differ
+from jaxft.training.resume import changes_said, check_folder, check_goes_on, log_said, scores_differ
 from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
@@ -80,7 +80,8 @@ def fit(
     """
     config = setup.config
     out.mkdir(parents=True, exist_ok=True)
-    store = checkpoint.Checkpoints(out / "checkpoints", keep=config.checkpoint.keep, verify=config.checkpoint.verify)
+    said = config.checkpoint
+    store = checkpoint.Checkpoints(out / "checkpoints", keep=said.keep, keep_every=said.keep_every, verify=said.verify)
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
@@ -266,7 +267,8 @@ class _Run:
         return better
 
     def _save(self, *, best: bool) -> None:
-        self.store.save(self.step, self.state, self.meta | {"progress": self.progress.__dict__}, best=best)
+        said = {"progress": self.progress.__dict__, "log": self.sinks.written()}
+        self.store.save(self.step, self.state, {**self.meta, **said}, best=best)
 
 
 def _compiled(
@@ -292,14 +294,14 @@ def _start(
 ) -> tuple[TrainState, Progress, int]:
     """A fresh state, or the newest checkpoint's."""
     check_folder(setup, out, seed)
-    if not store.steps():
+    if store.empty():
         metric = tasks.metric_of(setup.task, setup.config.eval.metric)
         return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)
     meta = cast(RunMeta, restored.meta)
     check_goes_on(setup, meta, restored.step, seed, out)
     note(f"resuming from step {restored.step}")
-    for line in changes_said(setup, meta, restored.step, seed):
+    for line in (*changes_said(setup, meta, restored.step, seed), *log_said(out, meta, restored.step)):
         note(line)
     progress = stored_progress(meta, note)
     reason = scores_differ(setup, meta, seed)

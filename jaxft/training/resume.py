@@ -18,6 +18,8 @@ from jaxft.config.stored import RunMeta, stored_config
 from jaxft.data.examples import Examples
 from jaxft.data.packing import Packed
 from jaxft.errors import UserError
+from jaxft.machine import processes
+from jaxft.reporting import records
 from jaxft.training.optim import make_schedule
 from jaxft.training.setup import Setup, steps_of
 
@@ -44,18 +46,24 @@ def check_folder(setup: Setup, out: Path, seed: int) -> None:
 
     Raises:
       UserError: ``out`` holds another run's checkpoints, or any at all while ``checkpoint.resume`` is ``never``.
+      NothingUsable: it holds steps, and no manifest of theirs can be read.
     """
-    for _, folder in sorted(checkpoint.step_folders(out / "checkpoints").items(), reverse=True):
+    found = checkpoint.step_folders(out / "checkpoints")
+    reasons = []
+    for _, folder in sorted(found.items(), reverse=True):
         if setup.config.checkpoint.resume == "never":
             raise UserError(
                 f"{out} already holds checkpoints; set checkpoint.resume=auto to go on, or another train.out"
             )
         try:
             manifest = checkpoint.read_manifest(folder)
-        except checkpoint.DamagedCheckpoint:
+        except checkpoint.DamagedCheckpoint as error:
+            reasons.append(error.reason)
             continue  # restoring falls back in the same order, with its warning
         check_goes_on(setup, cast(RunMeta, manifest.meta), manifest.step or 0, seed, out)
         return
+    if found:
+        raise checkpoint.nothing_usable(out / "checkpoints", found, reasons[0])
 
 
 def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) -> None:
@@ -158,6 +166,13 @@ def changes_said(setup: Setup, meta: RunMeta, step: int, seed: int) -> Iterator[
     before = steps_of(run_config(stored_config(meta)), setup.train)
     if before != setup.total_steps:
         yield from _length_said(setup, before, step)
+
+
+def log_said(out: Path, meta: RunMeta, step: int) -> Iterator[str]:
+    """What is wrong with the log of a run that goes on from a checkpoint, if anything is; said by whoever writes it."""
+    if processes.is_first():
+        said = records.log_said(out / "log.jsonl", meta.get("log"), step)
+        yield from () if said is None else (said,)
 
 
 def _length_said(setup: Setup, before: int, step: int) -> Iterator[str]:

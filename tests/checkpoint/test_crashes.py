@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.checkpoint import Checkpoints, manifest, save_params
-from jaxft.errors import UserError
+from jaxft.checkpoint import Checkpoints, folders, manifest, save_params
+from jaxft.errors import StorageError, UserError
+from jaxft.reporting.records import LineFile
 
 SIZE = 3_000_000
 
@@ -121,7 +123,7 @@ def test_death_before_any_operation_of_a_deletion(tmp_path: Path, monkeypatch: p
             for name in real:
                 patch.setattr(os, name, counted(name))
             try:
-                store._forget(1)
+                folders.forget(folder, 1)
             except _Dead:
                 finished = False
             else:
@@ -192,7 +194,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatc
         raise OSError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_forget", refuse)
+        patch.setattr(folders, "forget", refuse)
         store.save(1, numbered(1), {})
         store.save(2, numbered(2), {})
         with pytest.raises(UserError, match=r"step 2 is complete, but removing older ones failed: .*Permission denied"):
@@ -211,13 +213,62 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk(small_disk: Path) -> None:
+def test_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     store = Checkpoints(small_disk / "c", keep=2)
     store.save(1, numbered(1), {})
+    with pytest.raises(StorageError, match=r"step 2 needs 12\.0 MB, and [78]\.\d MB are free in .*; earlier") as error:
+        store.save(2, numbered(2), {})
+    assert len(str(error.value)) <= 300
+    # A disk that fills while it is written to, or a quota: room is only found lacking then.
+    monkeypatch.setattr(store, "_check_room", lambda step, size: None)
     store.save(2, numbered(2), {})
-    with pytest.raises(UserError, match=r"step 2 failed: .*; earlier checkpoints are intact"):
+    with pytest.raises(StorageError, match=r"step 2 failed: No space left on device; earlier checkpoints") as error:
         store.wait()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 300
+    assert [record.getMessage() for record in caplog.records if record.name == "jaxft.checkpoint"] == [
+        "step 2: No space left on device; saving it once more"
+    ]
+    assert [path.name for path in store.folder.iterdir()] == ["1"]
     assert assert_all_restore(store.folder) == (1,)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_a_save_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    real, left = manifest.write_atomic, [1]
+
+    def fails(*arguments: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        real(*arguments)
+
+    monkeypatch.setattr(manifest, "write_atomic", fails)
+    store = Checkpoints(tmp_path, keep=2)
+    store.save(1, numbered(1, 10), {})
+    store.wait()
+    assert assert_all_restore(tmp_path, 10) == (1,)
+    left[0] = 2
+    store.save(2, numbered(2, 10), {})
+    with pytest.raises(StorageError, match=f"step 2 failed: {os.strerror(number)}; earlier"):
+        store.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_run_folder_that_vanishes(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "checkpoints", keep=2)
+    store.save(1, numbered(1, 10), {})
+    store.wait()
+    shutil.rmtree(store.folder)
+    with pytest.raises(StorageError, match="was removed while the run stored its steps there"):
+        store.save(2, numbered(2, 10), {})
+    assert not store.folder.exists()
+    log = LineFile(tmp_path / "log.jsonl", 0)
+    log.append({"step": 1})
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(StorageError, match=r"log\.jsonl was removed while"):
+        log.append({"step": 2})
+    log.close()
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

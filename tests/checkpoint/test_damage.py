@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.checkpoint import Checkpoints, read_manifest, save_params
+from jaxft.checkpoint import Checkpoints, read_manifest, restore_params, save_params
+from jaxft.checkpoint.folders import set_aside
 from jaxft.checkpoint.manifest import NAME, _checksum, _render
-from jaxft.errors import UserError
+from jaxft.errors import NothingUsable, UserError
 
 from .states import LIKE, all_files, assert_same, damage_arrays, flip, saved
 
@@ -83,7 +84,7 @@ def test_training_goes_on_after_a_damaged_step(tmp_path: Path) -> None:
     saved(store, 15)
     assert store.steps() == (15,)
     flip(tmp_path / "15" / NAME, 99)
-    with pytest.raises(UserError, match="all checkpoints are damaged"):
+    with pytest.raises(UserError, match=r"its only checkpoint, step 15: .*jaxft\.json: damaged"):
         store.restore(LIKE)
     states = saved(store, 15)
     assert_same(store.restore(LIKE).state, states[15])
@@ -96,17 +97,80 @@ def test_without_hashes_missing_files_are_still_found(tmp_path: Path) -> None:
     assert_same(store.restore(LIKE).state, states[10])
 
 
-def test_what_has_no_manifest_is_no_checkpoint_and_is_cleaned(store: Checkpoints) -> None:
+def test_leftovers_are_cleaned_and_nothing_else(store: Checkpoints) -> None:
     saved(store, 10, 20)
-    (store.folder / "20" / NAME).unlink()
-    assert store.steps() == (10,)
-    leftovers = ["30.orbax-checkpoint-tmp", "31.orbax-checkpoint-tmp-17", ".deleting-5-0123abcd"]
+    leftovers = ["30.orbax-checkpoint-tmp", "31.orbax-checkpoint-tmp-17", ".deleting-5-0123abcd", ".saving-40"]
     foreign = ["2024", "notes", "old.orbax-checkpoint-tmp.bak"]
     for name in leftovers + foreign:
         (store.folder / name).mkdir()
+    (store.folder / ".saving-40" / "params").mkdir()
     again = Checkpoints(store.folder, keep=2)
-    assert sorted(path.name for path in store.folder.iterdir()) == sorted(["10", *foreign])
-    assert again.steps() == (10,)
+    assert sorted(path.name for path in store.folder.iterdir()) == sorted(["10", "20", *foreign])
+    assert again.steps() == (10, 20)
+
+
+def test_a_save_that_lacked_only_its_name_is_finished(store: Checkpoints) -> None:
+    states = saved(store, 10, 20)
+    (store.folder / "20").rename(store.folder / ".saving-20")
+    assert store.steps() == (10,)
+    again = Checkpoints(store.folder, keep=2)
+    assert again.steps() == (10, 20)
+    assert_same(again.restore(LIKE).state, states[20])
+
+
+@pytest.mark.parametrize("lost", ["deleted", "flipped"])
+def test_a_step_without_its_seal_is_passed_over_once_and_set_aside(
+    tmp_path: Path, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = saved(Checkpoints(tmp_path, keep=2), 10, 20)
+    wanted = {name: (tmp_path / "20" / name).read_bytes() for name in all_files(tmp_path / "20") if name != NAME}
+    flip(tmp_path / "20" / NAME, 99) if lost == "flipped" else (tmp_path / "20" / NAME).unlink()
+    store = Checkpoints(tmp_path, keep=2)
+    with caplog.at_level(logging.WARNING, "jaxft.checkpoint"):
+        assert_same(store.restore(LIKE).state, states[10])
+    assert len(caplog.records) == 1
+    assert f"20/{NAME}" in caplog.text
+    assert (tmp_path / "20").is_dir()
+    caplog.clear()
+    assert_same(saved(store, 20)[20], store.restore(LIKE, 20).state)  # training comes by it again
+    assert [("moved to .aside-20" in record.getMessage()) for record in caplog.records] == [True]
+    (aside,) = set_aside(tmp_path)
+    assert {name: (aside / name).read_bytes() for name in all_files(aside) if name != NAME} == wanted
+
+
+@pytest.mark.parametrize("damage", ["flipped", "deleted", "files"])
+def test_nothing_usable_ends_with_its_own_code_and_removes_nothing(tmp_path: Path, damage: str) -> None:
+    saved(Checkpoints(tmp_path / "checkpoints", keep=2), 10, 20)
+    for step in ("10", "20"):
+        path = tmp_path / "checkpoints" / step
+        if damage == "files":
+            damage_arrays(path)
+        elif damage == "flipped":
+            flip(path / NAME, 99)
+        else:
+            (path / NAME).unlink()
+    there = all_files(tmp_path)
+    store = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert not store.empty()
+    for use in (lambda: store.restore(LIKE), lambda: restore_params(tmp_path)):
+        with pytest.raises(
+            NothingUsable, match=r"all of its 2 checkpoints are damaged; the newest, step 20: "
+        ) as error:
+            use()
+        assert "jaxft checkpoint list" in str(error.value)
+        assert str(tmp_path / "checkpoints/20") in str(error.value)
+    assert all_files(tmp_path) == there
+
+
+def test_what_is_set_aside_is_bounded(tmp_path: Path) -> None:
+    saved(Checkpoints(tmp_path, keep=9), *range(1, 7))
+    for step in (2, 3, 4):
+        (tmp_path / str(step) / NAME).unlink()
+    store = Checkpoints(tmp_path, keep=2)
+    saved(store, 7)
+    assert store.steps() == (6, 7)
+    assert [path.name.split("-")[1] for path in set_aside(tmp_path)] == ["4", "3"]
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_newer_format_is_refused(store: Checkpoints) -> None:

@@ -85,6 +85,13 @@ def test_steps_best_and_retention(store: Checkpoints) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == ["40", "50"]
 
 
+def test_multiples_stay_besides_the_newest_and_the_best(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep=1, keep_every=20)
+    saved(store, 10, 20, 30, 40, 50, 60, best=30)
+    saved(store, 70)
+    assert store.steps() == (20, 30, 40, 60, 70)
+
+
 def test_steps_of_an_abandoned_future_do_not_push_out_new_ones(tmp_path: Path) -> None:
     saved(Checkpoints(tmp_path, keep=3), 10, 20, 30)
     store = Checkpoints(tmp_path, keep=1)
