@@ -122,7 +122,9 @@ def _output_is_lost() -> bool:
 def program() -> NoReturn:
     """The program ``jaxft``: one command, and the end of the process."""
     from jaxft.machine.signals import told_by_signals
+    from jaxft.machine.streams import open_closed_streams
 
+    open_closed_streams()
     with told_by_signals(sys.argv[1] if len(sys.argv) > 1 else ""):
         try:
             code = main()
