@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 STARTED = time.perf_counter()
@@ -79,6 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from jaxft.cli.console import drop_output, no_interrupt, show_anything
     from jaxft.errors import StorageError, UserError, storage_problem
+    from jaxft.machine import signals
 
     show_anything()
     try:
@@ -100,11 +99,17 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
             drop_output(sys.stdout)
         kind = UserError if storage_problem(error) is None else StorageError
         return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part), kind.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as told:
         with no_interrupt():
-            print(f"jaxft {command}: interrupted", file=sys.stderr, flush=True)
-            _end_if_compiling(130)
-            return 130
+            print(
+                f"jaxft {command}: interrupted{''.join(f' ({name})' for name in told.args)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            if signals.program() is not None:
+                signals.end_now(signals.STOPPED)  # threads of a save that was cut off never end
+            _end_if_compiling(signals.STOPPED)
+            return signals.STOPPED
 
 
 def _output_is_lost() -> bool:
@@ -118,13 +123,18 @@ def _output_is_lost() -> bool:
 
 def program() -> NoReturn:
     """The program ``jaxft``: one command, and the end of the process."""
-    try:
-        code = main()
-    except Exception:  # noqa: BLE001 - a fault of jaxft, told as Python tells it
-        traceback.print_exc()
-        code = 1
-    _end_if_compiling(code, together=code in (0, 130))
-    sys.exit(code)
+    from jaxft.machine.signals import told_by_signals
+    from jaxft.machine.streams import open_closed_streams
+
+    open_closed_streams()
+    with told_by_signals(sys.argv[1] if len(sys.argv) > 1 else ""):
+        try:
+            code = main()
+        except Exception:  # noqa: BLE001 - a fault of jaxft, told as Python tells it
+            traceback.print_exc()
+            code = 1
+        _end_if_compiling(code, together=code in (0, 130))
+        sys.exit(code)
 
 
 def _end_if_compiling(code: int, *, together: bool = False) -> None:
@@ -139,10 +149,9 @@ def _end_if_compiling(code: int, *, together: bool = False) -> None:
         from jaxft.machine.processes import leave
 
         leave()
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    from jaxft.machine.signals import end_now
+
+    end_now(code)
 
 
 def _refuse(command: str, message: str, code: int = 2) -> int:

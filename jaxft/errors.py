@@ -21,9 +21,14 @@ EXIT_CODES: Mapping[int, str] = {
     4: "storage failed: a full or failing disk; what was stored before is whole",
     5: "training diverged: losses or gradients were not finite again and again",
     6: "plan: the run does not fit the hardware",
-    130: "told to stop (Ctrl-C, SIGTERM): the state is saved where there was one, the same command goes on",
+    70: "training hung: no step for longer than train.watchdog allows; OUT/hang.txt says where, the same command goes on",
+    130: "told to stop (Ctrl-C, SIGTERM, SIGHUP): the state is saved where there was one, the same command goes on",
 }
 """What the exit code of any command means."""
+
+
+HUNG = 70
+"""Exit code of a run that took no step any more."""
 
 
 class UserError(Exception):

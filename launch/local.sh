@@ -19,11 +19,22 @@ if [[ -z "${JAX_COORDINATOR_ADDRESS:-}" ]]; then
 fi
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 
+# Whatever happens to this script, kill -9 included: a process whose parent is another than this one stops and saves.
+export JAXFT_LAUNCHER_PID=$$
+
 pids=()
-stop() { # Ctrl-C and SIGTERM: one process told is enough, all stop after the same step and save
-  kill -TERM "${pids[0]}" 2>/dev/null || true
+told=
+stop() { # Ctrl-C, SIGTERM, SIGHUP: one process told is enough, all stop after the same step and save; told again: at once
+  if [[ -z "$told" ]]; then
+    told=$SECONDS
+    kill -TERM "${pids[0]}" 2>/dev/null || true
+  elif ((SECONDS > told + 1)); then # a terminal that closes says it twice
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+    echo "launch: ended at once by a second signal; what was stored before is whole, the same command goes on" >&2
+    exit 130
+  fi
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 
 for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
   export JAX_PROCESS_ID=$i

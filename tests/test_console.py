@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_a_run_outlives_its_console(
         f"jaxft train: standard output: No space left on device; the run goes on, its log is {folder}/run/log.jsonl"
     ]
     assert (folder / "run/metrics.json").exists()
+
+
+def test_a_run_needs_no_console_at_all(accented: tuple[Path, list[str]], tmp_path: Path) -> None:
+    _, arguments = accented
+    out, told = tmp_path / "run", tmp_path / "told"
+    command = [sys.executable, "-m", "jaxft", "train", *arguments, f"train.out={out}"]
+    script = f"exec {shlex.join(command)} <&- >&- 2>{told}"
+    assert subprocess.run(["sh", "-c", script], timeout=200).returncode == 0
+    line = f"jaxft train: standard output is closed; the run goes on, its log is {out}/log.jsonl\n"
+    assert told.read_text() == line
+    assert (out / "metrics.json").exists()
+    assert not (out / "log.jsonl").read_text().startswith("jaxft")
 
 
 def test_other_commands_name_what_could_not_be_written() -> None:

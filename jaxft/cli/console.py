@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import TYPE_CHECKING, TextIO, cast
 
 from jaxft.config import RunConfig, flat, to_tree, to_yaml_line
+from jaxft.machine import streams
 
 if TYPE_CHECKING:
     from jaxft.training.setup import Setup
@@ -87,6 +88,9 @@ def lasting_output(command: str, then: str) -> Iterator[None]:
         errors.write(f"jaxft {command}: standard output: {error.strerror}; {then}\n")
         errors.flush()
 
+    if "stdout" in streams.closed:
+        errors.write(f"jaxft {command}: standard output is closed; {then}\n")
+        errors.flush()
     output = _Lasting(sys.stdout, tell)
     with redirect_stdout(cast(TextIO, output)), redirect_stderr(cast(TextIO, errors)):
         yield

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from jaxft.cli.console import (
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.files import write_atomic
+from jaxft.machine.lock import held
 from jaxft.machine.platform import set_up_jax
 
 if TYPE_CHECKING:  # they import jax, whose import takes seconds
@@ -77,13 +78,13 @@ def _run(config: RunConfig) -> int:
     times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
     with times.part("meeting"):
         processes.start(note)
-    with processes.raise_together():
-        ready = setup.prepare(config, note, times)
-    for line in model_lines(ready):
-        note(line)
     out = Path(config.train.out)
-    folders = [_folder_of(config, seed) for seed in config.train.seeds] or [out]
-    with _nothing_left(folders + [out]):
+    folders = [*(_folder_of(config, seed) for seed in config.train.seeds), out]
+    with _owned(folders):
+        with processes.raise_together():
+            ready = setup.prepare(config, note, times)
+        for line in model_lines(ready):
+            note(line)
         return _train(config, ready, out, times)
 
 
@@ -145,29 +146,43 @@ def _folder_of(config: RunConfig, seed: int) -> Path:
 
 
 @contextmanager
-def _nothing_left(folders: list[Path]) -> Iterator[None]:
-    """If the block fails before a run's first step, the folders are as they were: what was there stays, what is new goes."""
-    from jaxft.machine.processes import is_first
+def _owned(folders: list[Path]) -> Iterator[None]:
+    """Holds a run's folders, the run's own last. If the block fails before the first step, they are as they were: what was there
+    stays, what is new goes."""
+    from jaxft.machine import processes  # imports jax
 
     parents = [folder for folder in (*folders, *folders[-1].parents) if not folder.exists()]
-    stated = {folder for folder in folders if (folder / "config.yaml").exists()}
-    try:
-        yield
-    except BaseException:
-        if is_first():
-            with no_interrupt():
-                _remove_unused(folders, stated, parents)
-        raise
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, parents)
+        with processes.raise_together():
+            if processes.is_first():
+                for folder in reversed(folders):
+                    stack.enter_context(held(folder, note))
+        stated = {folder for folder in folders if (folder / "config.yaml").exists()}
+        try:
+            yield
+        except BaseException:
+            if processes.is_first():
+                with no_interrupt():
+                    _remove_unused(folders, stated)
+            raise
 
 
-def _remove_unused(folders: list[Path], stated: set[Path], parents: list[Path]) -> None:
+def _remove_unused(folders: list[Path], stated: set[Path]) -> None:
     for folder in folders:
         # A log means that training began: it, and what says how, are worth keeping.
         if folder not in stated and not any(folder.rglob("log.jsonl")):
             (folder / "config.yaml").unlink(missing_ok=True)
             _remove_if_empty(folder / "checkpoints")
-    for folder in parents:
-        _remove_if_empty(folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    from jaxft.machine.processes import is_first
+
+    if is_first():
+        with no_interrupt():
+            for folder in folders:
+                _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:

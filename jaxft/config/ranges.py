@@ -30,6 +30,12 @@ def check_ranges(config: RunConfig) -> None:
             train.epochs,
             "must be above 0",
         ),
+        (
+            train.watchdog is None or train.watchdog > 0,
+            "train.watchdog",
+            train.watchdog,
+            "must be more than 0 seconds; null turns it off",
+        ),
         (train.log_every > 0, "train.log_every", train.log_every, "must be at least 1"),
         (
             train.profile is None or _is_span(train.profile),

@@ -254,6 +254,9 @@ class TrainConfig:
     """``START:STOP``: steps of which a trace is written to ``OUT/profile``, for xprof or TensorBoard. None: none."""
     max_nonfinite: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops. Such steps change nothing."""
+    watchdog: float | None = 60.0
+    """Seconds without a step (or twenty times the median step, if that is longer) after which a run counts as hung and ends with exit
+    code 70, and ``OUT/hang.txt`` says what its threads were doing. Evaluation, saving and compilation do not count. None: off."""
     compilation_cache: str | None = "~/.cache/jaxft/xla"
     """Folder of XLA's persistent compilation cache. None: off."""
     export: bool = True

@@ -277,6 +277,10 @@ class Clock:
         self._start, self._waited, self._paused = now(), 0.0, 0.0
         self.waited = 0.0
         """Seconds spent waiting for data in all laps."""
+        self.steps = 0
+        """Steps done in all laps."""
+        self.resting = 0
+        """More than 0 while what is under way is no training."""
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -292,9 +296,11 @@ class Clock:
     def paused(self) -> Iterator[None]:
         """Leaves the time of the block out of the lap."""
         begin = self._now()
+        self.resting += 1
         try:
             yield
         finally:
+            self.resting -= 1
             self._paused += self._now() - begin
 
     def lap(

@@ -110,6 +110,7 @@ class Lap:
 
     def add(self, rows: int, tokens: int, shape: Shape) -> None:
         """Counts a step."""
+        self.clock.steps += 1
         self.steps, self.rows, self.tokens = self.steps + 1, self.rows + rows, self.tokens + tokens
         if self.useful is not None:
             self.flops += self.useful.of(shape, tokens)

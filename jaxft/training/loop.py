@@ -31,6 +31,7 @@ from jaxft.training.resume import changes_said, check_folder, check_goes_on, log
 from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.state import TrainState
+from jaxft.training.watchdog import watched
 from jaxft.trees import Params
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ def fit(
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
-            with run.sinks, stop_on_signal() as stop:
+            with run.sinks, stop_on_signal() as stop, watched(run.lap.clock, config.train.watchdog, out):
                 run.train(stop)
                 run.finish(out)
             return run.result(note)
@@ -184,7 +185,7 @@ class _Run:
     def finish(self, out: Path) -> None:
         """Waits for what is still being written, and says where the time went."""
         self.profile.close()
-        with self.goodput.part("checkpoint"):
+        with self.lap.clock.paused(), self.goodput.part("checkpoint"):
             self.store.wait()
         if processes.is_first():
             self.sinks.note(self.goodput.finish(out, self.lap.clock.waited))

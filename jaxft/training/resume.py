@@ -27,7 +27,7 @@ from jaxft.training.setup import Setup, steps_of
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
 _FREE_KEYS = (
     *("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "train.log_every"),
-    *("train.max_nonfinite", "data.read_ahead", "eval.every", "eval.batch_size", "eval.patience"),
+    *("train.watchdog", "train.max_nonfinite", "data.read_ahead", "eval.every", "eval.batch_size", "eval.patience"),
 )
 _LENGTH = ("train.steps", "train.epochs")
 # Where rows and first weights come from. Rows are compared by their hash, the architecture by its numbers; first weights

@@ -128,3 +128,20 @@ def test_bad_input_of_one_process_ends_all(tmp_path: Path, lost: int) -> None:
     assert "train.csv' does not exist" in errors[lost]
     assert "another process has given up; its log says why" in errors[1 - lost]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_processes_stop_and_save_when_their_launcher_goes(tmp_path: Path, number: signal.Signals) -> None:
+    command = [LOCAL, "2", *arguments(tmp_path, "run", "train.steps=100000", "eval.every=100000", "mesh.data=2")]
+    running = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_text()):
+        assert running.poll() is None, running.communicate()[0][-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(number)
+    text, _ = running.communicate(timeout=100)  # until all that write there have ended
+    assert running.returncode == (130 if number == signal.SIGHUP else -signal.SIGKILL)
+    assert "the state is saved, the same command goes on from there" in text
+    assert not (tmp_path / "run" / "run.lock").exists()

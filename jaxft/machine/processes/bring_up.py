@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 
 from jaxft.errors import UserError
 from jaxft.machine.processes.cluster import Cluster, detect
 from jaxft.machine.processes.roll_call import roll_call
 
 _TIMEOUT = 300.0
+_LOOK_SECONDS = 1.0
 
 
 def start(note: Callable[[str], None]) -> Cluster | None:
@@ -32,6 +36,7 @@ def start(note: Callable[[str], None]) -> Cluster | None:
         raise UserError(
             f"XLA_FLAGS makes {virtual[1]} virtual devices per process: with several processes such runs hang; unset it"
         )
+    stop_without_launcher(os.environ)
     timeout = _timeout()
     hosts = roll_call(cluster, _says(), timeout)
     import jax
@@ -47,6 +52,26 @@ def start(note: Callable[[str], None]) -> Cluster | None:
     if cluster.index == 0:
         note(f"{cluster.count} processes ({cluster.kind}): {', '.join(f'{i} on {host}' for i, host in hosts.items())}")
     return cluster
+
+
+def stop_without_launcher(environ: Mapping[str, str]) -> None:
+    """Watches over the script that started this process, if it says its number: once it is gone, however, SIGTERM stops the run.
+
+    Nobody would see the run go on, nor know what to stop.
+    """
+    text = environ.get("JAXFT_LAUNCHER_PID", "")
+    if not text:
+        return
+    if not text.isdecimal():
+        raise UserError(f"JAXFT_LAUNCHER_PID={text!r}: expected the number of the process that started this one")
+
+    def look() -> None:
+        while os.getppid() == int(text):
+            time.sleep(_LOOK_SECONDS)
+        print("the launcher has ended: stopping as if told to", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, name="jaxft-launcher", daemon=True).start()
 
 
 def leave() -> None:

@@ -14,6 +14,7 @@ from jaxft import tasks
 from jaxft.config import RunConfig, to_tree, to_yaml, with_overrides
 from jaxft.errors import UserError
 from jaxft.files import write_atomic
+from jaxft.machine.lock import held
 from jaxft.machine.memory import release_freed, resident_bytes
 from jaxft.training.setup import check_config, stand_in_task
 from jaxft.training.sweep.ledger import Finished, Ledger, open_ledger
@@ -131,7 +132,7 @@ def run_sweep(sweep: Sweep, adviser: Adviser | None, note: Note) -> Outcome:
     assert total is not None
     task = stand_in_task(configs[0])
     metric = tasks.metric_of(task, configs[0].eval.metric)
-    with open_ledger(sweep.out, _head(sweep)) as ledger:
+    with held(sweep.out, note), open_ledger(sweep.out, _head(sweep)) as ledger:
         return _Course(
             *(sweep, adviser, note, ledger, seeds, known, configs, list(map(program_key, configs))),
             *(total, metric, task.metrics[metric]),

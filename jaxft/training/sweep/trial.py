@@ -12,8 +12,10 @@ from jaxft import tasks
 from jaxft.config import RunConfig, to_yaml
 from jaxft.errors import Diverged
 from jaxft.files import write_atomic
+from jaxft.machine.lock import held
 from jaxft.reporting.sinks import read_log
 from jaxft.training.loop import fit
+from jaxft.training.programs import Programs
 from jaxft.training.setup import Setup, Times
 from jaxft.training.sweep.ledger import Finished, State
 from jaxft.training.sweep.workbench import Group
@@ -63,9 +65,22 @@ def run_trial(
       UserError: anything that keeps it from running, but for a loss that is not finite, which is a result.
     """
     setup, programs = group.trial(config, out, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "config.yaml", to_yaml(setup.config))
     metric = tasks.metric_of(setup.task, config.eval.metric)
+    with held(out, note):
+        write_atomic(out / "config.yaml", to_yaml(setup.config))
+        return _run_trial(setup, programs, metric, out, point, seed, note, hopeful)
+
+
+def _run_trial(
+    setup: Setup,
+    programs: Programs,
+    metric: str,
+    out: Path,
+    point: int,
+    seed: int,
+    note: Callable[[str], None],
+    hopeful: Callable[[Course], bool],
+) -> Finished | None:
     watch = Observer(note, out / "log.jsonl", metric, hopeful)
     state: State = "done"
     try:
