@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,14 +28,16 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.config import RunConfig, to_tree
 from jaxft.data.cache import Cache
 from jaxft.data.examples import Encoded, Examples, Split, make_split
+from jaxft.data.loader import to_global
 from jaxft.data.processors.tokenizer import Tokenizer
-from jaxft.errors import UserError
+from jaxft.errors import Diverged, UserError
 from jaxft.inference import predict
 from jaxft.models import initial
 from jaxft.parallel.sharding import make_mesh
 from jaxft.reporting.sinks import read_log
 from jaxft.training import loop, resume, setup
 from jaxft.training.caching import build_caches
+from jaxft.training.diagnosis import not_finite
 from jaxft.training.loop import Result
 from jaxft.training.programs import Programs, compile_programs
 from jaxft.training.progress import Progress
@@ -105,6 +108,10 @@ def init_params(model: Any, seed: int, shardings: Any = None) -> Any:
     return jax.tree.map(np.copy, made) if shardings is None else jax.device_put(made, shardings, may_alias=False)
 
 
+def digest_of(batch: Mapping[str, Any]) -> str:
+    return hashlib.sha256(b"".join(np.asarray(batch[k]).tobytes() for k in sorted(batch))).hexdigest()
+
+
 class Recorded(dict):
     """Compiled steps that note which batches they see."""
 
@@ -114,7 +121,7 @@ class Recorded(dict):
     @staticmethod
     def _noting(program: Any, seen: list[str]) -> Any:
         def call(state: Any, batch: Any, seed: Any) -> Any:
-            seen.append(hashlib.sha256(b"".join(np.asarray(batch[k]).tobytes() for k in sorted(batch))).hexdigest())
+            seen.append(digest_of(batch))
             return program(state, batch, seed)
 
         return call
@@ -662,7 +669,7 @@ def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
 
         return {shape: lambda *a, p=program: call(p, *a) for shape, program in programs.items()}
 
-    broken = ready.but(train={"max_nonfinite": 4}, checkpoint={"every": 1, "keep": 99})
+    broken = ready.but(train={"max_nonfinite": 4, "rollbacks": 0}, checkpoint={"every": 1, "keep": 99})
     broken = dataclasses.replace(
         broken, programs=dataclasses.replace(broken.programs, train=spoilt(broken.programs.train))
     )
@@ -678,6 +685,94 @@ def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
     assert (int(after.skipped), int(after.streak)) == (4, 4)
     # With healthy data the run goes on from there.
     assert fit(ready.but(train={"max_nonfinite": 4}), tmp_path).result.step == TOTAL
+
+
+def spoilt_batches(ready: Ready, hashes: Mapping[str, bool]) -> Ready:
+    """The same run, on whose batches of these hashes nothing finite comes out."""
+
+    def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
+        bad = batch["weights"] * (np.nan if digest_of(batch) in hashes else 1.0)
+        return program(state, batch | {"weights": bad}, seed)
+
+    programs = {shape: lambda *a, p=program: call(p, *a) for shape, program in ready.programs.train.items()}
+    return dataclasses.replace(ready, programs=dataclasses.replace(ready.programs, train=programs))
+
+
+def test_a_run_goes_back_and_leaves_out_what_is_not_finite(
+    ready: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    bad = dict.fromkeys(whole[0].batches[12:18], True)
+    often = ready.but(train={"max_nonfinite": 4, "log_every": 1}, checkpoint={"every": 5, "keep": 99})
+    broken = spoilt_batches(often, bad)
+    run = fit(broken, tmp_path)
+    assert run.result.step == TOTAL
+    (said,) = (note for note in run.notes if "going back" in note)
+    assert said == (
+        "step 17: loss or gradient was not finite 5 steps in a row: going back to step 10, and leaving out the batches of "
+        "steps 11 to 17 (1 of 3 times)"
+    )
+    # Of the second course, the first batch is the one after those; nothing that was left out is missed by what follows.
+    log = [line for line in read_log(tmp_path / "log.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in log] == list(range(1, TOTAL + 1))
+    assert [line.get("left_out") for line in log[:10]] == [None] * 10
+    assert {line["left_out"] for line in log[10:]} == {7}
+    assert log[-1]["skipped"] == 1  # the last bad batch, number 18, by itself
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.result.params))
+
+    # Stopped after it went back, it goes on to the same end.
+    first = tmp_path / "first"
+    begun = fit(broken, first, stop_at=22)
+    second = fit(broken, first)
+    assert begun.result.interrupted
+    assert not any("going back" in note for note in second.notes)
+    assert (first / "log.jsonl").read_bytes() == (tmp_path / "log.jsonl").read_bytes()
+    assert_same_params(second.result.params, run.result.params)
+
+
+def test_a_run_goes_back_so_often_and_no_oftener(ready: Ready, tmp_path: Path) -> None:
+    def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
+        bad = batch["weights"] * (np.nan if int(state.step) >= 12 else 1.0)
+        return program(state, batch | {"weights": bad}, seed)
+
+    programs = {shape: lambda *a, p=program: call(p, *a) for shape, program in ready.programs.train.items()}
+    broken = dataclasses.replace(ready, programs=dataclasses.replace(ready.programs, train=programs))
+    broken = broken.but(train={"max_nonfinite": 2, "rollbacks": 2}, checkpoint={"every": 4})
+    notes: list[str] = []
+    with pytest.raises(Diverged, match=r"^step 15: loss or gradient was not finite 3 steps in a row; lower optim"):
+        loop.fit(broken.setup, broken.programs, tmp_path, 0, notes.append, Times())
+    back = [note for note in notes if "going back" in note]
+    assert [note.partition("going back to ")[2][:7] for note in back] == ["step 12", "step 12"]
+
+
+def test_parameters_that_are_not_finite_are_never_stored(ready: Ready, tmp_path: Path) -> None:
+    def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
+        state, metrics = program(state, batch, seed)
+        if int(state.step) == 7:
+            leaf = next(iter(paths_of(state.params).values()))
+            spoilt = jax.tree.map(lambda p: p * np.nan if p is leaf else p, state.params)
+            state = dataclasses.replace(state, params=spoilt)
+        return state, metrics
+
+    programs = {shape: lambda *a, p=program: call(p, *a) for shape, program in ready.programs.train.items()}
+    broken = dataclasses.replace(ready, programs=dataclasses.replace(ready.programs, train=programs))
+    first = next(iter(paths_of(ready.setup.shapes)))
+    with pytest.raises(Diverged, match=rf"^step 7: parameters {first} are not finite; lower optim"):
+        fit(broken.but(train={"rollbacks": 0}, checkpoint={"every": 1, "keep": 99}), tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", keep=99) as store:
+        assert store.steps() == tuple(range(1, 7))
+
+
+def test_what_was_not_finite_is_named(ready: Ready) -> None:
+    """Parameters that are finite, and too large for anything to come of them."""
+    setup_ = ready.setup
+    params = jax.device_get(setup_.start_params(0, lambda text: None))
+    huge = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
+    batches = setup_.train_batches(0)
+    batch = to_global(batches[0], setup_.fields, setup_.mesh, setup_.model.compute.rules, batches.batch_size)
+    said = not_finite(setup_, huge, batch, 0, 0)
+    assert re.search(r"the loss is (nan|inf)", said)
+    assert re.search(r"gradients of \d+ of \d+ tensors are not finite \(", said)
+    assert not_finite(setup_, params, batch, 0, 0) == ""
 
 
 def test_another_mesh_goes_on_with_the_same_data(

@@ -169,6 +169,14 @@ class Checkpoints:
         """The newest step saved with ``best=True``. Its own manifest says so: no crash can part the two."""
         return max((step for step, manifest in self._manifests().items() if manifest.best), default=None)
 
+    def forget_after(self, step: int) -> None:
+        """Deletes what was stored after a step, the newest first: a run that went back comes by those steps again."""
+        self.wait()
+        if processes.is_first():
+            for later in sorted((one for one in folders.step_folders(self.folder) if one > step), reverse=True):
+                folders.forget(self.folder, later)
+        processes.barrier("forget")
+
     def restore(self, like: PyTree[layout.Shaped], step: int | None = None) -> Restored:
         """The newest intact checkpoint, or the one asked for by number.
 

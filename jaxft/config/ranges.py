@@ -43,6 +43,8 @@ def check_ranges(config: RunConfig) -> None:
             train.profile,
             "give START:STOP, the first and the last step of the trace, for instance 10:13",
         ),
+        (train.max_nonfinite >= 0, "train.max_nonfinite", train.max_nonfinite, "must be at least 0"),
+        (train.rollbacks >= 0, "train.rollbacks", train.rollbacks, "must be at least 0"),
         (len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
         (train.out != "", "train.out", repr(train.out), "name a folder"),
         (

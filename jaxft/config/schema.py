@@ -253,7 +253,11 @@ class TrainConfig:
     profile: str | None = None
     """``START:STOP``: steps of which a trace is written to ``OUT/profile``, for xprof or TensorBoard. None: none."""
     max_nonfinite: int = 10
-    """Steps in a row with a non-finite loss or gradient after which the run stops. Such steps change nothing."""
+    """Steps in a row with a non-finite loss or gradient that are put up with. Such steps change nothing, neither parameters nor the
+    learning rate's course."""
+    rollbacks: int = 3
+    """How often a run goes back to its last checkpoint when there are more of them, and leaves out the batches since then. After that it
+    ends (exit code 5), and says which tensors were not finite."""
     watchdog: float | None = 60.0
     """Seconds without a step (or twenty times the median step, if that is longer) after which a run counts as hung and ends with exit
     code 70, and ``OUT/hang.txt`` says what its threads were doing. Evaluation, saving and compilation do not count. None: off."""

@@ -20,7 +20,7 @@ _LESS_IS_BETTER = ("loss", "perplexity")  # of the metrics that versions with ev
 
 
 class RunMeta(TypedDict):
-    """What a checkpoint says of its run (:func:`jaxft.training.loop.run_meta`), as JSON holds it."""
+    """What a checkpoint says of its run (:func:`jaxft.training.start.run_meta`), as JSON holds it."""
 
     config: dict[str, JsonObject]
     """By section and key."""

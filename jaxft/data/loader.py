@@ -39,6 +39,8 @@ class Batches:
     """Seed of the shuffle; None: one epoch in order of length, for evaluation (sums do not care, and little is padded)."""
     part: tuple[int, int] | None = None
     """(first, last + 1): which rows of each batch this process makes; None: all."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """(step, count): so many batches are left out before that of a step, which all later ones move up by."""
 
     def __post_init__(self) -> None:
         longest = int(self.split.sizes("length").max())
@@ -66,7 +68,8 @@ class Batches:
 
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
-        epoch, index = divmod(step, self.steps_per_epoch)
+        moved = sum(count for first, count in self.left_out if step >= first)
+        epoch, index = divmod(step + moved, self.steps_per_epoch)
         if self.seed is None:
             return _by_length(self)[index * self.batch_size : (index + 1) * self.batch_size]
         window, within = divmod(index, _WINDOW)

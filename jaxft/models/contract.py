@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -243,6 +243,9 @@ class Head(Generic[OfConfig]):
     """Suffixes of further classes of the reference that are read as this head."""
 
 
+AnyModel: TypeAlias = Model  # a Family has a property of that name
+
+
 class Family(Protocol):
     """A module of ``jaxft.models.families``, or of another package."""
 
@@ -267,7 +270,7 @@ class Family(Protocol):
         ...
 
     @property
-    def Model(self) -> Callable[..., Model]:
+    def Model(self) -> Callable[..., AnyModel]:
         """``Model(config, head, compute)``; its ``facts`` are those of its config."""
         ...
 

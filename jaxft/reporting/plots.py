@@ -373,10 +373,11 @@ def _rule(figure: Any, axis: str, values: Sequence[float]) -> None:
 
 def _told_apart(ticks: Sequence[float]) -> list[str]:
     """Numbers in as few digits as tell them apart, three at least."""
-    for digits in range(3, 9):
-        shown = [f"{tick:.{digits}g}" for tick in ticks]
+    shown = [f"{tick:.3g}" for tick in ticks]
+    for digits in range(4, 9):
         if len(set(shown)) == len(ticks):
             break
+        shown = [f"{tick:.{digits}g}" for tick in ticks]
     return shown
 
 

@@ -35,6 +35,10 @@ class Goodput:
         self._began = time.perf_counter()
         self.part = self._times.part
 
+    def elapsed(self) -> float:
+        """Seconds since the first step."""
+        return time.perf_counter() - self._began
+
     def causes(self, waited: float) -> dict[str, float]:
         """Seconds by cause, with steps and waiting for data.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -16,25 +15,34 @@ from jaxft.config import RunConfig, to_tree
 from jaxft.config.stored import RunMeta
 from jaxft.data.batch import HostBatch, Shape
 from jaxft.data.loader import Batches, stream, to_global
-from jaxft.errors import Diverged
+from jaxft.errors import Diverged, listed
 from jaxft.machine import processes
 from jaxft.machine.memory import release_freed
 from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
 from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
 from jaxft.tasks.contract import Sums
+from jaxft.training.diagnosis import not_finite, not_finite_in
 from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
-from jaxft.training.progress import Progress, stored_progress
-from jaxft.training.resume import changes_said, check_folder, check_goes_on, log_said, scores_differ
+from jaxft.training.progress import Progress
 from jaxft.training.scoring import evaluate
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
+from jaxft.training.start import run_meta, started
 from jaxft.training.state import TrainState
 from jaxft.training.watchdog import watched
 from jaxft.trees import Params
 
 T = TypeVar("T")
+
+
+class NotFinite(Exception):
+    """Numbers of a run were not finite from step ``first`` to step ``last``; ``named``: the message says which."""
+
+    def __init__(self, said: str, first: int, last: int, *, named: bool = False) -> None:
+        super().__init__(said)
+        self.first, self.last, self.named = first, last, named
 
 
 class Watch(Protocol):
@@ -86,10 +94,16 @@ def fit(
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
-            with run.sinks, stop_on_signal() as stop, watched(run.lap.clock, config.train.watchdog, out):
-                run.train(stop)
-                run.finish(out)
-            return run.result(note)
+            while True:
+                try:
+                    with run.sinks, stop_on_signal() as stop, watched(run.lap.clock, config.train.watchdog, out):
+                        run.train(stop)
+                        run.finish(out)
+                    return run.result(note)
+                except NotFinite as found:
+                    left_out = run.goes_back(found, note)
+                times = Times({**times.seconds, "steps gone back over": run.goodput.elapsed()})
+                run = _begun(setup, programs, out, seed, note, times, store, watch, left_out)
     finally:
         store.close()
 
@@ -103,11 +117,19 @@ def _begun(
     times: Times,
     store: checkpoint.Checkpoints,
     watch: Watch | None,
+    left_out: list[list[int]] | None = None,
 ) -> _Run:
-    """A run with its state, fresh or restored, and the program of its first step."""
+    """A run with its state, fresh or restored, and the program of its first step.
+
+    Args:
+      left_out: batches that it leaves out, where it went back; None: what the checkpoint says.
+    """
     with times.part("weights"):
-        state, progress, start = _start(setup, programs, out, seed, note, store)
-    batches = setup.train_batches(seed)
+        state, progress, start = started(setup, programs, out, seed, note, store)
+    if left_out is not None:
+        progress.left_out = left_out
+        state = replace(state, streak=jax.device_put(np.int32(0), state.streak.sharding))
+    batches = replace(setup.train_batches(seed), left_out=tuple((step, count) for step, count in progress.left_out))
     if start < setup.total_steps:
         with times.part("compile"):
             programs.compilation.wait("train", (batches.shape_of(start),))
@@ -190,6 +212,36 @@ class _Run:
         if processes.is_first():
             self.sinks.note(self.goodput.finish(out, self.lap.clock.waited))
 
+    def goes_back(self, found: NotFinite, note: Note) -> list[list[int]]:
+        """The batches that are left out after going back to the last step from before the numbers were not finite.
+
+        Raises:
+          Diverged: the run has gone back often enough.
+        """
+        most, left_out = self.setup.config.train.rollbacks, self.progress.left_out
+        if self.watch is not None or len(left_out) >= most:
+            raise Diverged(f"{found}{self._blamed(found)}; lower optim.learning_rate or look at the data") from found
+        self.store.wait()
+        stored = self.store.steps()
+        # A step that was stored since then has the same parameters: better than none.
+        back = max((step for step in stored if step < found.first), default=max(stored, default=0))
+        self.store.forget_after(back)
+        note(
+            f"{found}: going back to step {back}, and leaving out the batches of steps {back + 1} to {found.last} "
+            f"({len(left_out) + 1} of {most} times)"
+        )
+        return [*left_out, [back, found.last - back]]
+
+    def _blamed(self, found: NotFinite) -> str:
+        """What of the last step was not finite, as far as it shows when it is computed again."""
+        if found.named:
+            return ""
+        setup, number = self.setup, found.last - 1
+        rules = setup.model.compute.rules
+        batch = to_global(self.batches[number], setup.fields, setup.mesh, rules, self.batches.batch_size)
+        said = not_finite(setup, self.state.params, batch, self.seed, number)
+        return f": {said}" if said else ""
+
     def result(self, note: Note) -> Result:
         """How it ended."""
         step, progress = self.step, self.progress
@@ -268,6 +320,11 @@ class _Run:
         return better
 
     def _save(self, *, best: bool) -> None:
+        bad = not_finite_in(self.setup, self.state.params)
+        if bad:
+            raise NotFinite(
+                f"step {self.step}: parameters {listed(bad, 3)} are not finite", self.step, self.step, named=True
+            )
         said = {"progress": self.progress.__dict__, "log": self.sinks.written()}
         self.store.save(self.step, self.state, {**self.meta, **said}, best=best)
 
@@ -290,59 +347,6 @@ def _sinks(setup: Setup, out: Path, start: int, watch: Watch | None) -> Sinks:
     return open_sinks(out, config.log, start_step=start, total_steps=total, run_config=to_tree(config), **said)
 
 
-def _start(
-    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, store: checkpoint.Checkpoints
-) -> tuple[TrainState, Progress, int]:
-    """A fresh state, or the newest checkpoint's."""
-    check_folder(setup, out, seed)
-    if store.empty():
-        metric = tasks.metric_of(setup.task, setup.config.eval.metric)
-        return programs.init(setup.start_params(seed, note)), Progress(metric), 0
-    restored = store.restore(programs.shapes)
-    meta = cast(RunMeta, restored.meta)
-    check_goes_on(setup, meta, restored.step, seed, out)
-    note(f"resuming from step {restored.step}")
-    for line in (*changes_said(setup, meta, restored.step, seed), *log_said(out, meta, restored.step)):
-        note(line)
-    progress = stored_progress(meta, note)
-    reason = scores_differ(setup, meta, seed)
-    progress.metric = setup.config.eval.metric or progress.metric
-    if reason is not None and progress.best_step is not None:
-        _score_best_anew(setup, programs, progress, restored, store)
-        note(
-            f"{reason}: by them, the best step so far ({progress.best_step}) has {progress.metric} {progress.best_value}"
-        )
-    return restored.state, progress, restored.step
-
-
-def _score_best_anew(
-    setup: Setup, programs: Programs, progress: Progress, restored: checkpoint.Restored, store: checkpoint.Checkpoints
-) -> None:
-    """Makes the best value one that evaluations from now on can be compared with."""
-    best = restored if progress.best_step == restored.step else store.restore(programs.shapes, progress.best_step)
-    value = tasks.scalar(evaluate(setup, programs, best.state.best_params), str(progress.metric))
-    progress.best_value, progress.bad_evals = value if math.isfinite(value) else None, 0
-
-
-def run_meta(setup: Setup, out: Path, seed: int) -> RunMeta:
-    """What a checkpoint says about itself: enough to go on, and to serve the model without the run's files."""
-    source = setup.source
-    return {
-        "config": to_tree(setup.config),
-        "seed": seed,
-        "family": setup.family_name,
-        "arch": to_tree(setup.model.config),
-        "head": setup.model.head,
-        "labels": list(setup.targets.labels),
-        "train_rows": setup.train.digest(),
-        "eval_rows": setup.held_out.digest(),
-        "hf_config": {} if source is None else source.hf_config,
-        **checkpoint.tokenizer_place(setup.tokenizer.folder, out),
-        "tokenizer_digest": setup.tokenizer.digest(),
-        "max_length": setup.config.data.max_length,
-    }
-
-
 def _checkpoint_due(config: RunConfig, step: int, evaluated: bool) -> bool:
     return evaluated if config.checkpoint.every is None else step % config.checkpoint.every == 0
 
@@ -356,11 +360,9 @@ def _report_step(
     progress.add(float(values["loss"]), float(values["weight"]))
     sinks.advance(step)
     config = setup.config.train
-    if int(values["streak"]) > config.max_nonfinite:
-        raise Diverged(
-            f"step {step}: loss or gradient was not finite {int(values['streak'])} steps in a row; "
-            "lower optim.learning_rate or look at the data"
-        )
+    if (streak := int(values["streak"])) > config.max_nonfinite:
+        said = f"step {step}: loss or gradient was not finite {streak} steps in a row"
+        raise NotFinite(said, step - streak + 1, step)
     if step % config.log_every == 0 or step == setup.total_steps:
         sinks.timing(step, lap.speeds())
         sinks.log(
@@ -372,6 +374,7 @@ def _report_step(
                 "grad_norm": float(values["grad_norm"]),
                 "skipped": int(values["skipped"]),
                 "epoch": step / steps_per_epoch(setup.config, setup.train),
+                **({"left_out": sum(count for _, count in progress.left_out)} if progress.left_out else {}),
             },
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxft import tasks
 from jaxft.config.stored import RunMeta, stored_metric, wrong_best
@@ -26,6 +26,8 @@ class Progress:
     """Sum over the steps since the last line of the log, those with a finite loss."""
     weight: float = 0.0
     """What that sum is to be divided by."""
+    left_out: list[list[int]] = field(default_factory=list)
+    """[step, count] of each time that the run went back: so many batches are left out before that of a step."""
 
     def add(self, loss: float, weight: float) -> None:
         """Counts a step. One without a finite loss changed nothing, and is told by the number of skipped steps."""

@@ -46,7 +46,7 @@ from jaxft.training.optim.freezing import Frozen
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
 from jaxft.training.state import TrainState, init_state, state_shardings
-from jaxft.training.step import Batch, Sums, make_train_step
+from jaxft.training.step import Batch, Gradient, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
 
 
@@ -108,18 +108,22 @@ class Recipe:
             return fixed
         return (*fixed, shapes_of(self.config.optim, self.updates, replicated(self.mesh)))
 
-    def train_program(self) -> jax.stages.Wrapped:
-        """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state.
-
-        With ``updates``, it takes a :class:`~jaxft.training.optim.tunable.Tunable` besides.
-        """
-        gradient_of = gradients.of_batch(
+    def gradient(self) -> Gradient:
+        """The gradient that a train step takes."""
+        return gradients.of_batch(
             self.model,
             self.task,
             accumulation=self.config.train.accumulation,
             param_shardings=self.shardings if self.mesh.size > 1 else None,
             frozen=self.frozen,
         )
+
+    def train_program(self) -> jax.stages.Wrapped:
+        """The jitted train step ``(state, batch, seed) -> (state, metrics)``; it donates the state.
+
+        With ``updates``, it takes a :class:`~jaxft.training.optim.tunable.Tunable` besides.
+        """
+        gradient_of = self.gradient()
         step = make_train_step(
             self.task, gradient_of, self.optimizer, self.schedule, ema=self.config.optim.ema, frozen=self.frozen
         )

@@ -27,7 +27,8 @@ from jaxft.training.setup import Setup, steps_of
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
 _FREE_KEYS = (
     *("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "train.log_every"),
-    *("train.watchdog", "train.max_nonfinite", "data.read_ahead", "eval.every", "eval.batch_size", "eval.patience"),
+    *("train.watchdog", "train.max_nonfinite", "train.rollbacks", "data.read_ahead"),
+    *("eval.every", "eval.batch_size", "eval.patience"),
 )
 _LENGTH = ("train.steps", "train.epochs")
 # Where rows and first weights come from. Rows are compared by their hash, the architecture by its numbers; first weights
@@ -70,7 +71,7 @@ def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) 
     """Refuses to go on from a checkpoint of another run.
 
     Args:
-      meta: what the checkpoint says of itself (:func:`jaxft.training.loop.run_meta`).
+      meta: what the checkpoint says of itself (:func:`jaxft.training.start.run_meta`).
       step: its number.
 
     Raises:

@@ -74,9 +74,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState[jax.Array], batch: Batch, seed: ArrayLike) -> tuple[TrainState[jax.Array], Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
-        weight = jnp.maximum(task.weight(batch), 1e-30)
+        batch, key, weight = prepared(task, batch, seed, state.step)
         trained, sums = gradient_of(state.params, batch, key, weight)
         norm = global_norm(trained)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
@@ -114,6 +112,17 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def prepared(task: Task, batch: Batch, seed: ArrayLike, step: ArrayLike) -> tuple[Batch, jax.Array, jax.Array]:
+    """What the gradient of a step is of: the batch as the task prepares it, the key of its dropout, its weight.
+
+    Args:
+      step: steps before it.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
+    return batch, key, jnp.maximum(task.weight(batch), 1e-30)
 
 
 def make_eval_step(model: Model, task: Task) -> Callable[[Params, Batch], tuple[Sums, Batch]]:

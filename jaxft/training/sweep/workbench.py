@@ -32,6 +32,7 @@ RUN_TIME_KEYS = (
     *(f"optim.{key}" for key in SCHEDULE_KEYS),
     *("optim.weight_decay", "optim.clip_norm", "optim.ema"),
     *("train.seed", "train.steps", "train.epochs", "train.log_every", "train.max_nonfinite", "train.out"),
+    "train.rollbacks",
     *("eval.every", "eval.patience"),
 )
 """Keys that change no program: trials that differ in these alone share one compiled step. Whether ``optim.clip_norm`` and
