@@ -8,12 +8,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from jaxft.cli.console import WIDTH, note
 from jaxft.cli.run_card import BASE_CARD, CARD, base_card, card_of
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import JsonObject, write_atomic
 
 if TYPE_CHECKING:  # they import jax, whose import takes seconds
     from jax import Array
@@ -185,7 +185,7 @@ def _thresholds(labels: tuple[str, ...], told: Mapping[str, object]) -> dict[str
     """The file of the thresholds that a report tells of, by its name; nothing if it tells of none."""
     from jaxft.data.thresholds import FILE, thresholds_text
 
-    found = cast("Mapping[str, Any] | None", told.get("thresholds"))
+    found = cast("JsonObject | None", told.get("thresholds"))
     if found is None:
         return {}
     cuts = {name: row["threshold"] for name, row in found["labels"].items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from jaxft.data.cache_files import (
 )
 from jaxft.data.examples import Encoded, Split, ragged_axis
 from jaxft.errors import UserError, listed
+from jaxft.files import JsonObject
 
 _BUFFERED = 1 << 18  # values of a column that are held until they are written
 _COPIED = 1 << 20  # values that are copied together where a column needs a wider type
@@ -44,7 +45,7 @@ class Cache(Split):
     folder: Path = Path()
     made: Mapping[str, object] = field(default_factory=dict)
     """What the rows were made of and by, by dotted name."""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: JsonObject = field(default_factory=dict)
     """What else whoever wrote it had to say: ``rows``, how many rows the examples are of, and more."""
     known_digest: str = ""
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxft.config import RunConfig
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 from jaxft.inference.predict import Served, make_predictor
 
 _ANCHORS, _TEXTS = 512, 8192
@@ -44,7 +45,7 @@ class Mining:
     sampling: Literal["top", "random"] = "top"
     """``top``: the nearest ones of the range. ``random``: any, each as likely."""
     seed: int = 0
-    """Of ``random``."""
+    """Seed of ``random``."""
 
     def __post_init__(self) -> None:
         for name, least in (("negatives", 1), ("from_rank", 1), ("seed", 0)):
@@ -304,7 +305,7 @@ def pair_vectors(
     options = config.task
 
     def vectors(texts: Sequence[str], role: str) -> np.ndarray:
-        changed: dict[str, Any] = {"embed_as": role}
+        changed: JsonObject = {"embed_as": role}
         asked = dataclasses.replace(config, task=dataclasses.replace(options, **changed))
         return _vectors(dataclasses.replace(served, config=asked), texts, batch_size, note)
 

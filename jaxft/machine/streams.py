@@ -6,7 +6,7 @@ import os
 import sys
 
 closed: set[str] = set()
-"""Those that were closed when the program began."""
+"""The streams that were closed when the program began."""
 
 
 def open_closed_streams() -> None:

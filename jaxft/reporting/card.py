@@ -39,7 +39,7 @@ class SplitFacts(NamedTuple):
     """Names of files or data sets; none where the rows are a part of the training files."""
     rows: int
     digest: str
-    """Of the encoded rows."""
+    """Hash of the encoded rows."""
 
 
 @dataclass(frozen=True)

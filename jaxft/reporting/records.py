@@ -14,7 +14,7 @@ from jaxft.errors import StorageError, UserError, not_written
 from jaxft.files import JsonObject, write_atomic
 
 Mark = tuple[int, int, str]
-"""Of a beginning of a log: the step of its last line, its bytes, its sha256."""
+"""A beginning of a log: the step of its last line, its bytes, its sha256."""
 _MARKS = 64
 """Most beginnings that are kept."""
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -103,7 +103,7 @@ class Written:
             self._marks, self._stride = self._marks[1::2], 2 * self._stride
 
     def said(self) -> JsonObject:
-        """As plain JSON, for :func:`log_said`."""
+        """Plain JSON, for :func:`log_said`."""
         marks = [list(mark) for mark in self._marks]
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest(), "marks": marks}
 

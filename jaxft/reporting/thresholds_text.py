@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from jaxft.files import JsonObject
 from jaxft.reporting.plots import plain_label
 
 _MOST = 50
@@ -12,7 +12,7 @@ _SHOWN = 20
 HONEST = "tuned on these very rows: other rows will score less"
 
 
-def thresholds_text(found: Mapping[str, Any], width: int, fit: Callable[[str, int], str]) -> str:
+def thresholds_text(found: JsonObject, width: int, fit: Callable[[str, int], str]) -> str:
     """A table of labels; of very many, those that gain most.
 
     Args:
@@ -20,7 +20,7 @@ def thresholds_text(found: Mapping[str, Any], width: int, fit: Callable[[str, in
       width: columns of the terminal.
       fit: cuts or pads a text to a number of columns.
     """
-    table: Mapping[str, Mapping[str, Any]] = found["labels"]
+    table: Mapping[str, JsonObject] = found["labels"]
     names, remark = list(table), ""
     if len(names) > _MOST:
         names = sorted(names, key=lambda name: table[name]["f1_at_half"] - table[name]["f1"])[:_SHOWN]

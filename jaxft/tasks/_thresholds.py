@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxft.data.thresholds import read_thresholds
+from jaxft.files import JsonObject
 from jaxft.tasks._ranking import best_cut
 from jaxft.tasks.contract import Note
 
 
-def tuned(chances: np.ndarray, true: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+def tuned(chances: np.ndarray, true: np.ndarray, labels: Sequence[str]) -> JsonObject:
     """What a report says of thresholds: for each of the labels the one of the highest F1 among all cuts between two different
     probabilities, that F1, and the F1 from 0.5 on; of several such cuts, the highest.
 
@@ -24,7 +24,7 @@ def tuned(chances: np.ndarray, true: np.ndarray, labels: Sequence[str]) -> dict[
       true: bool [N, C].
       labels: names of the C labels.
     """
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, JsonObject] = {}
     for name, said, came in zip(labels, chances.T, true.T, strict=True):
         cut, usual = best_cut(said, came), f1_from(said, came, 0.5)
         table[name] = {

@@ -246,7 +246,7 @@ class Task:
         return scores
 
     def _calibration(self, outputs: Arrays, temperature: float = 1.0) -> dict[str, float]:
-        """Of the most probable class, whatever the threshold; the Brier score is of all classes."""
+        """Calibration of the most probable class, whatever the threshold; the Brier score is of all classes."""
         said, came = self._confidence(outputs, temperature)
         found = {"ece": expected_calibration_error(said, came)}
         if self._few:

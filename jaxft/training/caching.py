@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.tokenizer import check_vocabulary
 from jaxft.data.sources.read import Reference, Row, files_of, shown
 from jaxft.errors import UserError
-from jaxft.files import refuse_existing
+from jaxft.files import JsonObject, refuse_existing
 from jaxft.hub.source import Note, Source
 from jaxft.tasks import TaskModule
 from jaxft.training.recipe import open_start
@@ -225,7 +225,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sources_said(folder: Path, about: Mapping[str, Any]) -> Iterator[str]:
+def sources_said(folder: Path, about: JsonObject) -> Iterator[str]:
     """Whether the files that a cache was made of are as they were, a line each."""
     for said in about["source"]["files"]:
         path = Path(said["path"])

@@ -16,7 +16,7 @@ _MOST = 3
 
 
 def not_finite(setup: Setup, params: Params, batch: Batch, seed: int, step: int) -> str:
-    """What of a step's loss, gradients and parameters is NaN or infinite, for people; empty if everything is finite.
+    """Names which of a step's loss, gradients and parameters are NaN or infinite; empty if everything is finite.
 
     Args:
       batch: that of the step, on the mesh.

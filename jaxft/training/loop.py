@@ -233,7 +233,7 @@ class _Run:
         return [*left_out, [back, found.last - back]]
 
     def _blamed(self, found: NotFinite) -> str:
-        """What of the last step was not finite, as far as it shows when it is computed again."""
+        """Names what was not finite in the last step, as far as it shows when it is computed again."""
         if found.named:
             return ""
         setup, number = self.setup, found.last - 1

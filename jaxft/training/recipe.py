@@ -77,7 +77,7 @@ class Recipe:
     freeze: tuple[str, ...]
     """Patterns of what does not train: those of ``optim.freeze``, and what adapters leave alone."""
     redrawn: Mapping[str, int]
-    """What of the loaded weights is drawn afresh (:func:`jaxft.models.reinit.redrawn_rows`)."""
+    """Loaded weights that are drawn afresh (:func:`jaxft.models.reinit.redrawn_rows`)."""
     updates: int | None
     """If the train step takes rates and other numbers of ``optim`` as arguments (:mod:`jaxft.training.optim.tunable`), for how many
     updates at most. None: they are constants in it."""
@@ -262,7 +262,7 @@ def _unread(task: Task, shapes: Shapes) -> tuple[str, ...]:
 
 
 def _redrawn(config: RunConfig, base: Model, task: Task, shapes: Shapes, frozen: Tree[Frozen]) -> dict[str, int]:
-    """What of the loaded weights is drawn afresh, by path in the model without adapters; what the task never reads stays.
+    """Loaded weights that are drawn afresh, by path in the model without adapters; what the task never reads stays.
 
     Raises:
       UserError: such a parameter would not train.
