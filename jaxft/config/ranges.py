@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jaxft.config.schema import RunConfig
 from jaxft.errors import UserError
@@ -12,181 +13,223 @@ from jaxft.errors import UserError
 
 def check_ranges(config: RunConfig) -> None:
     """Raises UserError for the first value out of range; names its key."""
-    optim, train, data, ev = config.optim, config.train, config.data, config.eval
-    rules = [
-        (train.batch_size > 0, "train.batch_size", train.batch_size, "must be at least 1"),
-        (train.accumulation > 0, "train.accumulation", train.accumulation, "must be at least 1"),
-        (
+    for of_section in (_of_training, _of_evaluation, _of_data, _of_optimizer, _of_model):
+        for rule in of_section(config):
+            if not rule.holds:
+                raise UserError(f"{rule.key}={rule.value}: {rule.problem}")
+    _check_finite(dataclasses.asdict(config), "")
+
+
+class _Rule(NamedTuple):
+    holds: bool
+    key: str
+    value: object
+    problem: str
+
+
+def _of_training(config: RunConfig) -> list[_Rule]:
+    train = config.train
+    return [
+        _Rule(train.batch_size > 0, "train.batch_size", train.batch_size, "must be at least 1"),
+        _Rule(train.accumulation > 0, "train.accumulation", train.accumulation, "must be at least 1"),
+        _Rule(
             train.batch_size % max(train.accumulation, 1) == 0,
             "train.accumulation",
             train.accumulation,
             f"must divide train.batch_size={train.batch_size}",
         ),
-        (train.steps is not None or train.epochs is not None, "train.epochs", None, "give train.epochs or train.steps"),
-        (train.steps is None or train.steps > 0, "train.steps", train.steps, "must be at least 1"),
-        (
+        _Rule(
+            train.steps is not None or train.epochs is not None,
+            "train.epochs",
+            None,
+            "give train.epochs or train.steps",
+        ),
+        _Rule(train.steps is None or train.steps > 0, "train.steps", train.steps, "must be at least 1"),
+        _Rule(
             train.steps is not None or train.epochs is None or train.epochs > 0,
             "train.epochs",
             train.epochs,
             "must be above 0",
         ),
-        (
+        _Rule(
             train.watchdog is None or train.watchdog > 0,
             "train.watchdog",
             train.watchdog,
             "must be more than 0 seconds; null turns it off",
         ),
-        (train.log_every > 0, "train.log_every", train.log_every, "must be at least 1"),
-        (
+        _Rule(train.log_every > 0, "train.log_every", train.log_every, "must be at least 1"),
+        _Rule(
             train.profile is None or _is_span(train.profile),
             "train.profile",
             train.profile,
             "give START:STOP, the first and the last step of the trace, for instance 10:13",
         ),
-        (train.max_nonfinite >= 0, "train.max_nonfinite", train.max_nonfinite, "must be at least 0"),
-        (train.rollbacks >= 0, "train.rollbacks", train.rollbacks, "must be at least 0"),
-        (len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
-        (train.out != "", "train.out", repr(train.out), "name a folder"),
-        (
+        _Rule(train.max_nonfinite >= 0, "train.max_nonfinite", train.max_nonfinite, "must be at least 0"),
+        _Rule(train.rollbacks >= 0, "train.rollbacks", train.rollbacks, "must be at least 0"),
+        _Rule(len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
+        _Rule(train.out != "", "train.out", repr(train.out), "name a folder"),
+        _Rule(
             all(0 <= seed < 2**32 for seed in (train.seed, *train.seeds)),
             "train.seed",
             train.seed if not train.seeds else list(train.seeds),
             "seeds must lie in 0..4294967295",
         ),
-        (ev.batch_size > 0, "eval.batch_size", ev.batch_size, "must be at least 1"),
-        (ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
-        (ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),
-        (
-            config.checkpoint.every is None or config.checkpoint.every > 0,
+    ]
+
+
+def _of_evaluation(config: RunConfig) -> list[_Rule]:
+    ev, stored = config.eval, config.checkpoint
+    return [
+        _Rule(ev.batch_size > 0, "eval.batch_size", ev.batch_size, "must be at least 1"),
+        _Rule(ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
+        _Rule(ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),
+        _Rule(
+            stored.every is None or stored.every > 0,
             "checkpoint.every",
-            config.checkpoint.every,
+            stored.every,
             "must be at least 1",
         ),
-        (
-            config.checkpoint.keep_every is None or config.checkpoint.keep_every > 0,
+        _Rule(
+            stored.keep_every is None or stored.keep_every > 0,
             "checkpoint.keep_every",
-            config.checkpoint.keep_every,
+            stored.keep_every,
             "must be at least 1",
         ),
-        (config.checkpoint.keep > 0, "checkpoint.keep", config.checkpoint.keep, "must be at least 1"),
-        (data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"),
-        (0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
-        (
+        _Rule(stored.keep > 0, "checkpoint.keep", stored.keep, "must be at least 1"),
+    ]
+
+
+def _of_data(config: RunConfig) -> list[_Rule]:
+    data = config.data
+    return [
+        _Rule(
+            data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"
+        ),
+        _Rule(0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
+        _Rule(
             data.test_fraction is None or 0 < data.test_fraction < 1,
             "data.test_fraction",
             data.test_fraction,
             "must lie between 0 and 1",
         ),
-        (
+        _Rule(
             data.test_fraction is None or data.test is None,
             "data.test_fraction",
             data.test_fraction,
             "holds out a part of data.train, and data.test names other rows; leave out one of them",
         ),
-        (
+        _Rule(
             data.test_fraction is None or data.eval is not None or data.eval_fraction + data.test_fraction < 1,
             "data.test_fraction",
             data.test_fraction,
             f"leaves nothing to train on beside data.eval_fraction={data.eval_fraction}",
         ),
-        (data.label_map is None or len(data.label_map) > 0, "data.label_map", data.label_map, "names no label"),
-        (
+        _Rule(data.label_map is None or len(data.label_map) > 0, "data.label_map", data.label_map, "names no label"),
+        _Rule(
             data.buckets is None or (len(data.buckets) > 0 and min(data.buckets) > 0),
             "data.buckets",
             data.buckets,
             "must name positive lengths",
         ),
-        (
+        _Rule(
             data.buckets is None or max(data.buckets, default=0) >= data.max_length,
             "data.buckets",
             data.buckets,
             f"must reach data.max_length={data.max_length}",
         ),
-        (
+        _Rule(
             data.buckets is None or data.packing != "best_fit",
             "data.buckets",
             data.buckets,
             "has no use with data.packing; leave it out",
         ),
-        (
+        _Rule(
             data.long_texts != "split" or data.text_pair is None,
             "data.long_texts",
             data.long_texts,
             "is for single texts; leave out data.text_pair, or use truncate",
         ),
-        (
+        _Rule(
             data.labels is None or len(data.labels) > 0,
             "data.labels",
             data.labels,
             "names no label",
         ),
-        (
+        _Rule(
             data.labels is None or len(set(_names_of(data.labels))) == len(data.labels),
             "data.labels",
             data.labels,
             "has a label twice",
         ),
-        (data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
-        (optim.learning_rate >= 0, "optim.learning_rate", optim.learning_rate, "must not be negative"),
-        (0 <= optim.warmup_fraction <= 1, "optim.warmup_fraction", optim.warmup_fraction, "must lie in 0..1"),
-        (
+        _Rule(data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
+    ]
+
+
+def _of_optimizer(config: RunConfig) -> list[_Rule]:
+    optim = config.optim
+    return [
+        _Rule(optim.learning_rate >= 0, "optim.learning_rate", optim.learning_rate, "must not be negative"),
+        _Rule(0 <= optim.warmup_fraction <= 1, "optim.warmup_fraction", optim.warmup_fraction, "must lie in 0..1"),
+        _Rule(
             optim.warmup_steps is None or optim.warmup_steps >= 0,
             "optim.warmup_steps",
             optim.warmup_steps,
             "must not be negative",
         ),
-        (0 <= optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must lie in 0..1"),
-        (0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "must lie in 0..1"),
-        (0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "must lie in 0..1"),
-        (
+        _Rule(0 <= optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must lie in 0..1"),
+        _Rule(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "must lie in 0..1"),
+        _Rule(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "must lie in 0..1"),
+        _Rule(
             optim.clip_norm is None or optim.clip_norm > 0,
             "optim.clip_norm",
             optim.clip_norm,
             "must be above 0 (null: off)",
         ),
-        (0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "must lie in 0..1"),
-        (optim.ema is None or 0 < optim.ema < 1, "optim.ema", optim.ema, "must lie between 0 and 1"),
-        (
-            config.model.vocab_tile is None or config.model.vocab_tile > 0,
+        _Rule(0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "must lie in 0..1"),
+        _Rule(optim.ema is None or 0 < optim.ema < 1, "optim.ema", optim.ema, "must lie between 0 and 1"),
+    ]
+
+
+def _of_model(config: RunConfig) -> list[_Rule]:
+    model, optim = config.model, config.optim
+    return [
+        _Rule(
+            model.vocab_tile is None or model.vocab_tile > 0,
             "model.vocab_tile",
-            config.model.vocab_tile,
+            model.vocab_tile,
             "must be at least 1 (null: all at once)",
         ),
-        (
-            config.model.reinit_layers >= 0,
+        _Rule(
+            model.reinit_layers >= 0,
             "model.reinit_layers",
-            config.model.reinit_layers,
+            model.reinit_layers,
             "must not be negative (0: none)",
         ),
-        (
-            config.model.reinit_layers == 0 or config.model.init is not None,
+        _Rule(
+            model.reinit_layers == 0 or model.init is not None,
             "model.reinit_layers",
-            config.model.reinit_layers,
+            model.reinit_layers,
             "draws layers of loaded weights afresh, and without model.init all are; leave it out",
         ),
-        (
-            config.model.lora.rank is None or config.model.lora.rank > 0,
+        _Rule(
+            model.lora.rank is None or model.lora.rank > 0,
             "model.lora.rank",
-            config.model.lora.rank,
+            model.lora.rank,
             "must be at least 1 (null: no adapters)",
         ),
-        (
-            config.model.lora.rank is None or (not optim.freeze and optim.layer_decay == 1),
+        _Rule(
+            model.lora.rank is None or (not optim.freeze and optim.layer_decay == 1),
             "model.lora.rank",
-            config.model.lora.rank,
+            model.lora.rank,
             "adapters say what trains: leave out optim.freeze and optim.layer_decay",
         ),
-        (
+        _Rule(
             all(size == -1 or size > 0 for size in dataclasses.astuple(config.mesh)[:5]),
             "mesh",
             dict(list(dataclasses.asdict(config.mesh).items())[:5]),
             "sizes must be positive, one may be -1",
         ),
     ]
-    for holds, key, value, problem in rules:
-        if not holds:
-            raise UserError(f"{key}={value}: {problem}")
-    _check_finite(dataclasses.asdict(config), "")
 
 
 def _names_of(labels: Mapping[str, str] | Sequence[str]) -> list[str]:
