@@ -265,7 +265,9 @@ def test_messages_of_many_lines_and_errors_of_the_system_are_one_line(
     fail(UserError("one\n  two"))
     assert refusal(capsys, "show-config") == "one two"
     fail(OSError(28, "No space left on device", "runs/x/log.jsonl"))
-    assert refusal(capsys, "show-config") == "runs/x/log.jsonl: No space left on device"
+    assert refusal(capsys, "show-config", code=4) == "runs/x/log.jsonl: No space left on device"
+    fail(PermissionError(13, "Permission denied", "runs/x/log.jsonl"))
+    assert refusal(capsys, "show-config") == "runs/x/log.jsonl: Permission denied"
     fail(ValueError("a bug keeps its traceback"))
     with pytest.raises(ValueError, match="a bug"):
         run(capsys, "show-config")

@@ -104,10 +104,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, out, err
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a command that must fail with exit code 2 and one line on stderr."""
-    code, _, err = run(capsys, *arguments)
-    assert code == 2, err
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The message of a command that must fail with an exit code and one line on stderr."""
+    ended, _, err = run(capsys, *arguments)
+    assert ended == code, err
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert lines[0].startswith(f"jaxft {arguments[0]}: error: "), err
