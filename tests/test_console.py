@@ -105,7 +105,7 @@ def test_other_commands_name_what_could_not_be_written() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (
-        2,
+        4,
         "jaxft show-config: error: standard output: No space left on device\n",
     )
 
