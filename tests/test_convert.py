@@ -170,7 +170,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, capsys: Capture, mon
 
     source = make_folder(tmp_path / "source")
     monkeypatch.setattr(pretrained, "write_atomic", full)
-    assert "No space left on device" in refusal(capsys, "convert", source, tmp_path / "target")
+    assert "No space left on device" in refusal(capsys, "convert", source, tmp_path / "target", code=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source.tokenizer"]
 
 
