@@ -81,8 +81,9 @@ def train_torch(run: str, overrides: list[str], seed: int) -> dict[str, float]:
         trainer = transformers.Trainer(
             model, arguments, transformers.DataCollatorWithPadding(tokenizer), rows_of(found.train), rows_of(held_out)
         )
-        trainer.train()
-        said: Any = trainer.predict(rows_of(held_out))
+        with contextlib.redirect_stdout(sys.stderr):  # where it prints what it did
+            trainer.train()
+            said: Any = trainer.predict(rows_of(held_out))
     chosen = np.argmax(said.predictions, axis=-1)
     return {
         "accuracy": float(accuracy_score(said.label_ids, chosen)),
