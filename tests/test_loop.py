@@ -729,6 +729,25 @@ def test_a_run_goes_back_and_leaves_out_what_is_not_finite(
     assert_same_params(second.result.params, run.result.params)
 
 
+def test_a_stop_that_is_asked_for_while_a_run_goes_back_is_not_forgotten(
+    ready: Ready, whole: tuple[Run, Path], tmp_path: Path
+) -> None:
+    bad = dict.fromkeys(whole[0].batches[12:18], True)
+    broken = spoilt_batches(ready.but(train={"max_nonfinite": 4}, checkpoint={"every": 5, "keep": 99}), bad)
+    with pytest.MonkeyPatch.context() as patch:
+        real = loop._Run.goes_back
+
+        def told(run: Any, found: Any, note: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(run, found, note)
+
+        patch.setattr(loop._Run, "goes_back", told)
+        run = fit(broken, tmp_path)
+    assert (run.result.interrupted, run.result.step) == (True, 11)  # the first step of the new course
+    # It has not taken the new course's checkpoints for the old one's.
+    assert fit(broken, tmp_path).result.step == TOTAL
+
+
 def test_a_run_goes_back_so_often_and_no_oftener(ready: Ready, tmp_path: Path) -> None:
     def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
         bad = batch["weights"] * (np.nan if int(state.step) >= 12 else 1.0)

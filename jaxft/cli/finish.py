@@ -197,6 +197,8 @@ def _cards(ready: Setup, result: Result, scores: Mapping[str, Mapping[str, objec
     from jaxft.reporting.card import card_text
 
     before = base_card(ready)
+    if before is None and ready.source is not None and (ready.source.folder / CARD).exists():
+        note(f"left behind in {ready.source.folder}: {CARD} (no text, or too large); the export has a card of its own")
     return {CARD: card_text(card_of(ready, result, scores, seconds)), **({} if before is None else {BASE_CARD: before})}
 
 

@@ -157,7 +157,7 @@ def _summary(card: Card) -> str:
     labels = f" It tells {len(card.labels)} labels apart: {_listed(card.labels)}." if len(card.labels) > 1 else ""
     return (
         f"A `{card.architecture}` of {card.parameters:,} parameters, {began} for {card.task.rpartition('.')[2].replace('_', ' ')} "
-        f"with [jaxft](https://pypi.org/project/jaxft/).{labels}"
+        f"with jaxft.{labels}"
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxft.errors import listed
 from jaxft.parallel.sharding import jitted, replicated
@@ -48,11 +51,16 @@ def not_finite_in(setup: Setup, tree: Params) -> list[str]:
     """The paths of arrays that hold NaN or infinity."""
     paths = paths_of(tree)
     floats = {path: leaf for path, leaf in paths.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    program = jitted(_all_finite, setup.mesh, replicated(setup.mesh))
     with jax.set_mesh(setup.mesh):
-        finite = jax.device_get(program(floats))
+        finite = jax.device_get(_all_finite(setup.mesh)(floats))
     return [path for path in floats if not finite[path]]
 
 
-def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+@functools.lru_cache(maxsize=4)
+def _all_finite(mesh: Mesh) -> jax.stages.Wrapped:
+    """Whether each of some arrays is finite; one program for all saves of a run."""
+
+    def looked_through(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+    return jitted(looked_through, mesh, replicated(mesh))

@@ -35,6 +35,8 @@ from jaxft.training.watchdog import watched
 from jaxft.trees import Params
 
 T = TypeVar("T")
+_LOST = "steps gone back over"
+"""What the seconds of steps are called that a run went back over."""
 
 
 class NotFinite(Exception):
@@ -94,16 +96,13 @@ def fit(
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
-            while True:
-                try:
-                    with run.sinks, stop_on_signal() as stop, watched(run.lap.clock, config.train.watchdog, out):
-                        run.train(stop)
-                        run.finish(out)
-                    return run.result(note)
-                except NotFinite as found:
+            with stop_on_signal() as stop:  # whoever asked for a stop is not forgotten where the run goes back
+                while (found := run.trained(stop, out)) is not None:
                     left_out = run.goes_back(found, note)
-                times = Times({**times.seconds, "steps gone back over": run.goodput.elapsed()})
-                run = _begun(setup, programs, out, seed, note, times, store, watch, left_out)
+                    lost = times.seconds.get(_LOST, 0.0) + run.goodput.elapsed()
+                    times = Times({**times.seconds, _LOST: lost})
+                    run = _begun(setup, programs, out, seed, note, times, store, watch, left_out)
+            return run.result(note)
     finally:
         store.close()
 
@@ -179,6 +178,16 @@ class _Run:
     best_scores: Mapping[str, object] | None = None
     """Scores of the best step, if it was evaluated in this process."""
 
+    def trained(self, stop: Stop, out: Path) -> NotFinite | None:
+        """Trains, and waits for what is stored; what was not finite, if that ended it."""
+        try:
+            with self.sinks, watched(self.lap.clock, self.setup.config.train.watchdog, out):
+                self.train(stop)
+                self.finish(out)
+        except NotFinite as found:
+            return found
+        return None
+
     def train(self, stop: Stop) -> None:
         """Trains until the last step, or until someone or something stops it."""
         config, total = self.setup.config, self.setup.total_steps
@@ -225,6 +234,7 @@ class _Run:
         stored = self.store.steps()
         # A step that was stored since then has the same parameters: better than none.
         back = max((step for step in stored if step < found.first), default=max(stored, default=0))
+        back = processes.first_says(back)  # the first process deletes what others may be listing
         self.store.forget_after(back)
         note(
             f"{found}: going back to step {back}, and leaving out the batches of steps {back + 1} to {found.last} "
@@ -234,7 +244,7 @@ class _Run:
 
     def _blamed(self, found: NotFinite) -> str:
         """Names what was not finite in the last step, as far as it shows when it is computed again."""
-        if found.named:
+        if found.named or self.watch is not None:  # a sweep tells no more of a trial than that it diverged
             return ""
         setup, number = self.setup, found.last - 1
         rules = setup.model.compute.rules
