@@ -236,10 +236,9 @@ class _Run:
         back = max((step for step in stored if step < found.first), default=max(stored, default=0))
         back = processes.first_says(back)  # the first process deletes what others may be listing
         self.store.forget_after(back)
-        note(
-            f"{found}: going back to step {back}, and leaving out the batches of steps {back + 1} to {found.last} "
-            f"({len(left_out) + 1} of {most} times)"
-        )
+        first, last = back + 1, found.last
+        which = f"the batches of steps {first} to {last}" if last > first else f"the batch of step {last}"
+        note(f"{found}: going back to step {back}, and leaving out {which} ({len(left_out) + 1} of {most} times)")
         return [*left_out, [back, found.last - back]]
 
     def _blamed(self, found: NotFinite) -> str:
