@@ -16,19 +16,17 @@ peak memory.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from jaxft.bench.machine import machine
+from reported import report
+
 from jaxft.bench.workers import Worker, answer
-from jaxft.files import write_atomic
 
 RUN = "configs/runs/debian_descriptions.yaml"
 SAME = ("model.arch={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}", "optim.warmup_steps=0")
@@ -40,23 +38,31 @@ Step = Callable[[], tuple[int, float]]
 
 def setup_of(options: argparse.Namespace) -> Any:
     from jaxft.config import load_config
+
+    parts = f"train.accumulation={options.batch // options.at_once}"
+    if options.worker == "packed":
+        packed = ["data.packing=best_fit", "data.buckets=null"]
+        return prepared(options, [*packed, parts, f"train.batch_size={packed_batch(options, packed)}"])
+    most = load_config(options.run, options.overrides).data.max_length * 2
+    buckets = f"data.buckets={[*range(16, most, 16), most]}"
+    return prepared(options, ["data.packing=none", buckets, parts])
+
+
+def packed_batch(options: argparse.Namespace, packed: list[str]) -> int:
+    """The batch nearest to the other contenders' whose pairs, and whose rows, can be cut into as many parts."""
+    from jaxft.training.packing import rows_of_batch
+
+    train, parts = prepared(options, packed).train, options.batch // options.at_once
+    sizes = (size for size in range(parts, 2 * options.batch, parts) if rows_of_batch(train, size) % parts == 0)
+    return min(sizes, key=lambda size: abs(size - options.batch))
+
+
+def prepared(options: argparse.Namespace, more: list[str]) -> Any:
+    from jaxft.config import load_config
     from jaxft.training.setup import Times, prepare
 
-    most = load_config(options.run, options.overrides).data.max_length * 2
-    more = [
-        *SAME,
-        f"train.batch_size={options.batch}",
-        f"train.accumulation={options.batch // options.at_once}",
-        *(
-            ("data.packing=best_fit", "data.buckets=null")
-            if options.worker == "packed"
-            else ("data.packing=none", f"data.buckets={[*range(16, most, 16), most]}")
-        ),
-        "optim.schedule=constant",
-        "optim.weight_decay=0.0",
-        *options.overrides,
-    ]
-    return prepare(load_config(options.run, more), lambda line: None, Times())
+    same = [*SAME, f"train.batch_size={options.batch}", "optim.schedule=constant", "optim.weight_decay=0.0"]
+    return prepare(load_config(options.run, [*same, *more, *options.overrides]), lambda line: None, Times())
 
 
 def jaxft_step(options: argparse.Namespace) -> Step:
@@ -229,15 +235,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options)
-    about = machine(("jax", "jaxlib", "flax", "torch", "transformers", "sentence-transformers"))
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    rows = memory(options) if options.memory else compare(options)
-    if not options.memory:
-        print(text_of(rows))
-    if options.json:
-        write_atomic(
-            Path(options.json), json.dumps({"machine": about, "run": options.run, "rows": rows}, indent=1) + "\n"
-        )
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "sentence-transformers")
+    if options.memory:
+        return report(options, packages, memory, lambda rows: "")  # said as they come
+    report(options, packages, compare, text_of)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from jaxft.bench.machine import machine
+from reported import report
+
 from jaxft.bench.workers import Worker, answer
-from jaxft.files import write_atomic
 
 RUN = "configs/runs/wordnet8_minilm.yaml"
 LIKE = {"jaxft": (), "packed": ("data.packing=best_fit", "data.buckets=null")}
@@ -164,14 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options)
-    about = machine(("jax", "jaxlib", "flax", "torch", "transformers", "accelerate"))
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    rows = compare(options)
-    print(text_of(rows))
-    if options.json:
-        write_atomic(
-            Path(options.json), json.dumps({"machine": about, "run": options.run, "rows": rows}, indent=1) + "\n"
-        )
+    report(options, ("jax", "jaxlib", "flax", "torch", "transformers", "accelerate"), compare, text_of)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from quality import RUN, check, rows_of
-
-from jaxft.bench.machine import machine
-from jaxft.files import write_atomic
+from reported import report
 
 CONTENDERS = ("jaxft", "optuna")
 LOW, HIGH = 1e-5, 1e-3
@@ -143,14 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options)
-    about = machine(("jax", "jaxlib", "flax", "torch", "transformers", "accelerate", "optuna"))
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    rows = compare(options)
-    print(text_of(rows, options.trials))
-    if options.json:
-        write_atomic(
-            Path(options.json), json.dumps({"machine": about, "run": options.run, "rows": rows}, indent=1) + "\n"
-        )
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "accelerate", "optuna")
+    report(options, packages, compare, lambda rows: text_of(rows, options.trials))
 
 
 if __name__ == "__main__":
