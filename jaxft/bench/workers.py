@@ -55,11 +55,9 @@ class Worker:
     def ask(self, line: str = "") -> JsonObject:
         """Sends a line, returns the answer."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # read() says what happened
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # read() says what happened
         return self.read()
 
     def close(self) -> None:
