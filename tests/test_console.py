@@ -88,6 +88,7 @@ def test_a_run_outlives_its_console(
     assert (folder / "run/metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_console_at_all(accented: tuple[Path, list[str]], tmp_path: Path) -> None:
     _, arguments = accented
     out, told = tmp_path / "run", tmp_path / "told"
