@@ -29,6 +29,8 @@ class Field(NamedTuple):
     """What the entries of every row are, if rows do not store this field (masks and weights: 1)."""
     count: int | None = None
     """Ids are below this: rows of the table that they are looked up in. None: anything goes."""
+    apart: bool = False
+    """Whether rows that share one of its values, negative ones aside, are kept in different training batches where that can be."""
 
     def shape(self, shape: Shape) -> tuple[int, ...]:
         """The padded array's shape."""

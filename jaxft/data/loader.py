@@ -3,7 +3,8 @@
 There is no iterator state to save: resuming at step n reads batch n, at once, on any number of processes. Each epoch is one
 seeded shuffle of the split (Grain's index shuffle: O(1) memory), cut into windows; inside a window rows are sorted by
 length and cut into batches, and the batches of a window are shuffled. So rows of similar length share a batch, every row
-is seen exactly once per epoch, and a batch has one of a few declared lengths ("buckets").
+is seen exactly once per epoch, and a batch has one of a few declared lengths ("buckets"). Where a field asks for it, rows of a
+window that share one of its values are dealt into different batches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.data.apart import keep_apart
 from jaxft.data.batch import Fields, HostBatch, Shape, collate
 from jaxft.data.examples import Examples
 from jaxft.parallel.sharding import AxisRules, batch_sharding
@@ -121,10 +123,17 @@ def _window(batches: Batches, epoch: int, window: int) -> list[np.ndarray]:
         place = int(rng.integers(full + 1))
         sizes[place], sizes[-1] = sizes[-1], sizes[place]
     cuts = np.split(members, np.cumsum(sizes)[:-1])
+    if names := [name for name, field in batches.split.fields.items() if field.apart]:
+        cuts = keep_apart(cuts, functools.partial(_values_of, batches.split, names))
     # Every batch but the epoch's last is full, so that (step -> rows) needs no table.
     short = [cut for cut in cuts if len(cut) < size]
     whole = [cut for cut in cuts if len(cut) == size]
     return [whole[i] for i in rng.permutation(len(whole))] + short
+
+
+def _values_of(split: Examples, names: list[str], row: int) -> frozenset[int]:
+    example = split[row]
+    return frozenset(value for name in names for value in np.ravel(example[name]).tolist() if value >= 0)
 
 
 def bucket_of(length: int, buckets: tuple[int, ...]) -> int:

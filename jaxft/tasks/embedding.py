@@ -52,6 +52,14 @@ ROW_OPTIONS: tuple[str, ...] = (
 )
 
 
+_SHARED = {
+    "mask": "no negatives of each other",
+    "apart": "in different batches of training, and no negatives of each other",
+    "keep": "taken for negatives of each other",
+}
+"""What becomes of rows that share a text, by ``task.duplicates``."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learnt and how it is scored. Static and hashable: part of jit cache keys."""
@@ -111,7 +119,7 @@ class Task:
         o = self.options
         if o.loss == "ranking":
             return contrastive.ranking(
-                seen, o.scale, both=o.directions == "both", mask_duplicates=o.duplicates == "mask"
+                seen, o.scale, both=o.directions == "both", mask_duplicates=o.duplicates != "keep"
             )
         if o.loss == "triplet":
             return contrastive.triplet(seen, o.margin, euclidean=o.distance == "euclidean")
@@ -170,12 +178,10 @@ class Task:
         texts = split.columns["texts"]
         shared = len(texts) - min(len(np.unique(texts[:, 0])), len(np.unique(texts[:, 1])))
         if shared and self.options.loss == "ranking":
-            meant = (
-                "no negatives of each other"
-                if self.options.duplicates == "mask"
-                else "taken for negatives of each other"
+            yield (
+                f"{split.name}: {shared} of {len(texts)} rows have a text or a partner that another row has; "
+                f"{_SHARED[self.options.duplicates]} (task.duplicates)"
             )
-            yield f"{split.name}: {shared} of {len(texts)} rows have a text or a partner that another row has; {meant} (task.duplicates)"
 
     def predictions(self, forward: Forward, batch: Batch) -> Batch:
         """``vectors`` [B, P, D] of each row's texts, of length 1 if the model gives them so."""
@@ -362,7 +368,8 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
         numbers: dict[str, Field] = {"teacher": Field(("batch", options.teacher_width), "float32")}
     else:
         numbers = {"labels": Field(("batch",), "float32")} if options.loss in NEED_NUMBERS else {}
-    return {**several_fields(pad_id, options.texts), "texts": Field(("batch", options.texts), fill=-1), **numbers}
+    texts = Field(("batch", options.texts), fill=-1, apart=options.duplicates == "apart")
+    return {**several_fields(pad_id, options.texts), "texts": texts, **numbers}
 
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:

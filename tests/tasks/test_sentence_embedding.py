@@ -245,7 +245,7 @@ TRAIN = [
 @pytest.mark.parametrize(
     ("pooling", "settings"),
     [
-        ("mean", ["task.query_prompt='the '", "task.text_prompt='a '", "train.batch_size=8"]),
+        ("mean", ["task.query_prompt='the '", "task.duplicates=apart", "task.text_prompt='a '", "train.batch_size=8"]),
         pytest.param(
             "weighted",
             ["task.normalize=false", "data.packing=best_fit", "train.batch_size=16", "eval.batch_size=16"],

@@ -29,8 +29,9 @@ class Config(TaskConfig):
     """What similarities are multiplied with in ``ranking`` and ``cosent``: 1 / temperature."""
     directions: Literal["one", "both"] = "one"
     """``both``: ranking the other way round counts as much, each partner finding its text."""
-    duplicates: Literal["mask", "keep"] = "mask"
-    """``mask``: texts of the batch that are right as well, by their very words, are no negatives."""
+    duplicates: Literal["mask", "keep", "apart"] = "mask"
+    """``mask``: texts of the batch that are right as well, by their very words, are no negatives. ``apart``: rows that share a text are
+    put into different batches, and masked where there are too many of them. ``keep``: they are negatives."""
     negatives: tuple[str, ...] = ()
     """Columns of texts that do not belong to the row's text though they look like it: one text each, or a list of texts."""
     negatives_per_row: int | None = None
