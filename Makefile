@@ -9,12 +9,13 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
 
-.PHONY: help train train-quick test test-slow zoo tables lint types bench clean
+.PHONY: help train train-quick test test-slow zoo faults tables lint types bench clean
 
 help:
 	@echo 'make train        fine-tune MiniLM on WordNet-8, report, export    (ARGS="train.seeds=[0,1,2]")'
 	@echo 'make test         all tests          make test-slow   also those that take minutes'
 	@echo 'make zoo          hundreds of odd model folders, each against transformers (ARGS="--only tied")'
+	@echo 'make faults       kills, damaged files, signals, full disks: real ones, counted    (ARGS=--quick)'
 	@echo 'make tables       the tables of families in README.md and docs/models.md, from the code'
 	@echo 'make lint types   ruff, pyrefly      make bench       train step against transformers on torch'
 
@@ -46,6 +47,10 @@ test-slow: $(VENV)/.dev
 
 zoo: $(VENV)/.dev
 	$(BIN)/python tests/zoo/run.py $(ARGS)
+
+# Real faults in real runs: kills, damaged files, signals, full disks (docs/faults.md).
+faults: $(VENV)/.dev
+	$(BIN)/python tests/faults/run.py $(ARGS)
 
 # The tables of families in the pages that have them.
 tables: $(VENV)/.run

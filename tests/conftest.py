@@ -14,8 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "100"
 
 import gc
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -56,3 +58,15 @@ def pytest_runtest_logfinish() -> None:
         gc.collect()
         release_freed()  # to the system: the C library would keep it
         _most = max(_most, _resident() + _GROWTH)
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Programs that are started get signals that whoever started the tests ignores (``nohup``, ``&``)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -25,6 +25,7 @@ from jaxft.machine.threads import Ahead, still_working
 from jaxft.reporting.report import report_text
 from jaxft.training import setup
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
 USUAL = ["train.steps=2", "train.export=false", "eval.every=2"]
 
 

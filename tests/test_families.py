@@ -66,7 +66,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 # Families' own tests hold their weights, test_lora their adapters.
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("bert", "llama"))) for name in FAMILIES],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in FAMILIES],
 )
 def test_from_weights_to_weights(family: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_folder(tmp_path / "source", family, None)

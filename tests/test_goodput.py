@@ -24,6 +24,7 @@ from jaxft.training.goodput import Lap, lap_of
 from jaxft.training.setup import Times, prepare
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace_and_its_time_by_cause(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,7 +121,8 @@ def test_dropout_of_a_row_follows_its_number(attention: str) -> None:
         assert_near([x[at] for x in found], jax.tree.leaves(looped("classification", 0.2)[number]))
 
 
-@pytest.mark.parametrize("task", ["classification", pytest.param("masked_lm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "masked_lm"])
 def test_each_row_is_clipped_and_groups_change_nothing(task: str) -> None:
     made, model, batch = TASKS[task], model_of(task), batch_of(task)
     rows = looped(task)

@@ -67,6 +67,7 @@ def is_kept(folder: Path, source: Path) -> None:
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("problem", "classes"), PROBLEMS)
 def test_other_problems_are_kept_and_answered_by_their_own_tasks_alone(
     tmp_path: Path, capsys: Capture, problem: str | None, classes: int
@@ -168,6 +169,7 @@ def test_architectures_that_the_family_does_not_have(tmp_path: Path, capsys: Cap
     assert not any("classifier" in name for name in load_file(tmp_path / "bare/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_run_from_the_encoder_below_a_foreign_head(tmp_path: Path, capsys: Capture) -> None:
     source = make_folder(tmp_path / "source", "classification")
     rename(source, classifier="crf.start", bert__pooler=None)

@@ -332,6 +332,7 @@ def scripted(patch: pytest.MonkeyPatch, metric: str, sign: int, already: int = 0
     patch.setattr(loop, "evaluate", evaluate)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "micro_f1", "loss"])
 def test_early_stopping_and_best_checkpoint(
     ready: Ready, tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
@@ -870,6 +871,7 @@ for out in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
     def start(*outs: str) -> subprocess.Popen[str]:
         arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path), *outs]

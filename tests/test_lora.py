@@ -113,6 +113,7 @@ def trained(folder: Path, out: str, *more: str) -> tuple[Any, Any]:
     return start, jax.device_get(result.params)
 
 
+@pytest.mark.slow
 def test_only_adapters_and_head_train_and_the_mesh_does_not_matter(tmp_path: Path) -> None:
     start, one = trained(tmp_path, "one")
     before, after = paths_of(start), paths_of(one)

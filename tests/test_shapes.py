@@ -101,6 +101,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "head", "how"), CASES)
 def test_models_keep_to_the_shapes_that_signatures_state(
     called: set[str], family: str, head: str | None, how: Compute

@@ -31,16 +31,7 @@ def say_when_stuck():
 ENDED = "ended at once by a second signal"
 
 
-@pytest.fixture(autouse=True)
-def usual_signals() -> Iterator[None]:
-    """Programs that are started get signals that whoever started the tests ignores (``nohup``, ``&``)."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("usual_signals")
 
 
 @contextmanager

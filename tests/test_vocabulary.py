@@ -65,7 +65,7 @@ def test_no_array_of_all_logits_is_made() -> None:
     assert f"{rows},{vocabulary}]" not in (compiled.as_text() or "")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_models_and_tasks_give_the_same_either_way(tied: bool) -> None:
     rng = np.random.default_rng(0)

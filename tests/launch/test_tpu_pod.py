@@ -20,6 +20,7 @@ from jaxft.machine.processes import detect
 
 from .conftest import Recorder
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
 ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/tpu_pod.sh"
 SLICES = "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_COORDINATOR_ADDRESS: 's0w0:8081'\nMEGASCALE_NUM_SLICES: '2'\n"

@@ -55,9 +55,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 QUICK = {
     ("bert", "classification", "one device"),
-    ("modernbert", "classification", "one device"),
     ("bert", "token_classification", "2x2x2 in two parts"),
-    ("bert", "multi_label", "one device"),
     ("bert", "embedding", "2x2x2 in two parts"),
     ("bert", "multiple_choice", "one device"),
 }

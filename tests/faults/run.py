@@ -1,0 +1,75 @@
+"""Puts real faults into real runs and counts what came out wrong: ``make faults``.
+
+python tests/faults/run.py                      # all batteries, as many cases as the table in docs/faults.md says
+python tests/faults/run.py --quick              # some of each, a few minutes
+python tests/faults/run.py --only kills --count 20 --seed 7 --json found.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "faults"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from faults import corruptions, disks, kills, signals
+from faults.course import Course, prepare
+from faults.report import Report
+
+_Battery = Callable[[Course, int, int], Report]
+_BATTERIES: dict[str, tuple[_Battery, int, int]] = {
+    "kills": (kills.run, 200, 10),
+    "corruptions": (corruptions.run, 500, 60),
+    "signals": (signals.run, 50, 5),
+    "disks": (disks.run, 20, 3),
+}
+"""By name: what runs it, and how many cases it has in full and with --quick."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if nothing came out wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(_BATTERIES), default=list(_BATTERIES))
+    parser.add_argument("--count", type=int, help="cases of each battery")
+    parser.add_argument("--quick", action="store_true", help="some cases of each battery")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of the runs")
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="jaxft-faults-"))
+    reports: list[Report] = []
+    try:
+        course = prepare(folder)
+        for name in options.only:
+            battery, full, quick = _BATTERIES[name]
+            began = time.monotonic()
+            reports.append(battery(course, options.count or (quick if options.quick else full), options.seed))
+            reports[-1].figures["seconds"] = round(time.monotonic() - began, 1)
+            _say(reports[-1])
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if options.json:
+        options.json.write_text(json.dumps({one.name: one.as_json() for one in reports}, indent=2) + "\n")
+    return 1 if any(one.wrong for one in reports) else 0
+
+
+def _say(report: Report) -> None:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.cases.items()))
+    print(f"{report.name}: {report.cases.total()} cases ({kinds}), {len(report.wrong)} wrong, {report.figures}")
+    for line in report.wrong:
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
