@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,46 @@ STEPS = 60
 _OPTIONS = (f"train.steps={STEPS}", "train.log_every=1", "eval.every=3", "checkpoint.keep=2", "optim.ema=0.9")
 
 
+class Running:
+    """The processes of a run that was started."""
+
+    def __init__(self, options: tuple[str, ...], out: Path, count: int) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        address = f"127.0.0.1:{_free_port()}"
+        with open(out.with_name(f"{out.name}.said"), "a") as said:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "jaxft", "train", *options, f"train.out={out}"],
+                    env=environment() | _place(address, index, count), stdout=said, stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL, start_new_session=True, text=True,
+                )
+                for index in range(count)
+            ]  # fmt: skip
+
+    def ended(self) -> bool:
+        """Whether any of them has ended."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def wait(self, seconds: float = 180.0) -> int | None:
+        """The first exit code that is not 0, or 0; None: they did not end in time, and have been killed."""
+        deadline = time.monotonic() + seconds
+        try:
+            codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+        return next((code for code in codes if code), 0)
+
+    def kill(self, only: int | None = None) -> None:
+        """kill -9 of all, or of one; waits until they are gone."""
+        chosen = self.processes if only is None else [self.processes[only]]
+        for process in chosen:
+            process.kill()
+        for process in chosen:
+            process.wait()
+
+
 @dataclass(frozen=True)
 class Course:
     """The run, and what an undisturbed one left."""
@@ -34,14 +75,15 @@ class Course:
     trace: dict[str, str]
     seconds: float
     """What the undisturbed one took from start to end, with compiled programs at hand."""
+    processes: int = 1
 
-    def start(self, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """Begins or goes on with the run in ``out``, in a session of its own."""
-        return start(self.options, out, *more, launcher=launcher)
+    def start(self, out: Path) -> Running:
+        """Begins or goes on with the run in ``out``; what it says is added to ``OUT.said``."""
+        return Running(self.options, out, self.processes)
 
 
 def environment() -> dict[str, str]:
-    """One CPU device, quick compilation, and signals' defaults whatever started the harness."""
+    """One CPU device, and quick compilation."""
     return os.environ | {
         "XLA_FLAGS": quick_flags(),
         "JAX_PLATFORMS": "cpu",
@@ -50,37 +92,34 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(options: tuple[str, ...], out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Starts ``jaxft train`` with these options; standard output and error go to ``OUT.said``."""
-    command = [*launcher] if launcher else [sys.executable, "-m", "jaxft", "train"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f"{out.name}.said"), "a") as said:
-        return subprocess.Popen(
-            [*command, *options, *more, f"train.out={out}"],
-            env=environment(), stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, text=True,
-        )  # fmt: skip
+def _place(address: str, index: int, count: int) -> dict[str, str]:
+    if count == 1:
+        return {}
+    return {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
 
 
-def prepare(folder: Path, *more: str) -> Course:
-    """Makes the data, compiles what is to be compiled, and takes the run to its end once undisturbed."""
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def prepare(folder: Path, processes: int = 1) -> Course:
+    """Makes the data, compiles what is to be compiled, and takes the run to its end twice undisturbed."""
     folder.mkdir(parents=True, exist_ok=True)
-    cache = f"train.compilation_cache={folder / 'programs'}"
-    given = [
-        option
-        for option in overrides(folder)
-        if not option.startswith(("train.compilation_cache", "train.steps", "eval.every"))
-    ]
-    options = (*(one for one in given if not one.startswith(("train.log_every", "optim.ema"))), cache, *_OPTIONS, *more)
+    ours = ("train.compilation_cache", "train.steps", "train.log_every", "eval.every", "optim.ema")
+    given = [option for option in overrides(folder) if not option.startswith(ours)]
+    mesh = [f"mesh.data={processes}"] if processes > 1 else []
+    options = (*given, *mesh, f"train.compilation_cache={folder / 'programs'}", *_OPTIONS)
+    seconds = 0.0
     for name in ("first", "whole"):
         began = time.monotonic()
-        process = start(options, folder / name)
-        if process.wait() != 0:
+        if Running(options, folder / name, processes).wait() != 0:
             raise RuntimeError((folder / f"{name}.said").read_text())
         seconds = time.monotonic() - began
     first, whole = trace_of(folder / "first"), trace_of(folder / "whole")
     if first != whole:
         raise RuntimeError(f"two undisturbed runs differ in {differing(first, whole)}")
-    return Course(folder, options, whole, seconds)
+    return Course(folder, options, whole, seconds, processes)
 
 
 # ------------------------------------------------------------------------------------------------------ what a run left
@@ -130,10 +169,10 @@ def said(out: Path, lines: int = 3) -> str:
     return " | ".join(out.with_name(f"{out.name}.said").read_text(errors="replace").splitlines()[-lines:])
 
 
-def wait_until(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float) -> bool:
-    """Whether something came true before the process or the time was over."""
+def wait_until(what: Callable[[], bool], running: Running, seconds: float = 180.0) -> bool:
+    """Whether something came true before the run or the time was over."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and not running.ended():
         if what():
             return True
         time.sleep(0.001)

@@ -12,8 +12,6 @@ from pathlib import Path
 from .course import Course, differing, said, sealed, state_of, trace_of
 from .report import Report
 
-_LONGEST = 180.0
-
 
 def run(course: Course, count: int, seed: int) -> Report:
     """One case for each size of disk, from what holds nothing to what nearly holds the run."""
@@ -41,7 +39,7 @@ def _filled(course: Course, disk: Path, what: str) -> str | None:
     out = disk / "run"
     # What is printed goes elsewhere: the disk is to be filled by the run alone.
     (disk / "run.said").symlink_to(course.folder / f"disk-{what.replace(' ', '')}.said")
-    code = course.start(out).wait(_LONGEST)
+    code = course.start(out).wait()
     lines = [line for line in (disk / "run.said").read_text().splitlines() if "error" in line or "Traceback" in line]
     if code not in (0, 4):
         return f"{what}: exit code {code}: {said(out)}"
@@ -50,7 +48,7 @@ def _filled(course: Course, disk: Path, what: str) -> str | None:
     for step in sealed(out):
         state_of(out, step)
     _sized(disk, 64 << 10, mounted=True)
-    code = course.start(out).wait(_LONGEST)
+    code = course.start(out).wait()
     if code != 0:
         return f"{what}: with room again, exit code {code}: {said(out)}"
     differs = differing(trace_of(out), course.trace)

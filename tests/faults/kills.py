@@ -6,25 +6,24 @@ what an undisturbed one leaves, bit for bit.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from .course import Course, differing, said, sealed, trace_of, wait_until
+from .course import Course, Running, differing, said, sealed, trace_of, wait_until
 from .report import Report
 
 _EACH = 5  # kills of one run, before it is left to end
-_LONGEST = 120.0  # seconds that anything may take
+_ALONE_SECONDS = 30.0  # that a process may go on without one that was killed
 
 
-def run(course: Course, count: int, seed: int, workers: int = 2) -> Report:
-    """Kills runs so many times in all."""
-    report = Report("kills")
+def run(course: Course, count: int, seed: int) -> Report:
+    """Kills runs so many times in all; those of several processes while they save, one process or all."""
+    report = Report("kills" if course.processes == 1 else f"kills of {course.processes} processes")
+    workers = 2 if course.processes == 1 else 1
     runs = [(number, min(_EACH, count - number * _EACH)) for number in range(-(-count // _EACH))]
 
     def one(item: tuple[int, int]) -> list[tuple[str, str | None]]:
@@ -43,65 +42,72 @@ def _killed(course: Course, out: Path, kills: int, rng: random.Random) -> list[t
     found: list[tuple[str, str | None]] = []
     while len(found) < kills:
         before = sealed(out)
-        process = course.start(out)
-        phase, stored = _kill(process, out, before, course.seconds, rng)
-        if phase is None:
+        killed = _kill(course.start(out), course, before, rng)
+        if killed.phase is None:
+            problem = killed.problem
             break  # it had ended before
-        after = sealed(out)
-        lost = bool(stored) and (not after or after[-1] < stored[-1])
-        found.append((phase, f"step {stored[-1]} is lost, there are {after}" if lost else None))
-    problem = _ended(course, out)
+        after, newest = sealed(out), killed.stored[-1:]
+        lost = bool(newest) and after[-1:] < newest
+        found.append((killed.phase, f"{out}: step {newest[0]} is lost, there are {after}" if lost else killed.problem))
+    else:
+        problem = _ended(course, out)
     found = [(kind, wrong or problem) for kind, wrong in found]
     left = kills - len(found)
     return found + (_killed(course, out.with_name(f"{out.name}'"), left, rng) if left else [])
 
 
-def _kill(
-    process: subprocess.Popen[str], out: Path, before: list[int], seconds: float, rng: random.Random
-) -> tuple[str | None, list[int]]:
-    """Kills at a moment of any kind; what the run was at (None: it had ended), and the steps that were stored just before."""
+class _Killed(NamedTuple):
+    """A kill."""
+
+    phase: str | None
+    """What the run was at; None: it had ended."""
+    stored: list[int]
+    """Steps that were stored just before."""
+    problem: str | None = None
+
+
+def _kill(running: Running, course: Course, before: list[int], rng: random.Random) -> _Killed:
+    """Kills at a moment of any kind; of several processes one or all."""
+    out = running.out
     log, began = out / "log.jsonl", time.time()
     size = log.stat().st_size if log.exists() else 0
     moments: dict[str, Callable[[], bool]] = {
-        "a save": lambda: any((out / "checkpoints").glob(".saving-*")),
-        "a deletion": lambda: any((out / "checkpoints").glob(".deleting-*")),
-        "a step": lambda: log.exists() and log.stat().st_size != size,
-        "the report": lambda: (out / "metrics.json").exists() and (out / "metrics.json").stat().st_mtime > began,
-        "the export": lambda: any(out.glob(".export.*")),
+        "saving": lambda: any((out / "checkpoints").glob(".saving-*")),
+        "deleting": lambda: any((out / "checkpoints").glob(".deleting-*")),
+        "stepping": lambda: log.exists() and log.stat().st_size != size,
+        "reporting": lambda: (out / "metrics.json").exists() and (out / "metrics.json").stat().st_mtime > began,
+        "exporting": lambda: any(out.glob(".export.*")),
     }
-    aim = rng.choice(["", "", *moments])
+    aim = rng.choice(["", "", *moments]) if course.processes == 1 else "saving"
     if aim:
-        hit = wait_until(moments[aim], process, _LONGEST)
+        hit = wait_until(moments[aim], running)
         time.sleep(rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)]) if hit else 0)
     else:
-        time.sleep(rng.uniform(0, 0.9 * seconds))
+        time.sleep(rng.uniform(0, 0.9 * course.seconds))
     stored = sealed(out)
-    phase = _phase(out, before, size, aim)
-    if process.poll() is not None:
-        return None, stored
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return phase, stored
+    if running.ended():
+        code = running.wait()
+        return _Killed(None, stored, None if code == 0 else f"{out}: exit code {code}: {said(out)}")
+    phase, problem = aim or _phase(log, size, before), None
+    if course.processes > 1 and rng.random() < 0.5:
+        phase = f"{phase}, one process"
+        running.kill(rng.randrange(course.processes))
+        if running.wait(_ALONE_SECONDS) is None:
+            problem = f"{out}: the others were still there after {_ALONE_SECONDS:.0f} s"
+    running.kill()
+    return _Killed(phase, stored, problem)
 
 
-def _phase(out: Path, before: list[int], size: int, aim: str) -> str:
+def _phase(log: Path, size: int, before: list[int]) -> str:
     """What the run was at, as far as its files tell."""
-    log = out / "log.jsonl"
-    if aim in ("a save", "a deletion", "the export", "the report"):
-        return aim
     if not log.exists() or log.stat().st_size == size:
-        return "restoring" if before else "start-up and compilation"
-    return "steps"
+        return "starting, restoring" if before else "starting, compiling"
+    return "stepping"
 
 
 def _ended(course: Course, out: Path) -> str | None:
     """Lets the run end; what differs from the undisturbed one."""
-    process = course.start(out)
-    try:
-        code = process.wait(_LONGEST)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return f"{out}: it did not end"
+    code = course.start(out).wait()
     if code != 0:
         return f"{out}: exit code {code}: {said(out)}"
     differs = differing(trace_of(out), course.trace)

@@ -21,19 +21,23 @@ if __package__ in (None, ""):  # started as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "faults"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # of this process alone: runs have one device each
 
-from faults import corruptions, disks, kills, signals
+from faults import corruptions, disks, kills, meshes, signals
 from faults.course import Course, prepare
 from faults.report import Report
 
 _Battery = Callable[[Course, int, int], Report]
-_BATTERIES: dict[str, tuple[_Battery, int, int]] = {
-    "kills": (kills.run, 200, 10),
-    "corruptions": (corruptions.run, 500, 60),
-    "signals": (signals.run, 50, 5),
-    "disks": (disks.run, 20, 3),
+_BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
+    "kills": (kills.run, 1, 200, 10),
+    "corruptions": (corruptions.run, 1, 500, 60),
+    "signals": (signals.run, 1, 40, 4),
+    "disks": (disks.run, 1, 20, 3),
+    "meshes": (meshes.run, 1, 36, 12),
+    "pair-kills": (kills.run, 2, 100, 2),
+    "pair-signals": (signals.run, 2, 10, 1),
 }
-"""By name: what runs it, and how many cases it has in full and with --quick."""
+"""By name: what runs it, on how many processes, and how many cases it has in full and with --quick."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,12 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="jaxft-faults-"))
     reports: list[Report] = []
+    courses: dict[int, Course] = {}
     try:
-        course = prepare(folder)
         for name in options.only:
-            battery, full, quick = _BATTERIES[name]
+            battery, processes, full, quick = _BATTERIES[name]
+            if processes not in courses:
+                courses[processes] = prepare(folder / str(processes), processes)
             began = time.monotonic()
-            reports.append(battery(course, options.count or (quick if options.quick else full), options.seed))
+            count = options.count or (quick if options.quick else full)
+            reports.append(battery(courses[processes], count, options.seed))
             reports[-1].figures["seconds"] = round(time.monotonic() - began, 1)
             _say(reports[-1])
     finally:
