@@ -9,13 +9,14 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
 
-.PHONY: help train train-quick test test-slow zoo faults tables lint types bench clean
+.PHONY: help train train-quick test test-slow zoo faults sbom audit tables lint types bench clean
 
 help:
 	@echo 'make train        fine-tune MiniLM on WordNet-8, report, export    (ARGS="train.seeds=[0,1,2]")'
 	@echo 'make test         all tests          make test-slow   also those that take minutes'
 	@echo 'make zoo          hundreds of odd model folders, each against transformers (ARGS="--only tied")'
 	@echo 'make faults       kills, damaged files, signals, full disks: real ones, counted    (ARGS=--quick)'
+	@echo 'make sbom audit   what is installed (build/sbom.json), and what of it has known vulnerabilities'
 	@echo 'make tables       the tables of families in README.md and docs/models.md, from the code'
 	@echo 'make lint types   ruff, pyrefly      make bench       train step against transformers on torch'
 
@@ -51,6 +52,21 @@ zoo: $(VENV)/.dev
 # Real faults in real runs: kills, damaged files, signals, full disks (docs/faults.md).
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults/run.py $(ARGS)
+
+# What is installed, as a CycloneDX software bill of materials; and which of it has known vulnerabilities (asks PyPI: without it, the
+# check fails rather than passes).
+$(VENV)/audit: pyproject.toml
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom pip-audit
+	@touch $@
+
+sbom: $(VENV)/.run $(VENV)/audit
+	@mkdir -p build
+	$(VENV)/audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+	@echo wrote build/sbom.json
+
+audit: sbom
+	$(VENV)/audit/bin/pip-audit --strict --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # The tables of families in the pages that have them.
 tables: $(VENV)/.run
