@@ -43,10 +43,7 @@ def start(note: Callable[[str], None]) -> Cluster | None:
         raise UserError(
             f"XLA_FLAGS makes {virtual[1]} virtual devices per process: with several processes such runs hang; unset it"
         )
-    timeout, silence = (
-        _seconds("JAXFT_START_TIMEOUT", _TIMEOUT),
-        _seconds("JAXFT_PEER_TIMEOUT", _SILENCE, may_be_0=True),
-    )
+    timeout, silence = _seconds("JAXFT_START_TIMEOUT", _TIMEOUT), silence_of()
     offer = offered() if cluster.index == 0 and silence else None
     tells = {} if offer is None else offer.said()
     roll = roll_call(cluster, _says(), timeout, tells, again=os.environ.get(TRY, "0") != "0")
@@ -134,6 +131,11 @@ def leave() -> None:
 
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def silence_of() -> float:
+    """After how many seconds without a word another process counts as lost; 0: never."""
+    return _seconds("JAXFT_PEER_TIMEOUT", _SILENCE, may_be_0=True)
 
 
 def _seconds(name: str, usual: float, *, may_be_0: bool = False) -> float:

@@ -1,8 +1,9 @@
 """Processes of a run that watch over each other: whoever dies, stops or hangs is named by all others, which end.
 
-Without it a collective waits for ever for a process that is gone, or ends in an error that names nobody. Each process has a
-connection to process 0, and both ends say every two seconds that they are there: a connection that closes without a word is a death, silence a
-process that was stopped or a host that was lost. Process 0 tells all what it finds. Who leaves in order says so before. No jax here.
+Without it a collective waits for ever for a process that is gone, or ends in an error that names nobody. Each process
+has a connection to process 0, and both ends say every two seconds that they are there: a connection that closes without a word is a
+death, silence a process that was stopped or a host that was lost. Process 0 tells all what it finds. Who leaves in order says so before.
+No jax here.
 """
 
 from __future__ import annotations

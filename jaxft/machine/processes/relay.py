@@ -1,7 +1,8 @@
 """Between jax's client and its service in process 0, so that the death of process 0 is told by us.
 
-jax's client ends its process by a C++ abort as soon as its connection closes, with lines that name nobody. It connects to this relay
-instead, which passes all bytes on, and keeps the connection open when process 0 is gone: :mod:`jaxft.machine.processes.peers` has noticed that, too.
+jax's client ends its process by a C++ abort as soon as its connection closes, with lines that name nobody. It connects to this
+relay instead, which passes all bytes on, and keeps the connection open when process 0 is gone: :mod:`jaxft.machine.processes.peers` has
+noticed that, too.
 """
 
 from __future__ import annotations
