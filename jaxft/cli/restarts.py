@@ -32,6 +32,7 @@ _KINDS = {
     3: "checkpoints",
     4: "storage",
     5: "numerics",
+    6: "plan",
     HUNG: "hang",
     PEER_LOST: "peer",
     130: "stopped",

@@ -146,8 +146,9 @@ class Peers:
         return f"{self._named(last[0])} has begun {last[1]} steps, others {last[2]}"
 
     def close(self) -> None:
-        """Stops watching."""
+        """Stops watching, without a word."""
         self._over.set()
+        self._thread.join()
 
     def _begin(self) -> None:
         self._thread.start()
@@ -173,6 +174,11 @@ class Peers:
                 elif line.deadline is not None and now > line.deadline:
                     self._lost(index, *_end_of(line.left or 0, at_once=False))
         self._selector.close()
+        for line in self._lines.values():
+            if line.connection is not None:
+                line.connection.close()
+        if self._offer is not None:
+            self._offer.listener.close()
 
     def _heard(self, index: int | None) -> None:
         """Reads what a process has sent; None: a new one comes."""

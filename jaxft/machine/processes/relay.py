@@ -31,9 +31,17 @@ class Relay:
         """From now on, connections end as they do: this process ends in order."""
         self._keep = False
 
+    def close(self) -> None:
+        """Takes no more connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+
     def _serve(self) -> None:
         while True:
-            near, _ = self._listener.accept()
+            try:
+                near, _ = self._listener.accept()
+            except OSError:  # closed
+                self._listener.close()
+                return
             threading.Thread(target=self._pass_on, args=(near,), name="jaxft-relay", daemon=True).start()
 
     def _pass_on(self, near: socket.socket) -> None:
