@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypedDict
 
 from jaxft.errors import HUNG, PEER_LOST, UserError
-from jaxft.files import JsonObject
+from jaxft.machine.processes.roll_call import Told
 from jaxft.machine.signals import STOPPED
 
 _BEAT = 2.0
@@ -39,6 +40,18 @@ _TAIL = "this process ends too; what was stored before is whole, the same comman
 Ended = Callable[[str, int], None]
 
 
+class _Message(TypedDict, total=False):
+    """What is sent: a beat (``step``), a farewell (``left``), or of process 0 who is lost (``lost``)."""
+
+    step: int
+    last: tuple[int, int, int] | None
+    left: int
+    now: bool
+    lost: int
+    how: str
+    code: int
+
+
 @dataclass(frozen=True)
 class Offer:
     """Where process 0 takes the connections of the others."""
@@ -46,7 +59,7 @@ class Offer:
     listener: socket.socket
     key: str
 
-    def said(self) -> JsonObject:
+    def said(self) -> Told:
         """What the others are told of it."""
         return {"port": self.listener.getsockname()[1], "key": self.key}
 
@@ -100,7 +113,7 @@ class Peers:
         self._selector.register(offer.listener, selectors.EVENT_READ, None)
         self._begin()
 
-    def reach(self, host: str, said: JsonObject) -> None:
+    def reach(self, host: str, said: Told) -> None:
         """Begins, in another process.
 
         Raises:
@@ -110,7 +123,7 @@ class Peers:
         while True:
             try:
                 connection = socket.create_connection((host, port), timeout=_REACH)
-                connection.sendall(_encoded({"index": self._index, "key": said["key"]}))
+                connection.sendall(json.dumps({"index": self._index, "key": said["key"]}).encode() + b"\n")
                 break
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -230,7 +243,7 @@ class Peers:
         self._lines[index].connection, self._lines[index].idle = connection, 0.0
         self._selector.register(connection, selectors.EVENT_READ, index)
 
-    def _took(self, index: int, line: _Line, said: JsonObject) -> None:
+    def _took(self, index: int, line: _Line, said: _Message) -> None:
         if "lost" in said:
             self._lost(int(said["lost"]), said["how"], int(said["code"]))
         elif "left" in said:
@@ -241,9 +254,9 @@ class Peers:
                 line.deadline = time.monotonic() + _GRACE
         else:
             line.step = int(said["step"])
-            self._last = tuple(said["last"]) if said.get("last") else None
+            self._last = said.get("last")
 
-    def _beat(self) -> JsonObject:
+    def _beat(self) -> _Message:
         return {"step": self.step, "last": self._slowest() if self._index == 0 else None}
 
     def _slowest(self) -> tuple[int, int, int]:
@@ -252,7 +265,7 @@ class Peers:
         slowest = min(steps, key=lambda index: steps[index])
         return slowest, steps[slowest], max(steps.values())
 
-    def _tell(self, said: JsonObject, but: int | None = None) -> None:
+    def _tell(self, said: _Message, but: int | None = None) -> None:
         data = _encoded(said)
         with self._lock:
             for index, line in self._lines.items():
@@ -291,7 +304,7 @@ class Peers:
         return f"process {index} on {self._hosts[index]}"
 
 
-def _encoded(said: JsonObject) -> bytes:
+def _encoded(said: _Message) -> bytes:
     return json.dumps(said).encode() + b"\n"
 
 

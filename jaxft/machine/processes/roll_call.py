@@ -11,15 +11,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypedDict, TypeGuard
 
 from jaxft.errors import UserError
-from jaxft.files import JsonObject
 from jaxft.machine.processes.cluster import Cluster
 
+Told = Mapping[str, str | int]
+"""What process 0 tells all."""
 _LONGEST = 64 * 1024  # bytes of a message
 _PAUSE = 0.2
 _GRACE = 3.0  # seconds in which those that come after a problem are told of it, rather than find nobody
@@ -42,12 +43,12 @@ class Roll:
 
     hosts: dict[int, str]
     """The host of each."""
-    told: JsonObject = field(default_factory=dict)
+    told: Told = field(default_factory=dict)
     """What process 0 has told all."""
 
 
 def roll_call(
-    cluster: Cluster, says: dict[str, str], timeout: float, tells: JsonObject | None = None, *, again: bool = False
+    cluster: Cluster, says: dict[str, str], timeout: float, tells: Told | None = None, *, again: bool = False
 ) -> Roll:
     """Returns, in every process, once all are there.
 
@@ -75,7 +76,7 @@ def roll_call(
 
 
 def _call(
-    cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout: float, tells: JsonObject, again: bool
+    cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout: float, tells: Told, again: bool
 ) -> Roll:
     came, lines = {0: mine}, dict[int, socket.socket]()
     problem = None
