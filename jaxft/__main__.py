@@ -123,7 +123,7 @@ def _output_is_lost() -> bool:
 
 def program() -> NoReturn:
     """The program ``jaxft``: one command, and the end of the process."""
-    from jaxft.machine.signals import told_by_signals
+    from jaxft.machine.signals import say_leaving, told_by_signals
     from jaxft.machine.streams import open_closed_streams
 
     open_closed_streams()
@@ -131,8 +131,10 @@ def program() -> NoReturn:
         try:
             code = main()
         except Exception:  # noqa: BLE001 - a fault of jaxft, told as Python tells it
+            say_leaving(1)  # unless another process is gone: then that is why, and this ends the process
             traceback.print_exc()
             code = 1
+        say_leaving(code)
         _end_if_compiling(code, together=code in (0, 130))
         sys.exit(code)
 

@@ -22,6 +22,7 @@ EXIT_CODES: Mapping[int, str] = {
     5: "training diverged: losses or gradients were not finite again and again",
     6: "plan: the run does not fit the hardware",
     70: "training hung: no step for longer than train.watchdog allows; OUT/hang.txt says where, the same command goes on",
+    71: "another process of the run died, was stopped or hung; the line names it, the same command goes on",
     130: "told to stop (Ctrl-C, SIGTERM, SIGHUP): the state is saved where there was one, the same command goes on",
 }
 """What the exit code of any command means."""
@@ -29,6 +30,8 @@ EXIT_CODES: Mapping[int, str] = {
 
 HUNG = 70
 """Exit code of a run that took no step any more."""
+PEER_LOST = 71
+"""Exit code of a process whose run has lost another one."""
 
 
 class UserError(Exception):

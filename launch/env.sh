@@ -8,6 +8,7 @@
 # and may say more for messages and patience:
 #   JAXFT_HOSTS               host names, one per process, separated by commas: the missing one is named
 #   JAXFT_START_TIMEOUT       seconds that processes wait for each other at the start (300)
+#   JAXFT_PEER_TIMEOUT        seconds without a word after which a process counts as lost (20)
 #   JAXFT_LAUNCHER_PID        the launcher, as parent of the process: once it is gone, the run stops and saves
 
 # ---- The Python that has jaxft ---------------------------------------------------------------------------------------

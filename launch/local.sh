@@ -48,14 +48,30 @@ for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
   pids+=($!)
 done
 
+# Once one has ended with an error, the others end by themselves, but for one that was stopped (SIGSTOP).
 code=0
-for pid in "${pids[@]}"; do
-  while :; do
+ended=
+running=("${pids[@]}")
+while ((${#running[@]})); do
+  sleep 0.2 & # in the background, so that a signal does not wait for its end
+  wait $! || true
+  left=()
+  for pid in "${running[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      left+=("$pid")
+      continue
+    fi
     status=0
     wait "$pid" || status=$?
-    # 128 + n of a process that is still there: the wait was interrupted by our trap, not by its end.
-    kill -0 "$pid" 2>/dev/null || break
+    # 71 only says that another one was lost.
+    if ((status != 0 && (code == 0 || code == 71))); then code=$status; fi
+    if ((status != 0)) && [[ -z "$ended" ]]; then ended=$SECONDS; fi
   done
-  if ((status != 0 && code == 0)); then code=$status; fi
+  running=(${left[@]+"${left[@]}"})
+  if [[ -n "$ended" ]] && ((SECONDS > ended + 5)); then
+    for pid in ${running[@]+"${running[@]}"}; do
+      if [[ "$(ps -o state= -p "$pid" || true)" == T* ]]; then kill -KILL "$pid" 2>/dev/null || true; fi
+    done
+  fi
 done
 exit "$code"

@@ -8,7 +8,8 @@
 #
 # Ctrl-C stops the run, saved. A lost connection does not: each worker writes on in JAXFT_LOG; --stop still works.
 # Variables: JAXFT_DIR, the folder on the workers (jaxft, from home); PYTHON there (.venv/bin/python); JAXFT_LOG
-# (jaxft.log, in that folder); PROJECT. XLA_FLAGS, LIBTPU_INIT_ARGS and JAXFT_START_TIMEOUT are passed on if set here.
+# (jaxft.log, in that folder); PROJECT. XLA_FLAGS, LIBTPU_INIT_ARGS, JAXFT_START_TIMEOUT
+# and JAXFT_PEER_TIMEOUT are passed on if set here.
 set -euo pipefail
 
 metadata() { # of this VM; nothing where it has no such attribute
@@ -106,7 +107,7 @@ if [[ "$1" == --stop ]]; then
   exit
 fi
 command="cd ${folder@Q} && PYTHON=${PYTHON:-.venv/bin/python}"
-for name in XLA_FLAGS LIBTPU_INIT_ARGS JAXFT_START_TIMEOUT JAXFT_LOG; do
+for name in XLA_FLAGS LIBTPU_INIT_ARGS JAXFT_START_TIMEOUT JAXFT_PEER_TIMEOUT JAXFT_LOG; do
   if [[ -n "${!name:-}" ]]; then command+=" $name=${!name@Q}"; fi
 done
 trap stop INT TERM

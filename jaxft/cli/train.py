@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,6 +22,7 @@ from jaxft.cli.console import (
 )
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config, to_yaml
+from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.lock import held
 from jaxft.machine.platform import set_up_jax
@@ -55,18 +57,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"the main keys (jaxft show-config prints all, with their defaults):\n{table}"
     parser.add_argument("run_file", nargs="?", help="YAML run file, for instance configs/runs/wordnet8_minilm.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=my.csv mesh.fsdp=8")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again, at most N times, after a crash, a hang, the death of another process, or failing storage (0)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains one run per seed."""
     path, overrides = split_run_file(options.run_file, options.overrides)
     config = load_config(path, overrides)
+    if options.restarts < 0:
+        raise UserError(f"--restarts {options.restarts}: must be 0 or more")
+    if options.restarts:
+        given = [*([] if options.run_file is None else [options.run_file]), *options.overrides]
+        return _supervised(config, given, options.restarts)
     with lasting_output("train", f"the run goes on, its log is {Path(config.train.out) / 'log.jsonl'}"):
         if first_in_environment():  # jax, whose import takes seconds, will say who really is
             print(
                 f"jaxft {__version__}: train {path or '(no run file)'}", *settings_lines(config), sep="\n", flush=True
             )
         return _run(config)
+
+
+def _supervised(config: RunConfig, given: list[str], restarts: int) -> int:
+    from jaxft.cli.restarts import supervise
+    from jaxft.machine.processes import bring_up, cluster
+
+    place = cluster.detect(os.environ)
+    folders = [Path(config.train.out), *(_folder_of(config, seed) for seed in config.train.seeds)]
+    silence = None if place is None else bring_up.silence_of() or None
+    return supervise(given, folders, restarts, 0 if place is None else place.index, silence)
 
 
 def _run(config: RunConfig) -> int:

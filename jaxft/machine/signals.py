@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 STOPPED = 130
 """Exit code of a program that was told to end."""
@@ -27,6 +27,24 @@ TOGETHER_SECONDS = 1.0
 """Signals within this time are one: a terminal that closes, and whoever passes a Ctrl-C on, send it twice."""
 _AGAIN_SECONDS = 0.05
 Ask = Callable[[], None]
+
+
+class Leaving(Protocol):
+    """Who wants to know that this process ends."""
+
+    def __call__(self, code: int, *, at_once: bool) -> None:
+        """Takes the exit code, and whether the process does not even come to the end of Python's shutdown."""
+        ...
+
+
+leaving: list[Leaving] = []
+"""Called before this process ends: the other processes of a run."""
+
+
+def say_leaving(code: int, *, at_once: bool = False) -> None:
+    """Tells whoever wants to know that this process ends."""
+    for one in leaving:
+        one(code, at_once=at_once)
 
 
 class Told(KeyboardInterrupt):
@@ -85,10 +103,12 @@ class Program:
         timer.start()
 
     def end(self, line: str, code: int = STOPPED) -> NoReturn:
-        """Says a line and ends the process, from any thread, with no more ado."""
+        """Says a line, unless it is empty, and ends the process, from any thread, with no more ado."""
         # Not print: the main thread may hold the stream.
         with suppress(OSError):
-            os.write(2, f"jaxft {self._name}: {line}\n".encode())
+            if line:
+                os.write(2, f"jaxft {self._name}: {line}\n".encode())
+        say_leaving(code, at_once=True)
         os._exit(code)
 
 
@@ -139,4 +159,5 @@ def end_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    say_leaving(code, at_once=True)
     os._exit(code)

@@ -276,6 +276,7 @@ class _Run:
         setup, step = self.setup, self.step
         placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, self.batches.batch_size)
         self.profile.before(step + 1)
+        processes.at_step(step + 1)
         self.state, sums = self.programs.train[shape](self.state, placed, seed)
         if self.profile.after(step + 1, sums):
             self.sinks.note(f"wrote a trace of steps {setup.config.train.profile} to {self.profile.folder}")

@@ -15,12 +15,14 @@ from pathlib import Path
 import jax
 
 from jaxft.errors import HUNG
-from jaxft.machine import signals
+from jaxft.machine import processes, signals
 from jaxft.reporting.sinks import Clock
 
 NAME = "hang.txt"
 _TIMES = 20
 """A step is waited for at least so many times the median of those before."""
+_FOR_OTHERS = 5.0
+"""Seconds more that are given to a process that others wait for."""
 _KEPT = 101
 """Steps that the median is of."""
 
@@ -62,6 +64,8 @@ def _watch(clock: Clock, seconds: float, out: Path, ended: threading.Event) -> N
         elif clock.resting:
             idle = 0.0
         limit = max(seconds, _TIMES * statistics.median(taken)) if taken else seconds
+        if processes.behind() is not None:
+            limit += _FOR_OTHERS  # it is to say itself what it is doing
         if clock.steps and idle > limit:
             _tell(out, clock.steps, idle)
             return
@@ -70,7 +74,8 @@ def _watch(clock: Clock, seconds: float, out: Path, ended: threading.Event) -> N
 def _tell(out: Path, steps: int, idle: float) -> None:
     index = jax.process_index()
     path = out / (NAME if index == 0 else f"hang-{index}.txt")
-    line = f"no step for {idle:.0f} s, after {steps} here"
+    who = processes.behind()
+    line = f"no step for {idle:.0f} s, after {steps} here{f'; {who}' if who else ''}"
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}: {line}; all threads, that of the steps last:\n\n")

@@ -32,7 +32,7 @@ def cluster(port: int, index: int, count: int, hosts: tuple[str, ...] = ()) -> C
 def outcome(one: Cluster, says: dict[str, str] = SAYS, timeout: float = 20.0) -> dict[int, str] | str:
     """The hosts, or the message of the UserError."""
     try:
-        return roll_call(one, says, timeout)
+        return roll_call(one, says, timeout).hosts
     except UserError as error:
         return str(error)
 
@@ -74,7 +74,7 @@ def test_processes_of_their_own() -> None:
     port = free_port()
     program = (
         "import sys; from jaxft.machine.processes.cluster import Cluster; from jaxft.machine.processes.roll_call import roll_call; "
-        f"print(sorted(roll_call(Cluster('environment', '127.0.0.1:{port}', 3, int(sys.argv[1])), {{}}, 20.0)))"
+        f"print(sorted(roll_call(Cluster('environment', '127.0.0.1:{port}', 3, int(sys.argv[1])), {{}}, 20.0).hosts))"
     )
     others = [
         subprocess.Popen([sys.executable, "-c", program, str(i)], stdout=subprocess.PIPE, text=True) for i in (1, 2)

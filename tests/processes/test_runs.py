@@ -90,7 +90,9 @@ def port() -> int:
         return server.getsockname()[1]
 
 
-def start(index: int, count: int, at: int, cwd: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def start(
+    index: int, count: int, at: int, cwd: Path, arguments: list[str], more: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     env = ENV | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{at}",
         "JAX_NUM_PROCESSES": str(count),
@@ -98,6 +100,7 @@ def start(index: int, count: int, at: int, cwd: Path, arguments: list[str]) -> s
         "JAXFT_HOSTS": ",".join(f"node{i}" for i in range(count)),
         "JAXFT_START_TIMEOUT": "30" if count == 2 else "2",
         "PYTHONPATH": str(ROOT),
+        **(more or {}),
     }
     command = [sys.executable, "-m", "jaxft", "train", *arguments]
     return subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

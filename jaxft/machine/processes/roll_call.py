@@ -11,16 +11,20 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TypedDict, TypeGuard
 
 from jaxft.errors import UserError
 from jaxft.machine.processes.cluster import Cluster
 
+Told = Mapping[str, str | int]
+"""What process 0 tells all."""
 _LONGEST = 64 * 1024  # bytes of a message
 _PAUSE = 0.2
 _GRACE = 3.0  # seconds in which those that come after a problem are told of it, rather than find nobody
+_AGAIN = 30.0  # seconds that the last try of a run may hold the port
 
 
 class _Presence(TypedDict):
@@ -33,12 +37,26 @@ class _Presence(TypedDict):
     says: dict[str, str]
 
 
-def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[int, str]:
-    """Returns, in every process, once all are there: the host of each.
+@dataclass(frozen=True)
+class Roll:
+    """What a process knows once all are there."""
+
+    hosts: dict[int, str]
+    """The host of each."""
+    told: Told = field(default_factory=dict)
+    """What process 0 has told all."""
+
+
+def roll_call(
+    cluster: Cluster, says: dict[str, str], timeout: float, tells: Told | None = None, *, again: bool = False
+) -> Roll:
+    """Returns, in every process, once all are there.
 
     Args:
       says: what must be equal in all processes, such as versions; a difference is an error that shows both values.
       timeout: seconds to wait.
+      tells: what process 0 tells all.
+      again: whether this is another try of a run, of whose last one something may still listen for a while.
 
     Raises:
       UserError: the same in all processes that came: who is missing, who came twice, who differs.
@@ -53,14 +71,16 @@ def roll_call(cluster: Cluster, says: dict[str, str], timeout: float) -> dict[in
     }
     deadline = time.monotonic() + timeout
     if cluster.index == 0:
-        return _call(cluster, int(port), mine, deadline, timeout)
-    return _answer(cluster, host.strip("[]"), int(port), mine, deadline, timeout)
+        return _call(cluster, int(port), mine, deadline, timeout, {} if tells is None else tells, again)
+    return _answer(cluster, host.strip("[]"), int(port), mine, deadline, timeout, again)
 
 
-def _call(cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout: float) -> dict[int, str]:
+def _call(
+    cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout: float, tells: Told, again: bool
+) -> Roll:
     came, lines = {0: mine}, dict[int, socket.socket]()
     problem = None
-    with _listening(port) as listener:
+    with _listening(port, _AGAIN if again else 0.0) as listener:
         while True:
             _drop_ended(came, lines)
             if len(came) == cluster.count:
@@ -89,28 +109,36 @@ def _call(cluster: Cluster, port: int, mine: _Presence, deadline: float, timeout
         for line in lines.values():
             line.settimeout(5.0)
             with suppress(OSError):  # one that has gone will be missed by jax
-                line.sendall(json.dumps({"problem": problem, "hosts": hosts}).encode() + b"\n")
+                line.sendall(json.dumps({"problem": problem, "hosts": hosts, "told": tells}).encode() + b"\n")
                 line.recv(1)  # it closes first, so nothing lingers here: the port is free for jax at once
             line.close()
     if problem is not None:
         raise UserError(problem)
-    return hosts
+    return Roll(hosts, tells)
 
 
 @contextmanager
-def _listening(port: int) -> Iterator[socket.socket]:
-    try:
-        listener = socket.create_server(("", port), backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; another run may use it: choose another "
-            "JAX_COORDINATOR_ADDRESS"
-        ) from error
+def _listening(port: int, patience: float) -> Iterator[socket.socket]:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            listener = socket.create_server(("", port), backlog=1024)
+            break
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(_PAUSE)
+                continue
+            raise UserError(
+                f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; another run may use it: choose another "
+                "JAX_COORDINATOR_ADDRESS"
+            ) from error
     with listener:
         yield listener
 
 
-def _answer(cluster: Cluster, host: str, port: int, mine: _Presence, deadline: float, timeout: float) -> dict[int, str]:
+def _answer(
+    cluster: Cluster, host: str, port: int, mine: _Presence, deadline: float, timeout: float, again: bool
+) -> Roll:
     where = f"{cluster.host_of(0)} (JAX_COORDINATOR_ADDRESS={cluster.address})"
     reason = "nothing listens there"
     while time.monotonic() < deadline:
@@ -119,13 +147,17 @@ def _answer(cluster: Cluster, host: str, port: int, mine: _Presence, deadline: f
                 line.sendall(json.dumps(mine).encode() + b"\n")
                 # Process 0 may have come later than we have: it waits as long, counted from then.
                 answer = _read(line, timeout + 10.0)
-            if not isinstance(answer, dict) or not {"problem", "hosts"} <= answer.keys():
+            if not isinstance(answer, dict) or not {"problem", "hosts", "told"} <= answer.keys():
+                if again and time.monotonic() < deadline:
+                    reason = "something else listens there"
+                    time.sleep(_PAUSE)
+                    continue
                 raise UserError(
                     f"{where} ended before all had come, and its log says why; or something else listens there"
                 )
             if answer["problem"] is not None:
                 raise UserError(answer["problem"])
-            return {int(index): name for index, name in answer["hosts"].items()}
+            return Roll({int(index): name for index, name in answer["hosts"].items()}, answer["told"])
         except OSError as error:
             reason = error.strerror or str(error)
             time.sleep(_PAUSE)
