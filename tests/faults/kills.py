@@ -71,12 +71,17 @@ def _kill(running: Running, course: Course, before: list[int], rng: random.Rando
     out = running.out
     log, began = out / "log.jsonl", time.time()
     size = log.stat().st_size if log.exists() else 0
+    there = _under_way(out)  # by a run that was killed before
+
+    def begun(kind: str) -> bool:
+        return any(name.startswith(kind) for name in _under_way(out) - there)
+
     moments: dict[str, Callable[[], bool]] = {
-        "saving": lambda: any((out / "checkpoints").glob(".saving-*")),
-        "deleting": lambda: any((out / "checkpoints").glob(".deleting-*")),
+        "saving": lambda: begun(".saving-"),
+        "deleting": lambda: begun(".deleting-"),
         "stepping": lambda: log.exists() and log.stat().st_size != size,
         "reporting": lambda: (out / "metrics.json").exists() and (out / "metrics.json").stat().st_mtime > began,
-        "exporting": lambda: any(out.glob(".export.*")),
+        "exporting": lambda: begun(".export."),
     }
     aim = rng.choice(["", "", *moments]) if course.processes == 1 else "saving"
     if aim:
@@ -96,6 +101,11 @@ def _kill(running: Running, course: Course, before: list[int], rng: random.Rando
             problem = f"{out}: the others were still there after {_ALONE_SECONDS:.0f} s"
     running.kill()
     return _Killed(phase, stored, problem)
+
+
+def _under_way(out: Path) -> set[str]:
+    """Names of what is being written or deleted."""
+    return {path.name for folder in (out, out / "checkpoints") if folder.is_dir() for path in folder.glob(".*")}
 
 
 def _phase(log: Path, size: int, before: list[int]) -> str:
