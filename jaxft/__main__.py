@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": "try many settings of a run, each with several seeds, and rank them",
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
+    "generate": "go on with texts",
     "mine": "find hard negatives for pairs of texts with a trained embedding model",
     "data": "what a run's loader will see: lengths, labels, duplicates, rows as tokens",
     "cache": "encode a run's rows once, to files that training reads without holding them in memory",

@@ -1,0 +1,183 @@
+"""Tokens made one after the other with a cache, in one compiled program.
+
+Prompts are padded on the left, so that rows go on together. A row's tokens follow from its own prompt, the settings, and for draws
+from (seed, prompt) alone: neighbours and padding are never seen.
+
+Dims: B rows, P places of prompts, N new tokens, T = P + N, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
+
+from jaxft.errors import UserError
+from jaxft.inference.generation.sampling import next_tokens
+from jaxft.inference.generation.settings import GenerationConfig
+from jaxft.models.caches import Cache, init_cache
+from jaxft.models.contract import Model, Output
+from jaxft.models.initial import shapes_and_axes
+
+Array = jax.Array
+_SHORTEST = 16
+
+
+class State(NamedTuple):
+    """Texts under way."""
+
+    tokens: Int32[Array, "B T"]
+    there: Bool[Array, "B T"]
+    """Which places hold a token of the text."""
+    at: Int32[Array, ""]
+    """The place of the next token."""
+    done: Bool[Array, " B"]
+    """Rows that have come to an end."""
+    keys: PRNGKeyArray
+    """[B] for draws."""
+    cache: Cache
+    """Of all tokens but the last."""
+
+
+class Generated(NamedTuple):
+    """What was made of each prompt."""
+
+    tokens: list[list[int]]
+    """New tokens, without the one that ended the text."""
+    ended: list[bool]
+    """Whether one did; if not, there were as many as asked for."""
+
+
+def generate(
+    model: Model,
+    params: PyTree[Array],
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+) -> Generated:
+    """Goes on with prompts.
+
+    Args:
+      model: a decoder with a head for the next token.
+      params: its parameters, on one device or spread over a mesh that is set (``jax.set_mesh``).
+      prompts: token ids of each, one at least.
+      config: how tokens are chosen.
+      seed: of the draws.
+
+    Raises:
+      UserError: the model makes no texts, or a prompt is empty or too long for it.
+    """
+    state = begin(model, params, prompts, config, seed=seed)
+    first = int(state.at)
+    return made_of(advance(model, config, params, state, first + config.max_new_tokens), first, config)
+
+
+def writes(model: Model) -> bool:
+    """Whether a model is a decoder that gives each token of its vocabulary a logit."""
+    vocabulary, token = model.facts.inputs["tokens"].count, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if model.head is None or not model.facts.causal:
+        return False
+    shapes = shapes_and_axes(model)[0]
+    logits = jax.eval_shape(lambda params, ids: model.apply({"params": params}, ids).logits, shapes, token)
+    return logits is not None and logits.shape == (1, 1, vocabulary)
+
+
+def begin(
+    model: Model,
+    params: PyTree[Array],
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+    rows: int | None = None,
+) -> State:
+    """Reads prompts, all but their last tokens; see :func:`generate`.
+
+    Args:
+      rows: to have so many, the rest of them done; as compiled before, perhaps. None: as many as prompts.
+    """
+    if not writes(model):
+        raise UserError(
+            f"a model with the head {model.head} makes no texts: it needs to be a decoder, with one for the next token"
+        )
+    longest, limit = max(map(len, prompts)), model.facts.limit
+    if min(map(len, prompts)) == 0:
+        raise UserError("a prompt has no tokens; begin with some text")
+    if limit is not None and longest + config.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} are beyond the model's limit of {limit} "
+            f"positions; {'set max_new_tokens to ' + str(limit - longest) + ' or less' if longest < limit else 'shorten it'}"
+        )
+    width = max(_SHORTEST, 1 << (longest - 1).bit_length())
+    if limit is not None:
+        width = min(width, limit - config.max_new_tokens)
+    rows = len(prompts) if rows is None else rows
+    tokens = np.zeros((rows, width + config.max_new_tokens), np.int32)
+    there = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) : width] = prompt
+        there[row, width - len(prompt) : width] = True
+    done = np.arange(rows) >= len(prompts)
+    numbers = [_number(prompt, seed) for prompt in prompts] + [0] * (rows - len(prompts))
+    keys = jax.vmap(jax.random.key)(jnp.array(numbers, jnp.uint32))
+    return _read(model, width, params, tokens, there, done, keys)
+
+
+def _number(prompt: Sequence[int], seed: int) -> int:
+    """The seed of a prompt's draws: whatever stands beside it."""
+    hashed = hashlib.sha256(np.array([seed, *prompt], np.int64).tobytes())
+    return int.from_bytes(hashed.digest()[:4], "little")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(
+    model: Model, width: int, params: PyTree[Array], tokens: Array, there: Array, done: Array, keys: PRNGKeyArray
+) -> State:
+    """The state before the first new token. No logits are needed: the head is left out."""
+    cache = init_cache(model, tokens.shape[0], tokens.shape[1])
+    assert isinstance(model, nn.Module)
+    bare = model.clone(head=None)
+    body = {name: tree for name, tree in params.items() if name != "head"}
+    if width > 1:
+        read = bare.apply({"params": body}, tokens[:, : width - 1], there[:, : width - 1], cache=cache)
+        cache = cast(Output, read).cache
+        assert cache is not None
+    return State(tokens, there, jnp.int32(width), done, keys, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def advance(model: Model, config: GenerationConfig, params: PyTree[Array], state: State, until: Array | int) -> State:
+    """Makes tokens up to the place ``until``, or until all rows are done. The state that is given is used up."""
+    first = state.tokens.shape[1] - config.max_new_tokens
+    ends = jnp.array(config.eos_token_id or (-1,), jnp.int32)
+
+    def step(state: State) -> State:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.at - 1, 1, 1)
+        seen = jax.lax.dynamic_slice_in_dim(state.there, state.at - 1, 1, 1)
+        out = model.apply({"params": params}, last, seen, cache=state.cache)
+        made = state.at - first
+        chosen = next_tokens(out.logits[:, -1], state.tokens, state.there, made, state.at, state.keys, config)
+        chosen = jnp.where(state.done, 0, chosen)
+        tokens = jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.at))
+        there = jax.lax.dynamic_update_slice(state.there, ~state.done[:, None], (0, state.at))
+        done = state.done | (chosen[:, None] == ends).any(-1)
+        return State(tokens, there, state.at + 1, done, state.keys, out.cache)
+
+    return jax.lax.while_loop(lambda state: (state.at < until) & ~state.done.all(), step, state)
+
+
+def made_of(state: State, first: int, config: GenerationConfig) -> Generated:
+    """The new tokens of a state, those from the place ``first`` on."""
+    end = int(state.at)
+    tokens, there = (np.asarray(part[:, first:end]) for part in (state.tokens, state.there))
+    found = [row[real].tolist() for row, real in zip(tokens, there, strict=True)]
+    ended = [bool(row) and row[-1] in config.eos_token_id for row in found]
+    return Generated([row[:-1] if end else row for row, end in zip(found, ended, strict=True)], ended)

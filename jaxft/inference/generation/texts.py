@@ -1,0 +1,163 @@
+"""Prompts as texts, and the texts that follow them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.errors import UserError
+from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, writes
+from jaxft.inference.generation.settings import GenerationConfig
+from jaxft.inference.predict import Served
+
+_LOOK = 16
+"""Tokens that are made between two looks for strings that end a text, or between two pieces that are shown."""
+_BROKEN = "�"  # bytes that are no whole letter yet
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What follows a prompt."""
+
+    text: str
+    tokens: int
+    """How many were made."""
+    finish: Literal["stop", "length"]
+    """``stop``: at a token or a string that ends texts; ``length``: there were as many tokens as asked for."""
+
+
+class Writer:
+    """A model that goes on with texts."""
+
+    def __init__(self, served: Served, config: GenerationConfig, *, stop: Sequence[str] = (), seed: int = 0) -> None:
+        if not writes(served.model):
+            raise UserError(
+                f"the model has the head {served.model.head}, which makes no texts: that needs a decoder, with a head for the next token"
+            )
+        if any(not text for text in stop):
+            raise UserError("a string that ends texts must not be empty")
+        if served.devices.mesh is not None and served.devices.batch_ways > 1:
+            raise UserError("generate splits models, not batches: use mesh.tensor, and mesh.data=1 mesh.fsdp=1")
+        self._served, self._stop, self._seed = served, tuple(stop), seed
+        self._tokenizer = Tokenizer(served.tokenizer.folder, None, model_type=served.family_name)
+        ends = config.eos_token_id
+        beyond = [one for one in ends if one >= served.model.config.vocab_size]
+        if beyond:
+            raise UserError(
+                f"eos_token_id={beyond[0]} is not among the model's {served.model.config.vocab_size} tokens"
+            )
+        if not ends:  # BERT's vocabularies have a separator there
+            special = self._tokenizer.special
+            end = special.separator if special.end is None else special.end
+            ends = () if end is None else (end,)
+        self.config = dataclasses.replace(config, eos_token_id=ends)
+
+    def write(self, prompts: Sequence[str], batch_size: int) -> Iterator[Continuation]:
+        """What follows each prompt, in their order; prompts of similar length are computed together, ``batch_size`` at once."""
+        encoded = [self._encoded(text, number) for number, text in enumerate(prompts, 1)]
+        order = np.argsort([len(ids) for ids in encoded], kind="stable")
+        found: dict[int, Continuation] = {}
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size].tolist()
+            for which, one in zip(chosen, self._batch([encoded[i] for i in chosen], batch_size), strict=False):
+                found[which] = one
+        return (found[i] for i in range(len(prompts)))
+
+    def stream(self, prompt: str) -> Iterator[str | Continuation]:
+        """The text piece by piece as it is made, and the whole at the end."""
+        ids, shown = self._encoded(prompt, 1), ""
+        begun, first = self._begun([ids], 1)
+        made = Generated([[]], [False])
+        for state in self._parts(begun, first):
+            made = made_of(state, first, self.config)
+            text, over = self._text(ids, made, 0)
+            # What may still become another letter, or a string that ends the text, waits.
+            safe = text if over else text[: len(text) - self._held_back(text)]
+            if len(safe) > len(shown) and safe.startswith(shown):
+                yield safe[len(shown) :]
+                shown = safe
+            if over:
+                break
+        text, _ = self._text(ids, made, 0)
+        if text.startswith(shown) and text != shown:
+            yield text[len(shown) :]
+        yield self._continuation(ids, made, 0)
+
+    def _encoded(self, text: str, number: int) -> list[int]:
+        ids = list(self._tokenizer.encode([text])[0][0])
+        while ids and ids[-1] in self.config.eos_token_id:  # which some tokenizers put after every text
+            ids.pop()
+        if not ids:
+            start = self._tokenizer.special.begin
+            if start is None:
+                raise UserError(f"prompt {number} has no tokens; begin with some text")
+            return [start]
+        limit = self._served.model.facts.limit
+        if limit is not None and len(ids) + self.config.max_new_tokens > limit:
+            room = limit - len(ids)
+            what = f"set --max-new-tokens to {room} or less, or shorten it" if room > 0 else "shorten it"
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens, and {self.config.max_new_tokens} more are beyond the model's limit of "
+                f"{limit}; {what}"
+            )
+        return ids
+
+    def _begun(self, prompts: Sequence[Sequence[int]], rows: int) -> tuple[State, int]:
+        with self._mesh():
+            state = begin(self._served.model, self._served.params, prompts, self.config, seed=self._seed, rows=rows)
+        return state, int(state.at)
+
+    def _parts(self, state: State, first: int, each: int = _LOOK) -> Iterator[State]:
+        """The state after so many tokens each, until all rows are done; one that was given is used up by the next."""
+        last = first + self.config.max_new_tokens
+        for until in (*range(first + each, last, each), last):
+            with self._mesh():
+                state = advance(self._served.model, self.config, self._served.params, state, until)
+            yield state
+            if bool(state.done.all()):
+                return
+
+    def _batch(self, prompts: Sequence[Sequence[int]], rows: int) -> list[Continuation]:
+        begun, first = self._begun(prompts, rows)
+        made = Generated([], [])
+        for state in self._parts(begun, first, _LOOK if self._stop else self.config.max_new_tokens):
+            made = made_of(state, first, self.config)
+            if all(self._text(ids, made, row)[1] for row, ids in enumerate(prompts)):
+                break
+        return [self._continuation(ids, made, row) for row, ids in enumerate(prompts)]
+
+    def _text(self, prompt: Sequence[int], made: Generated, row: int) -> tuple[str, bool]:
+        """The text of a row so far, up to a string that ends it, and whether it is over."""
+        text = self._decoded(prompt, made.tokens[row])
+        at = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=None)
+        return (text, made.ended[row]) if at is None else (text[:at], True)
+
+    def _continuation(self, prompt: Sequence[int], made: Generated, row: int) -> Continuation:
+        text, over = self._text(prompt, made, row)
+        return Continuation(text, len(made.tokens[row]) + made.ended[row], "stop" if over else "length")
+
+    def _decoded(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        # Tokens by themselves would lose the blank that they begin with, in vocabularies that write it so.
+        both, before = self._tokenizer.decode([*prompt, *tokens]), self._tokenizer.decode(list(prompt))
+        assert isinstance(both, str)
+        assert isinstance(before, str)
+        found = both.removeprefix(before) if both.startswith(before) else self._tokenizer.decode(list(tokens))
+        assert isinstance(found, str)
+        return found
+
+    def _held_back(self, text: str) -> int:
+        """How many of the last letters are not certain yet."""
+        broken = len(text) - len(text.rstrip(_BROKEN))
+        begun = (size for stop in self._stop for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
+        return max([broken, *begun])
+
+    def _mesh(self) -> jax.set_mesh | nullcontext[None]:
+        mesh = self._served.devices.mesh
+        return nullcontext() if mesh is None else jax.set_mesh(mesh)
