@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from jaxft import __main__
 from jaxft.hub.pretrained import export_folder
+from jaxft.hub.sums import NAME as SUMS
 from jaxft.layers import Compute
 from jaxft.models.families import bert
 from jaxft.models.initial import shapes_and_axes
@@ -75,6 +76,7 @@ def make_folder(
         shapes_and_axes(model)[0],
     )
     export_folder(folder, source_config or {}, bert, model, params, tokenizer_folder=scratch, labels=labels)
+    (folder / SUMS).unlink()  # many a test changes what it was made of
     return folder
 
 

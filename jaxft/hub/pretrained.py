@@ -26,6 +26,8 @@ from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hub.convert import Imported, Leaf, export_tensors, file_names, import_params, stored_params
 from jaxft.hub.source import SINGLE_LABEL, Note, Source
 from jaxft.hub.stored import StoredParam
+from jaxft.hub.sums import NAME as SUMS
+from jaxft.hub.sums import write_sums
 from jaxft.hub.weights import Weights, write_safetensors
 from jaxft.hub.weights.beside import CODE_SETTINGS, take_over
 from jaxft.hub.weights.numbers import QUANTISATION_KEYS, name_non_finite
@@ -244,7 +246,8 @@ def export_folder(
     files: Mapping[str, str] | None = None,
     note: Note = print,
 ) -> None:
-    """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer.
+    """Writes a folder that `transformers` loads: config.json, model.safetensors (sharded past ``shard_bytes``), tokenizer; and the
+    sums of all these, against which it is read again (:mod:`jaxft.hub.sums`).
 
     Args:
       source_config: the config.json the model came from (or {}): keys that we do not know are kept.
@@ -283,7 +286,8 @@ def export_folder(
             write_atomic(folder / path, text)
         if source_folder is not None:
             seen_to = TOKENIZER_FILES if tokenizer is None else tokenizer.files
-            take_over(Path(source_folder), folder, {"config.json", *seen_to}, note)
+            take_over(Path(source_folder), folder, {"config.json", SUMS, *seen_to}, note)
+        write_sums(folder)
 
 
 def _exported_config(

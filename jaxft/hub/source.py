@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxft import models
 from jaxft.config import decode
 from jaxft.errors import UserError
 from jaxft.files import package_folder
+from jaxft.hub.sums import check_sums
 from jaxft.hub.weights import Weights, open_weights
 from jaxft.hub.weights.flax_names import under_pytorch_names
 from jaxft.hub.weights.numbers import refuse_quantised
 from jaxft.hub.weights.prefixed import WithoutPrefix
+from jaxft.machine.processes import is_first
 from jaxft.models.contract import (
     MODEL_TYPE,
     TIED,
@@ -168,6 +172,8 @@ def open_source(
       arch: changes to the family's Config.
     """
     folder = resolve_folder(reference)
+    if not jax.distributed.is_initialized() or is_first():  # of several processes one reads all of it
+        check_sums(folder)
     hf_config = read_json(folder / "config.json")
     name = _family_name(hf_config, family, folder, note)
     module = models.family(name)

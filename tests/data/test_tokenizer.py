@@ -130,6 +130,29 @@ def test_types_beyond_the_table_are_refused(tmp_path: Path, capsys: Capture) -> 
         loaded.apply({"params": params}, **tokenizer("cat"), positions=jnp.asarray([[0, 1, 40]]))
 
 
+def test_ids_put_around_texts_that_the_table_has_not_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    model = make_folder(tmp_path / "model", "classification", LABELS)
+    # The class that takes tokenizer.json as it is.
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+    stated = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(stated | generic))
+    path = model / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["post_processor"]["sep"] = ["[SEP]", 40_000]
+    path.write_text(json.dumps(tree))
+    said = refusal(capsys, "predict", model, "--text", "the cat")
+    assert "the tokenizer has 40001 tokens, the model's embedding table" in said
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 7}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]}},
+    }
+    path.write_text(json.dumps(tree))
+    assert "rows of one text have token types up to 7" in refusal(capsys, "predict", model, "--text", "the cat")
+
+
 def test_the_digest_is_of_what_a_tokenizer_means(folder: Path, tmp_path: Path) -> None:
     made = Tokenizer(folder)
     digest = made.digest()

@@ -387,3 +387,32 @@ def test_what_torch_can_save_but_is_not_plain(tmp_path):
     torch.save({"a": torch.zeros(2)}, buffer)
     path.write_bytes(buffer.getvalue()[:-30])
     assert "zip directory" in refusal(path)
+
+
+def test_a_flipped_bit_of_numbers_is_found_by_the_checksum(model):
+    good = archive(model, state_dict(a=tensor(), b=tensor((6,), (1,)))).read_bytes()
+    place = good.index(FLOATS.tobytes())
+    for bit in (0, 95, 191):
+        raw = bytearray(good)
+        raw[place + bit // 8] ^= 1 << bit % 8
+        model.write_bytes(raw)
+        with open_weights(model) as weights:
+            with pytest.raises(UserError, match=r"corrupt.*'b' do not match their checksum"):
+                weights.read_rows("b", 5, 6)
+            with pytest.raises(UserError, match="'a' do not match"):
+                weights.read("a")
+    raw = bytearray(good)
+    raw[good.index(b"FloatStorage")] ^= 1
+    model.write_bytes(raw)
+    assert "data.pkl does not match its checksum" in refusal(model)
+
+
+def test_files_without_checksums_are_read_as_they_are(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(6.0)}, tmp_path / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with open_weights(tmp_path / "pytorch_model.bin") as weights:
+        assert np.array_equal(weights.read("a"), FLOATS)

@@ -91,7 +91,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that this tokenizer can produce."""
-        return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._fast.get_vocab(with_added_tokens=True).values()
+        # What is put around texts has ids of its own in tokenizer.json, which need not be the vocabulary's.
+        around = (*self._fast.encode("").ids, *self._fast.encode("", "").ids)
+        return max(*vocabulary, *around) + 1
 
     def decode(
         self, ids: Integer[Array | np.ndarray, "*rows S"] | Sequence[object], *, special: bool = False

@@ -2,14 +2,17 @@
 torch 1.6, in a row: :mod:`jaxft.hub.weights.torch_legacy`).
 
 The archive's directory and the pickle are read at opening; tensor bytes are read on demand from their place in the
-file, which works because torch stores records uncompressed. Checksums of the storages are not verified.
+file, which works because torch stores records uncompressed. The checksum of a storage, which the archive has and torch's own reader
+does not look at, is verified when something of it is first read.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from jaxft.hub.weights.pread import RandomAccessFile
 from jaxft.hub.weights.torch_legacy import Record, is_legacy, read_legacy
 from jaxft.hub.weights.torch_pickle import MAX_PICKLE_BYTES, TensorRef, how_to_save_again, read_state_dict
 
+_BLOCK = 16 << 20  # bytes read together for a checksum
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, name length, extra length: 30 bytes before the name
 
 
@@ -33,13 +37,13 @@ class TorchFile(Weights):
                 self._tensors, records = read_legacy(self._file)
             else:
                 archived = _records(self._file)
-                self._tensors = read_state_dict(self._file.bytes_at(*archived["data.pkl"]), path)
+                self._tensors = read_state_dict(_content(self._file, archived["data.pkl"], "data.pkl"), path)
                 inside = ((name.partition("/"), record) for name, record in archived.items())
                 records = {key: record for (folder, _, key), record in inside if folder == "data"}
             for name, tensor in self._tensors.items():
                 _check_tensor(name, tensor, records, path)
-            # Offset of each storage's first byte, by the storage's key.
-            self._storages = {key: record.offset for key, record in records.items()}
+            self._storages = records
+            self._unchecked = {key: threading.Lock() for key, record in records.items() if record.crc is not None}
             specs = {name: TensorSpec(ref.shape, ref.storage.dtype) for name, ref in self._tensors.items()}
             super().__init__(path, "pytorch", specs)
         except BaseException:
@@ -48,8 +52,9 @@ class TorchFile(Weights):
 
     def _fill(self, name: str, rows: tuple[int, int] | None, out: np.ndarray) -> None:
         ref = self._tensors[name]
+        self._check_storage(name)
         first = ref.offset + (0 if rows is None else rows[0] * ref.stride[0])
-        position = self._storages[ref.storage.key] + first * out.itemsize
+        position = self._storages[ref.storage.key].offset + first * out.itemsize
         if _is_contiguous(out.shape, ref.stride):
             self._file.read_at(position, out)
             return
@@ -58,6 +63,25 @@ class TorchFile(Weights):
         self._file.read_at(position, span)
         stride_bytes = tuple(step * out.itemsize for step in ref.stride)
         np.copyto(out, np.lib.stride_tricks.as_strided(span, out.shape, stride_bytes, writeable=False))
+
+    def _check_storage(self, name: str) -> None:
+        """Compares the storage of a tensor with its checksum, once."""
+        key = self._tensors[name].storage.key
+        lock = self._unchecked.get(key)
+        if lock is None:
+            return
+        with lock:
+            if key not in self._unchecked:
+                return  # by another thread, meanwhile
+            record = self._storages[key]
+            crc, block = 0, np.empty(min(_BLOCK, record.size), np.uint8)
+            for start in range(0, record.size, _BLOCK):
+                part = block[: min(_BLOCK, record.size - start)]
+                self._file.read_at(record.offset + start, part)
+                crc = zlib.crc32(part, crc)
+            if crc != record.crc:
+                raise corrupt(self.path, f"the numbers of tensor {quoted(name)} do not match their checksum")
+            del self._unchecked[key]
 
     def close(self) -> None:
         """Closes the file."""
@@ -125,12 +149,19 @@ def _records(file: RandomAccessFile) -> dict[str, Record]:
     return records
 
 
+def _content(file: RandomAccessFile, record: Record, name: str) -> bytes:
+    content = file.bytes_at(record.offset, record.size)
+    if record.crc is not None and zlib.crc32(content) != record.crc:
+        raise corrupt(file.path, f"{name} does not match its checksum")
+    return content
+
+
 def _check_byte_order(records: dict[str, Record], file: RandomAccessFile) -> None:
     # torch before 2.1 wrote no such record and only ran on little-endian machines in practice; torch assumes the same.
     if "byteorder" not in records:
         return
     record = records["byteorder"]
-    if record.size > 16 or file.bytes_at(*record) != b"little":
+    if record.size > 16 or file.bytes_at(record.offset, record.size) != b"little":
         raise UserError(f"{file.path} was saved with a byte order other than little; save it on another machine")
 
 
@@ -145,7 +176,7 @@ def _locate(entry: zipfile.ZipInfo, file: RandomAccessFile) -> Record:
     offset = entry.header_offset + 30 + name_length + extra_length
     if signature != b"PK\x03\x04" or offset + entry.file_size > file.size:
         raise corrupt(path, f"the zip record {name} lies outside the file")
-    return Record(offset, entry.file_size)
+    return Record(offset, entry.file_size, entry.CRC or None)  # torch writes 0 where it was told to compute none
 
 
 def _not_an_archive(file: RandomAccessFile) -> str:

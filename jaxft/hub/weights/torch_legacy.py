@@ -25,6 +25,8 @@ class Record(NamedTuple):
 
     offset: int
     size: int
+    crc: int | None = None
+    """CRC-32 of the bytes, where the file has one."""
 
 
 def is_legacy(file: RandomAccessFile) -> bool:
