@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.files import JsonObject, write_atomic
+from jaxft.reading import MOST_MANIFEST_BYTES, parse_json, read_bytes
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -168,7 +169,7 @@ def read_manifest(folder: Path) -> Body:
 def _manifest(folder: Path) -> Body:
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_MANIFEST_BYTES)
     except FileNotFoundError as error:
         if is_unfinished(folder):
             raise UserError(
@@ -177,8 +178,8 @@ def _manifest(folder: Path) -> Body:
         raise UserError(f"{folder}: holds no token cache (no {MANIFEST})") from error
     damaged = f"{path}: damaged: not the manifest that was written; {AGAIN}"
     try:
-        body = json.loads(raw)
-    except ValueError as error:  # UnicodeDecodeError is one
+        body = parse_json(raw, str(path))
+    except UserError as error:
         raise UserError(damaged) from error
     if not isinstance(body, dict) or "format" not in body:
         raise UserError(damaged)

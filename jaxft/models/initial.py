@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.layers import unlabel
+from jaxft.models.checks import check_parameters
 from jaxft.models.contract import Model
 from jaxft.parallel.sharding import no_mesh
 from jaxft.trees import Axes, Params, Shapes, Shardings, paths_of
@@ -18,12 +19,18 @@ M = TypeVar("M", bound=Model)
 
 
 def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
-    """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
+    """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed.
+
+    Raises:
+      UserError: it would have more parameters than any model.
+    """
     example = jnp.zeros((1, 2), jnp.int32)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
     quick = initialisable(model, layers="scanned")
     with no_mesh():  # the example is too small to be split
-        return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
+        shapes, axes = unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
+    check_parameters(sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+    return shapes, axes
 
 
 def init_params(model: Model, seed: int, shardings: Shardings | None = None) -> Params:
