@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jaxft.errors import NothingUsable, UserError
-from jaxft.files import JsonObject, fsync_folder, write_atomic
-from jaxft.reading import MOST_DEPTH, MOST_MANIFEST_BYTES, parse_json, read_text
+from jaxft.files import MOST_DEPTH, MOST_MANIFEST_BYTES, JsonObject, fsync_folder, parse_json, read_text, write_atomic
 
 NAME = "jaxft.json"
 FORMAT = 1

@@ -17,8 +17,7 @@ from jaxft.config.stored import GONE, as_today
 from jaxft.config.tasks import task_options
 from jaxft.config.typed import typed
 from jaxft.errors import UserError
-from jaxft.files import find_file
-from jaxft.reading import read_text
+from jaxft.files import find_file, read_text
 
 
 def _read_tree(path: Path, depth: int = 0) -> dict[str, object]:

@@ -12,12 +12,12 @@ import types
 import typing
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
 from jaxft.errors import UserError
-from jaxft.reading import MOST_DEPTH
+from jaxft.files import MOST_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ MOST_NODES = 20_000
 
 
 def _refused(problem: str, at: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
+    return yaml.constructor.ConstructorError(None, None, problem, cast(yaml.error.Mark, at.start_mark))
 
 
 _MERGE = "tag:yaml.org,2002:merge"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options
 from jaxft.errors import UserError
-from jaxft.files import JsonObject
+from jaxft.files import JsonObject, fits
 
 GONE = {
     "eval.mode": "the task says for each metric whether less (loss) or more (accuracy) is better; leave it out",
@@ -73,25 +72,11 @@ def checked_meta(said: Mapping[str, object], where: object, *, of_run: bool = Fa
                 f"{where}: this checkpoint says no {name!r} of its {kind}: jaxft train or convert did not write it"
             )
     for name, kind in kinds.items():
-        if name in said and not _is(said[name], kind):
+        if name in said and not fits(said[name], kind):
             raise UserError(
                 f"{where}: this checkpoint's {name} is {said[name]!r:.80}: jaxft train or convert did not write it"
             )
     return cast(RunMeta, said)
-
-
-def _is(value: object, kind: object) -> bool:
-    """Whether a value of JSON is of a type that the annotations of RunMeta say."""
-    if kind in (object, Any):
-        return True
-    if isinstance(kind, types.UnionType):
-        return any(_is(value, one) for one in typing.get_args(kind))
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is(one, inner[1]) for one in value.values())
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(one, inner[0]) for one in value)
-    return type(value) is kind or (kind is type(None) and value is None)
 
 
 @contextmanager

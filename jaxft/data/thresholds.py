@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxft.errors import UserError
-from jaxft.reading import present, read_json, read_text
+from jaxft.files import present, read_json, read_text
 
 FILE = "thresholds.json"
 _METRIC = "f1"

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxft import models, reading
+from jaxft import files, models
 from jaxft.config import decode
 from jaxft.errors import UserError
 from jaxft.files import package_folder
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, object]:
       UserError: no such file, or not a JSON object.
     """
     try:
-        return reading.read_json_object(path)
+        return files.read_json_object(path)
     except FileNotFoundError:
         near = sorted(other.name for other in path.parent.glob(f"*_{path.name}"))
         copy = f"; copy {near[0]} to it" if near else ""

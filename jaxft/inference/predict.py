@@ -45,6 +45,7 @@ from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Model, classes_of
+from jaxft.models.initial import check_fits
 from jaxft.tasks.contract import Answer, Answering, Batch, Task, TaskModule
 from jaxft.training.recipe import make_compute
 from jaxft.training.setup import settled
@@ -223,6 +224,7 @@ def restored(
     if config.model.lora.rank is not None:
         whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
         params = adapters.merged(whole, config.model.lora.alpha)
+    check_fits(params, model, folder)
     hf_config = meta["hf_config"]
     if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
         # config.json is that of the folder the run began from; its head may have been for something else.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from jaxft.errors import UserError
-from jaxft.reading import read_json
+from jaxft.files import read_json
 from jaxft.tasks._vectors import POOLINGS
 
 _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "weightedmean": "weighted"}

@@ -1,4 +1,4 @@
-"""Gives every malformed input of the battery to the command that meets it: python tests/faults/run_malformed.py [--only TEXT] [--json FILE].
+"""Gives every malformed input to the command that meets it: python tests/faults/run_malformed.py [--only TEXT] [--json FILE].
 
 Each case runs in a child of its own, forked when everything is imported: what it takes is then beyond start-up.
 """
@@ -6,6 +6,7 @@ Each case runs in a child of its own, forked when everything is imported: what i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -77,30 +78,43 @@ class Ended(TypedDict):
     written: list[str]
 
 
+class Wrong(TypedDict):
+    """A case that did not end as it should."""
+
+    case: str
+    problems: list[str]
+    ended: Ended
+    """With the last lines of what it said."""
+
+
 class Found(TypedDict):
     """What a battery found."""
 
     cases: int
     by_kind: dict[str, int]
+    """How many cases of each kind."""
     wrong: int
-    wrong_ones: list[dict[str, object]]
+    wrong_ones: list[Wrong]
 
 
-def run(count: int | None = None, seed: int = 0, *, only: str = "", verbose: bool = False) -> Found:
+def run(
+    count: int | None = None, seed: int = 0, *, kind: str | None = None, only: str = "", verbose: bool = False
+) -> Found:
     """Runs the battery.
 
     Args:
       count: so many of its cases, drawn at random; None: all.
       seed: of the draw.
+      kind: cases of this kind; None: of all.
       only: cases with this in their names.
       verbose: print each case as it ends.
     """
-    chosen = [case for case in all_cases() if only in case.id]
+    chosen = [case for case in all_cases() if only in case.id and kind in (None, case.kind)]
     if count is not None and count < len(chosen):
         chosen = random.Random(seed).sample(chosen, count)
     for name in IMPORTS:
         importlib.import_module(name)
-    wrong: list[dict[str, object]] = []
+    wrong: list[Wrong] = []
     with tempfile.TemporaryDirectory() as scratch:
         sound = Path(scratch) / "sound"
         _in_child(lambda: make_sound(sound))
@@ -108,34 +122,29 @@ def run(count: int | None = None, seed: int = 0, *, only: str = "", verbose: boo
             folder = Path(scratch) / f"case{number}"
             shutil.copytree(sound, folder, symlinks=True)
             ended = tried(case, folder)
+            shutil.rmtree(folder, ignore_errors=True)
             problems = wrong_with(case, ended)
             if problems:
-                wrong.append(
-                    {
-                        "case": case.id,
-                        "problems": problems,
-                        **ended,
-                        "out": ended["out"][-600:],
-                        "err": ended["err"][-1500:],
-                    }
-                )
+                shown: Ended = {**ended, "out": ended["out"][-600:], "err": ended["err"][-1500:]}
+                wrong.append({"case": case.id, "problems": problems, "ended": shown})
             if verbose:
-                said = (ended["err"] or ended["out"])[:230].rstrip("\n")
-                print(
-                    f"{'WRONG ' + ', '.join(problems) if problems else 'right'}: {case.id} [{ended['seconds']:.1f} s, {ended['memory'] >> 20} MB]\n    {said}",
-                    flush=True,
-                )
-            shutil.rmtree(folder, ignore_errors=True)
+                print(_line(case, ended, problems), flush=True)
     kinds = Counter(case.kind for case in chosen)
     return {"cases": len(chosen), "by_kind": dict(kinds), "wrong": len(wrong), "wrong_ones": wrong}
 
 
-def _in_child(work) -> None:
+def _line(case: Case, ended: Ended, problems: list[str]) -> str:
+    judged = f"WRONG {', '.join(problems)}" if problems else "right"
+    said = (ended["err"] or ended["out"])[:LONGEST].rstrip("\n")
+    return f"{judged}: {case.id} [{ended['cpu']:.1f} s, {ended['memory'] >> 20} MB]\n    {said}"
+
+
+def _in_child(work: Callable[[], object]) -> None:
     child = os.fork()
     if child == 0:
         try:
             work()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must not go on as its parent
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
@@ -156,17 +165,19 @@ def tried(case: Case, folder: Path) -> Ended:
     status, usage = _awaited(child)
     seconds = time.perf_counter() - started
     code = os.waitstatus_to_exitcode(status)
-    made = {
-        "code": code if code >= 0 else None,
-        "out": out.read_text(errors="replace"),
-        "err": err.read_text(errors="replace"),
-    }
-    out.unlink()
-    err.unlink()
+    said = [path.read_text(errors="replace") for path in (out, err)]
+    for path in (out, err):
+        path.unlink()
     after = snapshot(folder)
-    written = sorted(str(path) for path in after.keys() | before.keys() if after.get(path) != before.get(path))
-    memory = max(0, usage.ru_maxrss * 1024 - resting)
-    return {**made, "seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, "memory": memory, "written": written}
+    return {
+        "code": code if code >= 0 else None,
+        "out": said[0],
+        "err": said[1],
+        "seconds": seconds,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "memory": max(0, usage.ru_maxrss * 1024 - resting),
+        "written": sorted(str(path) for path in after.keys() | before.keys() if after.get(path) != before.get(path)),
+    }
 
 
 def _awaited(child: int) -> tuple[int, resource.struct_rusage]:
@@ -189,6 +200,8 @@ def _command(case: Case, folder: Path, out: Path, err: Path) -> None:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with the runner, however that ends
         os.chdir(folder)
         vast = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (vast + ROOM, vast + ROOM))
@@ -198,7 +211,7 @@ def _command(case: Case, folder: Path, out: Path, err: Path) -> None:
         program()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the child must not go on as its parent
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -250,17 +263,18 @@ def wrong_with(case: Case, ended: Ended) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", help="cases of this kind: weights, config, tokenizer, data, run, checkpoint")
     parser.add_argument("--only", default="", help="cases with this in their names")
     parser.add_argument("--count", type=int, help="so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write what was found there")
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args(arguments)
-    found = run(options.count, options.seed, only=options.only, verbose=not options.quiet)
+    found = run(options.count, options.seed, kind=options.kind, only=options.only, verbose=not options.quiet)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     for one in found["wrong_ones"]:
-        print(f"WRONG {one['case']}: {'; '.join(map(str, one['problems']))}\n    {str(one['err'])[-400:]}")
+        print(f"WRONG {one['case']}: {'; '.join(one['problems'])}\n    {one['ended']['err'][-400:]}")
     print(f"{found['cases']} cases, {found['wrong']} wrong: {found['by_kind']}")
     return 1 if found["wrong"] else 0
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxft.errors import UserError
-from jaxft.files import JsonObject
-from jaxft.reading import MOST_VOCABULARY_BYTES, present, read_json_object, read_text
+from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, present, read_json_object, read_text
 
 if TYPE_CHECKING:  # a compiled library, which those who have no text do without
     from tokenizers import Tokenizer

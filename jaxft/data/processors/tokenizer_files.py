@@ -18,8 +18,7 @@ from jaxft.data.processors.panics import told_as_errors
 from jaxft.data.processors.tokenizer_checks import check_model, check_settings
 from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
-from jaxft.files import JsonObject, write_atomic
-from jaxft.reading import MOST_VOCABULARY_BYTES, check_size, present, read_json_object
+from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, check_size, present, read_json_object, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

@@ -18,6 +18,7 @@ from jaxft.data.sources.lines import MOST_RECORD, Lines, read_pieces, too_long
 from jaxft.data.sources.rows import Row, iter_jsonl, record_row, refuse_constant
 from jaxft.data.sources.squad import iter_squad
 from jaxft.errors import UserError, listed
+from jaxft.files import MOST_DEPTH
 
 _WANTED = 'a .json file must be a list of objects, [{"text": ...}, ...], or an object that has one, {"data": [{...}]}'
 _SEEN = re.compile(r"[^ \t\r\n]")
@@ -189,6 +190,8 @@ class _Text:
                 depth += (mark[0] in "{[") - (mark[0] in "}]")
                 if depth == 0:
                     return mark.end()
+                if depth > MOST_DEPTH:
+                    raise UserError(f"{self._where}:{self.line}: not valid JSON: nested too deeply")
             else:
                 behind = len(self._held) - self._at
             if behind > MOST_RECORD:

@@ -29,8 +29,7 @@ from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, colu
 from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
-from jaxft.files import find_file
-from jaxft.reading import open_file, read_json_object
+from jaxft.files import find_file, open_file, read_json_object
 
 if TYPE_CHECKING:  # extras, and slow to import
     import pyarrow

@@ -87,11 +87,11 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     blank = 0
     with closing(read_lines(path)) as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
             if not line.strip():
                 blank = blank or number
                 continue
             refuse_blank(path, blank)
+            where = f"{path}:{number}"
             yield record_row(_json_object(line, where), columns, where)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import UserError
-from jaxft.reading import parse_json, present, read_json
+from jaxft.files import parse_json, present, read_json
 
 # Spellings of today's protocol buffers as JSON, and of files before them.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")

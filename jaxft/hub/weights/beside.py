@@ -9,8 +9,7 @@ from pathlib import Path
 
 from jaxft.data.thresholds import FILE as THRESHOLDS
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
-from jaxft.reading import present, read_json
+from jaxft.files import present, read_json, write_atomic
 
 LARGEST = 50 * 10**6
 """Bytes of the largest file that is taken over."""

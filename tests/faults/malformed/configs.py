@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from faults.malformed.case import MILLION, TRAIN, Case, bad_json, both, keys, put, words
+from faults.malformed.case import MILLION, TRAIN, Case, Damage, bad_json, both, keys, put, words
 
 CONVERT = words("convert model made")
 CONFIG = "model/config.json"
@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, tuple[object, ...]]] = {
         "max_position_embeddings": (10**11,),
     },
     "roberta": {"vocab_size": (10**12,), "num_hidden_layers": (10**9,)},
-    "albert": {"num_hidden_layers": (10**9,), "embedding_size": (0, 10**10), "num_hidden_groups": (0, 10**9, 5)},
+    "albert": {"num_hidden_layers": (10**9,), "embedding_size": (0, 10**10), "num_hidden_groups": (0, 10**9)},
     "electra": {"embedding_size": (0, 10**10), "num_hidden_layers": (10**9,)},
     "distilbert": {"n_layers": (10**9,), "vocab_size": (10**10,)},
     "deberta_v2": {"num_hidden_layers": (10**9,), "position_buckets": (10**12,), "pos_att_type": ("x", ["nope"])},
@@ -178,7 +178,7 @@ def _beside() -> Iterator[Case]:
     yield Case("config", "README.md: an alias bomb", put("model/README.md", card), CONVERT, (0, 2), writes=True)
 
 
-def _odd_files(name: str) -> Iterator[tuple[str, object]]:
+def _odd_files(name: str) -> Iterator[tuple[str, Damage]]:
     for title, text in {
         "numbers": "[1, 2]",
         "a path above": '[{"idx": 0, "name": "0", "path": "../../..", "type": "x"}]',

@@ -102,7 +102,6 @@ WORDS: dict[str, str | bytes] = {
     "not UTF-8": b"a \xff\n",
     "a million columns": "a " * 1_000_000 + "\n",
     "a million letters": MILLION + " O\n" + "x\n",
-    "labels of none of the forms": "the Q-\ncat -B\n\n" * 4,
     "comments alone": "# a\n# b\n",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from faults.malformed.case import MILLION, TRAIN, Case, Damage, no_files, put, sparse, words
+from faults.malformed.case import MILLION, TRAIN, Case, no_files, put, sparse, words
 
 BIG = 10**12
 SHOW = words("show-config run.yaml")

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import msgpack
 import numpy as np
@@ -16,7 +17,7 @@ from faults.malformed.case import MILLION, Case, Damage, bad_json, both, gone, n
 
 CONVERT = words("convert model made")
 SAFETENSORS, TORCH, FLAX = "model/model.safetensors", "model/pytorch_model.bin", "model/flax_model.msgpack"
-Header = dict[str, dict[str, object]]
+Header = dict[str, object]
 
 
 def cases() -> Iterator[Case]:
@@ -38,6 +39,11 @@ def _cut(name: str, size: int) -> Damage:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
+def _longer(folder: Path) -> None:
+    path = folder / SAFETENSORS
+    path.write_bytes(path.read_bytes() + b"\0" * 9)
+
+
 def _header(change: Callable[[Header], object]) -> Damage:
     """Another header before the same data."""
 
@@ -57,7 +63,7 @@ def _first(key: str, value: object) -> Damage:
 
     def change(header: Header) -> None:
         name = next(name for name in header if name != "__metadata__")
-        header[name][key] = value
+        header[name] = {**cast(Header, header[name]), key: value}
 
     return _header(change)
 
@@ -76,14 +82,14 @@ def _headers() -> Iterator[tuple[str, Damage]]:
     for key, values in wrong.items():
         for value in values:
             yield f"{key}: {str(value)[:30]}", _first(key, value)
-    yield "metadata of numbers", _header(lambda header: header.update({"__metadata__": {"a": 1}}))  # type: ignore
+    yield "metadata of numbers", _header(lambda header: header.update({"__metadata__": {"a": 1}}))
     yield "no tensors", _header(lambda header: {"__metadata__": {}})
-    yield "a tensor that is a list", _header(lambda header: header.update({"x": []}))  # type: ignore
+    yield "a tensor that is a list", _header(lambda header: header.update({"x": []}))
     yield "a name of a million characters", _header(lambda header: {MILLION: next(iter(header.values()))})
     yield "a name of control characters", _header(lambda header: {"\x1b[31m\x07\n": next(iter(header.values()))})
     yield "a name that is no Unicode", _header(lambda header: {"\ud800": next(iter(header.values()))})
     yield "names of another model", _header(lambda header: {f"other.{name}": value for name, value in header.items()})
-    yield "bytes behind the data", lambda folder: open(folder / SAFETENSORS, "ab").write(b"\0" * 9)
+    yield "bytes behind the data", _longer
 
 
 def _tensor(shape: object = (2, 3), stride: object = (3, 1), offset: int = 0, key: str = "0", length: int = 6) -> bytes:
@@ -173,8 +179,12 @@ def _archives() -> Iterator[tuple[str, Damage]]:
         yield title, damage
 
 
+def _packed_once(tree: object) -> bytes:
+    return cast(bytes, msgpack.packb(tree))
+
+
 def _array(shape: object, dtype: object, raw: object) -> msgpack.ExtType:
-    return msgpack.ExtType(1, msgpack.packb((shape, dtype, raw)))
+    return msgpack.ExtType(1, _packed_once((shape, dtype, raw)))
 
 
 def _packed() -> dict[str, bytes]:
@@ -196,7 +206,7 @@ def _packed() -> dict[str, bytes]:
         "an odd name": {"\x1b[31m\n": _array([4], "float32", four)},
     }
     deep: bytes = b"\x81\xa1a" * 100_000 + b"\xc0"
-    return {title: msgpack.packb(tree) for title, tree in trees.items()} | {
+    return {title: _packed_once(tree) for title, tree in trees.items()} | {
         "empty": b"",
         "deep": deep,
         "a map of 2**32 items": b"\xdf\xff\xff\xff\xff",
@@ -204,7 +214,7 @@ def _packed() -> dict[str, bytes]:
         "bytes of 4 GB": b"\x81\xa1a\xc6\xff\xff\xff\xff",
         "rubbish": b"\xc1" * 1000,
         "a pickle": pickle.dumps(_Canary()),
-        "more behind": msgpack.packb({"params": {"a": _array([4], "float32", four)}}) * 2,
+        "more behind": _packed_once({"params": {"a": _array([4], "float32", four)}}) * 2,
     }
 
 
