@@ -34,6 +34,12 @@ COMMANDS = {
 }
 
 
+_NO_MEMORY = (
+    "not enough memory: take smaller batches (train.batch_size, train.accumulation, eval.batch_size), shorter rows (data.max_length), "
+    "model.remat=full, or a smaller model; jaxft plan says what a run takes"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     from jaxft import __version__
@@ -72,12 +78,13 @@ class _Parser(argparse.ArgumentParser):
     """Wrong usage is told in one line too."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help says more\n")
+        begin, end = f"{self.prog}: error: ", f"; {self.prog} --help says more"
+        self.exit(2, f"{begin}{_fitted(message, begin, end)}{end}\n")
 
 
 def _run(command: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from jaxft.cli.console import drop_output, no_interrupt, show_anything
-    from jaxft.errors import StorageError, UserError, storage_problem
+    from jaxft.errors import StorageError, UserError, out_of_memory, storage_problem
     from jaxft.machine import signals
 
     show_anything()
@@ -100,6 +107,10 @@ def _run(command: str, run: Callable[[argparse.Namespace], int], options: argpar
             drop_output(sys.stdout)
         kind = UserError if storage_problem(error) is None else StorageError
         return _refuse(command, ": ".join(str(part) for part in (where, error.strerror) if part), kind.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _refuse(command, f"{_NO_MEMORY} ({error})")
     except KeyboardInterrupt as told:
         with no_interrupt():
             print(
@@ -159,8 +170,16 @@ def _end_if_compiling(code: int, *, together: bool = False) -> None:
 
 def _refuse(command: str, message: str, code: int = 2) -> int:
     # Messages of libraries that are passed on may have several lines; scripts read one.
-    print(f"jaxft {command}: error: {' '.join(message.split())}", file=sys.stderr)
+    begin = f"jaxft {command}: error: "
+    print(f"{begin}{_fitted(message, begin)}", file=sys.stderr)
     return code
+
+
+def _fitted(message: str, begin: str, end: str = "") -> str:
+    """A message as far as it fits on one line, between its beginning and its end."""
+    from jaxft.errors import LONGEST_LINE, one_line
+
+    return one_line(message, LONGEST_LINE - len(begin) - len(end))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,18 @@ def not_written(where: object, error: OSError) -> UserError:
     return kind(f"{where}: cannot be written: {error.strerror}")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of the machine or of a device."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # jax's class, which is not imported for it.
+        of_device = type(seen).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+        if isinstance(seen, MemoryError) or (of_device and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(seen))):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 class Diverged(UserError):
     """Losses or gradients of a run were not finite for too long."""
 
@@ -87,6 +99,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode() for c in text)
 
 
+LONGEST_LINE = 300
+"""Characters of an error's line, at most: what was found in a file may be a million."""
+_LONGEST_WORD = 80
+
+
+def one_line(message: str, most: int = LONGEST_LINE) -> str:
+    """A message on one line of at most ``most`` characters: long words lose their middle, then the whole line does."""
+    line = printable(" ".join(message.split()))
+    if len(line) > most:
+        line = " ".join(_without_middle(word, _LONGEST_WORD) for word in line.split(" "))
+    return _without_middle(line, most)
+
+
+def _without_middle(text: str, most: int) -> str:
+    # Which file and key stand first, what to do about it last.
+    end = most * 2 // 5
+    return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
+
+
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Names on one line, the first ``most`` of them, and how many more there are."""
     all_names = list(names)
@@ -95,10 +126,17 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     return ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in shown) + more
 
 
+_COMPARED = 200
+"""Characters of a name that are compared with others."""
+_CANDIDATES = 2000
+"""Names that one is compared with."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the nearest valid name, or all of them if none is near."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    # Of names of hundreds of letters, or among a hundred thousand of them, looking takes minutes, and finds no slip of a finger.
+    close = difflib.get_close_matches(name[:_COMPARED], names[:_CANDIDATES], n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"valid names: {listed(names)}" if names else "no names are valid here"

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxft.errors import NothingUsable, UserError
-from jaxft.files import JsonObject, fsync_folder, write_atomic
+from jaxft.files import MOST_DEPTH, MOST_MANIFEST_BYTES, JsonObject, fsync_folder, parse_json, read_text, write_atomic
 
 NAME = "jaxft.json"
 FORMAT = 1
@@ -27,6 +29,7 @@ _CHECKSUM = "sha256"
 _THREADS = min(4, os.cpu_count() or 1)
 
 Kind = Literal["state", "params"]
+_DTYPES = re.compile(r"bool|u?int\d+|bfloat16|float\d\w*|complex\d+")
 
 
 _ORBAX = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "commit_success.txt", "params", "counters")
@@ -134,8 +137,14 @@ def read_manifest(folder: Path) -> Manifest:
     path = Path(folder) / NAME
     body = _parse(path)
     number = body["format"]
-    if number != FORMAT:
+    if number > FORMAT:
         raise UserError(f"{path}: checkpoint format {number}, but this jaxft reads format {FORMAT}; update jaxft")
+    if number != FORMAT:
+        raise DamagedCheckpoint(
+            f"{path}: checkpoint format {number}, which no jaxft has written; use another checkpoint"
+        )
+    if problem := next(_oddities(body), None):
+        raise DamagedCheckpoint(f"{path}: {problem}, as no jaxft writes it; use another checkpoint")
     return Manifest(
         format=number,
         kind=body["kind"],
@@ -147,11 +156,61 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
+def _oddities(body: JsonObject) -> Iterator[str]:
+    """What a manifest says that none of ours does. Its checksum proves that no bit has changed, not who wrote it."""
+    if missing := [key for key in ("kind", "step", "best", "meta", "tree", "files") if key not in body]:
+        yield f"says no {missing[0]}"
+        return
+    step = body["step"]
+    if body.get("kind") not in get_args(Kind):
+        yield f"kind is {body.get('kind')!r:.40}"
+    if step is not None and not _is_count(step):
+        yield f"step is {step!r:.40}"
+    if not isinstance(body.get("best"), bool):
+        yield f"best is {body.get('best')!r:.40}"
+    for key in ("meta", "tree", "files"):
+        if not isinstance(body.get(key), dict):
+            yield f"{key} is no object"
+            return
+    for name, leaf in body["tree"].items():
+        if not _is_leaf(leaf):
+            yield f"tree.{name:.60} is {leaf!r:.60}"
+        if name.count("/") > MOST_DEPTH or any(place in body["tree"] for place in _above(name)):
+            yield f"tree.{name:.60} lies in another array, or too deeply"
+    for name, file in body["files"].items():
+        parts = name.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or not name.isprintable():
+            yield f"files.{name!r:.60} is no file inside"
+        if not (isinstance(file, dict) and _is_count(file.get("size")) and isinstance(file.get("sha256"), str)):
+            yield f"files.{name:.60} is {file!r:.60}"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_leaf(leaf: object) -> bool:
+    """Whether a manifest's entry of an array has a shape of a size that can be, and a type that arrays have."""
+    if not isinstance(leaf, dict) or not isinstance(leaf.get("shape"), list) or not isinstance(leaf.get("dtype"), str):
+        return False
+    return (
+        all(map(_is_count, leaf["shape"]))
+        and math.prod(leaf["shape"]) < 1 << 62
+        and bool(_DTYPES.fullmatch(leaf["dtype"]))
+    )
+
+
+def _above(name: str) -> Iterator[str]:
+    """The places in the tree that a path goes through."""
+    parts = name.split("/")[:-1]
+    return ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
 def _parse(path: Path) -> JsonObject:
     """The manifest's JSON without its checksum, which has been checked. Every future format keeps these two keys."""
     try:
-        text = path.read_bytes().decode("utf-8")
-        body = json.loads(text)
+        text = read_text(path, MOST_MANIFEST_BYTES)
+        body = parse_json(text, str(path))
         # Rendering again also catches a flipped bit in white space, or one that makes two keys equal.
         same = isinstance(body, dict) and _render(body) == text
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -159,10 +218,11 @@ def _parse(path: Path) -> JsonObject:
             lost = f"{path}: missing, nothing says whether the files beside it are those that were written"
             raise DamagedCheckpoint(f"{lost}; use another checkpoint") from error
         raise UserError(f"{path.parent} is not a jaxft checkpoint: it has no {NAME}") from error
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged, not readable as JSON ({error}); use another checkpoint") from error
+    except (OSError, ValueError, UserError) as error:  # also NaN, which is never written
+        problem = str(error).removeprefix(f"{path}: ")
+        raise DamagedCheckpoint(f"{path}: damaged, not readable as JSON ({problem}); use another checkpoint") from error
     number = body.get("format") if isinstance(body, dict) else None
-    if not same or body.pop(_CHECKSUM, None) != _checksum(body) or not isinstance(number, int):
+    if not same or body.pop(_CHECKSUM, None) != _checksum(body) or type(number) is not int:
         newer = isinstance(number, int) and number > FORMAT
         hint = f" or changed by hand; it says format {number}, this jaxft reads {FORMAT}" if newer else ""
         raise DamagedCheckpoint(f"{path}: damaged, it does not match its own checksum{hint}; use another checkpoint")

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxft.errors import UserError
+from jaxft.errors import LONGEST_LINE, UserError, listed, one_line, printable
 
 if TYPE_CHECKING:
     from jaxft.checkpoint import Manifest
@@ -68,9 +68,13 @@ def _check_usage(options: argparse.Namespace) -> None:
 
 
 def _step_of(text: str, found: dict[int, Path], folder: Path) -> int:
-    if not text.isdecimal() or int(text) not in found:
-        raise UserError(f"{folder}: there is no step {text}; there are: {', '.join(map(str, sorted(found)))}")
+    if not text.isdecimal() or len(text) > 20 or int(text) not in found:
+        raise UserError(f"{folder}: there is no step {text}; there are: {listed(map(str, sorted(found)))}")
     return int(text)
+
+
+_LONGEST_REASON = LONGEST_LINE - 60
+"""Characters of what is wrong with a step, beside its number, time and size."""
 
 
 def _list(folder: Path, found: dict[int, Path]) -> int:
@@ -98,7 +102,7 @@ def _state_of(path: Path, *, hashes: bool) -> tuple[Manifest | None, str | None]
         manifest = read_manifest(path)
         check_files(path, manifest, hashes=hashes)
     except DamagedCheckpoint as error:
-        return manifest, f"damaged: {error.reason}"
+        return manifest, one_line(f"damaged: {error.reason}", _LONGEST_REASON)
     return manifest, None
 
 
@@ -112,15 +116,15 @@ def _inspect(path: Path) -> int:
 
     manifest = read_manifest(path)
     for name, leaf in manifest.tree.items():
-        print(f"{name}  {leaf}")
+        print(f"{printable(name)}  {leaf}")
     meta = dict(manifest.meta)
     config = meta.pop("config", {})
     for name, value in {"best": manifest.best, "format": manifest.format, **meta}.items():
-        print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+        print(f"{printable(name)}: {json.dumps(value, ensure_ascii=False)}")
     sections = config if isinstance(config, dict) else {}
     for section, keys in sections.items():
         for key, value in keys.items() if isinstance(keys, dict) else ():
-            print(f"{section}.{key}={to_yaml_line(value)}")
+            print(f"{printable(section)}.{printable(key)}={to_yaml_line(value)}")
     return 0
 
 

@@ -131,7 +131,7 @@ def settings_lines(config: RunConfig) -> list[str]:
     changed = [f"  {key}={to_yaml_line(value)}" for key, value in tree.items() if usual.get(key, usual) != value]
     differ = f"{len(changed)} settings differ from the defaults" if changed else "the defaults"
     head = f"config: {differ}; all are in {config.train.out}/config.yaml"
-    return [head, *(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in changed)]
+    return [*(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in (head, *changed))]
 
 
 def model_lines(setup: Setup) -> list[str]:

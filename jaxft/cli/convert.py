@@ -81,7 +81,7 @@ def parse_size(text: str) -> int:
     """
     from jaxft.errors import UserError
 
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(B|KB|MB|GB|TB)?", text.strip(), re.IGNORECASE)
     size = (
         0
         if match is None

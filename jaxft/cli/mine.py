@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the pairs with their negatives, and says how near these are."""
+    from jaxft.config.ranges import MOST_ROWS
     from jaxft.errors import UserError
     from jaxft.inference.mining import Mining
     from jaxft.machine.platform import set_up_jax
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     _check_paths(options)
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    if options.batch_size > MOST_ROWS:
+        raise UserError(f"--batch-size {options.batch_size}: must be at most {MOST_ROWS}")
     set_up_jax("~/.cache/jaxft/xla")
     from jaxft.inference.mining import embedding_config, mine, numbered, pair_vectors
     from jaxft.inference.predict import open_model

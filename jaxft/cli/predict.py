@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Writes a text's label and probabilities, with the other columns of its row; ``true`` is the label that the row has."""
     from pathlib import Path
 
+    from jaxft.config.ranges import MOST_ROWS
     from jaxft.data.sources.write import is_table
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
@@ -66,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{len(options.text)} --text and {len(options.pair)} --pair: give one --pair for each --text")
     if options.batch_size < 1 or (options.top is not None and options.top < 1):
         raise UserError("--batch-size and --top must be at least 1")
+    if options.batch_size > MOST_ROWS:
+        raise UserError(f"--batch-size {options.batch_size}: must be at most {MOST_ROWS}")
     if options.top is not None and is_table(options.out):
         raise UserError(f"--top is for JSON Lines; {options.out} has a column for each of few labels")
     set_up_jax("~/.cache/jaxft/xla")

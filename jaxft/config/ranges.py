@@ -13,11 +13,24 @@ from jaxft.errors import UserError
 
 def check_ranges(config: RunConfig) -> None:
     """Raises UserError for the first value out of range; names its key."""
+    # First: some of the rules compute with them.
+    _check_numbers(dataclasses.asdict(config), "")
     for of_section in (_of_training, _of_evaluation, _of_data, _of_optimizer, _of_model):
         for rule in of_section(config):
             if not rule.holds:
                 raise UserError(f"{rule.key}={rule.value}: {rule.problem}")
-    _check_finite(dataclasses.asdict(config), "")
+
+
+MOST_ROWS = 1 << 20
+"""Rows of a batch: more than any published run has had, and few enough that their token ids fit a machine."""
+MOST_TOKENS = 1 << 20
+"""Tokens of a row."""
+MOST_RANK = 1 << 16
+"""Of adapters: above the width of any model."""
+MOST_AHEAD = 1 << 16
+"""Batches that are prepared ahead, and held."""
+MOST_NUMBER = 2**31 - 1
+"""Steps, sizes and counts are computed with in 32 bits."""
 
 
 class _Rule(NamedTuple):
@@ -30,7 +43,7 @@ class _Rule(NamedTuple):
 def _of_training(config: RunConfig) -> list[_Rule]:
     train = config.train
     return [
-        _Rule(train.batch_size > 0, "train.batch_size", train.batch_size, "must be at least 1"),
+        _within("train.batch_size", train.batch_size, MOST_ROWS),
         _Rule(train.accumulation > 0, "train.accumulation", train.accumulation, "must be at least 1"),
         _Rule(
             train.batch_size % max(train.accumulation, 1) == 0,
@@ -80,7 +93,7 @@ def _of_training(config: RunConfig) -> list[_Rule]:
 def _of_evaluation(config: RunConfig) -> list[_Rule]:
     ev, stored = config.eval, config.checkpoint
     return [
-        _Rule(ev.batch_size > 0, "eval.batch_size", ev.batch_size, "must be at least 1"),
+        _within("eval.batch_size", ev.batch_size, MOST_ROWS),
         _Rule(ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
         _Rule(ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),
         _Rule(
@@ -161,7 +174,14 @@ def _of_data(config: RunConfig) -> list[_Rule]:
             data.labels,
             "has a label twice",
         ),
-        _Rule(data.read_ahead > 0, "data.read_ahead", data.read_ahead, "must be at least 1"),
+        _within("data.read_ahead", data.read_ahead, MOST_AHEAD),
+        _Rule(data.max_length <= MOST_TOKENS, "data.max_length", data.max_length, f"must be at most {MOST_TOKENS}"),
+        _Rule(
+            data.buckets is None or max(data.buckets, default=0) <= MOST_TOKENS,
+            "data.buckets",
+            data.buckets,
+            f"must name lengths up to {MOST_TOKENS}",
+        ),
     ]
 
 
@@ -218,6 +238,12 @@ def _of_model(config: RunConfig) -> list[_Rule]:
             "must be at least 1 (null: no adapters)",
         ),
         _Rule(
+            model.lora.rank is None or model.lora.rank <= MOST_RANK,
+            "model.lora.rank",
+            model.lora.rank,
+            f"must be at most {MOST_RANK}",
+        ),
+        _Rule(
             model.lora.rank is None or (not optim.freeze and optim.layer_decay == 1),
             "model.lora.rank",
             model.lora.rank,
@@ -232,6 +258,10 @@ def _of_model(config: RunConfig) -> list[_Rule]:
     ]
 
 
+def _within(key: str, value: int, most: int) -> _Rule:
+    return _Rule(0 < value <= most, key, value, f"must be at most {most}" if value > 0 else "must be at least 1")
+
+
 def _names_of(labels: Mapping[str, str] | Sequence[str]) -> list[str]:
     """The class names that ``data.labels`` gives, in its order."""
     return list(labels.values() if isinstance(labels, Mapping) else labels)
@@ -239,15 +269,19 @@ def _names_of(labels: Mapping[str, str] | Sequence[str]) -> list[str]:
 
 def _is_span(text: str) -> bool:
     first, _, last = text.partition(":")
-    return first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)
+    few = max(len(first), len(last)) <= len(str(MOST_NUMBER))  # Python itself reads no more than 4300 digits
+    return first.isdecimal() and last.isdecimal() and few and 0 < int(first) <= int(last) <= MOST_NUMBER
 
 
-def _check_finite(tree: object, path: str) -> None:
+def _check_numbers(tree: object, path: str) -> None:
+    """Raises UserError for a number that nothing can be computed with; seeds have a rule of their own."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            _check_finite(value, f"{path}.{key}".strip("."))
+            _check_numbers(value, f"{path}.{key}".strip("."))
     elif isinstance(tree, list | tuple):
         for i, value in enumerate(tree):
-            _check_finite(value, f"{path}.{i}")
+            _check_numbers(value, f"{path}.{i}")
     elif isinstance(tree, float) and not math.isfinite(tree):
         raise UserError(f"{path}={tree}: must be a finite number")
+    elif isinstance(tree, int) and abs(tree) > MOST_NUMBER and not path.startswith("train.seed"):
+        raise UserError(f"{path}={tree}: must lie in {-MOST_NUMBER}..{MOST_NUMBER}")

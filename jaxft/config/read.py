@@ -11,25 +11,18 @@ from typing import Any, cast
 from jaxft.config.decode import decode, to_tree
 from jaxft.config.names import meant
 from jaxft.config.ranges import check_ranges
-from jaxft.config.scalars import Scalar, parse_yaml, settle, value_kind
+from jaxft.config.scalars import MOST_BYTES, Scalar, parse_yaml, settle, value_kind
 from jaxft.config.schema import RunConfig, TaskConfig
 from jaxft.config.stored import GONE, as_today
 from jaxft.config.tasks import task_options
 from jaxft.config.typed import typed
 from jaxft.errors import UserError
-from jaxft.files import find_file
+from jaxft.files import find_file, read_text
 
 
 def _read_tree(path: Path, depth: int = 0) -> dict[str, object]:
     """The merged tree of a YAML file and of what it extends."""
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: cannot be read as a config file: {error.reason} at byte {error.start + 1}; save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a config file: {error.strerror or error}") from error
+    tree = parse_yaml(read_text(path, MOST_BYTES), str(path))
     tree = tree.value if isinstance(tree, Scalar) else tree
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

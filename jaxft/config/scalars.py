@@ -12,11 +12,12 @@ import types
 import typing
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
 from jaxft.errors import UserError
+from jaxft.files import MOST_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,31 @@ class Loader(yaml.SafeLoader):
     text (YAML 1.1: booleans, objects, 613 in sixties, 8 in octal). Refuses a key given twice, and tags of other types.
     """
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = self._depth = 0
+        self._sizes: dict[str, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node, counted: an alias counts as all that it stands for."""
+        event = self.peek_event()
+        anchor, begun = str(getattr(event, "anchor", None)), self._nodes
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in self.anchors and anchor not in self._sizes:
+                raise _refused(f"&{anchor} holds itself", event)
+            self._nodes += self._sizes.get(anchor, 0)
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MOST_NODES:
+            raise _refused(f"more than {MOST_NODES:,} values, those that aliases repeat included", event)
+        if self._depth > MOST_DEPTH:
+            raise _refused(f"nested too deeply: more than {MOST_DEPTH} lists and mappings in each other", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self._sizes[anchor] = self._nodes - begun
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         """A mapping whose keys are texts."""
         self._names_of(node)
@@ -116,18 +142,30 @@ class Loader(yaml.SafeLoader):
         }
 
     def _names_of(self, node: yaml.MappingNode, twice: bool = False) -> list[str]:
-        names: list[str] = []
+        names: dict[str, None] = {}
+        found: list[str] = []
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
+                raise _refused("a key is a list or mapping", key_node)
             if key_node.tag == _MERGE:
                 continue
             made = self.construct_object(key_node)
             name = made.source if isinstance(made, Scalar) else made
             if name in names and not twice:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key_node.start_mark)
-            names.append(name)
-        return names
+                raise _refused(f"key {name!r} is given twice", key_node)
+            names[name] = None
+            found.append(name)
+        return found
+
+
+MOST_BYTES = 1 << 20
+"""Of a run file: the largest of ours has 2 KB."""
+MOST_NODES = 20_000
+"""Keys, values and list items of a run file: a list of 20,000 labels takes two seconds to read."""
+
+
+def _refused(problem: str, at: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, cast(yaml.error.Mark, at.start_mark))
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -153,7 +191,7 @@ def _kept(name: str) -> Callable[[Loader, yaml.ScalarNode], Scalar]:
         try:
             return Scalar(construct(loader, node), node.value)
         except (ValueError, KeyError) as error:  # `!!int x`; a number of more than 4300 digits
-            raise yaml.constructor.ConstructorError(None, None, f"not a number: {error}", node.start_mark) from error
+            raise _refused(f"not a number: {error}", node) from error
 
     return with_source
 
@@ -177,6 +215,8 @@ def parse_yaml(text: str, where: str) -> object:
     Raises:
       UserError: it is not valid YAML; says where.
     """
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{where:.200}: has {len(text):,} characters; at most {MOST_BYTES:,} are read as YAML")
     try:
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError) as error:

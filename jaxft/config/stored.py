@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NotRequired, TypedDict, cast
 
 from jaxft.config.schema import TaskConfig
 from jaxft.config.tasks import task_options
-from jaxft.files import JsonObject
+from jaxft.errors import UserError
+from jaxft.files import JsonObject, fits
 
 GONE = {
     "eval.mode": "the task says for each metric whether less (loss) or more (accuracy) is better; leave it out",
@@ -44,6 +47,51 @@ class RunMeta(TypedDict):
     """Digest of the encoded rows; versions before this one's do not say."""
     eval_rows: NotRequired[str]
     tokenizer_digest: NotRequired[str]
+
+
+_OF_MODELS = ("config", "family", "arch", "head", "labels", "hf_config", "tokenizer")
+_OF_RUNS = (*_OF_MODELS, "seed")
+
+
+def checked_meta(said: Mapping[str, object], where: object, *, of_run: bool = False) -> RunMeta:
+    """What a checkpoint says of its model, or of its run, once it is known to say it.
+
+    Args:
+      said: its meta. Whoever saves in a loop of their own stores what they like there.
+      where: the checkpoint, for messages.
+      of_run: it is to be gone on from.
+
+    Raises:
+      UserError: something is missing, or of another type.
+    """
+    kinds = typing.get_type_hints(RunMeta)
+    for name in _OF_RUNS if of_run else _OF_MODELS:
+        if name not in said:
+            kind = "run" if of_run else "model"
+            raise UserError(
+                f"{where}: this checkpoint says no {name!r} of its {kind}: jaxft train or convert did not write it"
+            )
+    for name, kind in kinds.items():
+        if name in said and not fits(said[name], kind):
+            raise UserError(
+                f"{where}: this checkpoint's {name} is {said[name]!r:.80}: jaxft train or convert did not write it"
+            )
+    return cast(RunMeta, said)
+
+
+@contextmanager
+def said_by(where: object) -> Iterator[None]:
+    """Errors in here are about what a checkpoint has stored, and say so.
+
+    Raises:
+      UserError: as the one in here, begun with the checkpoint.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{where}: this checkpoint's configuration cannot be used (of a newer jaxft?): {error}"
+        ) from error
 
 
 def without_gone(tree: Mapping[str, object]) -> dict[str, object]:

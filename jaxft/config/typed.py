@@ -16,6 +16,7 @@ from jaxft.errors import UserError
 
 _SINGLE = re.compile(r"'(?:[^']|'')*'", re.DOTALL)
 _DOUBLE = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_PLAIN = re.compile(r"\s+|[^\s,\[\]{}][^,\[\]{}]*")
 _REFUSED = (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken, yaml.DirectiveToken)
 
 
@@ -63,10 +64,11 @@ def _text(kind: object, text: str, where: str) -> str | None:
 def items_of(text: str, where: str, brackets: str = "[]") -> list[str]:
     """The items of a list, still in their quotes. Commas count outside quotes and brackets, of which an even number opens and an
     odd number closes."""
-    items, item, depth, rest = [], "", 0, text
-    while rest:
-        quoted = None if item.strip() else _SINGLE.match(rest) or _DOUBLE.match(rest)
-        piece = quoted[0] if quoted else rest[0]
+    items, item, depth, at = [], "", 0, 0
+    while at < len(text):
+        quoted = None if item.strip() else _SINGLE.match(text, at) or _DOUBLE.match(text, at)
+        plain = quoted or _PLAIN.match(text, at)
+        piece = plain[0] if plain else text[at]
         depth += (1, -1)[brackets.index(piece) % 2] if piece in brackets else 0
         if depth < 0:
             break
@@ -75,7 +77,7 @@ def items_of(text: str, where: str, brackets: str = "[]") -> list[str]:
             item = ""
         else:
             item += piece
-        rest = rest[len(piece) :]
+        at += len(piece)
     if depth:
         raise UserError(f"{where}: brackets do not match; put items that hold one in quotes")
     items += [item.strip()] if item.strip() else []

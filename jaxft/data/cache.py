@@ -72,7 +72,7 @@ def open_cache(folder: Path, name: str, fields: Fields) -> Cache:
     body = read_manifest(folder)
     stored, offsets = body["columns"], body["offsets"]
     for key, said in stored.items():
-        if key not in fields or list(fields[key].axes) != said["axes"]:
+        if key not in fields or list(fields[key].axes) != said.get("axes"):
             raise UserError(f"{folder}: its field {key!r} is none of this task's ({listed(fields)}); {AGAIN}")
     lacking = [key for key, kind in fields.items() if kind.value is None and key not in stored]
     if lacking:

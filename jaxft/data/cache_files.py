@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 
 from jaxft.errors import UserError
-from jaxft.files import JsonObject, write_atomic
+from jaxft.files import MOST_MANIFEST_BYTES, JsonObject, fits, parse_json, read_bytes, write_atomic
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -27,6 +29,7 @@ BLOCK = 1 << 22
 DROPPED = "dropped.bin"
 AGAIN = "remove the folder and build it again (jaxft cache build)"
 _CHECKSUM = "sha256"
+_DTYPE = re.compile(r"[<|][uifb]\d")
 
 
 def column_file(field: str) -> str:
@@ -168,7 +171,7 @@ def read_manifest(folder: Path) -> Body:
 def _manifest(folder: Path) -> Body:
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_MANIFEST_BYTES)
     except FileNotFoundError as error:
         if is_unfinished(folder):
             raise UserError(
@@ -177,16 +180,34 @@ def _manifest(folder: Path) -> Body:
         raise UserError(f"{folder}: holds no token cache (no {MANIFEST})") from error
     damaged = f"{path}: damaged: not the manifest that was written; {AGAIN}"
     try:
-        body = json.loads(raw)
-    except ValueError as error:  # UnicodeDecodeError is one
+        body = parse_json(raw, str(path))
+    except UserError as error:
         raise UserError(damaged) from error
     if not isinstance(body, dict) or "format" not in body:
         raise UserError(damaged)
     if body["format"] != FORMAT:
         raise UserError(f"{path}: cache format {body['format']}, but this jaxft reads format {FORMAT}; {AGAIN}")
-    if body.pop(_CHECKSUM, None) != _checksum(body):
+    try:
+        same = body.pop(_CHECKSUM, None) == _checksum(body)
+    except ValueError:  # NaN, which is never written
+        same = False
+    # Its checksum proves that no bit has changed, not who wrote it.
+    if not same or not fits(body, Body) or not all(_is_stored(array, body) for array in _arrays_of(body)):
         raise UserError(damaged)
     return cast(Body, body)
+
+
+def _arrays_of(body: JsonObject) -> list[JsonObject]:
+    return [*body["columns"].values(), *body["offsets"].values(), body["dropped"]]
+
+
+def _is_stored(said: JsonObject, body: JsonObject) -> bool:
+    """Whether an array is one of numbers, in a file of its size in the cache's own folder."""
+    file, shape = body["files"].get(said["file"]), said["shape"]
+    sound = "/" not in said["file"] and all(0 <= size < 1 << 62 for size in shape)
+    if not sound or file is None or not _DTYPE.fullmatch(said["dtype"]):
+        return False
+    return math.prod(shape) * np.dtype(said["dtype"]).itemsize == file["size"]
 
 
 def damages(folder: Path) -> Iterator[str]:

@@ -19,6 +19,9 @@ from jaxft.errors import UserError
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the tokenizer's threads busy
 
+_MOST_CHARACTERS = 1 << 23
+"""Characters tokenised at a time, of long documents: the tokenizer needs a hundred bytes for each token."""
+
 
 class Column(NamedTuple):
     """A column of the data that a task reads."""
@@ -129,6 +132,16 @@ def encode_texts(
 def chunks_of(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
     """Rows, many at a time, with the number of the first of each."""
     remaining, first = iter(rows), 0
-    while chunk := list(islice(remaining, _CHUNK)):
+    while chunk := _chunk(remaining):
         yield first, chunk
         first += len(chunk)
+
+
+def _chunk(rows: Iterator[Row]) -> list[Row]:
+    found, size = list[Row](), 0
+    for row in islice(rows, _CHUNK):
+        found.append(row)
+        size += sum(len(value) for value in row.values if isinstance(value, str))
+        if size > _MOST_CHARACTERS:
+            break
+    return found

@@ -27,6 +27,8 @@ from jaxft.errors import UserError, listed, nearest
 _BOOLEANS = {"true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false"}
 _WHOLE = re.compile(r"([+-]?)(0|[1-9][0-9]{0,300})(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]{0,300})(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-][0-9]{1,3})?")
+MOST_LABEL = 1000
+"""Characters of a label: what is longer is a text, of another column."""
 _FEW = 20  # different numbers that may still be classes, such as stars in halves
 
 
@@ -117,11 +119,13 @@ def renamed_labels(declared: Sequence[object] | Mapping[str, object] | None, lab
 
 def _distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     found = tuple(names)
-    for i, name in enumerate(found):
+    seen = set[str]()
+    for name in found:
         if not name:
             raise UserError(f"data.labels: one of its {what} is empty")
-        if name in found[:i]:
+        if name in seen:
             raise UserError(f"data.labels: {name!r} is twice among its {what}")
+        seen.add(name)
     return found
 
 
@@ -166,7 +170,7 @@ def _ids_by_label(names: Sequence[str], renamed: Mapping[str, str]) -> dict[str,
 
 
 def _advice(name: str, names: Sequence[str], renamed: Mapping[str, str] | None) -> str:
-    if renamed or not name.isdecimal() or int(name) >= len(names) or len(names) > _FEW:
+    if renamed or not name.isdecimal() or len(name) > len(str(_FEW)) or int(name) >= len(names) or len(names) > _FEW:
         return ""
     pairs = ", ".join(f"{i}: {other}" for i, other in enumerate(names))
     return f"; if the labels are class ids: data.labels={{{pairs}}}"

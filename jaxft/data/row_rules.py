@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jaxft.config import DataConfig
-from jaxft.data.labels import label_text
+from jaxft.data.labels import MOST_LABEL, label_text
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 
@@ -51,6 +51,11 @@ class RowRules:
                 what = {"number": "a number", "numbers": "a list of numbers"}.get(kind, "a label")
                 raise UserError(
                     f"{row.where}: column {name!r} is empty; every row needs {what} (data.missing_label=skip leaves such rows out)"
+                )
+            if isinstance(value, str) and len(value) > MOST_LABEL:
+                raise UserError(
+                    f"{row.where}: column {name!r} holds a label of {len(value):,} characters, at most {MOST_LABEL:,} are possible; "
+                    "is data.label the column of the texts?"
                 )
             if self._map and kind == "label" and (label := label_text(value)) in self._map:
                 self._mapped[label] += 1

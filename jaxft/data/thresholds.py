@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxft.errors import UserError
+from jaxft.files import present, read_json, read_text
 
 FILE = "thresholds.json"
 _METRIC = "f1"
@@ -37,14 +38,11 @@ def read_thresholds(folder: Path, labels: Sequence[str], of: Sequence[str]) -> d
       UserError: there is no such file, or it is not of a model with these labels.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not present(path):
         raise UserError(
             f"--threshold best: {folder} has no {FILE}, which jaxft train writes beside the weights; give a number"
         )
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+    tree = read_json(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("thresholds"), dict):
         raise UserError(f"{path}: expected an object with labels and thresholds; train again, or give a number")
     stated, found = tree.get("labels"), tree["thresholds"]
@@ -68,4 +66,4 @@ def read_thresholds(folder: Path, labels: Sequence[str], of: Sequence[str]) -> d
 def beside(folder: Path) -> dict[str, str]:
     """The file's text by its name, for a folder that gets the same weights and labels; nothing where there is none."""
     path = folder / FILE
-    return {FILE: path.read_text(encoding="utf-8")} if path.is_file() else {}
+    return {FILE: read_text(path)} if present(path) else {}

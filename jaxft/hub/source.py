@@ -6,7 +6,6 @@ it is said.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxft import models
+from jaxft import files, models
 from jaxft.config import decode
 from jaxft.errors import UserError
 from jaxft.files import package_folder
@@ -91,18 +90,13 @@ def read_json(path: Path) -> dict[str, object]:
       UserError: no such file, or not a JSON object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json_object(path)
     except FileNotFoundError:
         near = sorted(other.name for other in path.parent.glob(f"*_{path.name}"))
         copy = f"; copy {near[0]} to it" if near else ""
         raise UserError(
             f"{path} does not exist; a model folder holds config.json, weights and tokenizer files{copy}"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return tree
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from jaxft import checkpoint, models, tasks
 from jaxft.config import RunConfig, TaskConfig, load_config, run_config
 from jaxft.config.read import stored_tree
-from jaxft.config.stored import RunMeta, as_today, wrong_best
+from jaxft.config.stored import RunMeta, as_today, checked_meta, said_by, wrong_best
 from jaxft.config.tasks import task_options
 from jaxft.data.batch import collate, text_shape
 from jaxft.data.examples import Encoded
@@ -45,6 +45,7 @@ from jaxft.inference.devices import Devices, devices_asked_for
 from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Model, classes_of
+from jaxft.models.initial import check_fits
 from jaxft.tasks.contract import Answer, Answering, Batch, Task, TaskModule
 from jaxft.training.recipe import make_compute
 from jaxft.training.setup import settled
@@ -207,18 +208,23 @@ def restored(
     Parameters are read when they are used (:func:`jaxft.checkpoint.open_params`), unless there are adapters to be merged.
     """
     params, said = checkpoint.open_params(folder)
-    meta = cast(RunMeta, said)
-    config = _override(as_today(meta["config"]), overrides)
+    meta = checked_meta(said, folder)
+    with said_by(folder):
+        tree = as_today(meta["config"])
+        run_config(tree)
+        family = models.family(meta["family"])
+        arch = make_config(family, meta["arch"])
+        if meta["head"] not in family.HEADS:
+            raise UserError(f"head is {meta['head']!r:.60}, which {meta['family']} has not")
+    config = _override(tree, overrides)
     _warn_of_wrong_best(meta["config"], note)
-    family = models.family(meta["family"])
-    model = family.Model(
-        make_config(family, meta["arch"]), meta["head"], _compute(config, devices_asked_for(overrides))
-    )
+    model = family.Model(arch, meta["head"], _compute(config, devices_asked_for(overrides)))
     named = any(override.startswith("data.tokenizer=") for override in overrides)
     tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
     if config.model.lora.rank is not None:
         whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
         params = adapters.merged(whole, config.model.lora.alpha)
+    check_fits(params, model, folder)
     hf_config = meta["hf_config"]
     if config.data.train is not None and family.HEADS[meta["head"]].classes == "rows":
         # config.json is that of the folder the run began from; its head may have been for something else.
@@ -255,7 +261,6 @@ def _warn_of_wrong_best(tree: Mapping[str, object], note: Note) -> None:
 def _override(tree: Mapping[str, object], overrides: list[str]) -> RunConfig:
     import tempfile
 
-    run_config(tree)
     # Overrides work on run files; the stored configuration is one.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"

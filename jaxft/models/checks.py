@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+import math
+from typing import Any, ClassVar, Protocol
 
 from jaxft.errors import UserError, nearest
 from jaxft.layers import ACTIVATIONS
+
+MOST_LAYERS = 4096
+"""Layers of a model: each takes some time, and has a name for each of its tensors, before anything is computed."""
+MOST_SIZE = 1 << 24
+"""Any other size: above the largest vocabulary, and the longest row."""
+MOST_PARAMETERS = 1 << 42
+"""Parameters of a model: above any that has been trained."""
 
 
 class _Tokens(Protocol):
     """A Config, as far as every family has its fields."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     @property
     def vocab_size(self) -> int: ...
     @property
     def pad_token_id(self) -> int | None: ...
+
+
+def check_layers(count: int) -> None:
+    """Raises UserError if there are more layers than any model has, before something is made for each of them."""
+    if count > MOST_LAYERS:
+        raise UserError(f"config.json: num_hidden_layers={count} must be at most {MOST_LAYERS}")
+
+
+def check_parameters(count: int) -> None:
+    """Raises UserError if sizes, each of which may be, make up more parameters than any model has."""
+    if count > MOST_PARAMETERS:
+        raise UserError(
+            f"model.arch: its sizes make {count:.1e} parameters, at most {MOST_PARAMETERS:.1e} are possible"
+        )
 
 
 def check_fields(
@@ -31,6 +56,13 @@ def check_fields(
     Raises:
       UserError: names the field and its value.
     """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        most = MOST_LAYERS if "layers" in field.name else MOST_SIZE
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(f"model.arch: {field.name}={value} must be at most {most}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model.arch: {field.name}={value} must be a finite number")
     for name in sizes:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"model.arch: {name}={getattr(config, name)} must be at least 1")

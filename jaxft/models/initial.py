@@ -8,8 +8,11 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
+from jaxft.errors import UserError
 from jaxft.layers import unlabel
+from jaxft.models.checks import check_parameters
 from jaxft.models.contract import Model
 from jaxft.parallel.sharding import no_mesh
 from jaxft.trees import Axes, Params, Shapes, Shardings, paths_of
@@ -18,12 +21,32 @@ M = TypeVar("M", bound=Model)
 
 
 def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
-    """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed."""
+    """The shaped parameter tree of a model, and the tree of its logical axis names; nothing is computed.
+
+    Raises:
+      UserError: it would have more parameters than any model.
+    """
     example = jnp.zeros((1, 2), jnp.int32)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
     quick = initialisable(model, layers="scanned")
     with no_mesh():  # the example is too small to be split
-        return unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
+        shapes, axes = unlabel(jax.eval_shape(lambda key: quick.init(key, example)["params"], jax.random.key(0)))
+    check_parameters(sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+    return shapes, axes
+
+
+def check_fits(params: PyTree, model: Model, where: object) -> None:
+    """Raises UserError if arrays are not those of the model that a checkpoint (``where``) says they are of."""
+    found = {path: tuple(leaf.shape) for path, leaf in paths_of(params).items()}
+    wanted = {path: tuple(leaf.shape) for path, leaf in paths_of(shapes_and_axes(model)[0]).items()}
+    differing = [path for path in sorted(found.keys() | wanted.keys()) if found.get(path) != wanted.get(path)]
+    if differing:
+        have, want = (shapes.get(differing[0], "not there") for shapes in (found, wanted))
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise UserError(
+            f"{where}: this checkpoint's arrays are not those of the model that it says it holds: {differing[0]} is {have}, and "
+            f"would be {want}{more}"
+        )
 
 
 def init_params(model: Model, seed: int, shardings: Shardings | None = None) -> Params:

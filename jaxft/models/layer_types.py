@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from jaxft.attention import MaskSpec
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Rotary
+from jaxft.models.checks import check_layers
 from jaxft.models.rotary_files import rotary_from_hf, rotary_to_hf
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -49,6 +50,7 @@ def types_from_hf(hf: Mapping[str, object], layers: int, usual: int) -> dict[str
     Raises:
       UserError: a type that there is not, another number of types than layers, an order that is no number.
     """
+    check_layers(layers)
     every, stated = hf.get("global_attn_every_n_layers", usual), hf.get("layer_types")
     if type(every) is not int or every < 1:
         raise UserError(f"config.json: global_attn_every_n_layers={every!r} must be a whole number, 1 or more")

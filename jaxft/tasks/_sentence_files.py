@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from jaxft.errors import UserError
+from jaxft.files import read_json
 from jaxft.tasks._vectors import POOLINGS
 
 _MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "weightedmean": "weighted"}
@@ -64,9 +65,9 @@ def read_sentences(folder: Path) -> Sentences | None:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
+        return read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist, though modules.json names it") from error
 
 
 def _pooling(path: Path) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jaxft import tasks
-from jaxft.config.stored import RunMeta, stored_metric, wrong_best
+from jaxft.config import decode
+from jaxft.config.stored import RunMeta, said_by, stored_metric, wrong_best
 from jaxft.tasks import Task
 from jaxft.training.setup import Note
 
@@ -56,9 +58,17 @@ class Progress:
         return patience is not None and self.bad_evals >= patience
 
 
-def stored_progress(meta: RunMeta, note: Note) -> Progress:
-    """The progress in a checkpoint; what an earlier version took for the best by mistake is forgotten."""
-    progress = Progress(**meta["progress"])
+def stored_progress(meta: RunMeta, where: Path, note: Note) -> Progress:
+    """The progress in a checkpoint; what an earlier version took for the best by mistake is forgotten.
+
+    Args:
+      where: the checkpoint, for messages.
+
+    Raises:
+      UserError: it says something else under this name.
+    """
+    with said_by(where):
+        progress = decode(Progress, meta.get("progress", {}), "progress")
     if progress.metric is None:
         wrong = wrong_best(meta["config"])
         progress = Progress() if wrong else progress

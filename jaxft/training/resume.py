@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from jaxft import checkpoint
 from jaxft.config import RunConfig, flat, run_config, to_tree
-from jaxft.config.stored import RunMeta, stored_config
+from jaxft.config.stored import RunMeta, checked_meta, said_by, stored_config
 from jaxft.data.examples import Examples
 from jaxft.data.packing import Packed
 from jaxft.errors import UserError
@@ -61,7 +60,7 @@ def check_folder(setup: Setup, out: Path, seed: int) -> None:
         except checkpoint.DamagedCheckpoint as error:
             reasons.append(error.reason)
             continue  # restoring falls back in the same order, with its warning
-        check_goes_on(setup, cast(RunMeta, manifest.meta), manifest.step or 0, seed, out)
+        check_goes_on(setup, checked_meta(manifest.meta, folder, of_run=True), manifest.step or 0, seed, out)
         return
     if found:
         raise checkpoint.nothing_usable(out / "checkpoints", found, reasons[0])
@@ -77,6 +76,8 @@ def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) 
     Raises:
       UserError: with the key that differs, and how to go on.
     """
+    with said_by(out / "checkpoints" / str(step)):
+        run_config(stored_config(meta))
     rows_known = "train_rows" in meta  # checkpoints of the first versions do not say
     free = (*_FREE_KEYS, *_LENGTH, "eval.metric", *(_SOURCES if rows_known else ()))
     differing = [

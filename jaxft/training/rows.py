@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from jaxft.config import DataConfig, RunConfig, to_tree
 from jaxft.data.cache import Cache, check_made, open_cache
-from jaxft.data.cache_files import MANIFEST, is_cache, read_manifest
+from jaxft.data.cache_files import AGAIN, MANIFEST, is_cache, read_manifest
 from jaxft.data.encode import Column, read_rows
 from jaxft.data.examples import Split, make_split
 from jaxft.data.held_out import hold_out
@@ -21,6 +21,7 @@ from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.read import Reference, Row, shown
 from jaxft.errors import UserError, listed
+from jaxft.files import fits
 from jaxft.hub.source import Note, Source
 from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows
 
@@ -217,6 +218,20 @@ def cached(key: str, reference: Reference) -> Path | None:
     return caches[0]
 
 
+class _Encoded(TypedDict):
+    labels: list[str]
+    counts: list[int]
+    problem: str | None
+
+
+class _About(TypedDict):
+    """What a cache that jaxft cache wrote says besides (:mod:`jaxft.training.caching`)."""
+
+    rows: int
+    tokenizer: str
+    targets: _Encoded
+
+
 def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> Cache:
     said, wanted = read_manifest(folder), made_of(config, module, tokenizer)
     # Options that the version which wrote it did not have yet had the value that is now their default.
@@ -225,6 +240,8 @@ def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, toke
         **{f"data.{key}": value for key, value in to_tree(DataConfig()).items()},
     }
     made = {key: usual[key] for key in wanted if key in usual} | said["made"]
+    if not fits(said["about"], _About):
+        raise UserError(f"{folder}: does not say what its rows were encoded for; {AGAIN}")
     was = said["about"]["tokenizer"]
     other = (
         f"a token cache made with another tokenizer (that of {was} then, {tokenizer.folder} now, which gives other ids)"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxft import models, tasks
 from jaxft.config import RunConfig
+from jaxft.config.ranges import MOST_NUMBER
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
@@ -294,8 +295,19 @@ def steps_per_epoch(config: RunConfig, train: Examples) -> int:
 
 
 def steps_of(config: RunConfig, train: Examples) -> int:
-    """Optimizer steps of a whole run on these training rows."""
-    return config.train.steps or max(1, round((config.train.epochs or 0) * steps_per_epoch(config, train)))
+    """Optimizer steps of a whole run on these training rows.
+
+    Raises:
+      UserError: more than can be counted.
+    """
+    if config.train.steps is not None:
+        return config.train.steps
+    found = (config.train.epochs or 0) * steps_per_epoch(config, train)
+    if found > MOST_NUMBER:
+        raise UserError(
+            f"train.epochs={config.train.epochs}: makes {found:.0e} steps; at most {MOST_NUMBER} are possible"
+        )
+    return max(1, round(found))
 
 
 def open_tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import cast
 
 from jaxft import checkpoint, tasks
 from jaxft.config import to_tree
-from jaxft.config.stored import RunMeta
+from jaxft.config.stored import RunMeta, checked_meta
 from jaxft.training.programs import Programs
 from jaxft.training.progress import Progress, stored_progress
 from jaxft.training.resume import changes_said, check_folder, check_goes_on, log_said, scores_differ
@@ -26,12 +25,12 @@ def started(
         metric = tasks.metric_of(setup.task, setup.config.eval.metric)
         return programs.init(setup.start_params(seed, note)), Progress(metric), 0
     restored = store.restore(programs.shapes)
-    meta = cast(RunMeta, restored.meta)
+    meta = checked_meta(restored.meta, store.folder / str(restored.step), of_run=True)
     check_goes_on(setup, meta, restored.step, seed, out)
     note(f"resuming from step {restored.step}")
     for line in (*changes_said(setup, meta, restored.step, seed), *log_said(out, meta, restored.step)):
         note(line)
-    progress = stored_progress(meta, note)
+    progress = stored_progress(meta, store.folder / str(restored.step), note)
     reason = scores_differ(setup, meta, seed)
     progress.metric = setup.config.eval.metric or progress.metric
     if reason is not None and progress.best_step is not None:

@@ -1,0 +1,1 @@
+"""What happens when something is wrong: batteries of faults, each with a runner that counts what goes wrong with them."""

@@ -16,6 +16,7 @@ from jaxtyping import Int32, Integer
 from jaxft.data.batch import Fields
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.cutting import count_dropped, cut_pairs
+from jaxft.data.processors.panics import told_as_errors
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
 from jaxft.data.processors.windows import Window, check_pair_room, check_room, cut, whole_pairs, whole_tokens
 from jaxft.errors import UserError
@@ -93,7 +94,8 @@ class Tokenizer:
         """One more than the largest id that this tokenizer can produce."""
         vocabulary = self._fast.get_vocab(with_added_tokens=True).values()
         # What is put around texts has ids of its own in tokenizer.json, which need not be the vocabulary's.
-        around = (*self._fast.encode("").ids, *self._fast.encode("", "").ids)
+        with told_as_errors():
+            around = (*self._fast.encode("").ids, *self._fast.encode("", "").ids)
         return max(*vocabulary, *around) + 1
 
     def decode(
@@ -127,7 +129,11 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         pairs = [pairs] if isinstance(pairs, str) else pairs
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        rows = self._fast.encode_batch(inputs)  # the fast form that encode() uses does not count characters
+        try:
+            with told_as_errors():
+                rows = self._fast.encode_batch(inputs)  # the fast form that encode() uses does not count characters
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
         width = padded_length(max(map(len, rows), default=1), length, buckets)
         out = {name: np.full((len(rows), width), -1, np.int32) for name in ("words", "sources")}
         offsets = np.full((len(rows), width, 2), -1, np.int32)
@@ -182,7 +188,8 @@ class Tokenizer:
         remaining, done = iter(texts), 0
         while chunk := list(islice(remaining, _CHUNK)):
             try:
-                rows = whole_tokens(self._fast, chunk, split_words=split_words, typed=self._files.types)
+                with told_as_errors():
+                    rows = whole_tokens(self._fast, chunk, split_words=split_words, typed=self._files.types)
             except Exception as error:  # tokenizers raises bare Exceptions
                 raise self._unencodable(error) from error
             for row, tokens in enumerate(rows, start=done):
@@ -203,7 +210,8 @@ class Tokenizer:
           UserError: a first text leaves no room for the second, or a text cannot be encoded.
         """
         try:
-            rows = whole_pairs(self._fast, texts, pairs, typed=self._files.types)
+            with told_as_errors():
+                rows = whole_pairs(self._fast, texts, pairs, typed=self._files.types)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise self._unencodable(error) from error
         for row, (tokens, place) in enumerate(zip(rows, where, strict=True)):
@@ -212,13 +220,15 @@ class Tokenizer:
 
     def _encodings(self, texts: list[str]) -> list[Encoding]:
         try:
-            return self._fast.encode_batch_fast(texts)
+            with told_as_errors():
+                return self._fast.encode_batch_fast(texts)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise self._unencodable(error) from error
 
     def _cut_pairs(self, texts: Sequence[str], pairs: Sequence[str]) -> list[tuple[Encoding, list[int] | None, int]]:
         try:
-            return list(cut_pairs(self._fast, texts, pairs))
+            with told_as_errors():
+                return list(cut_pairs(self._fast, texts, pairs))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise self._unencodable(error) from error
 
@@ -264,7 +274,8 @@ class Tokenizer:
 
     def count_types(self, *, paired: bool) -> int:
         """One more than the largest token type in rows of one text, or of two."""
-        row = self._fast.encode("", "" if paired else None)
+        with told_as_errors():
+            row = self._fast.encode("", "" if paired else None)
         return max(self._types_of(row), default=0) + 1
 
     @property
@@ -301,7 +312,8 @@ class Tokenizer:
 
     def _meant(self, text: str, pair: str | None) -> list[list[int]] | str:
         try:
-            row = self._fast.encode(text, pair)
+            with told_as_errors():
+                row = self._fast.encode(text, pair)
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions; not every vocabulary has all letters
             return str(error)
         return [row.ids, self._types_of(row)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxft.errors import UserError
-from jaxft.files import JsonObject
+from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, present, read_json_object, read_text
 
 if TYPE_CHECKING:  # a compiled library, which those who have no text do without
     from tokenizers import Tokenizer
@@ -94,7 +94,7 @@ def class_of(folder: Path, settings: Settings, hf_config: Settings) -> str | Non
 def is_byte_level(folder: Path) -> bool:
     """Whether tokenizer.json is of Llama 3's kind, which says LlamaTokenizer and is none."""
     path = folder / "tokenizer.json"
-    return path.is_file() and '"ByteLevel"' in path.read_text(encoding="utf-8")
+    return present(path) and '"ByteLevel"' in read_text(path, MOST_VOCABULARY_BYTES)
 
 
 def native(name: str | None) -> Kind | None:
@@ -122,7 +122,7 @@ def build(kind: Kind, folder: Path, settings: Settings) -> Built:
         fast = Fast.from_file(str(path))
         return Built(fast, *_stored(fast))
     if path.is_file():
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json_object(path, MOST_VOCABULARY_BYTES)
         model = tree.get("model") or {}
         vocabulary = _by_token(model.get("vocab"), path)
         fast = kind.build(vocabulary, _pairs(model.get("merges") or ()), settings)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxft.data.processors.panics import told_as_errors
+from jaxft.data.processors.tokenizer_checks import check_model, check_settings
 from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
-from jaxft.files import JsonObject, write_atomic
+from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, check_size, present, read_json_object, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -80,7 +82,7 @@ class Files:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer's vocabulary."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
+    return any(present(folder / name) for name in _VOCABULARIES)
 
 
 def read_files(folder: Path, model_type: str | None = None) -> Files:
@@ -101,18 +103,28 @@ def read_files(folder: Path, model_type: str | None = None) -> Files:
         raise UserError(
             f"{folder}: no tokenizer files with a vocabulary (looked for {', '.join(_VOCABULARIES[:4])}, ...); set data.tokenizer"
         )
+    for vocabulary in filter(present, (folder / name for name in _VOCABULARIES)):
+        check_size(vocabulary, MOST_VOCABULARY_BYTES)
     try:
-        name = class_of(folder, settings, hf_config)
-        kind = native(name)
-        if kind is None or settings.get("fix_mistral_regex") or _only_sentencepiece(folder):
-            from jaxft.data.processors.tokenizer_foreign import reference_tokenizer
-
-            return _of_reference(reference_tokenizer(folder, name, settings, hf_config))
-        return _built(folder, kind, settings)
+        with told_as_errors():
+            files = _read(folder, settings, hf_config)
+            check_model(folder, files.fast)
+            files.fast.encode("", "")  # a template's tokens are looked up here only
+            return files
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"{folder}: not a tokenizer that can be read: {_first_line(error)}") from error
+
+
+def _read(folder: Path, settings: JsonObject, hf_config: JsonObject) -> Files:
+    name = class_of(folder, settings, hf_config)
+    kind = native(name)
+    if kind is None or settings.get("fix_mistral_regex") or _only_sentencepiece(folder):
+        from jaxft.data.processors.tokenizer_foreign import reference_tokenizer
+
+        return _of_reference(reference_tokenizer(folder, name, settings, hf_config))
+    return _built(folder, kind, settings)
 
 
 def read_json(path: Path) -> JsonObject:
@@ -121,15 +133,7 @@ def read_json(path: Path) -> JsonObject:
     Raises:
       UserError: not a JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return tree
+    return read_json_object(path) if present(path) else {}
 
 
 def _refuse_code(folder: Path, settings: Settings) -> None:
@@ -163,7 +167,7 @@ def _built(folder: Path, kind: Kind, stored: Settings) -> Files:
     settings = _arguments(stored, has_json)
     added = _added_tokens(folder, settings, has_json)
     settings |= {name: token for name, token in kind.defaults.items() if name not in settings}
-    _check(folder, kind, settings)
+    check_settings(folder, kind, settings, _named(settings))
     built = build(kind, folder, settings)
     if built.pad_token is not None:
         settings.setdefault("pad_token", built.pad_token)
@@ -176,7 +180,6 @@ def _built(folder: Path, kind: Kind, stored: Settings) -> Files:
         _set_ends(built.fast, named, settings)
     if kind.finish is not None:
         kind.finish(built.fast, {**settings, **named})
-    _check_model(folder, built.fast)
     side = settings.get("truncation_side", built.truncation_side or "right")
     types = "token_type_ids" in settings.get("model_input_names", ["token_type_ids"] if kind.types else [])
     contents = {name: str(token) for name, token in named.items()}
@@ -219,7 +222,7 @@ def _added_tokens(folder: Path, settings: JsonObject, has_json: bool) -> dict[in
             one = content in special
             added[number] = AddedToken(content, rstrip=False, lstrip=False, normalized=not one, special=one)
         if has_json:
-            for token in json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", ()):
+            for token in read_json_object(folder / "tokenizer.json", MOST_VOCABULARY_BYTES).get("added_tokens", ()):
                 added[token["id"]] = AddedToken(**{name: value for name, value in token.items() if name != "id"})
     for name, value in settings.items():
         settings[name] = _tokens_of(value)
@@ -269,30 +272,6 @@ def _named(settings: Settings) -> dict[str, Token]:
     return {name: token for name, token in named.items() if token is not None}
 
 
-def _check(folder: Path, kind: Kind, settings: Settings) -> None:
-    """Refuses settings that have no meaning, and whose effect would come much later."""
-    from tokenizers import AddedToken
-
-    where = folder / "tokenizer_config.json"
-    for name, token in _named(settings).items():
-        if not isinstance(token, str | AddedToken):
-            raise UserError(f"{where}: {name}={token!r} is no token")
-    extra = settings.get("extra_special_tokens")
-    if extra is not None and not (isinstance(extra, list) and all(isinstance(t, str | AddedToken) for t in extra)):
-        raise UserError(f"{where}: extra_special_tokens={extra!r}: expected a list of tokens")
-    for name in ("truncation_side", "padding_side"):
-        if settings.get(name, "right") not in ("left", "right"):
-            raise UserError(f"{where}: {name}={settings[name]!r}: expected left or right")
-    for name in ("do_lower_case", "tokenize_chinese_chars", "add_prefix_space", "split_special_tokens", "trim_offsets"):
-        if not isinstance(settings.get(name, False), bool | None):
-            raise UserError(f"{where}: {name}={settings[name]!r}: expected true or false")
-    needed = [
-        name for name in ("unk_token", "sep_token", "cls_token") if name in kind.defaults and settings[name] is None
-    ]
-    if needed and kind.finish is not None:
-        raise UserError(f"{where}: {needed[0]} is null, but a tokenizer of class {kind.name} needs one")
-
-
 def _add_tokens(fast: Fast, added: dict[int, AddedToken], named: dict[str, Token], extra: Sequence[Token]) -> None:
     """Adds what is not there yet: first what the files list, by id, then named and other special tokens."""
     from tokenizers import AddedToken
@@ -332,14 +311,6 @@ def _set_ends(fast: Fast, named: dict[str, Token], settings: Settings) -> None:
         pair=f"{text('A', 0)} {text('B', 1)}",
         special_tokens=[(token, fast.token_to_id(token)) for token in dict.fromkeys(ends.values())],
     )
-
-
-def _check_model(folder: Path, fast: Fast) -> None:
-    dropout = getattr(fast.model, "dropout", None)
-    if dropout:
-        raise UserError(
-            f"{folder / 'tokenizer.json'}: its merges have dropout={dropout:g}: ids would differ each time; set it to null"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------- ends

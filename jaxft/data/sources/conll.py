@@ -20,6 +20,8 @@ SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 
 _BLANKS = " \t\r\n"  # other spaces are words, or parts of them
 _DOCUMENT = "-DOCSTART-"
+_MOST_COLUMNS = 1000
+"""Of a line; CoNLL-U has ten."""
 _PARTS = re.compile(r"\d+[-.]\d+")
 """In the first column of CoNLL-U: several words written as one, or a word that is not written."""
 
@@ -132,6 +134,8 @@ def _layout(path: Path) -> _Layout | None:
         for number, line in enumerate(lines, start=1):
             if line.strip(_BLANKS) and not line.startswith(("#", _DOCUMENT)):
                 tabs = "\t" in line.rstrip(_BLANKS)
+                if (width := len(_cells(line, tabs))) > _MOST_COLUMNS:
+                    raise UserError(f"{path}:{number}: has {width:,} columns; each line holds one word and its labels")
                 return _Layout(number, tuple(_cells(line, tabs)), tabs)
     return None
 

@@ -14,10 +14,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from jaxft.data.sources.lines import Lines, read_pieces
+from jaxft.data.sources.lines import MOST_RECORD, Lines, read_pieces, too_long
 from jaxft.data.sources.rows import Row, iter_jsonl, record_row, refuse_constant
 from jaxft.data.sources.squad import iter_squad
 from jaxft.errors import UserError, listed
+from jaxft.files import MOST_DEPTH
 
 _WANTED = 'a .json file must be a list of objects, [{"text": ...}, ...], or an object that has one, {"data": [{...}]}'
 _SEEN = re.compile(r"[^ \t\r\n]")
@@ -189,8 +190,12 @@ class _Text:
                 depth += (mark[0] in "{[") - (mark[0] in "}]")
                 if depth == 0:
                     return mark.end()
+                if depth > MOST_DEPTH:
+                    raise UserError(f"{self._where}:{self.line}: not valid JSON: nested too deeply")
             else:
                 behind = len(self._held) - self._at
+            if behind > MOST_RECORD:
+                raise too_long(f"{self._where}:{self.line}: the value that begins here")
             if not self._more():
                 raise UserError(
                     f"{self._where}:{self.line}: not valid JSON: the file ends inside of what begins here: it was cut off, or a "

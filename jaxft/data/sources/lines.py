@@ -7,20 +7,26 @@ from __future__ import annotations
 import codecs
 import gzip
 import importlib
+import io
 import sys
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from jaxft.errors import UserError
+from jaxft.files import open_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # Closing one closes its file.
 Lines = Generator[str, None, None]
-_Bytes = IO[bytes] | gzip.GzipFile
+_Bytes = IO[bytes] | io.BufferedReader
 
 _WORKBOOK = "save the sheet as CSV (UTF-8), or unpack the archive"
 _FOREIGN = (
@@ -38,6 +44,14 @@ _FOREIGN = (
 )
 PACKED = (".gz", ".zst")
 """Suffixes of packed files."""
+MOST_RECORD = 16 << 20
+"""Bytes of a line, characters of a cell or of a value of JSON: a row that is longer is a quote or a bracket that nothing closes, or the
+wrong file. A book has 5 MB."""
+MOST_RATIO = 200
+"""How many times as large as its file what it holds may be: texts shrink to a fifth, logs of one line to a
+hundredth; the most that gzip can do is 1032, which takes a file made for it."""
+FREE_BYTES = 2 << 20
+"""Bytes that a file may hold whatever its size: of so little no harm comes."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"(\xb5/\xfd"
 _PIECE = 1 << 16  # bytes of a piece of text, before they are decoded
 _MARKS = (
@@ -95,22 +109,62 @@ def _unpacked(path: Path) -> Iterator[_Bytes]:
     damaged: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
     kind = "gzip"
     try:
-        with open(path, "rb") as file:
-            first, suffix = file.peek(4)[:4], path.suffix.lower()
+        with open_file(path) as file:
+            first, suffix = file.read(4), path.suffix.lower()
+            file.seek(0)
             if first == _ZSTD or (suffix == ".zst" and not first.startswith(_GZIP)):
                 zstd = _zstd(path)
                 damaged, kind = (*damaged, zstd.ZstdError), "zstd"
-                with zstd.ZstdFile(file) as unpacked:
-                    yield unpacked
+                with zstd.ZstdFile(file) as unpacked, io.BufferedReader(_Watched(unpacked, file, path), _PIECE) as read:
+                    yield read
             elif first.startswith(_GZIP) or suffix == ".gz":
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield unpacked
+                with (
+                    gzip.GzipFile(fileobj=file) as unpacked,
+                    io.BufferedReader(_Watched(unpacked, file, path), _PIECE) as read,
+                ):
+                    yield read
             else:
                 yield file
     except damaged as error:
         raise UserError(f"{path}: broken {kind} data ({error}); copy or compress the file again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _Watched(io.RawIOBase):
+    """What a packed file holds, as long as it is not out of all proportion to the file."""
+
+    def __init__(self, unpacked: IO[bytes] | gzip.GzipFile, packed: IO[bytes], path: Path) -> None:
+        self._unpacked, self._packed, self._path = unpacked, packed, path
+        self._size = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        """The next bytes; UserError when there are too many."""
+        piece = self._unpacked.read(memoryview(buffer).nbytes)
+        memoryview(buffer)[: len(piece)] = piece
+        self._size += len(piece)
+        check_ratio(self._size, self._packed.tell(), str(self._path))
+        return len(piece)
+
+
+def check_ratio(size: int, packed: int, where: str) -> None:
+    """Raises UserError if what a file holds is more than text can be packed into it."""
+    if size > FREE_BYTES and size > MOST_RATIO * packed:
+        raise UserError(
+            f"{where}: holds more than {MOST_RATIO} times its size, which no text does: it was made to fill the memory; if it is "
+            "sound, unpack it"
+        )
+
+
+def too_long(where: str) -> UserError:
+    """The error for a line, a cell or a value that does not end."""
+    return UserError(
+        f"{where}: is longer than the {MOST_RECORD:,} characters that a row may have; is a line end, a quote or a bracket missing?"
+    )
 
 
 def _zstd(path: Path) -> ModuleType:
@@ -124,7 +178,7 @@ def _zstd(path: Path) -> ModuleType:
 
 def decoded(file: _Bytes, where: str, *, table: bool = False) -> Lines:
     """The lines of an open file; see :func:`read_lines`."""
-    first = next(iter(file), b"")
+    first = file.readline(MOST_RECORD + 1)
     refuse_foreign(first, where, table=table)
     encoding = next((encoding for mark, encoding in _MARKS if first.startswith(mark)), None)
     if encoding is not None:
@@ -132,7 +186,10 @@ def decoded(file: _Bytes, where: str, *, table: bool = False) -> Lines:
         return
     if table and b"\x00\x00" in (first[0:4:2], first[1:4:2]):
         raise UserError(f"{where}: looks like UTF-16 without a byte order mark; save the file as UTF-8")
-    for number, raw in enumerate(chain([first] if first else [], file), start=1):
+    following = iter(partial(file.readline, MOST_RECORD + 1), b"")
+    for number, raw in enumerate(chain([first] if first else [], following), start=1):
+        if len(raw) > MOST_RECORD:
+            raise too_long(f"{where}:{number}")
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -159,12 +216,15 @@ def _wide(file: _Bytes, first: bytes, encoding: str, where: str) -> Lines:
     parts: list[str] = []  # of the line that is not yet whole
     number = 1
     try:
-        for raw in chain([first], file, [b""]):  # cut at bytes that may, or may not, be line ends
+        # Cut at bytes that may, or may not, be line ends.
+        for raw in chain([first], iter(partial(file.readline, _PIECE), b""), [b""]):
             *ended, rest = decoder.decode(raw, final=not raw).split("\n")
             for line in ended:
                 yield "".join([*parts, line, "\n"])
                 parts, number = [], number + 1
             parts.append(rest)
+            if len(parts) > MOST_RECORD // _PIECE and sum(map(len, parts)) > MOST_RECORD:
+                raise too_long(f"{where}:{number}")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}:{number}: begins as {encoding.upper()}, but is not valid ({error.reason}); save the file as UTF-8"

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxft.data.sources.lines import PACKED, read_lines
+from jaxft.data.sources.lines import MOST_RECORD, PACKED, Lines, read_lines, too_long
 from jaxft.data.sources.rows import Row, column_positions
 from jaxft.errors import UserError
 from jaxft.files import find_file
@@ -120,6 +120,16 @@ def iter_classes(folders: tuple[Path, ...], columns: tuple[str, ...]) -> Iterato
     for folder in folders:
         for file in _texts_in(folder):
             with closing(read_lines(file, table=False)) as lines:
-                text = "".join(lines).removesuffix("\n").removesuffix("\r")
+                text = _whole(lines, str(file)).removesuffix("\n").removesuffix("\r")
             values = (text, folder.name)
             yield Row(tuple(values[position] for position in positions), str(file))
+
+
+def _whole(lines: Lines, where: str) -> str:
+    parts, size = list[str](), 0
+    for line in lines:
+        parts.append(line)
+        size += len(line)
+        if size > MOST_RECORD:
+            raise too_long(where)
+    return "".join(parts)

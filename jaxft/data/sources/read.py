@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,14 +22,14 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.sources.conll import SUFFIXES, iter_conll
 from jaxft.data.sources.json_lists import iter_json
-from jaxft.data.sources.lines import refuse_foreign
+from jaxft.data.sources.lines import check_ratio, refuse_foreign
 from jaxft.data.sources.listing import iter_classes, listed, suffix_of, unknown_format
 from jaxft.data.sources.lists import Names, library_value, names_in, names_in_parquet, shortest
 from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
 from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
-from jaxft.files import find_file
+from jaxft.files import find_file, open_file, read_json_object
 
 if TYPE_CHECKING:  # extras, and slow to import
     import pyarrow
@@ -161,25 +161,43 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     from pyarrow import ArrowException
 
     try:
-        with open(path, "rb") as raw:
+        with open_file(path) as raw:
             if (first := raw.read(256))[:4] != b"PAR1":
                 refuse_foreign(first, str(path))
+            size = raw.seek(0, os.SEEK_END)
         with parquet.ParquetFile(path) as file:
+            _check_sizes(file.metadata, path)
             column_positions(file.schema_arrow.names, columns, str(path))
             stored = names_in_parquet(file.schema_arrow.metadata)
-            names = [stored.get(name) if isinstance(name, Listed) else None for name in columns]
-            number = 0
+            texts = [field.name for field in file.schema_arrow if str(field.type) == "string"]
+        names = [stored.get(name) if isinstance(name, Listed) else None for name in columns]
+        number = characters = 0
+        # A text that a column repeats is held once.
+        with parquet.ParquetFile(path, read_dictionary=[name for name in texts if name in columns]) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(columns)):
                 for values in zip(*(_values(batch.column(name)) for name in columns), strict=True):
                     where = f"{path} row {number}"
+                    characters += sum(len(value) for value in values if isinstance(value, str))
+                    check_ratio(characters, size, str(path))
                     yield Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
                     number += 1
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
 
 
+def _check_sizes(metadata: Any, path: Path) -> None:
+    """Raises UserError if the parts of a Parquet file are out of all proportion to it, as its own table says."""
+    size = path.stat().st_size
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
+        check_ratio(max(group.total_byte_size, values), size, str(path))
+
+
 def _values(column: pyarrow.Array) -> list[object]:
     """A column of an Arrow table as Python values."""
+    if hasattr(column, "dictionary"):
+        there = column.dictionary.to_pylist()
+        return [None if place is None else there[place] for place in column.indices.to_pylist()]
     values = column.to_pylist()
     if str(column.type) in ("float", "halffloat"):
         return [None if value is None else shortest(np.float32(value)) for value in values]
@@ -288,7 +306,7 @@ def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _tables_without_files(folder: Path) -> list[str]:
-    states = (json.loads(state.read_text()) | {"at": str(state.parent)} for state in sorted(folder.rglob("state.json")))
+    states = (read_json_object(state) | {"at": str(state.parent)} for state in sorted(folder.rglob("state.json")))
     return [state["at"] for state in states if not state.get("_data_files")]
 
 

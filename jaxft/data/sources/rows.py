@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxft.data.sources.lines import Lines, decoded, read_lines
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError, listed, nearest
 
 Scalar = str | int | float | bool | None
 Value = Scalar | list[Scalar] | list[dict[str, Scalar]]
@@ -77,7 +77,7 @@ def missing_column(name: str, present: Sequence[str], where: str) -> UserError:
     named = [column if len(column) < 50 else f"{column[:40]}..." for column in present if column]
     hint = nearest(name, named)
     if hint.startswith("did you mean"):
-        hint += f" (columns: {', '.join(named)})"
+        hint += f" (columns: {listed(named)})"
     keys = "data.split_group" if isinstance(name, Group) else "data.text / data.label"
     return MissingColumn(f"{where}: no column {name!r}: {hint}; set {keys} to one of these", present)
 
@@ -87,11 +87,11 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     blank = 0
     with closing(read_lines(path)) as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
             if not line.strip():
                 blank = blank or number
                 continue
             refuse_blank(path, blank)
+            where = f"{path}:{number}"
             yield record_row(_json_object(line, where), columns, where)
 
 
@@ -213,6 +213,8 @@ def plain_value(value: object, name: str, where: str) -> Value:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: column {name!r} is not valid UTF-8: {error.reason}") from error
+    if isinstance(value, int | float) and _is_beyond(value):
+        raise UserError(f"{where}: column {name!r} holds a number beyond all that can be computed with; correct it")
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(name, Listed):
@@ -220,6 +222,11 @@ def plain_value(value: object, name: str, where: str) -> Value:
     if isinstance(name, Carried):
         return json.dumps(value, default=_shown, ensure_ascii=False)
     raise UserError(f"{where}: column {name!r} holds a {type(value).__name__}; expected a string, number or boolean")
+
+
+def _is_beyond(value: float) -> bool:
+    """Whether a number is infinite as a float: 1e400 in JSON, or a whole one of hundreds of digits. NaN is none, and is missing."""
+    return value.bit_length() > 1023 if isinstance(value, int) else math.isinf(value)
 
 
 def _shown(value: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal
 
-from jaxft.data.sources.lines import read_lines
+from jaxft.data.sources.lines import MOST_RECORD, read_lines
 from jaxft.data.sources.rows import (
     ALL,
     Listed,
@@ -29,9 +30,6 @@ from jaxft.data.sources.rows import (
 )
 from jaxft.errors import UserError
 
-# Characters. The standard limit (131,072) refuses long documents; no limit at all would let one forgotten quote pull
-# the whole rest of a file into memory.
-_FIELD_LIMIT = 16 * 1024 * 1024
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _EXCEL = re.compile(r"\"?sep=(.)\"?\r?\n?", re.IGNORECASE)
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -69,7 +67,9 @@ def iter_table(path: Path, columns: tuple[str, ...], form: Form, separator: str)
     Raises:
       UserError: a column that is not there, cells that do not fit the header, quotes that do not match.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
+    # The standard limit (131,072) refuses long documents; no limit at all would let one forgotten quote pull the whole rest of a
+    # file into memory.
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_RECORD))
     layout = _layout(path, columns, form, separator)
     with closing(_cells(path, layout.separator, layout.quoted, layout.skip)) as rows:
         yield from _rows(path, columns, form, layout, rows)
@@ -116,9 +116,9 @@ def _more_of_quotes(layout: _Layout, form: Form) -> str:
 def _check_header(names: list[str], where: str) -> None:
     if not any(name.strip() for name in names):
         raise UserError(f"{where}: there is no header; the first line must name the columns")
-    for name in names:
-        if name and names.count(name) > 1:
-            raise UserError(f"{where}: the header names column {name!r} {names.count(name)} times; rename all but one")
+    for name, count in Counter(names).items():
+        if name and count > 1:
+            raise UserError(f"{where}: the header names column {name!r} {count} times; rename all but one")
 
 
 def _refuse_missing(names: list[str], columns: tuple[str, ...], where: str, form: Form) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.errors import UserError
+from jaxft.files import parse_json, present, read_json
 
 # Spellings of today's protocol buffers as JSON, and of files before them.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
@@ -14,12 +14,9 @@ _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 def refuse_foreign_features(path: Path, reference: str) -> None:
     """Raises UserError if a features.json names a feature class that is not tfds's own: code of data is never run."""
-    if not path.is_file():
+    if not present(path):
         return  # tfds says what is missing
-    try:
-        named = sorted(set(_classes(json.loads(path.read_text(encoding="utf-8")))))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{reference}: {path}: not valid JSON: {error}") from error
+    named = sorted(set(_classes(read_json(path))))
     foreign = [name for name in named if not name.startswith("tensorflow_datasets.")]
     if foreign:
         raise UserError(
@@ -40,7 +37,7 @@ def _classes(value: object) -> Iterator[str]:
             yield from _classes(entry)
     elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
-            inner = json.loads(value)
-        except ValueError:
+            inner = parse_json(value, "a text of it")
+        except UserError:
             return  # a description that looks like it
         yield from _classes(inner)

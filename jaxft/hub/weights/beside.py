@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxft.data.thresholds import FILE as THRESHOLDS
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import present, read_json, write_atomic
 
 LARGEST = 50 * 10**6
 """Bytes of the largest file that is taken over."""
@@ -86,10 +86,7 @@ def _inside(source: Path) -> Iterator[tuple[str, Path]]:
 def _module_folders(source: Path) -> set[str]:
     """Folders that modules.json of sentence-transformers names."""
     path = source / "modules.json"
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+    listed = read_json(path) if present(path) else []
     entries = [entry.get("path") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     return {entry for entry in entries if isinstance(entry, str) and entry and "/" not in entry and entry != ".."}
 
@@ -141,11 +138,11 @@ def _copy(path: Path, target: Path) -> str | None:
     if path.suffix.lower() != ".json":
         return None
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        tree = read_json(path)
+    except UserError:
         return None  # not ours to judge
     named = [name for name in CODE_SETTINGS if isinstance(tree, dict) and name in tree]
-    if named:
+    if named and isinstance(tree, dict):
         kept = {name: value for name, value in tree.items() if name not in named}
         write_atomic(target, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     return ", ".join(named) or None
