@@ -382,7 +382,7 @@ def _report_step(
                 "loss": progress.mean(),
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
-                "skipped": int(values["skipped"]),
+                **{name: int(values[name]) for name in ("skipped", "spikes") if name in values},
                 "epoch": step / steps_per_epoch(setup.config, setup.train),
                 **({"left_out": sum(count for _, count in progress.left_out)} if progress.left_out else {}),
             },
