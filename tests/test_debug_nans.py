@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_loop import Ready, fit, folder, ready, stored
-from tiny_run import config_of
+from tiny_run import ARCH, config_of
 
 from jaxft.__main__ import main
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import Diverged
+from jaxft.parallel.sharding import make_mesh
 from jaxft.training import loop, setup
 from jaxft.training.diagnosis import first_operation
 from jaxft.training.replay import first_not_finite
@@ -63,7 +65,12 @@ doubled.defvjp(lambda x: (2 * x, x), lambda x, g: (g / (x - x),))
         # Infinity from an earlier operation makes NaN of a later one: the earlier one is named.
         (lambda x: (jnp.exp(x) - jnp.exp(x)).sum(), [1.0, 100.0], "exp(100) = inf in 1 of 2 numbers", "forward"),
         # The logarithm of 0 is selected away; its derivative is not.
-        (lambda x: jnp.where(x > 0, jnp.log(x), 0.0).sum(), [1.0, 0.0], "div(0, 0) = nan in 1 of 2 numbers", "backward"),
+        (
+            lambda x: jnp.where(x > 0, jnp.log(x), 0.0).sum(),
+            [1.0, 0.0],
+            "div(0, 0) = nan in 1 of 2 numbers",
+            "backward",
+        ),
     ],
 )
 def test_the_first_operation_is_named(loss: Callable[..., Any], x: list[float], what: str, way: str) -> None:
@@ -109,7 +116,7 @@ def test_inside_of_programs(kind: str) -> None:
         if kind in ("scan", "reverse"):
             return jax.lax.scan(step, jnp.float32(0), x, reverse=kind == "reverse")[0]
         if kind == "while":
-            body = lambda pair: (pair[0] + 1, jax.lax.stop_gradient(jnp.log(x[pair[0]])))  # noqa: E731
+            body = lambda pair: (pair[0] + 1, jax.lax.stop_gradient(jnp.log(x[pair[0]])))
             return x.sum() * jax.lax.while_loop(lambda pair: pair[0] < 3, body, (0, jnp.float32(0)))[1]
         if kind == "cond":
             return jax.lax.cond(x[0] > 0, lambda x: jnp.log(x).sum(), lambda x: x.sum(), x)
@@ -128,7 +135,10 @@ def test_inside_of_programs(kind: str) -> None:
 
 @functools.cache
 def made(family: str, layers: str, folder: Path) -> Setup:
+    arch = ARCH.replace("}", ", hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}")
     more = [f"model.layers={layers}", "optim.ema=null"]
+    if family == "bert":
+        more.append(arch)
     if family == "llama":
         more += [
             "model.family=llama",
@@ -136,14 +146,8 @@ def made(family: str, layers: str, folder: Path) -> Setup:
             "num_key_value_heads: 1, intermediate_size: 32, max_position_embeddings: 32}",
         ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda mesh: loop_mesh(mesh))
+        patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
         return setup.prepare(config_of(folder, *more), lambda text: None, Times())
-
-
-def loop_mesh(mesh: Any) -> Any:
-    from jaxft.parallel.sharding import make_mesh
-
-    return make_mesh(mesh, jax.devices()[:2])
 
 
 def said_of(ready: Setup, change: Callable[[str, np.ndarray], np.ndarray]) -> str:
@@ -190,13 +194,13 @@ def test_a_run_ends_and_goes_on_without(ready: Ready, tmp_path: Path) -> None:
         weights = batch["weights"] * (np.nan if np.array_equal(batch["tokens"], bad["tokens"]) else 1.0)
         return program(state, batch | {"weights": weights}, seed)
 
-    import dataclasses
-
     programs = {shape: lambda *a, p=program: call(p, *a) for shape, program in ready.programs.train.items()}
     broken = Ready(ready.setup, dataclasses.replace(ready.programs, train=programs))
     seen: list[tuple[Any, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "first_operation", lambda s, params, batch, seed, step: seen.append((params, step)) or "WHAT")
+        patch.setattr(
+            loop, "first_operation", lambda s, params, batch, seed, step: seen.append((params, step)) or "WHAT"
+        )
         with pytest.raises(Diverged) as raised:
             loop.fit(broken.setup, broken.programs, tmp_path, 0, lambda text: None, Times(), debug_nans=True)
     assert str(raised.value) == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -48,11 +49,11 @@ def course(values: np.ndarray, deviations: float = 6.0, mesh: Any = None) -> tup
     params: Any = {"head": {"kernel": jnp.ones(2)}}
     schedule = make_schedule(config, len(values))
     optimizer = make_optimizer(config, schedule, params, {"head": {"kernel": ("embed",)}})
-    step = jax.jit(make_train_step(cast(Task, Given()), gradient_of, optimizer, schedule, spike_skip=deviations))
+    step: Any = jax.jit(make_train_step(cast(Task, Given()), gradient_of, optimizer, schedule, spike_skip=deviations))
     states, log = [init_state(params, optimizer, ema=False, spike_skip=True)], []
     for loss, norm in values:
-        batch = {name: np.array([value, 0.0], np.float32) for name, value in (("losses", loss), ("norms", norm))}
-        batch["mask"] = np.ones(4, np.int32)
+        rows = {name: np.array([value, 0.0], np.float32) for name, value in (("losses", loss), ("norms", norm))}
+        batch: dict[str, Any] = rows | {"mask": np.ones(4, np.int32)}
         if mesh is not None:
             batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("rows")))
         state, metrics = step(states[-1], batch, np.uint32(0))
@@ -91,7 +92,7 @@ ODD: Mapping[int, tuple[float, float]] = {
     200: (2.0, 60.0),
     201: (9.0, 1.0),
     230: (0.1, 0.01),  # below the mean
-    **{step: (2.0, 40.0) for step in range(260, 300)},  # a lasting rise
+    **dict.fromkeys(range(260, 300), (2.0, 40.0)),  # a lasting rise
 }
 
 
@@ -104,7 +105,7 @@ def test_which_steps_are_left_out_is_what_numpy_says() -> None:
     assert 0 < sum(wanted[260:]) < 8  # a lasting rise is followed
     assert not any(wanted[268:])
     assert int(log[-1]["skipped"]) == 2
-    for step, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
         same = step in (100, 110) or wanted[step]
         for name in ("params", "opt_state"):
             pairs = zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True)
@@ -148,7 +149,13 @@ def skipping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
     """A run of micro-batches that judges from the tenth step on, and whose batch 21 has gradients a thousand times too large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spikes, "_FIRST", 10)
-        more = ("train.spike_skip=12", "train.accumulation=2", "train.log_every=1", "eval.every=10", "checkpoint.keep=99")
+        more = (
+            "train.spike_skip=12",
+            "train.accumulation=2",
+            "train.log_every=1",
+            "eval.every=10",
+            "checkpoint.keep=99",
+        )
         ready = prepared(config_of(tmp_path_factory.mktemp("spikes"), *more), 1, patch)
         yield dataclasses.replace(ready, programs=dataclasses.replace(ready.programs, train=_huge(ready)))
 

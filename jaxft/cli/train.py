@@ -100,7 +100,7 @@ def _supervised(config: RunConfig, given: list[str], restarts: int) -> int:
     return supervise(given, folders, restarts, 0 if place is None else place.index, silence)
 
 
-def _run(config: RunConfig, debug_nans: bool) -> int:
+def _run(config: RunConfig, debug_nans: bool = False) -> int:
     start = time.perf_counter()
     set_up_jax(config.train.compilation_cache)
     from jaxft.machine import processes  # imports jax

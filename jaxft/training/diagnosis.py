@@ -81,7 +81,9 @@ def first_operation(setup: Setup, params: Params, batch: HostBatch, seed: int, s
     given = (jax.device_get(params), dict(batch), np.uint32(seed), np.int32(step))
     with jax.set_mesh(mesh):
         program = jax.make_jaxpr(computed)(*given)
-    names = [f"parameter {path}" for path in paths_of(params)] + [f"field {name} of the batch" for name in sorted(batch)]
+    names = [f"parameter {path}" for path in paths_of(params)] + [
+        f"field {name} of the batch" for name in sorted(batch)
+    ]
     leaves = jax.tree.leaves(jax.device_put(given, replicated(mesh)))
     with jax.set_mesh(mesh):
         said = first_not_finite(program, dict(zip([*names, "the seed", "the step"], leaves, strict=True)))

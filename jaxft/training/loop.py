@@ -298,7 +298,7 @@ class _Run:
         sent, self.sent = self.sent, None
         if sent is not None:
             most = 0 if self.debug_nans else self.setup.config.train.max_nonfinite
-            _report_step(self.setup, self.sinks, self.lap, self.progress, most, *sent)
+            _report_step(self.setup, self.sinks, self.lap, self.progress, sent, most)
 
     def _leave_between_steps(self) -> None:
         """Stores the state of a run that was told to stop while the program of its next step was being compiled."""
@@ -370,10 +370,9 @@ def _checkpoint_due(config: RunConfig, step: int, evaluated: bool) -> bool:
     return evaluated if config.checkpoint.every is None else step % config.checkpoint.every == 0
 
 
-def _report_step(
-    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, most: int, step: int, metrics: Sums, rows: int, shape: Shape
-) -> None:
+def _report_step(setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, sent: _Sent, most: int) -> None:
     """Fetches one step's numbers, logs them if due, and stops a run that has more than ``most`` steps in a row that are not finite."""
+    step, metrics, rows, shape = sent
     values = jax.device_get(metrics)
     lap.add(rows, int(values["tokens"]), shape)
     progress.add(float(values["loss"]), float(values["weight"]))

@@ -1,12 +1,13 @@
 """Which operation each number that is not finite came from.
 
-Beside an array that holds NaN or infinity goes another of whole numbers, its *origins*: for each element the number of the operation that
-first gave something not finite from finite inputs, and 0 where the element is finite. Operations hand them on: element by element where they
-compute or move elements one by one, by rows where they reduce, else the first origin of all inputs for all outputs. So what was not finite but
-was selected away, as the logarithm of 0 in a branch that is not taken, has no part in what is found at the end.
+Beside an array that holds NaN or infinity goes another of whole numbers, its *origins*: for each element the number of the
+operation that first gave something not finite from finite inputs, and 0 where the element is finite. Operations hand them on:
+element by element where they compute or move elements one by one, by rows where they reduce, else the first origin of all inputs
+for all outputs. So what was not finite but was selected away, as the logarithm of 0 in a branch that is not taken, has no part in
+what is found at the end.
 
-Infinities that depend on nothing that is computed with (a mask's minus infinity) are *meant*: their origins are negative, and remain so until
-they become NaN. The operation that makes NaN of them is an origin of its own.
+Infinities that depend on nothing that is computed with (a mask's minus infinity) are *meant*: their origins are negative, and
+remain so until they become NaN. The operation that makes NaN of them is an origin of its own.
 """
 
 from __future__ import annotations
@@ -19,21 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh digamma div erf "
-    "erf_inv erfc exp exp2 expm1 floor integer_pow lgamma log log1p logistic max min mul name neg nextafter optimization_barrier pow "
-    "reduce_precision rem round rsqrt sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh".split()
-)
+_NAMES = """
+abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh digamma div erf
+erf_inv erfc exp exp2 expm1 floor integer_pow lgamma log log1p logistic max min mul name neg nextafter optimization_barrier pow
+reduce_precision rem round rsqrt sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
+"""
+_ELEMENTWISE = frozenset(_NAMES.split())
 """Primitives of which an element of the output comes from the elements in the same place alone."""
 _MOVES = {
-    **dict.fromkeys("broadcast_in_dim reshape rev slice squeeze expand_dims transpose".split(), slice(0, 1)),
-    **dict.fromkeys("dynamic_slice gather".split(), slice(0, 1)),
-    **dict.fromkeys("dynamic_update_slice pad".split(), slice(0, 2)),
+    **dict.fromkeys(
+        ["broadcast_in_dim", "reshape", "rev", "slice", "squeeze", "expand_dims", "transpose"], slice(0, 1)
+    ),
+    **dict.fromkeys(["dynamic_slice", "gather"], slice(0, 1)),
+    **dict.fromkeys(["dynamic_update_slice", "pad"], slice(0, 2)),
     "concatenate": slice(None),
     "select_n": slice(1, None),
 }
 """Primitives that only move elements, and which of their inputs hold these."""
-_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod".split())
+_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
 _NONE = np.iinfo(np.int32).max
 
 

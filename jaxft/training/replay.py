@@ -1,8 +1,8 @@
 """A program computed again operation by operation, to find the one where numbers stop being finite.
 
-jax's own ``jax_debug_nans`` stops at the first NaN of a whole compiled program, or of any operation, meant or not, and sees no infinities. Here
-every operation of the program is looked at, inside of loops, branches, checkpoints and custom derivatives too, and what is found lies on the way
-to the results (:mod:`jaxft.training.origins`).
+jax's own ``jax_debug_nans`` stops at the first NaN of a whole compiled program, or of any operation, meant or not, and sees no
+infinities. Here every operation of the program is looked at, inside of loops, branches, checkpoints and custom derivatives too, and
+what is found lies on the way to the results (:mod:`jaxft.training.origins`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Origin:
                 layer = int(found[1]) + turn.number * int(found[2]) + (int(part[1]) if part else 0)
             elif scope.endswith(MICRO_BATCHES):
                 loops.append(f"micro-batch {turn.number + 1} of {turn.of}")
-            else:
+            elif turn.of != 1:
                 of = "" if turn.of is None else f" of {turn.of}"
                 loops.append(f"turn {turn.number + 1}{of} of the loop at {turn.line}")
         if found := _LAYER.search(_plain(self.scope)):
@@ -87,7 +87,9 @@ def _module(scope: str) -> str:
     for part in _plain(scope).split("/"):
         if _LAYER.fullmatch(part) or _LAYERS.fullmatch(part):
             parts = ["layers"]
-        elif part and not part[0].isupper() and "->" not in part and part != MICRO_BATCHES and not _PART.fullmatch(part):
+        elif (
+            part and not part[0].isupper() and "->" not in part and part != MICRO_BATCHES and not _PART.fullmatch(part)
+        ):
             parts.append(part)
         elif "." in part and "->" not in part:
             parts.append(part.rpartition(".")[2])
@@ -156,13 +158,15 @@ class Replay:
         if finite(array):
             return Value(array, constant=True)
         numbers = np.asarray(array)
-        self.found.append(Origin("a constant of the program is NaN" if np.isnan(numbers).any() else "a constant is infinite"))
+        self.found.append(
+            Origin("a constant of the program is NaN" if np.isnan(numbers).any() else "a constant is infinite")
+        )
         sign = np.where(np.isnan(numbers), 1, -1) * len(self.found)
         return Value(array, np.where(np.isfinite(numbers), 0, sign).astype(np.int32), constant=True)
 
     def _apply(self, eqn: JaxprEqn, inputs: list[Value], place: Place) -> list[Value]:
         inside = _INSIDE.get(eqn.primitive.name)
-        if inside is None or not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):
+        if inside is None or not any(_is_float(v) for v in eqn.outvars):
             return self._computed(eqn, inputs, place)
         scope = "/".join(part for part in (place.scope, str(eqn.source_info.name_stack)) if part)
         return inside(self, eqn, inputs, Place(scope, place.turns))
@@ -192,6 +196,11 @@ class Replay:
             meant = constant and not is_nan.any()
             origins[fresh] = -len(self.found) if meant else len(self.found)
         return Value(array, origins, constant)
+
+
+def _is_float(v: Var) -> bool:
+    dtype = getattr(v.aval, "dtype", None)  # tokens that order effects have none
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Steps whose loss or gradient stands out from those before: seen, counted, and left out.
 
-The rule is that of the skip-step optimizer of OLMo-core (AI2's library for OLMo 2, arXiv 2501.00656): a step is left out if its loss, or the norm
-of its gradient, is more than some standard deviations (there 6) above the mean of the last 128 steps. Its details are kept: the deviation is that of
-a sample (divided by n - 1), the first step that is judged is the 64th, and what was left out is counted among the last 128 as well, so that a lasting
-rise is followed after a few steps. Steps that are not finite are not: they would make every later step look ordinary.
+The rule is that of the skip-step optimizer of OLMo-core (AI2's library for OLMo 2, arXiv 2501.00656): a step is left out if its
+loss, or the norm of its gradient, is more than some standard deviations (there 6) above the mean of the last 128 steps. Its details
+are kept: the deviation is that of a sample (divided by n - 1), the first step that is judged is the 64th, and what was left out is
+counted among the last 128 as well, so that a lasting rise is followed after a few steps. Steps that are not finite are not: they
+would make every later step look ordinary.
 """
 
 from __future__ import annotations

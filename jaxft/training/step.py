@@ -116,13 +116,17 @@ def make_train_step(
             ema=average,
             recent=recent,
         )
-        metrics = sums | counted | {
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(count), jnp.float32),
-            "skipped": new_state.skipped,
-            "streak": new_state.streak,
-            "tokens": batch["mask"].sum(),
-        }
+        metrics = (
+            sums
+            | counted
+            | {
+                "grad_norm": norm,
+                "learning_rate": jnp.asarray(schedule(count), jnp.float32),
+                "skipped": new_state.skipped,
+                "streak": new_state.streak,
+                "tokens": batch["mask"].sum(),
+            }
+        )
         return new_state, metrics
 
     return train_step
