@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start again, at most N times, after a crash, a hang, the death of another process, or failing storage (0)",
     )
+    parser.add_argument(
+        "--debug-nans",
+        action="store_true",
+        help="end at the first step whose loss or gradient is not finite, and name the first operation that was not (code 5)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(path, overrides)
     if options.restarts < 0:
         raise UserError(f"--restarts {options.restarts}: must be 0 or more")
+    if options.restarts and options.debug_nans:
+        raise UserError("--debug-nans ends the run where --restarts would start it again; leave one of them out")
     if options.restarts:
         given = [*([] if options.run_file is None else [options.run_file]), *options.overrides]
         return _supervised(config, given, options.restarts)
@@ -80,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
             print(
                 f"jaxft {__version__}: train {path or '(no run file)'}", *settings_lines(config), sep="\n", flush=True
             )
-        return _run(config)
+        return _run(config, options.debug_nans)
 
 
 def _supervised(config: RunConfig, given: list[str], restarts: int) -> int:
@@ -93,7 +100,7 @@ def _supervised(config: RunConfig, given: list[str], restarts: int) -> int:
     return supervise(given, folders, restarts, 0 if place is None else place.index, silence)
 
 
-def _run(config: RunConfig) -> int:
+def _run(config: RunConfig, debug_nans: bool = False) -> int:
     start = time.perf_counter()
     set_up_jax(config.train.compilation_cache)
     from jaxft.machine import processes  # imports jax
@@ -101,7 +108,11 @@ def _run(config: RunConfig) -> int:
 
     times = setup.Times({"import": time.perf_counter() - start + _since_start(start)})
     with times.part("meeting"):
-        processes.start(note)
+        cluster = processes.start(note)
+    if debug_nans and cluster is not None and cluster.count > 1:
+        raise UserError(
+            f"--debug-nans computes a step again on one device, and this run has {cluster.count} processes; start it as one process"
+        )
     out = Path(config.train.out)
     folders = [*(_folder_of(config, seed) for seed in config.train.seeds), out]
     with _owned(folders):
@@ -109,10 +120,10 @@ def _run(config: RunConfig) -> int:
             ready = setup.prepare(config, note, times)
         for line in model_lines(ready):
             note(line)
-        return _train(config, ready, out, times)
+        return _train(config, ready, out, times, debug_nans)
 
 
-def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
+def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans: bool) -> int:
     from jaxft import checkpoint
     from jaxft.cli.finish import finish
     from jaxft.machine import processes
@@ -133,7 +144,7 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times) -> int:
         folder = _folder_of(config, seed)
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
         began, test = time.perf_counter(), None
-        result = loop.fit(ready, programs, folder, seed, note, times)
+        result = loop.fit(ready, programs, folder, seed, note, times, debug_nans=debug_nans)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
         trained = time.perf_counter() - began

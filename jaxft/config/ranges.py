@@ -78,6 +78,12 @@ def _of_training(config: RunConfig) -> list[_Rule]:
             "give START:STOP, the first and the last step of the trace, for instance 10:13",
         ),
         _Rule(train.max_nonfinite >= 0, "train.max_nonfinite", train.max_nonfinite, "must be at least 0"),
+        _Rule(
+            train.spike_skip is None or train.spike_skip > 0,
+            "train.spike_skip",
+            train.spike_skip,
+            "must be above 0 standard deviations, for instance 6; null turns it off",
+        ),
         _Rule(train.rollbacks >= 0, "train.rollbacks", train.rollbacks, "must be at least 0"),
         _Rule(len(set(train.seeds)) == len(train.seeds), "train.seeds", list(train.seeds), "has a seed twice"),
         _Rule(train.out != "", "train.out", repr(train.out), "name a folder"),

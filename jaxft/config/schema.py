@@ -258,6 +258,9 @@ class TrainConfig:
     rollbacks: int = 3
     """How often a run goes back to its last checkpoint when there are more of them, and leaves out the batches since then. After that it
     ends (exit code 5), and says which tensors were not finite."""
+    spike_skip: float | None = None
+    """Standard deviations above the mean of the last 128 steps beyond which a step's loss or gradient norm makes it change nothing, from
+    the 64th step on (OLMo 2's rule; there 6). Such steps are counted (``spikes`` in the log). None: off."""
     watchdog: float | None = 60.0
     """Seconds without a step (or twenty times the median step, if that is longer) after which a run counts as hung and ends with exit
     code 70, and ``OUT/hang.txt`` says what its threads were doing. Evaluation, saving and compilation do not count. None: off."""

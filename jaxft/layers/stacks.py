@@ -176,7 +176,8 @@ def _unrolled(
         leaves, tree = jax.tree.flatten(layer_params)
         leaves, x = _layer_by_layer(tuple(leaves), x)
         own = jax.tree.map(lambda leaf, i=i: leaf[i], state)
-        x, one = run(tree.unflatten(leaves), x, subkey(key, number), own)
+        with jax.named_scope(f"layer_{number}" if isinstance(number, int) else f"part_{i}"):
+            x, one = run(tree.unflatten(leaves), x, subkey(key, number), own)
         seen.append(x)
         said.append(one)
     return x, seen, jax.tree.map(lambda *each: jnp.stack(each), *said) if said else state
@@ -219,7 +220,8 @@ def _scanned(
     of_scan = pieces[before], jnp.arange(before, end), part(before, end)
     if size > 1:
         of_scan = jax.tree.map(lambda leaf: leaf.reshape(times, size, *leaf.shape[1:]), of_scan)
-    x, (each, of_each) = lax.scan(body, x, of_scan)
+    with jax.named_scope(f"layers_{before}_{size}"):  # turn i is layer before + size * i
+        x, (each, of_each) = lax.scan(body, x, of_scan)
     x, more, of_more = _unrolled(runs[end:], lasts, range(end, length), x, key, part(end, length))
     if size > 1:
         of_each = jax.tree.map(lambda leaf: leaf.reshape(size * times, *leaf.shape[2:]), of_each)
@@ -291,9 +293,10 @@ def _shared(
         else:
             folded = (piece.times, piece.size)
             items = (jnp.arange(piece.start, piece.end), own)
-            x, made = lax.scan(
-                one, x, jax.tree.map(lambda leaf, folded=folded: leaf.reshape(*folded, *leaf.shape[1:]), items)
-            )
+            with jax.named_scope(f"layers_{piece.start}_{piece.size}"):
+                x, made = lax.scan(
+                    one, x, jax.tree.map(lambda leaf, folded=folded: leaf.reshape(*folded, *leaf.shape[1:]), items)
+                )
             each, said = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made)
         kept.append(each)
         told.append(said)

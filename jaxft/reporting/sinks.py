@@ -32,7 +32,7 @@ Kind = Literal["train", "eval"]
 _WIDTH = 100
 """Columns of a console line."""
 _SHORT = {"learning_rate": "rate", "grad_norm": "norm"}
-_SHOWN_WHEN_NOT_ZERO = ("skipped", "streak")
+_SHOWN_WHEN_NOT_ZERO = ("skipped", "spikes", "streak")
 # Of a step's speeds, the console has room for these; timing.jsonl has all.
 _SHOWN_SPEEDS = ("rows_per_s", "mfu_percent", "wait_percent", "tokens_per_s")
 _WAIT_WORTH_A_WORD = 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,13 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.config import MeshConfig
+from jaxft.data.batch import HostBatch
 from jaxft.errors import listed
-from jaxft.parallel.sharding import jitted, replicated
+from jaxft.parallel.sharding import jitted, make_mesh, replicated
+from jaxft.training.replay import first_not_finite
 from jaxft.training.setup import Setup
 from jaxft.training.step import Batch, prepared
 from jaxft.trees import Params, paths_of
 
 _MOST = 3
+
+
+class NotFinite(Exception):
+    """Numbers of a run were not finite from step ``first`` to step ``last``; ``named``: the message says which."""
+
+    def __init__(self, said: str, first: int, last: int, *, named: bool = False) -> None:
+        super().__init__(said)
+        self.first, self.last, self.named = first, last, named
 
 
 def not_finite(setup: Setup, params: Params, batch: Batch, seed: int, step: int) -> str:
@@ -45,6 +57,37 @@ def not_finite(setup: Setup, params: Params, batch: Batch, seed: int, step: int)
         else []
     )
     return ", ".join(parts)
+
+
+def first_operation(setup: Setup, params: Params, batch: HostBatch, seed: int, step: int) -> str:
+    """Names the first operation of a step that gave NaN or infinity from finite numbers.
+
+    It is the first one, in the order of the program, whose numbers reach the loss; where the loss is finite, whose numbers reach a
+    gradient (:mod:`jaxft.training.origins`). The step is computed on the mesh's first device, operation by operation: what only the
+    compiled program rounds to infinity is not seen.
+
+    Args:
+      batch: that of the step, on the host.
+      step: steps before it.
+    """
+    mesh = make_mesh(MeshConfig(), [setup.mesh.devices.flat[0]])
+    alone = dataclasses.replace(setup, mesh=mesh)
+
+    def computed(params: Params, batch: Batch, seed: jax.Array, step: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        batch, key, weight = prepared(setup.task, batch, seed, step)
+        gradient, sums = alone.gradient()(params, batch, key, weight)
+        return sums["loss"] / weight, gradient
+
+    given = (jax.device_get(params), dict(batch), np.uint32(seed), np.int32(step))
+    with jax.set_mesh(mesh):
+        program = jax.make_jaxpr(computed)(*given)
+    names = [f"parameter {path}" for path in paths_of(params)] + [
+        f"field {name} of the batch" for name in sorted(batch)
+    ]
+    leaves = jax.tree.leaves(jax.device_put(given, replicated(mesh)))
+    with jax.set_mesh(mesh):
+        said = first_not_finite(program, dict(zip([*names, "the seed", "the step"], leaves, strict=True)))
+    return said or "computed again, operation by operation, everything was finite"
 
 
 def not_finite_in(setup: Setup, tree: Params) -> list[str]:

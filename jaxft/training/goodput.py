@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jaxtyping import PyTree
@@ -18,6 +20,8 @@ from jaxft.reporting.sinks import Clock
 from jaxft.training.flops import UsefulFlops
 from jaxft.training.recipe import Recipe
 from jaxft.training.setup import Times
+
+T = TypeVar("T")
 
 _WIDTH = 100
 """Columns of the summary line."""
@@ -132,3 +136,13 @@ def lap_of(recipe: Recipe) -> Lap:
     """The first lap of a run. MFU is known where the peak of its devices is."""
     one = peak_of(jax.devices()[0].device_kind)
     return Lap(None, None) if one is None else Lap(UsefulFlops(recipe), one * jax.device_count())
+
+
+def timed(batches: Iterator[T], clock: Clock) -> Iterator[T]:
+    """The same batches; the time spent waiting for each is told to the clock."""
+    while True:
+        with clock.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

@@ -21,6 +21,8 @@ from jaxft.trees import Params, Shardings, Tree
 
 _Total = tuple[list[jax.Array], Sums]
 _PULLED = "pulled back to "
+MICRO_BATCHES = "micro_batches"
+"""The scope of the loop over them."""
 
 
 def of_batch(
@@ -118,7 +120,8 @@ def _accumulated(
         parts = gradient_of(params, part, jax.random.fold_in(key, index), weight)
         return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, parts), None
 
-    return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
+    with jax.named_scope(MICRO_BATCHES):
+        return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
 
 
 def of_rows(model: Model, task: Task, frozen: Tree[bool] | None = None) -> Gradient:

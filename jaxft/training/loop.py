@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -20,10 +20,10 @@ from jaxft.machine import processes
 from jaxft.machine.memory import release_freed
 from jaxft.machine.processes.stopping import Stop, stop_on_signal
 from jaxft.parallel.sharding import replicated
-from jaxft.reporting.sinks import Clock, Silent, Sinks, open_sinks
+from jaxft.reporting.sinks import Silent, Sinks, open_sinks
 from jaxft.tasks.contract import Sums
-from jaxft.training.diagnosis import not_finite, not_finite_in
-from jaxft.training.goodput import Goodput, Lap, Profile, lap_of
+from jaxft.training.diagnosis import NotFinite, first_operation, not_finite, not_finite_in
+from jaxft.training.goodput import Goodput, Lap, Profile, lap_of, timed
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.progress import Progress
@@ -34,17 +34,8 @@ from jaxft.training.state import TrainState
 from jaxft.training.watchdog import watched
 from jaxft.trees import Params
 
-T = TypeVar("T")
 _LOST = "steps gone back over"
 """What the seconds of steps are called that a run went back over."""
-
-
-class NotFinite(Exception):
-    """Numbers of a run were not finite from step ``first`` to step ``last``; ``named``: the message says which."""
-
-    def __init__(self, said: str, first: int, last: int, *, named: bool = False) -> None:
-        super().__init__(said)
-        self.first, self.last, self.named = first, last, named
 
 
 class Watch(Protocol):
@@ -79,12 +70,21 @@ class Result:
 
 
 def fit(
-    setup: Setup, programs: Programs, out: Path, seed: int, note: Note, times: Times, watch: Watch | None = None
+    setup: Setup,
+    programs: Programs,
+    out: Path,
+    seed: int,
+    note: Note,
+    times: Times,
+    watch: Watch | None = None,
+    *,
+    debug_nans: bool = False,
 ) -> Result:
     """Trains one run to its end (or until it is told to stop) and returns its best parameters.
 
     Args:
       watch: who wants its scores only, not its parameters.
+      debug_nans: whether the first step that is not finite ends it, and the operation is named that was the first.
 
     Raises:
       UserError: the folder holds another run, or training diverged.
@@ -96,6 +96,7 @@ def fit(
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)
+            run.debug_nans = debug_nans
             with stop_on_signal() as stop:  # whoever asked for a stop is not forgotten where the run goes back
                 while (found := run.trained(stop, out)) is not None:
                     left_out = run.goes_back(found, note)
@@ -175,6 +176,7 @@ class _Run:
     sent: _Sent | None = None
     interrupted: bool = False
     given_up: bool = False
+    debug_nans: bool = False
     best_scores: Mapping[str, object] | None = None
     """Scores of the best step, if it was evaluated in this process."""
 
@@ -195,7 +197,7 @@ class _Run:
         # A run that has stopped early stays stopped when it is resumed.
         last = self.step if self._out_of_patience() else total
         seed = jax.device_put(np.uint32(self.seed), replicated(self.setup.mesh))
-        for batch in _timed(stream(self.batches, self.step, last, config.data.read_ahead), self.lap.clock):
+        for batch in timed(stream(self.batches, self.step, last, config.data.read_ahead), self.lap.clock):
             shape = self.batches.shape_of(self.step)
             if not _compiled(self.programs, "train", (shape,), self.lap, self.goodput, stop):
                 self._leave_between_steps()
@@ -228,6 +230,8 @@ class _Run:
           Diverged: the run has gone back often enough.
         """
         most, left_out = self.setup.config.train.rollbacks, self.progress.left_out
+        if self.debug_nans:
+            raise Diverged(f"{found}{self._blamed(found)}; without --debug-nans the same command goes on") from found
         if self.watch is not None or len(left_out) >= most:
             raise Diverged(f"{found}{self._blamed(found)}; lower optim.learning_rate or look at the data") from found
         self.store.wait()
@@ -247,6 +251,8 @@ class _Run:
             return ""
         setup, number = self.setup, found.last - 1
         rules = setup.model.compute.rules
+        if self.debug_nans:
+            return f": {first_operation(setup, self.state.params, self.batches[number], self.seed, number)}"
         batch = to_global(self.batches[number], setup.fields, setup.mesh, rules, self.batches.batch_size)
         said = not_finite(setup, self.state.params, batch, self.seed, number)
         return f": {said}" if said else ""
@@ -284,12 +290,15 @@ class _Run:
         self._read()
         self.step += 1
         self.sent = _Sent(self.step, sums, examples_in(setup.train, self.batches.rows_of(step)), shape)
+        if self.debug_nans:  # another step would change the parameters that this one is to be computed again with
+            self._read()
 
     def _read(self) -> None:
         """Reads and reports the numbers of the step that was sent last."""
         sent, self.sent = self.sent, None
         if sent is not None:
-            _report_step(self.setup, self.sinks, self.lap, self.progress, *sent)
+            most = 0 if self.debug_nans else self.setup.config.train.max_nonfinite
+            _report_step(self.setup, self.sinks, self.lap, self.progress, sent, most)
 
     def _leave_between_steps(self) -> None:
         """Stores the state of a run that was told to stop while the program of its next step was being compiled."""
@@ -361,17 +370,16 @@ def _checkpoint_due(config: RunConfig, step: int, evaluated: bool) -> bool:
     return evaluated if config.checkpoint.every is None else step % config.checkpoint.every == 0
 
 
-def _report_step(
-    setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, step: int, metrics: Sums, rows: int, shape: Shape
-) -> None:
-    """Fetches one step's numbers, logs them if due, and stops a run that diverges."""
+def _report_step(setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, sent: _Sent, most: int) -> None:
+    """Fetches one step's numbers, logs them if due, and stops a run that has more than ``most`` steps in a row that are not finite."""
+    step, metrics, rows, shape = sent
     values = jax.device_get(metrics)
     lap.add(rows, int(values["tokens"]), shape)
     progress.add(float(values["loss"]), float(values["weight"]))
     sinks.advance(step)
     config = setup.config.train
-    if (streak := int(values["streak"])) > config.max_nonfinite:
-        said = f"step {step}: loss or gradient was not finite {streak} steps in a row"
+    if (streak := int(values["streak"])) > most:
+        said = f"step {step}: loss or gradient was not finite{f' {streak} steps in a row' if streak > 1 else ''}"
         raise NotFinite(said, step - streak + 1, step)
     if step % config.log_every == 0 or step == setup.total_steps:
         sinks.timing(step, lap.speeds())
@@ -382,7 +390,7 @@ def _report_step(
                 "loss": progress.mean(),
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
-                "skipped": int(values["skipped"]),
+                **{name: int(values[name]) for name in ("skipped", "spikes") if name in values},
                 "epoch": step / steps_per_epoch(setup.config, setup.train),
                 **({"left_out": sum(count for _, count in progress.left_out)} if progress.left_out else {}),
             },
@@ -404,13 +412,3 @@ def _evaluate(
         {name: tasks.scalar(metrics, name) for name in sorted(setup.task.metrics, key=lambda name: name != "loss")},
     )
     return metrics
-
-
-def _timed(batches: Iterator[T], clock: Clock) -> Iterator[T]:
-    """The same batches; the time spent waiting for each is told to the clock."""
-    while True:
-        with clock.waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch

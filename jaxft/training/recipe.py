@@ -46,7 +46,7 @@ from jaxft.training.optim.freezing import Frozen
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
 from jaxft.training.state import TrainState, init_state, state_shardings
-from jaxft.training.step import Batch, Gradient, Sums, make_train_step
+from jaxft.training.step import Batch, Gradient, Step, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
 
 
@@ -84,7 +84,8 @@ class Recipe:
 
     def start(self, params: Params) -> TrainState[jax.Array]:
         """The state before step 0. Traceable."""
-        return init_state(params, self.optimizer, self.config.optim.ema is not None)
+        config = self.config
+        return init_state(params, self.optimizer, config.optim.ema is not None, config.train.spike_skip is not None)
 
     def batch(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch, as shapes with shardings."""
@@ -123,22 +124,31 @@ class Recipe:
 
         With ``updates``, it takes a :class:`~jaxft.training.optim.tunable.Tunable` besides.
         """
-        gradient_of = self.gradient()
-        step = make_train_step(
-            self.task, gradient_of, self.optimizer, self.schedule, ema=self.config.optim.ema, frozen=self.frozen
-        )
+        gradient_of, ema = self.gradient(), self.config.optim.ema
+        step = self._step(gradient_of, self.optimizer, self.schedule, ema)
 
         def tuned_step(
             state: TrainState[jax.Array], batch: Batch, seed: jax.Array, tunable: Tunable[jax.Array]
         ) -> tuple[TrainState[jax.Array], Sums]:
             schedule = table_schedule(tunable.rates)
             optimizer = _optimizer(self.config, self.freeze, schedule, self.shapes, self.axes, tunable)
-            made = make_train_step(self.task, gradient_of, optimizer, schedule, ema=tunable.ema, frozen=self.frozen)
-            return made(state, batch, seed)
+            return self._step(gradient_of, optimizer, schedule, tunable.ema)(state, batch, seed)
 
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         chosen = step if self.updates is None else tuned_step
         return jitted(chosen, self.mesh, (places, replicated(self.mesh)), donate_argnums=0)
+
+    def _step(
+        self,
+        gradient_of: Gradient,
+        optimizer: optax.GradientTransformation,
+        schedule: Schedule,
+        ema: float | jax.Array | None,
+    ) -> Step:
+        skip = self.config.train.spike_skip
+        return make_train_step(
+            self.task, gradient_of, optimizer, schedule, ema=ema, frozen=self.frozen, spike_skip=skip
+        )
 
 
 def open_start(config: RunConfig, note: Note) -> Source | None:
@@ -310,7 +320,8 @@ def _check_tells_texts_apart(config: RunConfig, model: Model, fields: Fields, fa
 def _state(
     config: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Shapes, shardings: Shardings
 ) -> TrainState[jax.ShapeDtypeStruct]:
-    shaped = jax.eval_shape(lambda params: init_state(params, optimizer, config.optim.ema is not None), shapes)
+    with_ema, skips = config.optim.ema is not None, config.train.spike_skip is not None
+    shaped = jax.eval_shape(lambda params: init_state(params, optimizer, with_ema, skips), shapes)
     places = state_shardings(shaped, optimizer, shardings, mesh)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shaped, places)
 

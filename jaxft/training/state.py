@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jaxft.parallel.sharding import replicated
 from jaxft.training.optim import init_ema, map_state
+from jaxft.training.spikes import Recent, no_steps
 from jaxft.trees import Params, Shardings, Tree
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ class TrainState(Generic[T]):
     opt_state: PyTree[T]
     ema: Tree[T] | None
     """Moving average of ``params``, or None."""
+    recent: Recent[T] | None = None
+    """What ``train.spike_skip`` judges steps by; None where it is off."""
 
     @property
     def best_params(self) -> Tree[T]:
@@ -40,13 +43,21 @@ class TrainState(Generic[T]):
         return self.params if self.ema is None else self.ema
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, ema: bool) -> TrainState[jax.Array]:
-    """The state before step 0. Traceable, for :func:`jax.eval_shape` and sharded initialisation."""
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, ema: bool, spike_skip: bool = False
+) -> TrainState[jax.Array]:
+    """The state before step 0. Traceable, for :func:`jax.eval_shape` and sharded initialisation.
+
+    Args:
+      ema, spike_skip: whether there is a moving average of the parameters, and what steps that stand out are known by.
+    """
 
     def zero() -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), init_ema(params) if ema else None)
+    average = init_ema(params) if ema else None
+    recent = no_steps() if spike_skip else None
+    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), average, recent)
 
 
 def state_shardings(
@@ -67,4 +78,5 @@ def state_shardings(
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     opt_state = map_state(optimizer, like_param, state.opt_state, params, other=lambda _: whole)
-    return TrainState(whole, whole, whole, params, opt_state, None if state.ema is None else params)
+    recent = jax.tree.map(lambda _: whole, state.recent)
+    return TrainState(whole, whole, whole, params, opt_state, None if state.ema is None else params, recent)

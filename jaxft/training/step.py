@@ -14,6 +14,7 @@ from jaxft.models.contract import Model, Output
 from jaxft.tasks.contract import Forward, Task
 from jaxft.training.optim import global_norm, update_count, update_ema, without_frozen
 from jaxft.training.optim.schedules import Schedule
+from jaxft.training.spikes import stands_out, with_step
 from jaxft.training.state import TrainState
 from jaxft.trees import Params, Tree
 
@@ -22,6 +23,8 @@ Sums = dict[str, jax.Array]
 Gradient = Callable[[Params, Batch, jax.Array, jax.Array], tuple[list[jax.Array], Sums]]
 """``(params, prepared batch, dropout key, weight) -> (gradients of the leaves that train, summed loss and weight)``; the gradient is
 of the summed loss divided by ``weight``, a scalar."""
+
+Step = Callable[[TrainState[jax.Array], Batch, ArrayLike], tuple[TrainState[jax.Array], Sums]]
 
 _PREPARE = 0x7A5C  # the task's stream of random numbers, apart from that of dropout
 
@@ -60,17 +63,20 @@ def make_train_step(
     *,
     ema: float | jax.Array | None = None,
     frozen: Tree[bool] | None = None,
-) -> Callable[[TrainState[jax.Array], Batch, ArrayLike], tuple[TrainState[jax.Array], Sums]]:
+    spike_skip: float | None = None,
+) -> Step:
     """One optimizer step as a pure function ``(state, batch, seed) -> (state, metrics)``.
 
     The loss is summed over the batch and divided by the batch's total weight, whatever the number of micro-batches, devices
     and padding rows. The only randomness is ``fold_in(key(seed), step)``. A step whose loss or gradient is not finite
-    leaves parameters and optimizer unchanged and is counted.
+    leaves parameters and optimizer unchanged and is counted; so does one that ``spike_skip`` leaves out.
 
     Args:
       gradient_of: where gradients come from, of :mod:`jaxft.training.gradients`.
       ema: decay of the moving average of the parameters, or None.
       frozen: tree of bool, True for parameters that ``gradient_of`` leaves out. None: it leaves out none.
+      spike_skip: standard deviations (:mod:`jaxft.training.spikes`) above which a step changes nothing either; the state has ``recent``.
+        None: finite steps are all taken.
     """
 
     def train_step(state: TrainState[jax.Array], batch: Batch, seed: ArrayLike) -> tuple[TrainState[jax.Array], Sums]:
@@ -78,6 +84,13 @@ def make_train_step(
         trained, sums = gradient_of(state.params, batch, key, weight)
         norm = global_norm(trained)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+        taken, recent, counted = finite, state.recent, dict[str, jax.Array]()
+        if spike_skip is not None:
+            assert recent is not None
+            mean = sums["loss"] / weight
+            spike = finite & stands_out(recent, mean, norm, spike_skip)
+            taken, recent = finite & ~spike, with_step(recent, mean, norm, finite, spike)
+            counted = {"spikes": recent.spikes}
 
         count = update_count(state.opt_state)  # of the steps that were taken, not those that were skipped
 
@@ -92,7 +105,7 @@ def make_train_step(
         # A branch updates the donated arrays in place. Selecting each element afterwards would need old and new side by
         # side: on CPUs that was 835 MiB more and twice the time for BERT-base.
         old = (state.params, state.opt_state, state.ema)
-        params, opt_state, average = jax.lax.cond(finite, take, lambda *old: old, *old)
+        params, opt_state, average = jax.lax.cond(taken, take, lambda *old: old, *old)
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
@@ -101,14 +114,19 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             ema=average,
+            recent=recent,
         )
-        metrics = sums | {
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(count), jnp.float32),
-            "skipped": new_state.skipped,
-            "streak": new_state.streak,
-            "tokens": batch["mask"].sum(),
-        }
+        metrics = (
+            sums
+            | counted
+            | {
+                "grad_norm": norm,
+                "learning_rate": jnp.asarray(schedule(count), jnp.float32),
+                "skipped": new_state.skipped,
+                "streak": new_state.streak,
+                "tokens": batch["mask"].sum(),
+            }
+        )
         return new_state, metrics
 
     return train_step
