@@ -19,6 +19,7 @@ from jaxft.machine import buckets
 STEP = re.compile(rf"((?:.*/)?{RUN_SUBFOLDER}/(?:0|[1-9]\d*))/(.+)")
 """The name of an object of a step: its folder, and the rest."""
 LOCK = "run.lock"
+_TRIES = 3
 
 
 def run_folder(out: str) -> Path:
@@ -65,17 +66,30 @@ def steps_seen(folder: str, *, whole: bool) -> Iterator[Path]:
         yield Path(folder).expanduser().absolute()
         return
     store = buckets.Store(folder)
+    with TemporaryDirectory(prefix="jaxft-") as place:
+        for number in range(_TRIES):
+            copy = Path(place) / str(number)
+            if _copied(store, copy, whole=whole):
+                yield copy
+                return
+    raise UserError(f"{folder}: its steps change while they are looked at; try again, or when no run is at work there")
+
+
+def _copied(store: buckets.Store, place: Path, *, whole: bool) -> bool:
+    """Copies a run's steps; False: one of them was deleted meanwhile."""
     entries = store.entries()
     found = {name: entries[name] for name in sealed(entries) if NAME in name or ".aside-" in name or step_of(name)}
     if not found:
-        raise UserError(f"{folder}: no steps are stored here; name a run's folder")
-    with TemporaryDirectory(prefix="jaxft-") as place:
-        for name, entry in found.items():
-            path = Path(place) / name
-            if whole or path.name == NAME:
+        raise UserError(f"{store.address}: no steps are stored here; name a run's folder")
+    for name, entry in found.items():
+        path = place / name
+        if whole or path.name == NAME:
+            try:
                 store.download(name, path, entry.size)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "wb") as file:
-                    file.truncate(entry.size)
-        yield Path(place)
+            except FileNotFoundError:
+                return False
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.truncate(entry.size)
+    return True

@@ -39,13 +39,8 @@ class Lease:
     def body(self) -> bytes:
         """The next content: each is another one."""
         self._beat += 1
-        said = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": self._since,
-            "id": self._id,
-            "beat": self._beat,
-        }
+        who = {"host": socket.gethostname(), "processes": _processes(), "pid": os.getpid()}
+        said = {**who, "since": self._since, "id": self._id, "beat": self._beat}
         return (json.dumps(said) + "\n").encode()
 
     def check(self) -> None:
@@ -123,7 +118,8 @@ def _take(store: Store, lease: Lease, note: Callable[[str], None]) -> None:
 
 def _refuse_if_alive(store: Store, before: bytes, note: Callable[[str], None]) -> None:
     said = _said(before)
-    if said.get("host") == socket.gethostname() and not _runs(said.get("pid")):
+    here = said.get("host") == socket.gethostname() and said.get("processes") == _processes()
+    if here and not _runs(said.get("pid")):
         return
     note(
         f"{store.address}/{NAME}: held by {_holder(before)}; looking for {STILL_SECONDS:.0f} s whether that process is still there"
@@ -143,6 +139,14 @@ def _beat(lease: Lease, ended: threading.Event) -> None:
             lease.renew()
         except UserError:  # the store is away: what is to be stored tells it
             continue
+
+
+def _processes() -> str:
+    """What the processes are told apart by that this one can see: containers of one host name have their own numbers."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux: one set for all
+        return ""
 
 
 def _runs(pid: object) -> bool:

@@ -31,7 +31,7 @@ _ERRORS: Mapping[str, tuple[str, ...]] = {
         "botocore.parsers:ResponseParserError", "aiohttp:ClientError",
     ),
     "gs": (
-        "gcsfs.retry:HttpError", "gcsfs.checkers:ConsistencyError",
+        "gcsfs.retry:HttpError", "gcsfs.retry:ChecksumError",
         "google.auth.exceptions:GoogleAuthError", "aiohttp:ClientError",
     ),
 }  # fmt: skip

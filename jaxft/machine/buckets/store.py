@@ -5,6 +5,8 @@ A put is atomic in these stores: an object is what it was before, or all that wa
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib
 import re
 import uuid
@@ -21,8 +23,8 @@ from jaxft.machine.buckets.patience import Patience
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-SCHEMES: dict[str, tuple[str, str]] = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
-"""The module of each scheme, and the extra of jaxft that has it."""
+SCHEMES = {"s3": ("s3fs.core", "S3FileSystem", "s3"), "gs": ("gcsfs.core", "GCSFileSystem", "gcs")}
+"""The module and class of each scheme, and the extra of jaxft that has it."""
 _ADDRESS = re.compile(r"([a-z][a-z0-9]*)://")
 _THREADS = 8
 _CONNECT_SECONDS, _READ_SECONDS = 10, 60
@@ -124,7 +126,12 @@ class Store:
 
     def put(self, name: str, data: bytes) -> None:
         """Makes ``data`` the content of an object."""
-        self._putting(name, lambda: self._files.pipe_file(self._path(name), data))
+
+        def pipe() -> None:
+            self._files.pipe_file(self._path(name), data)
+            self._compare(name, len(data), lambda: hashlib.md5(data, usedforsecurity=False).digest())
+
+        self._putting(name, pipe)
 
     def put_new(self, name: str, data: bytes) -> bool:
         """The same, unless there is one of this name; whether it was put.
@@ -146,7 +153,14 @@ class Store:
         if path.stat().st_size == 0:  # put_file of some libraries takes an empty file for nothing to do
             self.put(name, b"")
         else:
-            self._putting(name, lambda: self._files.put_file(str(path), self._path(name)), path)
+            size = path.stat().st_size
+
+            def put() -> None:
+                self._files.put_file(str(path), self._path(name))
+                with open(path, "rb") as file:
+                    self._compare(name, size, lambda: hashlib.file_digest(file, "md5").digest())
+
+            self._putting(name, put, path)
 
     def delete(self, names: Iterable[str]) -> None:
         """Deletes objects, in any order; one that has gone is none."""
@@ -164,6 +178,18 @@ class Store:
             if path is not None and not path.exists():
                 raise
             raise self._no_bucket() from error
+
+    def _compare(self, name: str, size: int, md5: Callable[[], bytes]) -> None:
+        """Raises ConnectionError if the store has something else than was put.
+
+        Seen with a connection that was cut: an upload in parts that the library took up again came to an end, a byte short.
+        """
+        said = self._files.info(self._path(name))
+        if said["size"] != size:
+            raise ConnectionError(f"{said['size']} of {size} bytes arrived")
+        found = said.get("md5Hash")  # of GCS; S3 compares a checksum of each request itself
+        if found is not None and found != base64.b64encode(md5()).decode():
+            raise ConnectionError("other bytes arrived")
 
     def _check_bucket(self) -> None:
         try:
@@ -193,23 +219,21 @@ def each(action: Callable[[str], object], names: Iterable[str]) -> None:
 
 def _entry(said: Mapping[str, object]) -> Entry:
     version = next((str(said[key]) for key in _VERSION if said.get(key) is not None), "")
-    return Entry(int(cast(int, said["size"])), version)
+    return Entry(cast(int, said["size"]), version)
 
 
 def _file_system(scheme: str) -> AbstractFileSystem:
-    module, extra = SCHEMES[scheme]
+    module, kind, extra = SCHEMES[scheme]
     try:
-        importlib.import_module(module)
+        library = importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{scheme}:// needs the package {module}; pip install 'jaxft[{extra}]'") from None
-    import fsspec
-
+        package = module.partition(".")[0]
+        raise UserError(f"{scheme}:// needs the package {package}; pip install 'jaxft[{extra}]'") from None
     options: dict[str, object] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "s3":
         # Tries are counted in one place, which is ours.
         timeouts = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
         options |= {"config_kwargs": {"retries": {"max_attempts": 0}, **timeouts}}
-    files = fsspec.filesystem(scheme, **options)
-    if hasattr(files, "retries"):
-        files.retries = 1
+    files: AbstractFileSystem = getattr(library, kind)(**options)
+    vars(files)["retries"] = 1
     return files
