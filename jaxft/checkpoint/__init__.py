@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxft.checkpoint.beside import find_tokenizer, tokenizer_place
+    from jaxft.checkpoint.bucket import local_model, run_folder
     from jaxft.checkpoint.folders import nothing_usable, step_folders
     from jaxft.checkpoint.manifest import DamagedCheckpoint, FileSpec, LeafSpec, Manifest, read_manifest
     from jaxft.checkpoint.params import StoredArray, is_checkpoint, open_params, restore_params, save_params
@@ -26,11 +27,13 @@ _HOME = {
     "StoredArray": "params",
     "find_tokenizer": "beside",
     "is_checkpoint": "params",
+    "local_model": "bucket",
     "nothing_usable": "folders",
     "open_params": "params",
     "read_manifest": "manifest",
     "restore_params": "params",
     "save_params": "params",
+    "run_folder": "bucket",
     "step_folders": "folders",
     "tokenizer_place": "beside",
 }
@@ -45,10 +48,12 @@ __all__ = [
     "StoredArray",
     "find_tokenizer",
     "is_checkpoint",
+    "local_model",
     "nothing_usable",
     "open_params",
     "read_manifest",
     "restore_params",
+    "run_folder",
     "save_params",
     "step_folders",
     "tokenizer_place",

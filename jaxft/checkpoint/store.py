@@ -9,7 +9,7 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,14 +54,24 @@ class Checkpoints:
       keep: how many of the newest steps stay; the best one stays besides.
       keep_every: steps that are multiples of it stay, too.
       verify: compare the hash of every file before a checkpoint is believed; existence and size are always compared.
+      stored: called in process 0, in the thread that saves, when a step is complete and those that do not stay are gone; the
+        save ends with it.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        verify: bool = True,
+        stored: Callable[[], None] | None = None,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         self.folder = Path(folder).absolute()
         self._keep, self._keep_every = keep, keep_every
-        self._verify = verify
+        self._verify, self._stored = verify, stored
         self._saving: threading.Thread | None = None
         self._failure: UserError | None = None
         self._damaged: set[int] = set()
@@ -134,6 +144,10 @@ class Checkpoints:
                 if processes.is_first():
                     what = "is complete, but removing older ones failed"
                     self._retain(step)
+                    if self._stored is not None:
+                        self._stored()
+            except UserError as error:
+                self._failure = error
             except Exception as error:  # noqa: BLE001 - the next wait() raises it; in this thread nobody would see it
                 self._failure = self._failed(step, error, what)
                 self._failure.__cause__ = error

@@ -19,7 +19,7 @@ _WHAT = ("list", "inspect", "verify", "export", "prune")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("what", choices=_WHAT, help="what to do")
-    parser.add_argument("folder", help="a run's folder, or its checkpoints folder")
+    parser.add_argument("folder", help="a run's folder, or its checkpoints folder; s3:// and gs:// too")
     parser.add_argument("step", nargs="?", help="inspect, export: the step; verify: only this one")
     parser.add_argument("out", nargs="?", help="export: Hugging Face folder to write; must not exist, or be empty")
     parser.add_argument("--keep", type=int, metavar="K", help="prune: the last K steps stay")
@@ -30,10 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Does one of them; 1 if ``verify`` finds damage."""
-    from jaxft.checkpoint.folders import step_folders
+    from jaxft.checkpoint.bucket import steps_seen
+    from jaxft.machine import buckets
 
     _check_usage(options)
-    folder = Path(options.folder).expanduser().absolute()
+    if options.what == "prune" and buckets.is_address(options.folder):
+        raise UserError(
+            f"prune {options.folder}: works on folders; in a bucket a run thins out its own steps (checkpoint.keep)"
+        )
+    with steps_seen(options.folder, whole=options.what in ("verify", "export")) as folder:
+        return _do(folder, options)
+
+
+def _do(folder: Path, options: argparse.Namespace) -> int:
+    from jaxft.checkpoint.folders import step_folders
+
     inside = folder / "checkpoints"
     folder = inside if inside.is_dir() else folder
     found = step_folders(folder)

@@ -119,7 +119,7 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
     from jaxft import checkpoint
     from jaxft.errors import UserError, nearest
 
-    path = Path(options.source).expanduser()
+    path = Path(checkpoint.local_model(options.source)).expanduser()
     run = (path / "config.yaml").is_file() or checkpoint.is_checkpoint(path)
     if path.is_dir() and not (path / "config.json").is_file() and run:
         if not (path / "config.yaml").is_file() or not (path / "export/config.json").is_file():

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from jaxft.checkpoint import run_folder
 from jaxft.config import RunConfig, load_config, to_tree
 from jaxft.errors import UserError
 from jaxft.files import JsonObject
@@ -31,7 +32,7 @@ class Trained:
     """What :func:`train` gives."""
 
     folder: Path
-    """The run's: config, log, checkpoints, report, export."""
+    """The run's: config, log, checkpoints, report, export; of a run in a bucket the folder of this machine."""
     config: RunConfig
     """The resolved configuration."""
     metrics: JsonObject
@@ -133,7 +134,7 @@ def _resolved(config: RunConfig | str | Path | Mapping[str, object] | None, over
 
 
 def _result(config: RunConfig, *, interrupted: bool) -> Trained:
-    out = Path(config.train.out)
+    out = run_folder(config.train.out)
     if interrupted:
         return Trained(out, config, {}, interrupted=True)
     tested = config.data.test is not None or config.data.test_fraction is not None

@@ -11,6 +11,7 @@ from jaxft.cli.console import lasting_output
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
 from jaxft.errors import UserError
+from jaxft.machine import buckets
 from jaxft.machine.platform import set_up_jax
 
 if TYPE_CHECKING:  # they import jax, whose import takes seconds
@@ -48,7 +49,10 @@ def run(options: argparse.Namespace) -> int:
     space = parse_space(assignments, usual.task.name)
     _check_points(options)
     config = load_config(path, space.fixed)
-    out = Path(options.out or f"{config.train.out}-sweep")
+    named = options.out or f"{config.train.out}-sweep"
+    if buckets.is_address(named):
+        raise UserError(f"{named}: a sweep's ledger lies on a disk; give --out FOLDER")
+    out = Path(named)
     with lasting_output("sweep", f"the sweep goes on, its results are in {out}"):
         return _run(options, space, config, out)
 

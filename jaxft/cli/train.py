@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxft import __version__
+from jaxft.checkpoint import run_folder
+from jaxft.cli.bucket_run import Stored, in_bucket
 from jaxft.cli.console import (
     first_in_environment,
     lasting_output,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:  # they import jax, whose import takes seconds
 
 MAIN_KEYS = {
     "model.init": "weights to start from: a Hugging Face folder or hub id",
-    "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, tfds:NAME:SPLIT",
+    "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, tfds:NAME:SPLIT, s3://...",
     "data.eval": "held-out rows; without: a tenth of data.train",
     "data.test": "rows scored once, at the end; data.test_fraction: a part of data.train",
     "data.text": "column of the text; data.text_pair: of a second one",
@@ -82,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.restarts:
         given = [*([] if options.run_file is None else [options.run_file]), *options.overrides]
         return _supervised(config, given, options.restarts)
-    with lasting_output("train", f"the run goes on, its log is {Path(config.train.out) / 'log.jsonl'}"):
+    with lasting_output("train", f"the run goes on, its log is {run_folder(config.train.out) / 'log.jsonl'}"):
         if first_in_environment():  # jax, whose import takes seconds, will say who really is
             print(
                 f"jaxft {__version__}: train {path or '(no run file)'}", *settings_lines(config), sep="\n", flush=True
@@ -95,7 +97,7 @@ def _supervised(config: RunConfig, given: list[str], restarts: int) -> int:
     from jaxft.machine.processes import bring_up, cluster
 
     place = cluster.detect(os.environ)
-    folders = [Path(config.train.out), *(_folder_of(config, seed) for seed in config.train.seeds)]
+    folders = [run_folder(config.train.out), *(_folder_of(config, seed) for seed in config.train.seeds)]
     silence = None if place is None else bring_up.silence_of() or None
     return supervise(given, folders, restarts, 0 if place is None else place.index, silence)
 
@@ -113,17 +115,17 @@ def _run(config: RunConfig, debug_nans: bool = False) -> int:
         raise UserError(
             f"--debug-nans computes a step again on one device, and this run has {cluster.count} processes; start it as one process"
         )
-    out = Path(config.train.out)
+    out = run_folder(config.train.out)
     folders = [*(_folder_of(config, seed) for seed in config.train.seeds), out]
-    with _owned(folders):
+    with _owned(folders), in_bucket(config, out) as stored:
         with processes.raise_together():
             ready = setup.prepare(config, note, times)
         for line in model_lines(ready):
             note(line)
-        return _train(config, ready, out, times, debug_nans)
+        return _train(config, ready, out, times, debug_nans, stored)
 
 
-def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans: bool) -> int:
+def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans: bool, stored: Stored | None) -> int:
     from jaxft import checkpoint
     from jaxft.cli.finish import finish
     from jaxft.machine import processes
@@ -142,9 +144,10 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans:
     results, tested = dict[int, Mapping[str, object]](), dict[int, Mapping[str, object]]()
     for seed in seeds:
         folder = _folder_of(config, seed)
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=str(folder)))
+        named = f"{config.train.out}/seed{seed}" if config.train.seeds else config.train.out
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=named))
         began, test = time.perf_counter(), None
-        result = loop.fit(ready, programs, folder, seed, note, times, debug_nans=debug_nans)
+        result = loop.fit(ready, programs, folder, seed, note, times, debug_nans=debug_nans, stored=stored)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
         trained = time.perf_counter() - began
@@ -177,7 +180,8 @@ def _state(config: RunConfig, folder: Path) -> None:
 
 
 def _folder_of(config: RunConfig, seed: int) -> Path:
-    return Path(config.train.out) / f"seed{seed}" if config.train.seeds else Path(config.train.out)
+    out = run_folder(config.train.out)
+    return out / f"seed{seed}" if config.train.seeds else out
 
 
 @contextmanager

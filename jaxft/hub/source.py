@@ -23,6 +23,7 @@ from jaxft.hub.weights import Weights, open_weights
 from jaxft.hub.weights.flax_names import under_pytorch_names
 from jaxft.hub.weights.numbers import refuse_quantised
 from jaxft.hub.weights.prefixed import WithoutPrefix
+from jaxft.machine import buckets
 from jaxft.machine.processes import is_first
 from jaxft.models.contract import (
     MODEL_TYPE,
@@ -47,11 +48,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_folder(reference: str | Path) -> Path:
-    """The local folder that a model reference names: a path, ``pkg:PACKAGE/FOLDER``, or a hub id (``ORG/NAME`` or ``NAME``).
+    """The local folder that a model reference names: a path, ``pkg:PACKAGE/FOLDER``, ``s3://`` or ``gs://`` (a copy of what
+    lies there), or a hub id (``ORG/NAME`` or ``NAME``).
 
     Raises:
       UserError: there is no such folder, package or hub model.
     """
+    if isinstance(reference, str) and buckets.is_address(reference):
+        reference = buckets.fetched(reference)
     path = Path(reference).expanduser()
     if isinstance(reference, str) and reference.startswith("pkg:"):
         return package_folder(reference)

@@ -145,7 +145,8 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
     """Opens a model folder, run folder or checkpoint.
 
     Args:
-      reference: a Hugging Face folder or hub id; a run folder (its export, else its best checkpoint); a checkpoint folder.
+      reference: a Hugging Face folder or hub id; a run folder (its export, else its best checkpoint); a checkpoint folder;
+        each of the folders also as ``s3://`` or ``gs://``.
       overrides: ``key=value`` pairs over the run's configuration (or the defaults).
       note: called with a line for everything that was guessed or left unused.
       head: head to open; ``stored``: the one the weights have.
@@ -153,6 +154,7 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
     Raises:
       UserError: there is no such model, or it is not usable.
     """
+    reference = checkpoint.local_model(reference)
     folder = Path(reference).expanduser()
     run_file = folder / "config.yaml"
     if run_file.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -79,12 +79,14 @@ def fit(
     watch: Watch | None = None,
     *,
     debug_nans: bool = False,
+    stored: Callable[[], None] | None = None,
 ) -> Result:
     """Trains one run to its end (or until it is told to stop) and returns its best parameters.
 
     Args:
       watch: who wants its scores only, not its parameters.
       debug_nans: whether the first step that is not finite ends it, and the operation is named that was the first.
+      stored: see :class:`jaxft.checkpoint.Checkpoints`.
 
     Raises:
       UserError: the folder holds another run, or training diverged.
@@ -92,7 +94,9 @@ def fit(
     config = setup.config
     out.mkdir(parents=True, exist_ok=True)
     said = config.checkpoint
-    store = checkpoint.Checkpoints(out / "checkpoints", keep=said.keep, keep_every=said.keep_every, verify=said.verify)
+    store = checkpoint.Checkpoints(
+        out / "checkpoints", keep=said.keep, keep_every=said.keep_every, verify=said.verify, stored=stored
+    )
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)

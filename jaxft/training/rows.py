@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -19,10 +20,12 @@ from jaxft.data.held_out import hold_out
 from jaxft.data.labels import declared_labels, label_text
 from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.sources.listing import suffix_of
 from jaxft.data.sources.read import Reference, Row, shown
 from jaxft.errors import UserError, listed
 from jaxft.files import fits
 from jaxft.hub.source import Note, Source
+from jaxft.machine import buckets
 from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows
 
 _PART = 1 << 16  # examples looked at together
@@ -207,7 +210,7 @@ def cached(key: str, reference: Reference) -> Path | None:
     Raises:
       UserError: a cache among several sources, or a folder of caches.
     """
-    folders = [Path(one).expanduser() for one in ((reference,) if isinstance(reference, str) else reference)]
+    folders = [_place(one) for one in ((reference,) if isinstance(reference, str) else reference)]
     caches = [folder for folder in folders if folder.is_dir() and is_cache(folder)]
     if not caches:
         if isinstance(reference, str) and (inside := [one.parent for one in folders[0].glob(f"*/{MANIFEST}")]):
@@ -230,6 +233,13 @@ class _About(TypedDict):
     rows: int
     tokenizer: str
     targets: _Encoded
+
+
+def _place(reference: str) -> Path:
+    """Where a source lies, if it is a folder; of an object store a copy of it."""
+    if buckets.is_address(reference) and not suffix_of(reference) and not has_magic(reference):
+        return buckets.fetched(reference)
+    return Path(reference).expanduser()
 
 
 def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> Cache:

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # of this process alone: runs have one device each
 
-from faults import corruptions, disks, kills, meshes, signals
+from faults import buckets, corruptions, disks, kills, meshes, signals
 from faults.course import Course, prepare
 from faults.report import Report
 
@@ -34,6 +34,7 @@ _BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
     "signals": (signals.run, 1, 40, 4),
     "disks": (disks.run, 1, 20, 3),
     "meshes": (meshes.run, 1, 36, 12),
+    "buckets": (buckets.run, 1, 100, 10),
     "pair-kills": (kills.run, 2, 100, 2),
     "pair-signals": (signals.run, 2, 10, 1),
 }

@@ -13,6 +13,7 @@ from jaxft.data.sources.lines import MOST_RECORD, PACKED, Lines, read_lines, too
 from jaxft.data.sources.rows import Row, column_positions
 from jaxft.errors import UserError
 from jaxft.files import find_file
+from jaxft.machine import buckets
 
 CLASS_COLUMNS = ("text", "label")
 
@@ -53,8 +54,10 @@ def listed(reference: str, formats: set[str], accepted: str, note: Callable[[str
     Raises:
       UserError: nothing is there, or a folder that is none of the forms.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", reference):
-        raise UserError(f"{reference}: files are read from this machine only; download it first")
+    if buckets.is_address(reference):
+        reference = buckets.fetched_rows(reference)
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", reference):
+        raise UserError(f"{reference}: files are read from this machine, s3:// and gs:// only; download it first")
     path = Path(reference).expanduser()
     if path.exists() or not glob.has_magic(reference):
         if "," in reference and not path.exists():
