@@ -159,7 +159,7 @@ def said_of(ready: Setup, change: Callable[[str, np.ndarray], np.ndarray]) -> st
 @pytest.mark.parametrize(
     ("family", "layers"),
     [
-        ("bert", "scanned"),
+        pytest.param("bert", "scanned", marks=pytest.mark.slow),
         pytest.param("bert", "unrolled", marks=pytest.mark.slow),
         pytest.param("llama", "scanned", marks=pytest.mark.slow),
         pytest.param("llama", "unrolled", marks=pytest.mark.slow),

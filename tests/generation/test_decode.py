@@ -70,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_greedy_tokens_are_the_references_whatever_stands_beside(settings: dict[str, Any]) -> None:
     model, params = made()
