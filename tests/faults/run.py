@@ -23,9 +23,18 @@ if __package__ in (None, ""):  # started as a script
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # of this process alone: runs have one device each
 
-from faults import buckets, corruptions, disks, kills, meshes, signals
+from faults import buckets, corruptions, disks, kills, meshes, run_malformed, signals
 from faults.course import Course, prepare
 from faults.report import Report
+
+
+def _malformed(course: Course, count: int, seed: int) -> Report:
+    found = run_malformed.run(count, seed)
+    report = Report("malformed")
+    report.cases.update(found["by_kind"])
+    report.wrong = [f"{one['case']}: {'; '.join(one['problems'])}" for one in found["wrong_ones"]]
+    return report
+
 
 _Battery = Callable[[Course, int, int], Report]
 _BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
@@ -34,6 +43,7 @@ _BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
     "signals": (signals.run, 1, 40, 4),
     "disks": (disks.run, 1, 20, 3),
     "meshes": (meshes.run, 1, 36, 12),
+    "malformed": (_malformed, 1, 2000, 40),
     "buckets": (buckets.run, 1, 100, 10),
     "pair-kills": (kills.run, 2, 100, 2),
     "pair-signals": (signals.run, 2, 10, 1),
