@@ -108,13 +108,12 @@ def one_line(message: str, most: int = LONGEST_LINE) -> str:
     """A message on one line of at most ``most`` characters: long words lose their middle, then the whole line does."""
     line = printable(" ".join(message.split()))
     if len(line) > most:
-        line = " ".join(_without_middle(word, _LONGEST_WORD) for word in line.split(" "))
-    return _without_middle(line, most)
-
-
-def _without_middle(text: str, most: int) -> str:
+        line = " ".join(_without_middle(word, _LONGEST_WORD, _LONGEST_WORD // 2) for word in line.split(" "))
     # Which file and key stand first, what to do about it last.
-    end = most * 2 // 5
+    return _without_middle(line, most, most // 4)
+
+
+def _without_middle(text: str, most: int, end: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 

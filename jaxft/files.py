@@ -195,6 +195,11 @@ def parse_json(text: str | bytes, where: str) -> object:
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from error
     check_depth(tree, where)
+    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+        try:
+            json.dumps(tree, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: a text in it holds half of a \\u surrogate pair; correct it") from error
     return tree
 
 

@@ -151,7 +151,7 @@ def _without_tokenizer(folder: Path) -> None:
         (_file("config.json", None), "config.json does not exist"),
         (_file("config.json", b"{nope"), "config.json: not valid JSON"),
         (_file("config.json", b"[]"), "expected a JSON object"),
-        (_file("tokenizer.json", b"{"), "not a tokenizer"),
+        (_file("tokenizer.json", b"{"), "tokenizer.json: not valid JSON"),
         (_file("tokenizer_config.json", b"{"), "tokenizer_config.json: not valid JSON"),
         (_without_tokenizer, "no tokenizer files"),
         (_config(model_type="deberta"), "model family 'deberta' is not supported"),

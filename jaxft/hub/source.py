@@ -16,6 +16,7 @@ import jax
 
 from jaxft import files, models
 from jaxft.config import decode
+from jaxft.data.labels import MOST_LABEL
 from jaxft.errors import UserError
 from jaxft.files import package_folder
 from jaxft.hub.sums import check_sums
@@ -372,4 +373,8 @@ def _labels(hf_config: Mapping[str, object]) -> tuple[str, ...] | None:
     if sorted(ids) != list(range(len(ids))):
         raise UserError(f"config.json: id2label must have the keys 0..{len(ids) - 1}, found {sorted(ids)}")
     names = tuple(ids[i] for i in range(len(ids)))
+    if long := [i for i, name in enumerate(names) if len(name) > MOST_LABEL]:
+        raise UserError(
+            f"config.json: id2label.{long[0]} has {len(names[long[0]]):,} characters, at most {MOST_LABEL:,} are possible"
+        )
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names

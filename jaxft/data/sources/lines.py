@@ -50,7 +50,7 @@ wrong file. A book has 5 MB."""
 MOST_RATIO = 200
 """How many times as large as its file what it holds may be: texts shrink to a fifth, logs of one line to a
 hundredth; the most that gzip can do is 1032, which takes a file made for it."""
-FREE_BYTES = 2 << 20
+FREE_BYTES = 8 << 20
 """Bytes that a file may hold whatever its size: of so little no harm comes."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"(\xb5/\xfd"
 _PIECE = 1 << 16  # bytes of a piece of text, before they are decoded

@@ -232,7 +232,11 @@ def _tfds_builder(tfds: ModuleType, name: str, reference: str) -> DatasetBuilder
     folder = Path(name).expanduser()
     if (folder / "dataset_info.json").is_file():
         refuse_foreign_features(folder / "features.json", reference)
-        return tfds.builder_from_directory(folder)
+        read_json_object(folder / "dataset_info.json")
+        try:
+            return tfds.builder_from_directory(folder)
+        except Exception as error:  # as many kinds as there are things that its two files may say
+            raise UserError(f"{reference}: not a prepared TFDS data set: {_first_line(error)}") from error
     if folder.is_absolute() or name.startswith((".", "~")):
         raise UserError(
             f"{reference}: {folder} is no folder of a prepared TFDS data set (it has no dataset_info.json){_inner(folder)}"

@@ -82,6 +82,10 @@ def missing_column(name: str, present: Sequence[str], where: str) -> UserError:
     return MissingColumn(f"{where}: no column {name!r}: {hint}; set {keys} to one of these", present)
 
 
+MOST_BLANK = 1000
+"""Blank lines at the end of a file; after so many, no end is waited for."""
+
+
 def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a file with one JSON object per line."""
     blank = 0
@@ -89,6 +93,8 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 blank = blank or number
+                if number - blank > MOST_BLANK:
+                    refuse_blank(path, blank)
                 continue
             refuse_blank(path, blank)
             where = f"{path}:{number}"

@@ -19,6 +19,7 @@ from typing import Literal
 from jaxft.data.sources.lines import MOST_RECORD, read_lines
 from jaxft.data.sources.rows import (
     ALL,
+    MOST_BLANK,
     Listed,
     MissingColumn,
     Row,
@@ -92,6 +93,8 @@ def _rows(path: Path, columns: tuple[str, ...], form: Form, layout: _Layout, row
     for number, cells in rows:
         if not cells:
             blank = blank or number
+            if number - blank > MOST_BLANK:
+                refuse_blank(path, blank)
             continue
         refuse_blank(path, blank)
         if len(cells) != len(names):

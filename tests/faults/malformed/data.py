@@ -138,6 +138,8 @@ def cases() -> Iterator[Case]:
         yield _case(f"zstd: {title}", "bad.csv.zst", damage)
     for title, damage in _bombs():
         for suffix in ("csv", "jsonl", "json", "txt"):
+            if suffix == "txt" and title in ("line ends", "rows"):
+                continue  # each line is a text there, which is answered before the next one is read
             name = f"bad.{suffix}.gz"
             yield Case(
                 "data",
