@@ -195,7 +195,7 @@ def parse_json(text: str | bytes, where: str) -> object:
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from error
     check_depth(tree, where)
-    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+    if b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower():
         try:
             json.dumps(tree, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
