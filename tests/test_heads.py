@@ -158,7 +158,7 @@ def test_architectures_that_the_family_does_not_have(tmp_path: Path, capsys: Cap
     ):
         message = refusal(capsys, *command)
         assert f"{architecture} is not supported: bert here has the heads classification (BertForSequenceC" in message
-        assert "head=None, --head none" in message
+        assert "--head none), or train one of these heads on it with model.head=fresh" in message
         assert "model.head=fresh" in message
     with pytest.raises(jaxft.UserError, match=architecture):
         jaxft.load(source)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import TYPE_CHECKING, TextIO, cast
 
 from jaxft.config import RunConfig, flat, to_tree, to_yaml_line
+from jaxft.errors import one_line
 from jaxft.machine import streams
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def settings_lines(config: RunConfig) -> list[str]:
     changed = [f"  {key}={to_yaml_line(value)}" for key, value in tree.items() if usual.get(key, usual) != value]
     differ = f"{len(changed)} settings differ from the defaults" if changed else "the defaults"
     head = f"config: {differ}; all are in {config.train.out}/config.yaml"
-    return [*(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in (head, *changed))]
+    return [one_line(head), *(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in changed)]
 
 
 def model_lines(setup: Setup) -> list[str]:

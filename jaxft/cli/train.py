@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # they import jax, whose import takes seconds
 
 MAIN_KEYS = {
     "model.init": "weights to start from: a Hugging Face folder or hub id",
-    "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, tfds:NAME:SPLIT, s3://...",
+    "data.train": "rows to learn from: .csv, .tsv, .jsonl, .parquet, hf:FOLDER, s3://, tfds:NAME",
     "data.eval": "held-out rows; without: a tenth of data.train",
     "data.test": "rows scored once, at the end; data.test_fraction: a part of data.train",
     "data.text": "column of the text; data.text_pair: of a second one",

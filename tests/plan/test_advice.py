@@ -101,7 +101,7 @@ def test_formulas_show_their_exchanges_and_the_exit_code_says_what_does_not_fit(
                 r"gradients reduced +all-reduce +data 2 +[\d.]+", r"tensor parallel +all-reduce +tensor 2 +[\d.]+",
                 r"total +[\d.]+"):  # fmt: skip
         assert re.search(row, out), row
-    huge = options("train.batch_size=33554432", "data.max_length=64")
+    huge = options("train.batch_size=1048576", "data.max_length=64")
     out, _ = plan(*huge, "--topology", "v5e-8", "--analytic", code=6)
     assert "DOES NOT FIT" in out
     assert "advice" in out
