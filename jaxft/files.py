@@ -121,7 +121,7 @@ def _not_a_file(path: Path, mode: int) -> UserError:
 
 
 def read_bytes(path: Path, most: int = MOST_SETTINGS_BYTES) -> bytes:
-    """All of a file that may not be larger than ``most`` bytes.
+    """The whole of a file that may not be larger than ``most`` bytes.
 
     Raises:
       FileNotFoundError: there is nothing.

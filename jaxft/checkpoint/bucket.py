@@ -37,7 +37,7 @@ def step_of(name: str) -> str | None:
 
 
 def sealed(names: Collection[str]) -> list[str]:
-    """All names but those of steps that lack their seal: being put, being deleted, or left by a crash."""
+    """The names but those of steps that lack their seal: being put, being deleted, or left by a crash."""
     names = set(names)
     return sorted(n for n in names if (step := step_of(n)) is None or f"{step}/{NAME}" in names)
 

@@ -26,7 +26,7 @@ MOST_ROWS = 1 << 20
 MOST_TOKENS = 1 << 20
 """Tokens of a row."""
 MOST_RANK = 1 << 16
-"""Of adapters: above the width of any model."""
+"""The rank of adapters: above the width of any model."""
 MOST_AHEAD = 1 << 16
 """Batches that are prepared ahead, and held."""
 MOST_NUMBER = 2**31 - 1

@@ -159,7 +159,7 @@ class Loader(yaml.SafeLoader):
 
 
 MOST_BYTES = 1 << 20
-"""Of a run file: the largest of ours has 2 KB."""
+"""Bytes of a run file: the largest of ours has 2 KB."""
 MOST_NODES = 20_000
 """Keys, values and list items of a run file: a list of 20,000 labels takes two seconds to read."""
 

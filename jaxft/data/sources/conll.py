@@ -21,7 +21,7 @@ SUFFIXES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 _BLANKS = " \t\r\n"  # other spaces are words, or parts of them
 _DOCUMENT = "-DOCSTART-"
 _MOST_COLUMNS = 1000
-"""Of a line; CoNLL-U has ten."""
+"""The columns of a line; CoNLL-U has ten."""
 _PARTS = re.compile(r"\d+[-.]\d+")
 """In the first column of CoNLL-U: several words written as one, or a word that is not written."""
 

@@ -33,6 +33,7 @@ from jaxft.files import find_file, open_file, read_json_object
 
 if TYPE_CHECKING:  # extras, and slow to import
     import pyarrow
+    import pyarrow.parquet
     from datasets import Dataset
     from tensorflow_datasets.core import DatasetBuilder
 
@@ -185,7 +186,7 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
 
 
-def _check_sizes(metadata: Any, path: Path) -> None:
+def _check_sizes(metadata: pyarrow.parquet.FileMetaData, path: Path) -> None:
     """Raises UserError if the parts of a Parquet file are out of all proportion to it, as its own table says."""
     size = path.stat().st_size
     for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):

@@ -43,7 +43,7 @@ class State(NamedTuple):
     keys: PRNGKeyArray
     """[B] for draws."""
     cache: Cache
-    """Of all tokens but the last."""
+    """Keys and values of all tokens but the last."""
 
 
 class Generated(NamedTuple):

@@ -67,7 +67,7 @@ class Store:
         self._patience = Patience(scheme, patience)
 
     def entries(self) -> dict[str, Entry]:
-        """All objects below the address.
+        """Every object below the address.
 
         Raises:
           UserError: there is no such bucket, or no access to it.
