@@ -16,7 +16,7 @@ from jaxtyping import Int32, Integer
 from jaxft.data.batch import Fields
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.cutting import count_dropped, cut_pairs
-from jaxft.data.processors.panics import told_as_errors
+from jaxft.data.processors.panics import Panic, told_as_errors
 from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
 from jaxft.data.processors.windows import Window, check_pair_room, check_room, cut, whole_pairs, whole_tokens
 from jaxft.errors import UserError
@@ -94,8 +94,13 @@ class Tokenizer:
         """One more than the largest id that this tokenizer can produce."""
         vocabulary = self._fast.get_vocab(with_added_tokens=True).values()
         # What is put around texts has ids of its own in tokenizer.json, which need not be the vocabulary's.
-        with told_as_errors():
-            around = (*self._fast.encode("").ids, *self._fast.encode("", "").ids)
+        try:
+            with told_as_errors():
+                around = (*self._fast.encode("").ids, *self._fast.encode("", "").ids)
+        except Panic as error:
+            raise UserError(
+                f"{self.folder}: its tokenizer cannot tokenize the empty text: {error}; correct it"
+            ) from error
         return max(*vocabulary, *around) + 1
 
     def decode(
