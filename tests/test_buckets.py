@@ -386,7 +386,7 @@ def test_a_second_run_is_refused_and_one_that_was_taken_over_ends(
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lease, "STILL_SECONDS", 20.0)
-    monkeypatch.setattr(lease, "_runs", lambda pid: True)  # the other run is this process
+    monkeypatch.setattr(lease, "is_running", lambda pid: True)  # the other run is this process
     with opened(tmp_path / "a") as mirror:
         with pytest.raises(UserError, match="another run is at work here"), leased(RUN, lambda text: None):
             raise AssertionError

@@ -138,18 +138,10 @@ def _told() -> Iterator[_Told]:
     """Has this process's signals for its child."""
     launcher = os.environ.get(_LAUNCHER, "")
     told = _Told(int(launcher) if launcher.isdecimal() else None)
-    wakeup = signal.set_wakeup_fd(-1)  # the program's own watch, which would end this process before its child
-    before = {
-        n: signal.getsignal(n) for n in signals.STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN
-    }
-    for number in before:
-        signal.signal(number, told.handle)
-    try:
+    with signals.handled(
+        told.handle
+    ):  # and not by the program's own watch, which would end this process before its child
         yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup)
 
 
 def _is_stopped(pid: int) -> bool:

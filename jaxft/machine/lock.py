@@ -121,7 +121,7 @@ def _told(descriptor: int) -> Holder | None:
 def _refuse_if_alive(path: Path, before: Holder, locked: bool, note: Callable[[str], None]) -> None:
     if before.host == socket.gethostname():
         # The kernel's word, if there is one: it would not have locked the file twice.
-        if not locked and _runs(before.pid):
+        if not locked and is_running(before.pid):
             raise _refused(path, before)
         return
     begun = os.stat(path).st_mtime_ns
@@ -158,7 +158,8 @@ def _age(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process of this host has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -130,26 +130,39 @@ def program() -> Program | None:
 
 
 @contextmanager
-def told_by_signals(name: str) -> Iterator[Program]:
-    """Makes this process a program that signals end; in its main thread.
+def handled(handle: Callable[[int, FrameType | None], None], wakeup: int = -1) -> Iterator[None]:
+    """Has the signals that tell a program to end handled, for as long as the block lasts; in the main thread.
 
     A signal that is ignored stays so (``nohup``), but for SIGINT, which shells ignore for what they start in the background.
+
+    Args:
+      handle: takes the signal's number and the frame that it came in.
+      wakeup: the file that each signal's number is written to as well; -1: none.
     """
+    woken = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    before = {n: signal.getsignal(n) for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+
+
+@contextmanager
+def told_by_signals(name: str) -> Iterator[Program]:
+    """Makes this process a program that signals end; in its main thread."""
     global _program
     _program = told = Program(name)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=told.watch, args=(reading,), name="jaxft-signals", daemon=True).start()
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    before = {n: signal.getsignal(n) for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, told.handle)
     try:
-        yield told
+        with handled(told.handle, writing):
+            yield told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup)
         os.close(writing)  # the thread comes to its end
         _program = None
 

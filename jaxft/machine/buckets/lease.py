@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 
 from jaxft.errors import StorageError, UserError
 from jaxft.machine.buckets.store import Store
+from jaxft.machine.lock import is_running
 
 NAME = "run.lock"
 BEAT_SECONDS = 10.0
@@ -119,7 +120,8 @@ def _take(store: Store, lease: Lease, note: Callable[[str], None]) -> None:
 def _refuse_if_alive(store: Store, before: bytes, note: Callable[[str], None]) -> None:
     said = _said(before)
     here = said.get("host") == socket.gethostname() and said.get("processes") == _processes()
-    if here and not _runs(said.get("pid")):
+    pid = said.get("pid")
+    if here and isinstance(pid, int) and not is_running(pid):
         return
     note(
         f"{store.address}/{NAME}: held by {_holder(before)}; looking for {STILL_SECONDS:.0f} s whether that process is still there"
@@ -147,18 +149,6 @@ def _processes() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux: one set for all
         return ""
-
-
-def _runs(pid: object) -> bool:
-    if not isinstance(pid, int):
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # someone else's
-        return True
-    return pid != os.getpid()
 
 
 def _said(content: bytes | None) -> dict[str, object]:
