@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxft.__main__ import main
 from jaxft.checkpoint.bucket import of_model, run_folder, sealed
-from jaxft.checkpoint.manifest import LeafSpec, seal
-from jaxft.checkpoint.mirror import Mirror, mirrored
+from jaxft.checkpoint.manifest import (
+    FORMAT,
+    DamagedCheckpoint,
+    FileSpec,
+    LeafSpec,
+    Manifest,
+    Piece,
+    hash_and_sync,
+    render,
+    seal,
+)
+from jaxft.checkpoint.mirror import Mirror, followed, mirrored
 from jaxft.data.sources.read import iter_rows
 from jaxft.errors import StorageError, UserError
 from jaxft.machine.buckets import Store, fetched, fetched_rows, is_address, lease, patience, store
@@ -447,3 +458,71 @@ def test_seeds_and_exports_are_told_apart(tmp_path: Path) -> None:
         f"seed0/export/{n}" for n in ("config.json", "model.safetensors")
     }
     assert Store(RUN).read("seed0/export/config.json") == b"new"
+
+
+# --------------------------------------------------------------------------------------------------------- two hosts
+
+
+def part(mirror: Mirror, out: Path, number: int, host: int) -> dict[str, FileSpec]:
+    """A host's part of a step, written and put."""
+    folder = out / "checkpoints" / str(number)
+    (folder / "params").mkdir(parents=True)
+    (folder / f"params/part-{host:05d}").write_bytes(bytes(f"{number:03d}{host}", "ascii"))
+    files = hash_and_sync(folder)
+    mirror.put(folder, folder, files)
+    return files
+
+
+def sealed_in_parts(mirrors: dict[Path, Mirror], number: int) -> None:
+    """A step whose parts are of several hosts; the first of them seals it."""
+    found = [part(mirror, out, number, host) for host, (out, mirror) in enumerate(mirrors.items())]
+    files = {name: spec for each in found for name, spec in each.items()}
+    cut = {"params/w": [Piece((host,), (host + 1,), host, 0) for host in range(len(mirrors))]}
+    tree = {"params/w": LeafSpec((len(mirrors),), "float32")}
+    text = render(Manifest(FORMAT, "state", number, False, tree, {}, files, cut))
+    for out, mirror in mirrors.items():
+        mirror.holds(out / "checkpoints" / str(number), files)
+        (out / "checkpoints" / str(number) / "jaxft.json").write_text(text)
+    next(iter(mirrors.values())).sync()
+
+
+def parts_there() -> list[str]:
+    return sorted(name for name in Store(RUN).entries() if "/part-" in name)
+
+
+def test_hosts_that_share_nothing_put_their_parts(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    Store(RUN).put("checkpoints/1/params/part-00001", b"left by a crash")
+    Store(RUN).put("checkpoints/1/params/part-00007", b"left by a crash")
+    a.mkdir()
+    with mirrored(RUN, a, 2, [].append, apart=True) as first:
+        mirrors = {a: first, b: followed(RUN, b, 2)}
+        PLAN.asked.clear()
+        sealed_in_parts(mirrors, 1)
+        puts = [path for what, path in PLAN.asked if what == "put" and "run.lock" not in path]
+        assert puts[-1] == "b/run/checkpoints/1/jaxft.json"
+        assert len(puts) == len(set(puts)) == 3
+        assert parts_there() == ["checkpoints/1/params/part-00000", "checkpoints/1/params/part-00001"]
+        sealed_in_parts(mirrors, 2)
+        shutil.rmtree(a / "checkpoints" / "1")  # as the first host does with a step that does not stay
+        first.sync()
+        assert parts_there() == ["checkpoints/2/params/part-00000", "checkpoints/2/params/part-00001"]
+    assert there() == [2]
+
+
+def test_each_host_fetches_its_own_parts(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    with mirrored(RUN, a, 2, [].append, apart=True) as first:
+        mirrors = {a: first, b: followed(RUN, b, 2)}
+        sealed_in_parts(mirrors, 1)
+        sealed_in_parts(mirrors, 2)
+    fresh = tmp_path / "c"
+    mirror = followed(RUN, fresh, 2)
+    assert sorted(content(fresh)) == ["checkpoints/1/jaxft.json", "checkpoints/2/jaxft.json"]
+    mirror.fetch_parts(fresh / "checkpoints/2", ["params/part-00001"])
+    assert (fresh / "checkpoints/2/params/part-00001").read_bytes() == b"0021"
+    with pytest.raises(DamagedCheckpoint, match="part-00009: is missing"):
+        mirror.fetch_parts(fresh / "checkpoints/2", ["params/part-00009"])
+    with opened(tmp_path / "d"):  # one process alone has all of it
+        assert set(parts_there()) <= content(tmp_path / "d").keys()

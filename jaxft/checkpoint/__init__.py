@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxft.checkpoint.apart import RunBucket
     from jaxft.checkpoint.beside import find_tokenizer, tokenizer_place
     from jaxft.checkpoint.bucket import local_model, run_folder
     from jaxft.checkpoint.folders import nothing_usable, step_folders
@@ -24,6 +25,7 @@ _HOME = {
     "LeafSpec": "manifest",
     "Manifest": "manifest",
     "Restored": "store",
+    "RunBucket": "apart",
     "StoredArray": "params",
     "find_tokenizer": "beside",
     "is_checkpoint": "params",
@@ -45,6 +47,7 @@ __all__ = [
     "LeafSpec",
     "Manifest",
     "Restored",
+    "RunBucket",
     "StoredArray",
     "find_tokenizer",
     "is_checkpoint",

@@ -69,7 +69,8 @@ def unflatten(flat: Mapping[str, object]) -> JsonObject:
     return tree
 
 
-def _stored_path(path: str) -> str:
+def stored_path(path: str) -> str:
+    """A path with its group in front."""
     return path if "/" in path else f"{COUNTERS}/{path}"
 
 
@@ -132,7 +133,7 @@ def start_save(
     # Replicas write a part each, which a program per shape and part cuts off: where one process writes all, for nothing.
     context.array.saving.use_replica_parallel = jax.process_count() > 1
     context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
-    groups = unflatten({_stored_path(path): leaf if keeps else _detach(leaf) for path, leaf in flat.items()})
+    groups = unflatten({stored_path(path): leaf if keeps else _detach(leaf) for path, leaf in flat.items()})
     with context:
         return ocp.save_checkpointables_async(str(folder), groups)
 
@@ -170,10 +171,10 @@ def load(folder: Path, like: Mapping[str, Shaped]) -> dict[str, jax.Array | np.n
 
     Groups that ``like`` does not name are not read. The caller has compared shapes and dtypes.
     """
-    abstract = unflatten({_stored_path(path): _abstract(path, leaf) for path, leaf in like.items()})
+    abstract = unflatten({stored_path(path): _abstract(path, leaf) for path, leaf in like.items()})
     with ocp.Context():  # not whatever context the caller may be in
         loaded = flatten(ocp.load_checkpointables(str(folder), abstract))
-    arrays = {path: loaded[_stored_path(path)] for path in like}
+    arrays = {path: loaded[stored_path(path)] for path in like}
     found, wanted = specs_of(arrays), specs_of(like)
     if len(loaded) != len(like) or found != wanted:
         raise RuntimeError(f"{folder}: Orbax returned another tree than was asked for")

@@ -12,18 +12,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from jaxft.errors import NothingUsable, UserError
 from jaxft.files import MOST_DEPTH, MOST_MANIFEST_BYTES, JsonObject, fsync_folder, parse_json, read_text, write_atomic
 
 NAME = "jaxft.json"
-FORMAT = 1
-"""Version of the layout on disk. A change that this code could not read raises it; tests/golden keeps a folder per version."""
+FORMAT = 2
+"""Newest version of the layout on disk: 1, arrays written by Orbax; 2, in pieces (:mod:`jaxft.checkpoint.pieces`). A change that this code
+could not read raises it; tests/golden keeps a folder per version."""
 
 _CHECKSUM = "sha256"
 _THREADS = min(4, os.cpu_count() or 1)
@@ -69,6 +70,18 @@ class FileSpec:
     sha256: str
 
 
+class Piece(NamedTuple):
+    """A part of an array that lies in one file (:mod:`jaxft.checkpoint.pieces`)."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    """One after the last, along each axis."""
+    part: int
+    """The number of the file."""
+    offset: int
+    """Its first byte there."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a step folder holds."""
@@ -85,6 +98,8 @@ class Manifest:
     """What the caller stored besides, and under ``versions`` what wrote it."""
     files: dict[str, FileSpec]
     """By path inside the folder, all but ``jaxft.json``."""
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    """Where the pieces of each array lie, by its path; empty: Orbax wrote them."""
 
 
 def copy_json(meta: Mapping[str, object]) -> dict[str, object]:
@@ -114,17 +129,25 @@ def seal(
     folder: Path, *, kind: Kind, step: int | None, best: bool, tree: dict[str, LeafSpec], meta: Mapping[str, object]
 ) -> None:
     """Hashes and fsyncs all that lies in ``folder`` and writes its manifest: from now on it is a checkpoint."""
-    files = _hash_and_sync(folder)
-    body = {
-        "format": FORMAT,
-        "kind": kind,
-        "step": step,
-        "best": best,
-        "meta": meta,
-        "tree": {path: {"shape": list(leaf.shape), "dtype": leaf.dtype} for path, leaf in tree.items()},
-        "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
+    files = hash_and_sync(folder)
+    write_atomic(folder / NAME, render(Manifest(1, kind, step, best, tree, dict(meta), files)))
+
+
+def render(manifest: Manifest) -> str:
+    """A manifest's text, with its checksum."""
+    body: JsonObject = {
+        "format": manifest.format,
+        "kind": manifest.kind,
+        "step": manifest.step,
+        "best": manifest.best,
+        "meta": manifest.meta,
+        "tree": {path: {"shape": list(leaf.shape), "dtype": leaf.dtype} for path, leaf in manifest.tree.items()},
+        "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in manifest.files.items()},
     }
-    write_atomic(folder / NAME, _render({**body, _CHECKSUM: _checksum(body)}))
+    if manifest.pieces:
+        found = manifest.pieces.items()
+        body["pieces"] = {path: [[list(p.start), list(p.stop), p.part, p.offset] for p in some] for path, some in found}
+    return _render({**body, _CHECKSUM: _checksum(body)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -139,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
     number = body["format"]
     if number > FORMAT:
         raise UserError(f"{path}: checkpoint format {number}, but this jaxft reads format {FORMAT}; update jaxft")
-    if number != FORMAT:
+    if number < 1:
         raise DamagedCheckpoint(
             f"{path}: checkpoint format {number}, which no jaxft has written; use another checkpoint"
         )
@@ -153,6 +176,10 @@ def read_manifest(folder: Path) -> Manifest:
         tree={name: LeafSpec(tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in body["tree"].items()},
         meta=body["meta"],
         files={name: FileSpec(file["size"], file["sha256"]) for name, file in body["files"].items()},
+        pieces={
+            path: [Piece(tuple(start), tuple(stop), part, offset) for start, stop, part, offset in some]
+            for path, some in body.get("pieces", {}).items()
+        },
     )
 
 
@@ -183,6 +210,43 @@ def _oddities(body: JsonObject) -> Iterator[str]:
             yield f"files.{name!r:.60} is no file inside"
         if not (isinstance(file, dict) and _is_count(file.get("size")) and isinstance(file.get("sha256"), str)):
             yield f"files.{name:.60} is {file!r:.60}"
+
+    yield from _odd_pieces(body) if body["format"] > 1 else ()
+
+
+def _odd_pieces(body: JsonObject) -> Iterator[str]:
+    """What a manifest says of pieces that none of ours does: an array is cut along its axes, and each of its pieces lies in one file."""
+    pieces = body.get("pieces")
+    if not isinstance(pieces, dict) or pieces.keys() != body["tree"].keys():
+        yield "says no pieces, or not those of its arrays"
+        return
+    for path, some in pieces.items():
+        shape = body["tree"][path]["shape"]
+        if (
+            not isinstance(some, list)
+            or not all(_is_piece(one, len(shape)) for one in some)
+            or not _is_cut(some, shape)
+        ):
+            yield f"pieces.{path:.60} do not make up {shape!r:.40}"
+
+
+def _is_piece(one: object, rank: int) -> bool:
+    if not isinstance(one, list) or len(one) != 4 or not all(isinstance(side, list) for side in one[:2]):
+        return False
+    start, stop, part, offset = one
+    return len(start) == len(stop) == rank and all(map(_is_count, (*start, *stop, part, offset)))
+
+
+def _is_cut(pieces: Sequence[list[list[int]]], shape: Sequence[int]) -> bool:
+    """Whether the pieces are those that an array falls into when it is cut along its axes, each once."""
+    counts = []
+    for axis, size in enumerate(shape):
+        spans = sorted({(start[axis], stop[axis]) for start, stop, *_ in pieces})
+        ends = [0, *(stop for _, stop in spans)]
+        if not spans or ends[-1] != size or any(start != end for (start, _), end in zip(spans, ends, strict=False)):
+            return False
+        counts.append(len(spans))
+    return len({tuple(start) for start, *_ in pieces}) == len(pieces) == math.prod(counts)
 
 
 def _is_count(value: object) -> bool:
@@ -229,7 +293,14 @@ def _parse(path: Path) -> JsonObject:
     return body
 
 
-def check_files(folder: Path, manifest: Manifest, *, hashes: bool, within: Collection[str] | None = None) -> None:
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    hashes: bool,
+    within: Collection[str] | None = None,
+    names: Collection[str] | None = None,
+) -> None:
     """Compares the files with the manifest: existence and size always, content if ``hashes``.
 
     Args:
@@ -237,6 +308,7 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool, within: Colle
       manifest: what it should hold.
       hashes: read and hash the content.
       within: first parts of paths to look at, besides files at the top; None: all.
+      names: the files to look at; None: all.
 
     Raises:
       DamagedCheckpoint: names the first file that differs.
@@ -244,7 +316,7 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool, within: Colle
     wanted = {
         name: file
         for name, file in manifest.files.items()
-        if within is None or "/" not in name or name.partition("/")[0] in within
+        if (within is None or "/" not in name or name.partition("/")[0] in within) and (names is None or name in names)
     }
     for name, file in wanted.items():
         try:
@@ -272,7 +344,7 @@ def _damaged(path: Path, problem: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{path}: checkpoint damaged: this file {problem}; use another checkpoint")
 
 
-def _hash_and_sync(folder: Path) -> dict[str, FileSpec]:
+def hash_and_sync(folder: Path) -> dict[str, FileSpec]:
     """Orbax fsyncs array data only: not its metadata, not the folders, not the rename into place."""
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / NAME

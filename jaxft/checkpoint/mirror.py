@@ -6,8 +6,9 @@ first. The log is put before the seal of a step, so that it is never shorter tha
 
 from __future__ import annotations
 
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,10 +50,12 @@ class Mirror:
       store: where the objects are.
       folder: of this machine; this process works in it alone.
       keep: how many of the newest steps the run keeps; they are fetched whole, others only if they are the best.
+      lease: that this run has the folder; None: another process of the run has it, and this one puts its parts of steps alone.
+      apart: whether other processes have folders of their own: of steps in parts only the seals are fetched.
     """
 
-    def __init__(self, store: Store, folder: Path, keep: int, lease: Lease) -> None:
-        self._store, self._folder, self._keep, self._lease = store, folder, keep, lease
+    def __init__(self, store: Store, folder: Path, keep: int, lease: Lease | None, *, apart: bool = False) -> None:
+        self._store, self._folder, self._keep, self._lease, self._apart = store, folder, keep, lease, apart
         self._there: dict[str, _Signature | None] = {}
         """What is in the bucket, with the file here that it is the content of; None: there is none."""
         self._far: dict[str, str] = {}
@@ -90,7 +93,8 @@ class Mirror:
         wanted = {*folders.kept_steps(manifests, self._keep, None), *damaged}
         whole = False
         for number in sorted(steps, reverse=True):
-            if number in wanted or not whole:
+            in_parts = self._apart and number in manifests and bool(manifests[number].pieces)
+            if not in_parts and (number in wanted or not whole):
                 whole = self._fetch_step(f"{group}/{number}", steps[number], entries, manifests.get(number)) or whole
             else:
                 seal = f"{group}/{number}/{NAME}"
@@ -125,6 +129,46 @@ class Mirror:
             raise UserError(f"{self._store.address}/{name}: was deleted while the run began; start it again") from error
         self._there[name] = _signature(self._folder / name)
 
+    # -------------------------------------------------------------------------------------------------- steps in parts
+
+    def put(self, step: Path, written: Path, names: Collection[str]) -> None:
+        """Puts this process's files of a step: the seal comes last, with the rest of the run, from process 0.
+
+        Args:
+          step: the folder that the step will have.
+          written: the one that it is written in.
+        """
+        inside = step.relative_to(self._folder).as_posix()
+
+        def put(name: str) -> None:
+            self._store.upload(f"{inside}/{name}", written / name)
+            self._there[f"{inside}/{name}"] = _signature(written / name)
+
+        each(put, names)
+
+    def holds(self, step: Path, names: Collection[str]) -> None:
+        """Takes note of files of a step that other processes have put: they are there for as long as its seal is here."""
+        inside = step.relative_to(self._folder).as_posix()
+        for name in (f"{inside}/{name}" for name in names):
+            self._there.setdefault(name, None)
+            self._far[name] = f"{inside}/{NAME}"
+
+    def fetch_parts(self, step: Path, names: Collection[str]) -> None:
+        """Brings files of a step into its folder."""
+        self._bring([f"{step.relative_to(self._folder).as_posix()}/{name}" for name in names])
+
+    def fetch_folder(self, folder: Path) -> None:
+        """Makes a folder, which process 0 has put, what it is in the bucket."""
+        shutil.rmtree(folder, ignore_errors=True)
+        start = f"{folder.relative_to(self._folder).as_posix()}/"
+        self._bring([name for name in self._store.entries() if name.startswith(start)])
+
+    def _bring(self, names: Collection[str]) -> None:
+        entries = self._store.entries() if names else {}
+        if lost := [name for name in names if name not in entries]:
+            raise DamagedCheckpoint(f"{self._store.address}/{lost[0]}: is missing; use another checkpoint")
+        each(lambda name: self._get(name, entries), names)
+
     # ----------------------------------------------------------------------------------------------------- what is new
 
     def sync(self) -> None:
@@ -135,6 +179,8 @@ class Mirror:
           StorageError: the store did not answer for too long; what it held before is whole.
         """
         with self._working:
+            if self._lease is None:
+                raise RuntimeError("the folder is another process's to put")
             self._lease.check()
             here = dict(self._here())
             changed = [name for name, signature in here.items() if self._there.get(name) != signature]
@@ -192,8 +238,13 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(address: str, folder: Path, keep: int, note: Callable[[str], None]) -> Iterator[Mirror]:
+def mirrored(
+    address: str, folder: Path, keep: int, note: Callable[[str], None], *, apart: bool = False
+) -> Iterator[Mirror]:
     """Holds a run's folder in a bucket, and has on this machine what it holds.
+
+    Args:
+      apart: see :class:`Mirror`.
 
     Raises:
       UserError: another run holds it, or it cannot be used.
@@ -201,12 +252,25 @@ def mirrored(address: str, folder: Path, keep: int, note: Callable[[str], None])
     """
     store = Store(address)
     with leased(address, note) as lease:
-        mirror = Mirror(store, folder, keep, lease)
+        mirror = Mirror(store, folder, keep, lease, apart=apart)
         steps = mirror.fetch()
         note(
             f"{store.address}: worked on in {folder}, and put there with each step{f'; {steps} steps fetched' if steps else ''}"
         )
         yield mirror
+
+
+def followed(address: str, folder: Path, keep: int) -> Mirror:
+    """What a process other than the first has of a run in a bucket, whose folder it does not share.
+
+    Raises:
+      UserError: the folder cannot be used.
+      StorageError: the store did not answer for too long.
+    """
+    mirror = Mirror(Store(address), folder, keep, None, apart=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mirror.fetch()
+    return mirror
 
 
 def _is_whole(folder: Path, manifest: Manifest) -> bool:

@@ -17,11 +17,11 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from jaxft.checkpoint import layout
+from jaxft.checkpoint import layout, pieces
 from jaxft.checkpoint.beside import RUN_SUBFOLDER
+from jaxft.checkpoint.content import load_checked, with_versions
 from jaxft.checkpoint.folders import nothing_usable, step_folders
 from jaxft.checkpoint.manifest import NAME, DamagedCheckpoint, LeafSpec, Manifest, check_files, read_manifest, seal
-from jaxft.checkpoint.store import load_checked, with_versions
 from jaxft.errors import UserError
 from jaxft.files import fsync_folder, refuse_existing
 from jaxft.machine import processes
@@ -199,6 +199,8 @@ def _opened(folder: Path, average: bool, verify: bool) -> tuple[Tree[StoredArray
     def read(path: str) -> np.ndarray:
         others = [f"{group}/{other}" for other in stored if other != path]
         like = np.empty(stored[path].shape, jnp.dtype(stored[path].dtype))
+        if manifest.pieces:
+            return np.asarray(pieces.load(folder, manifest, {f"{group}/{path}": like})[f"{group}/{path}"])
         return layout.load_one(folder, f"{group}/{path}", like, others)
 
     arrays = {path: StoredArray(spec, functools.partial(read, path)) for path, spec in stored.items()}

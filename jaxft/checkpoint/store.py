@@ -5,6 +5,7 @@ cannot turn into a half checkpoint.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
 import threading
@@ -15,16 +16,24 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-import jaxft
-from jaxft.checkpoint import folders, layout
-from jaxft.checkpoint.manifest import DamagedCheckpoint, LeafSpec, Manifest, check_files, copy_json, read_manifest, seal
+from jaxft.checkpoint import apart, folders, layout, pieces
+from jaxft.checkpoint.content import load_checked, with_versions
+from jaxft.checkpoint.manifest import (
+    FORMAT,
+    DamagedCheckpoint,
+    LeafSpec,
+    Manifest,
+    check_files,
+    read_manifest,
+    seal,
+)
 from jaxft.errors import StorageError, UserError, storage_problem
 from jaxft.machine import processes
 
+_numbers = itertools.count()
 _REASON = 100
 """Most characters of a library's message, or of a path, in a line of ours."""
 logger = logging.getLogger("jaxft.checkpoint")
@@ -47,7 +56,8 @@ class Checkpoints:
     :func:`~jaxft.checkpoint.read_manifest`.
 
     With several processes, all construct it and call its methods in the same order, on a shared file system. Process 0
-    hashes, writes manifests, verifies and deletes, each after Orbax's own barrier.
+    hashes, writes manifests, verifies and deletes, each after Orbax's own barrier. With ``parts`` each process has a folder of its own,
+    where it does all of that for its part of each step (:mod:`jaxft.checkpoint.apart`).
 
     Args:
       folder: created if missing.
@@ -56,6 +66,7 @@ class Checkpoints:
       verify: compare the hash of every file before a checkpoint is believed; existence and size are always compared.
       stored: called in process 0, in the thread that saves, when a step is complete and those that do not stay are gone; the
         save ends with it.
+      parts: where processes that do not share ``folder`` leave their parts of each step; None: they share it.
     """
 
     def __init__(
@@ -66,12 +77,14 @@ class Checkpoints:
         keep_every: int | None = None,
         verify: bool = True,
         stored: Callable[[], None] | None = None,
+        parts: apart.Parts | None = None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: must be at least 1")
         self.folder = Path(folder).absolute()
         self._keep, self._keep_every = keep, keep_every
-        self._verify, self._stored = verify, stored
+        self._verify, self._stored, self._parts = verify, stored, parts
+        self._name, self._saves = f"store{next(_numbers)}", 0
         self._saving: threading.Thread | None = None
         self._failure: UserError | None = None
         self._damaged: set[int] = set()
@@ -80,7 +93,7 @@ class Checkpoints:
         threading._register_atexit(_finish_at_exit, weakref.ref(self))  # pyrefly: ignore[missing-attribute]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if processes.is_first():
+            if self._owns():
                 folders.finish_commits(self.folder)
             self._clean()
         except OSError as error:
@@ -112,15 +125,9 @@ class Checkpoints:
         tree = layout.specs_of(flat)
         meta = with_versions(meta)
         temporary = self._free(step)
-        self._check_room(step, layout.size_of(tree))
-        arrays, again = layout.detach(flat)
-        try:
-            writing = layout.start_save(temporary, arrays, keeps=True)
-        except (OSError, ValueError) as error:
-            self._clean()
-            raise self._failed(step, error) from error
-        copies = arrays if again else None
-        del arrays
+        self._saves += 1
+        occasion = f"{self._name}/{self._saves}"
+        writing, copies = self._begin(step, temporary, flat, tree)
 
         def write(writing: ocp.AsyncResponse[None]) -> None:
             writing.result()
@@ -128,24 +135,36 @@ class Checkpoints:
                 seal(temporary, kind="state", step=step, best=best, tree=tree, meta=meta)
                 folders.commit(self.folder, step)
 
-        def finish() -> None:
-            what = "failed"
+        def written() -> None:
+            if isinstance(writing, apart.Writing):
+                said = Manifest(FORMAT, "state", step, best, tree, meta, {})
+                apart.store(writing, said, self.folder, occasion, then=tidied)
+                return
             try:
-                try:
-                    write(writing)
-                except Exception as error:
-                    if copies is None:
-                        raise  # other processes may still write there; wait() cleans once all have ended
-                    folders.remove_leftovers(self.folder)
-                    if storage_problem(error) is None:
-                        raise
-                    logger.warning("step %d: %s; saving it once more", step, storage_problem(error))
-                    write(layout.start_save(temporary, copies, keeps=True))
-                if processes.is_first():
-                    what = "is complete, but removing older ones failed"
-                    self._retain(step)
-                    if self._stored is not None:
-                        self._stored()
+                write(writing)
+            except Exception as error:
+                if copies is None:
+                    raise  # other processes may still write there; wait() cleans once all have ended
+                folders.remove_leftovers(self.folder)
+                if storage_problem(error) is None:
+                    raise
+                logger.warning("step %d: %s; saving it once more", step, storage_problem(error))
+                write(layout.start_save(temporary, copies, keeps=True))
+            tidied()
+
+        def tidied() -> None:
+            nonlocal what
+            what = "is complete, but removing older ones failed"
+            if self._owns():
+                self._retain(step)
+            if self._stored is not None and processes.is_first():
+                self._stored()
+
+        what = "failed"
+
+        def finish() -> None:
+            try:
+                written()
             except UserError as error:
                 self._failure = error
             except Exception as error:  # noqa: BLE001 - the next wait() raises it; in this thread nobody would see it
@@ -154,6 +173,27 @@ class Checkpoints:
 
         self._saving = threading.Thread(target=finish, name=f"checkpoint-{step}")
         self._saving.start()
+
+    def _begin(
+        self, step: int, temporary: Path, flat: Mapping[str, jax.Array | np.ndarray], tree: Mapping[str, LeafSpec]
+    ) -> tuple[ocp.AsyncResponse[None] | apart.Writing, dict[str, jax.Array | np.ndarray] | None]:
+        """A save under way, and what may be written a second time."""
+        if self._parts is not None:
+            share = pieces.share_of(flat)
+            self._check_room(step, pieces.size_of(share))
+            return apart.Writing(temporary, share, self._parts), None
+        self._check_room(step, layout.size_of(tree))
+        arrays, again = layout.detach(flat)
+        try:
+            writing = layout.start_save(temporary, arrays, keeps=True)
+        except (OSError, ValueError) as error:
+            self._clean()
+            raise self._failed(step, error) from error
+        return writing, arrays if again else None
+
+    def _owns(self) -> bool:
+        """Whether this process sees to the folder: names steps there, and takes them away."""
+        return self._parts is not None or processes.is_first()
 
     def wait(self) -> None:
         """Returns when nothing is being saved any more.
@@ -186,7 +226,7 @@ class Checkpoints:
     def forget_after(self, step: int) -> None:
         """Deletes what was stored after a step, the newest first: a run that went back comes by those steps again."""
         self.wait()
-        if processes.is_first():
+        if self._owns():
             for later in sorted((one for one in folders.step_folders(self.folder) if one > step), reverse=True):
                 folders.forget(self.folder, later)
         processes.barrier("forget")
@@ -232,25 +272,29 @@ class Checkpoints:
         if not folder.is_dir():
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self.folder}: there is no checkpoint of step {step}; there are: {there}")
-        self._check(folder, specs)
+        self._check(folder, wanted, specs)
         arrays = load_checked(folder, wanted, verified=self._verify)
         state = jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
         return Restored(step, state, read_manifest(folder).meta)
 
-    def _check(self, folder: Path, specs: dict[str, LeafSpec]) -> None:
-        """Raises the same kind of error in all processes; process 0 has the details."""
+    def _check(self, folder: Path, wanted: Mapping[str, layout.Shaped], specs: dict[str, LeafSpec]) -> None:
+        """Raises the same kind of error in all processes; process 0 has the details, with parts the one that found it."""
         problem: UserError | None = None
-        if processes.is_first():
+        if self._owns():
             try:
                 manifest = read_manifest(folder)
                 layout.check_tree(folder, manifest.tree, specs)
-                check_files(folder, manifest, hashes=self._verify)
+                if manifest.pieces and self._parts is not None:
+                    apart.fetch_share(folder, manifest, wanted, self._parts, self._verify)
+                else:
+                    check_files(folder, manifest, hashes=self._verify)
             except UserError as error:
                 problem = error
-        verdict = processes.first_says(0 if problem is None else 1 + isinstance(problem, DamagedCheckpoint))
-        if verdict:
-            kind = DamagedCheckpoint if verdict == 2 else UserError
-            raise problem or kind(f"{folder}: refused; the log of process 0 says why")
+        damaged = processes.anyone(isinstance(problem, DamagedCheckpoint))
+        if damaged or processes.anyone(problem is not None):
+            kind = DamagedCheckpoint if damaged else UserError
+            own = problem is not None and isinstance(problem, DamagedCheckpoint) == damaged
+            raise problem if problem is not None and own else kind(f"{folder}: refused; another process's log says why")
 
     def _manifests(self) -> dict[int, Manifest]:
         return folders.read_all(self.folder)[0]
@@ -270,7 +314,7 @@ class Checkpoints:
             raise StorageError(f"{_short(self.folder)} was removed while the run stored its steps there; the run ends")
         try:
             self._clean()
-            if processes.is_first() and step in self._unusable():
+            if self._owns() and step in self._unusable():
                 self._set_aside([step])
             processes.barrier("checkpoint free")
         except OSError as error:
@@ -305,7 +349,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Removes what crashed or failed saves and deletions left; a step is none of it, even if it cannot be used."""
-        if processes.is_first():
+        if self._owns():
             for path in folders.remove_leftovers(self.folder):
                 logger.info("removed %s, left by a save or deletion that did not finish", path)
         processes.barrier("checkpoint clean")
@@ -359,22 +403,3 @@ def _finish_at_exit(reference: weakref.ref[Checkpoints]) -> None:
             store._saving.join()
         if store._failure is not None:
             logger.error("%s", store._failure)
-
-
-def with_versions(meta: Mapping[str, object]) -> dict[str, object]:
-    """A copy of ``meta`` with the versions that write it."""
-    versions = {"jaxft": jaxft.__version__, "jax": jax.__version__, "orbax": orbax.checkpoint.__version__}
-    return {**copy_json(meta), "versions": versions}
-
-
-def load_checked(
-    folder: Path, like: Mapping[str, layout.Shaped], *, verified: bool
-) -> dict[str, jax.Array | np.ndarray]:
-    """:func:`layout.load`, with errors in files that were not hashed before told as what they are."""
-    try:
-        return layout.load(folder, like)
-    except (OSError, ValueError, KeyError) as error:
-        if verified:
-            raise  # the files are those that were written: not damage
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedCheckpoint(f"{folder}: checkpoint damaged, Orbax cannot read it ({reason})") from error

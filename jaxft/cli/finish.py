@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they import jax, whose import takes seconds
     from jax import Array
     from jaxtyping import PyTree
 
+    from jaxft.checkpoint import RunBucket
     from jaxft.models.contract import Family
     from jaxft.training.loop import Result
     from jaxft.training.programs import Programs
@@ -33,6 +34,7 @@ def finish(
     tested: Evaluation | None,
     out: Path,
     seconds: float,
+    bucket: RunBucket | None = None,
 ) -> None:
     """Report, pictures, model card, export.
 
@@ -40,6 +42,7 @@ def finish(
       tested: what was found in the test.
       out: the run's folder.
       seconds: that training took.
+      bucket: where the folder's content is put; None: nowhere.
     """
     from jaxft.machine.processes import is_first
     from jaxft.tasks import reported
@@ -56,7 +59,7 @@ def finish(
             scores["test"] = reported(ready.task, tested.metrics, tested.outputs, test=True)
         _report(ready, result, scores, {"eval": held_out, "test": tested}, out, seconds)
     if ready.config.train.export:
-        _export(ready, programs, result, scores, seconds, out / "export")
+        _export(ready, programs, result, scores, seconds, out / "export", bucket)
 
 
 def _report(
@@ -102,6 +105,7 @@ def _export(
     scores: Mapping[str, Mapping[str, object]],
     seconds: float,
     target: Path,
+    bucket: RunBucket | None,
 ) -> None:
     """Writes the Hugging Face folder, loads it back and compares parameters and held-out metrics.
 
@@ -116,6 +120,8 @@ def _export(
         beside = {**_thresholds(ready.targets.labels, scores["eval"]), **_cards(ready, result, scores, seconds)}
         _write_export(ready, params, beside, target)
     processes.barrier("export")
+    if bucket is not None:
+        bucket.share(target)
     _compare(ready, programs, merged, metrics, result, target)
     _export_adapter(ready, result, target.with_name("adapter"))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jaxft import __version__
 from jaxft.checkpoint import run_folder
-from jaxft.cli.bucket_run import Stored, in_bucket
+from jaxft.cli.bucket_run import in_bucket
 from jaxft.cli.console import (
     first_in_environment,
     lasting_output,
@@ -30,6 +30,7 @@ from jaxft.machine.lock import held
 from jaxft.machine.platform import set_up_jax
 
 if TYPE_CHECKING:  # they import jax, whose import takes seconds
+    from jaxft.checkpoint import RunBucket
     from jaxft.training.setup import Setup, Times
 
 MAIN_KEYS = {
@@ -117,15 +118,15 @@ def _run(config: RunConfig, debug_nans: bool = False) -> int:
         )
     out = run_folder(config.train.out)
     folders = [*(_folder_of(config, seed) for seed in config.train.seeds), out]
-    with _owned(folders), in_bucket(config, out) as stored:
+    with _owned(folders), in_bucket(config, out) as bucket:
         with processes.raise_together():
             ready = setup.prepare(config, note, times)
         for line in model_lines(ready):
             note(line)
-        return _train(config, ready, out, times, debug_nans, stored)
+        return _train(config, ready, out, times, debug_nans, bucket)
 
 
-def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans: bool, stored: Stored | None) -> int:
+def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans: bool, bucket: RunBucket | None) -> int:
     from jaxft import checkpoint
     from jaxft.cli.finish import finish
     from jaxft.machine import processes
@@ -147,7 +148,7 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans:
         named = f"{config.train.out}/seed{seed}" if config.train.seeds else config.train.out
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed, out=named))
         began, test = time.perf_counter(), None
-        result = loop.fit(ready, programs, folder, seed, note, times, debug_nans=debug_nans, stored=stored)
+        result = loop.fit(ready, programs, folder, seed, note, times, debug_nans=debug_nans, bucket=bucket)
         times = type(times)()  # what came before the first step was the first seed's
         _state(seeded, folder)
         trained = time.perf_counter() - began
@@ -159,7 +160,7 @@ def _train(config: RunConfig, ready: Setup, out: Path, times: Times, debug_nans:
         if result.interrupted:
             return 130
         results[seed] = result.metrics
-        finish(ready, programs, result, test, folder, trained)
+        finish(ready, programs, result, test, folder, trained, bucket)
     _state(config, out)
     if len(results) > 1 and processes.is_first():
         from jaxft.reporting.report import seeds_text, write_seeds

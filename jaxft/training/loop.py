@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -79,24 +79,24 @@ def fit(
     watch: Watch | None = None,
     *,
     debug_nans: bool = False,
-    stored: Callable[[], None] | None = None,
+    bucket: checkpoint.RunBucket | None = None,
 ) -> Result:
     """Trains one run to its end (or until it is told to stop) and returns its best parameters.
 
     Args:
       watch: who wants its scores only, not its parameters.
       debug_nans: whether the first step that is not finite ends it, and the operation is named that was the first.
-      stored: see :class:`jaxft.checkpoint.Checkpoints`.
+      bucket: where the folder's content is put; None: nowhere.
 
     Raises:
       UserError: the folder holds another run, or training diverged.
     """
     config = setup.config
     out.mkdir(parents=True, exist_ok=True)
-    said = config.checkpoint
-    store = checkpoint.Checkpoints(
-        out / "checkpoints", keep=said.keep, keep_every=said.keep_every, verify=said.verify, stored=stored
-    )
+    said, folder = config.checkpoint, out / "checkpoints"
+    stored, parts = (None, None) if bucket is None else (bucket.sync, bucket.parts)
+    kept = {"keep": said.keep, "keep_every": said.keep_every}
+    store = checkpoint.Checkpoints(folder, **kept, verify=said.verify, stored=stored, parts=parts)
     try:
         with jax.set_mesh(setup.mesh):
             run = _begun(setup, programs, out, seed, note, times, store, watch)

@@ -165,7 +165,7 @@ def test_a_failed_save_is_told_once_and_leaves_the_others(
     assert assert_all_restore(tmp_path) == (1, 2)
 
 
-@pytest.mark.parametrize("place", ["write_atomic", "_hash_and_sync"])
+@pytest.mark.parametrize("place", ["write_atomic", "hash_and_sync"])
 def test_failure_after_orbax_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,7 +13,7 @@ import pytest
 
 from jaxft.checkpoint import Checkpoints, read_manifest, restore_params, save_params
 from jaxft.checkpoint.folders import set_aside
-from jaxft.checkpoint.manifest import NAME, _checksum, _render
+from jaxft.checkpoint.manifest import FORMAT, NAME, _checksum, _render
 from jaxft.errors import NothingUsable, UserError
 
 from .states import LIKE, all_files, assert_same, damage_arrays, flip, saved
@@ -176,9 +176,11 @@ def test_what_is_set_aside_is_bounded(tmp_path: Path) -> None:
 def test_newer_format_is_refused(store: Checkpoints) -> None:
     saved(store, 10, 20)
     path = store.folder / "20" / NAME
-    body = json.loads(path.read_text()) | {"format": 2}
+    body = json.loads(path.read_text()) | {"format": FORMAT + 1}
     del body["sha256"]
     path.write_text(_render({**body, "sha256": _checksum(body)}))
     for use in (store.steps, lambda: store.restore(LIKE), lambda: read_manifest(path.parent)):
-        with pytest.raises(UserError, match="checkpoint format 2, but this jaxft reads format 1; update jaxft"):
+        with pytest.raises(
+            UserError, match=f"checkpoint format {FORMAT + 1}, but this jaxft reads format {FORMAT}; update jaxft"
+        ):
             use()

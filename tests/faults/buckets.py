@@ -1,7 +1,8 @@
 """A run whose folder is in a bucket, with requests that fail: throttled, server errors, connections cut before, in or after an answer.
 
 The store is moto's S3 server on this machine behind a proxy (object_stores.py). A run is stopped by a signal or killed, goes on from
-another machine (an empty cache), and is left to end on the last. No step that was in the bucket may be lost, and what is there at the
+another machine (an empty cache), and is left to end on the last; of several processes each has a cache of its own, as on several
+hosts. No step that was in the bucket may be lost, and what is there at the
 end must be what an undisturbed run leaves.
 """
 
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from jaxft.errors import PEER_LOST
+
 from .course import Course, differing, environment, said, trace_of
 from .object_stores import Faults, environment_of, faulty, s3_server
 from .report import Report
@@ -29,7 +32,7 @@ _ROUNDS = 3
 
 def run(course: Course, count: int, seed: int) -> Report:
     """Runs until so many requests have failed."""
-    report = Report("buckets")
+    report = Report("buckets" if course.processes == 1 else f"buckets of {course.processes} hosts")
     requests = runs = 0
     with s3_server() as upstream:
         while report.cases.total() < count:
@@ -65,9 +68,10 @@ def _one(course: Course, name: str, endpoint: str, faults: Faults, rng: random.R
         after = _steps(environ, address, faults)
         if steps and (not after or after[-1] < steps[-1]):
             return f"{address}: step {steps[-1]} is lost, there are {after}: {said(out)}"
-        if code not in (0, 130, -signal.SIGKILL) or (number == _ROUNDS - 1 and code != 0):
+        if code not in (0, 130, PEER_LOST, -signal.SIGKILL) or (number == _ROUNDS - 1 and code != 0):
             return f"{address}: exit code {code}: {said(out)}"
-        shutil.rmtree(cache / "objects", ignore_errors=True)
+        for one in cache.parent.glob(f"{cache.name}*"):
+            shutil.rmtree(one / "objects", ignore_errors=True)
     got = course.folder / f"{name}-got"
     faults.share = 0.0
     _download(environ, address, got)
@@ -79,23 +83,36 @@ def _one(course: Course, name: str, endpoint: str, faults: Faults, rng: random.R
 def _worked(
     course: Course, out: Path, address: str, environ: dict[str, str], faults: Faults, rng: random.Random, *, last: bool
 ) -> int:
-    """Starts the run on another machine, and ends it at some time but for the last."""
+    """Starts the run on other machines, and ends it at some time but for the last; the first exit code that is not 0, or 0."""
     with open(out.with_name(f"{out.name}.said"), "a") as told:
-        running = subprocess.Popen(
-            [sys.executable, "-m", "jaxft", "train", *course.options, f"train.out={address}"],
-            env=environ, stdout=told, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "jaxft", "train", *course.options, f"train.out={address}"],
+                env=environ | {"JAXFT_CACHE": f"{environ['JAXFT_CACHE']}-{index}"} | place,
+                stdout=told, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            )
+            for index, place in enumerate(course.places())
+        ]  # fmt: skip
     if not last:
         deadline = time.monotonic() + 240
         begun, wanted = faults.puts.total(), rng.randrange(60, 400)
-        while running.poll() is None and time.monotonic() < deadline and faults.puts.total() < begun + wanted:
+        while not _any_ended(running) and time.monotonic() < deadline and faults.puts.total() < begun + wanted:
             time.sleep(0.01)
-        running.send_signal(rng.choice([signal.SIGTERM, signal.SIGKILL]))
+        number = rng.choice([signal.SIGTERM, signal.SIGKILL])
+        told_one = rng.random() < 0.5
+        for one in running[:1] if told_one else running:  # one that goes takes the others with it
+            one.send_signal(number)
     try:
-        return running.wait(400)
+        codes = [one.wait(400) for one in running]
     except subprocess.TimeoutExpired:
-        running.kill()
-        return running.wait()
+        for one in running:
+            one.kill()
+        codes = [one.wait() for one in running]
+    return next((code for code in codes if code), 0)
+
+
+def _any_ended(running: list[subprocess.Popen[bytes]]) -> bool:
+    return any(one.poll() is not None for one in running)
 
 
 _SCRIPT = """

@@ -77,6 +77,11 @@ class Course:
     """What the undisturbed one took from start to end, with compiled programs at hand."""
     processes: int = 1
 
+    def places(self) -> list[dict[str, str]]:
+        """What each process of a new start is told of its place, as variables."""
+        address = f"127.0.0.1:{_free_port()}"
+        return [_place(address, index, self.processes) for index in range(self.processes)]
+
     def start(self, out: Path) -> Running:
         """Begins or goes on with the run in ``out``; what it says is added to ``OUT.said``."""
         return Running(self.options, out, self.processes)

@@ -45,6 +45,7 @@ _BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
     "meshes": (meshes.run, 1, 36, 12),
     "malformed": (_malformed, 1, 2000, 40),
     "buckets": (buckets.run, 1, 100, 10),
+    "hosts": (buckets.run, 2, 100, 5),
     "pair-kills": (kills.run, 2, 100, 2),
     "pair-signals": (signals.run, 2, 10, 1),
 }

@@ -3,6 +3,7 @@
 from jaxft.machine.processes.agreement import anyone, barrier, fetch, first_says, is_first, raise_together
 from jaxft.machine.processes.bring_up import at_step, behind, leave, start
 from jaxft.machine.processes.cluster import Cluster, detect
+from jaxft.machine.processes.letters import exchange
 
 __all__ = [
     "Cluster",
@@ -11,6 +12,7 @@ __all__ = [
     "barrier",
     "behind",
     "detect",
+    "exchange",
     "fetch",
     "first_says",
     "is_first",

@@ -1,6 +1,6 @@
 """The little that several processes must agree on. All do nothing in a single process.
 
-Assumed for more than one: a file system that all share, and that all call the same functions in the same order.
+Assumed for more than one: that all call the same functions in the same order.
 jax is imported where it is used: a parent process that only starts and watches others does without.
 """
 
