@@ -99,14 +99,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode() for c in text)
 
 
+_SECRETS = re.compile(
+    r"(?P<kept>://)[^/@\s]+:[^/@\s]+(?=@)"  # of a user in an address
+    r"|(?P<named>(?i:[\w-]*(?:secret|password|passwd|api[_-]?key|access[_-]?key|token|signature))['\"]?\s?[=:]\s?['\"]?)"
+    r"(?!(?:null|None)\b)[A-Za-z0-9+/_.~%-]{16,}=*"
+    r"|(?P<bearer>\b(?i:bearer)\s)[A-Za-z0-9+/_.~-]{16,}=*"
+    r"|\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|ya29\.[\w-]{16,})"
+)
+"""What tokens and passwords look like: in addresses, beside their names, and those that providers give a form of their own."""
+
+
+def redacted(text: str) -> str:
+    """A text with ``***`` in the place of what looks like a secret."""
+    return _SECRETS.sub(lambda found: f"{found['kept'] or found['named'] or found['bearer'] or ''}***", text)
+
+
 LONGEST_LINE = 300
 """Characters of an error's line, at most: what was found in a file may be a million."""
 _LONGEST_WORD = 80
 
 
 def one_line(message: str, most: int = LONGEST_LINE) -> str:
-    """A message on one line of at most ``most`` characters: long words lose their middle, then the whole line does."""
-    line = printable(" ".join(message.split()))
+    """A message on one line of at most ``most`` characters, without secrets: long words lose their middle, then the whole line does."""
+    line = redacted(printable(" ".join(message.split())))
     if len(line) > most:
         line = " ".join(_without_middle(word, _LONGEST_WORD, _LONGEST_WORD // 2) for word in line.split(" "))
     # Which file and key stand first, what to do about it last.

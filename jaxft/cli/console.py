@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import TYPE_CHECKING, TextIO, cast
 
 from jaxft.config import RunConfig, flat, to_tree, to_yaml_line
-from jaxft.errors import one_line
+from jaxft.errors import one_line, redacted
 from jaxft.machine import streams
 
 if TYPE_CHECKING:
@@ -119,11 +119,11 @@ def first_in_environment() -> bool:
 
 
 def note(text: str) -> None:
-    """A line on standard output, of the first process alone."""
+    """A line on standard output, of the first process alone, without secrets."""
     from jaxft.machine.processes import is_first
 
     if is_first():
-        print(text, flush=True)
+        print(redacted(text), flush=True)
 
 
 def settings_lines(config: RunConfig) -> list[str]:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxft.config.schema import RunConfig
-from jaxft.errors import UserError
+from jaxft.errors import UserError, redacted
 
 
 def check_ranges(config: RunConfig) -> None:
     """Raises UserError for the first value out of range; names its key."""
     # First: some of the rules compute with them.
-    _check_numbers(dataclasses.asdict(config), "")
+    _check_values(dataclasses.asdict(config), "")
     for of_section in (_of_training, _of_evaluation, _of_data, _of_optimizer, _of_model):
         for rule in of_section(config):
             if not rule.holds:
@@ -279,14 +279,19 @@ def _is_span(text: str) -> bool:
     return first.isdecimal() and last.isdecimal() and few and 0 < int(first) <= int(last) <= MOST_NUMBER
 
 
-def _check_numbers(tree: object, path: str) -> None:
-    """Raises UserError for a number that nothing can be computed with; seeds have a rule of their own."""
+def _check_values(tree: object, path: str) -> None:
+    """Raises UserError for a number that nothing can be computed with (seeds have a rule of their own), and for a secret."""
     if isinstance(tree, dict):
         for key, value in tree.items():
-            _check_numbers(value, f"{path}.{key}".strip("."))
+            _check_values(value, f"{path}.{key}".strip("."))
     elif isinstance(tree, list | tuple):
         for i, value in enumerate(tree):
-            _check_numbers(value, f"{path}.{i}")
+            _check_values(value, f"{path}.{i}")
+    elif isinstance(tree, str) and redacted(tree) != tree:
+        raise UserError(
+            f"{path}={redacted(tree)}: holds what looks like a password or token, and a run's configuration is stored in its folder and "
+            "in checkpoints; give it in the environment (docs/storage.md)"
+        )
     elif isinstance(tree, float) and not math.isfinite(tree):
         raise UserError(f"{path}={tree}: must be a finite number")
     elif isinstance(tree, int) and abs(tree) > MOST_NUMBER and not path.startswith("train.seed"):

@@ -79,8 +79,7 @@ class Course:
 
     def places(self) -> list[dict[str, str]]:
         """What each process of a new start is told of its place, as variables."""
-        address = f"127.0.0.1:{_free_port()}"
-        return [_place(address, index, self.processes) for index in range(self.processes)]
+        return places(self.processes)
 
     def start(self, out: Path) -> Running:
         """Begins or goes on with the run in ``out``; what it says is added to ``OUT.said``."""
@@ -95,6 +94,12 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(TESTS.parent),
         "COLUMNS": "100",
     }
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """What each of some processes that are started now is told of its place, as variables."""
+    address = f"127.0.0.1:{_free_port()}"
+    return [_place(address, index, count) for index in range(count)]
 
 
 def _place(address: str, index: int, count: int) -> dict[str, str]:
