@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -178,3 +180,18 @@ def test_a_program_that_cannot_be_made_ends_the_run_with_its_reason(
 
     with pytest.raises(UserError, match=r"^model\.attention: none of these$"):
         fit(ready, held_back(ready, monkeypatch, whole[1], gate), tmp_path)
+
+
+def test_a_program_that_ends_waits_for_what_has_been_begun() -> None:
+    """A compiler in a thread that is cut off by the interpreter's end takes the process with it (seen: exit code 134)."""
+    program = """
+import time
+from jaxft.machine.threads import Ahead
+def work(name):
+    time.sleep(0.2)
+    print(name, flush=True)
+Ahead(work, ["first", "second", "third"], 1)
+time.sleep(0.05)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "first\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -17,7 +19,8 @@ class Ahead(Generic[K, T]):
     """Results of long work that threads begin in a given order, each to be had as soon as it is there.
 
     Unlike those of ``concurrent.futures``, which a program waits for at its end, whatever happens, these threads are left
-    behind: an interrupt leaves at once, and :func:`still_working` says what is still going on.
+    behind: an interrupt leaves at once, and :func:`still_working` says what is still going on. A program of someone else's that ends
+    in the usual way waits for what has been begun: a compiler does not survive the end of the interpreter around it.
 
     Args:
       function: what makes a result.
@@ -38,6 +41,7 @@ class Ahead(Generic[K, T]):
         self._changed = threading.Condition()
         threads = min(count, len(names))
         self._later = threads - 1 if first_alone else 0
+        _open.add(self)
         self._start(threads - self._later)
 
     def __len__(self) -> int:
@@ -110,6 +114,18 @@ class Ahead(Generic[K, T]):
                 self._changed.notify_all()
                 later, self._later = self._later, 0
             self._start(later)
+
+
+_open: weakref.WeakSet[Ahead[Any, Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_for_begun() -> None:
+    for one in list(_open):
+        one.stop()
+    for thread in threading.enumerate():
+        if thread.name == _NAME:
+            thread.join()
 
 
 def still_working() -> bool:
