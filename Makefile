@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= configs/runs/wordnet8_minilm.yaml
 ARGS ?=
 
-.PHONY: help train train-quick test test-slow zoo faults sbom audit tables lint types bench clean
+.PHONY: help train train-quick test test-slow zoo faults fuzz sbom audit tables lint types bench clean
 
 help:
 	@echo 'make train        fine-tune MiniLM on WordNet-8, report, export    (ARGS="train.seeds=[0,1,2]")'
@@ -52,6 +52,11 @@ zoo: $(VENV)/.dev
 # Real faults in real runs: kills, damaged files, signals, full disks (docs/faults.md).
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults/run.py $(ARGS)
+
+# Every parser of files from elsewhere, fuzzed by coverage: 10 minutes each (docs/faults.md).
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python tests/faults/fuzz.py $(ARGS)
 
 # What is installed, as a CycloneDX software bill of materials; and which of it has known vulnerabilities (asks PyPI: without it, the
 # check fails rather than passes).
