@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,19 @@ PACKAGES = (
     "libtpu",
     "jax-cuda13-plugin",
 )
+TESTED = {
+    "jax": ("0.10.2", "0.12.0"),
+    "flax": ("0.12.8", "0.12.12"),
+    "optax": ("0.2.8", "0.2.8"),
+    "orbax-checkpoint": ("0.12.8", "0.12.8"),
+    "grain": ("0.2.18", "0.2.18"),
+    "transformers": ("5.17.0", "5.24.0"),
+    "tokenizers": ("0.23.3", "0.23.3"),
+    "safetensors": ("0.8.0", "0.8.0"),
+    "numpy": ("2.4.6", "2.4.6"),
+    "pydantic": ("2.14.4", "2.14.4"),
+}
+"""The oldest and the newest version of each package that the tests, or a run on a GPU (results/accelerator_h100.json), have passed with."""
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "JAXFT_HOSTS",
     "JAXFT_START_TIMEOUT", "JAXFT_PLATFORM", "JAXFT_NATIVE", "JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES",
@@ -64,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
 
     say(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
     say("versions: " + ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name))))
+    for line in _untested():
+        say(line)
     if cluster is None:
         say("cluster: one process")
     else:
@@ -100,6 +116,24 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _untested() -> Iterator[str]:
+    """A line for each package whose version is outside of :data:`TESTED`: it may well work."""
+    for name, (oldest, newest) in TESTED.items():
+        found = _version(name)
+        if found is None:
+            continue
+        numbers = _numbers(found)
+        if not _numbers(oldest) <= numbers[:3] <= _numbers(newest):
+            than = "newer" if numbers > _numbers(newest) else "older"
+            yield f"untested: {name} {found} is {than} than what the tests have run with ({oldest} to {newest})"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first parts of a version, as far as they are numbers."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _devices() -> list[str]:

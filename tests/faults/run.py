@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # of this process alone: runs have one device each
 
-from faults import buckets, corruptions, counts, disks, kills, meshes, run_malformed, signals
+from faults import buckets, corruptions, counts, disks, kills, meshes, run_malformed, signals, soak
 from faults.course import Course, prepare
 from faults.report import Report
 
@@ -44,6 +44,7 @@ _BATTERIES: dict[str, tuple[_Battery, int, int, int]] = {
     "disks": (disks.run, 1, 20, 3),
     "meshes": (meshes.run, 1, 36, 12),
     "counts": (counts.run, 1, 18, 4),
+    "soak": (soak.run, 1, 500, 3),
     "malformed": (_malformed, 1, 2000, 40),
     "buckets": (buckets.run, 1, 100, 10),
     "hosts": (buckets.run, 2, 100, 5),

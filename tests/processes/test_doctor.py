@@ -7,6 +7,8 @@ import re
 import pytest
 from tiny import refusal, run
 
+from jaxft.cli import doctor
+
 Capture = pytest.CaptureFixture[str]
 QUICK = ("doctor", "--size", "64", "--megabytes", "1")
 
@@ -52,3 +54,12 @@ def test_wrong_sizes_and_half_a_cluster(alone: pytest.MonkeyPatch, capsys: Captu
     assert "--size and --megabytes must be at least 1" in refusal(capsys, "doctor", "--size", "0")
     alone.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     assert "JAX_COORDINATOR_ADDRESS set, but not JAX_NUM_PROCESSES and JAX_PROCESS_ID" in refusal(capsys, *QUICK)
+
+
+def test_versions_that_the_tests_have_not_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"jax": "0.12.0.1", "flax": "0.12.7", "optax": "0.3.0.dev1", "numpy": doctor.TESTED["numpy"][0]}
+    monkeypatch.setattr(doctor, "_version", found.get)
+    assert list(doctor._untested()) == [
+        "untested: flax 0.12.7 is older than what the tests have run with (0.12.8 to 0.12.12)",
+        "untested: optax 0.3.0.dev1 is newer than what the tests have run with (0.2.8 to 0.2.8)",
+    ]
