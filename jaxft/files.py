@@ -10,6 +10,7 @@ import codecs
 import importlib.util
 import json
 import os
+import re
 import stat
 import types
 import typing
@@ -262,6 +263,20 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_UNFINISHED = re.compile(r"\.[^.].*\.[0-9a-f]{8}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what was being written in a folder (here, or an export) by a process that was killed. Whoever calls has the folder alone."""
+    import shutil
+
+    for path in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)] if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

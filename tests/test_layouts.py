@@ -32,6 +32,7 @@ MADE = {
     "classification": lambda module: module.Task(("a", "b", "c")),
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
+    "chat": lambda module: module.Task(),
     "question_answering": lambda module: module.Task(no_answer=True, n_best=3, max_answer_length=4),
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
@@ -139,6 +140,8 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             batch |= {"segments": (1 + second) * mask, "starts": starts, "counts": np.full(ROWS, 2, np.int32)}
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
             batch["labels"] = batch["labels"] % 2
+        if task == "chat":
+            batch["replies"] = (rng.random(mask.shape) < 0.5).astype(np.int32) * mask
         if task == "regression":
             batch["labels"] = rng.normal(size=ROWS).astype(np.float32)
         if task == "token_classification":
@@ -151,7 +154,7 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             ones, row = np.ones(ROWS, np.int32), np.arange(ROWS, dtype=np.int32)
             batch |= {"begin": places, "finish": np.where(places < 0, -1, places + 1).astype(np.int32)}
             batch |= {"span": ends.astype(np.int32), "learnt": ones, "answered": ones, "row": row}
-        if task == "causal_lm":  # packed
+        if task in ("causal_lm", "chat"):  # packed
             second = np.arange(LENGTH) >= lengths[:, None] // 2
             batch["segments"] = np.where(mask, 1 + second, 0).astype(np.int32)
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
@@ -204,7 +207,7 @@ def trained(
         step = jitted(made, mesh, (of_state, replicated(mesh)), donate_argnums=0)
         seed, log = jax.device_put(np.uint32(3), replicated(mesh)), []
         fields = module.fields(RunConfig(task=task_options(task)(name=task)), 0)
-        fields = packed_fields(fields) if task == "causal_lm" else fields
+        fields = packed_fields(fields) if task in ("causal_lm", "chat") else fields
         places_of = {name: batch_sharding(mesh, DEFAULT_RULES, field.axes) for name, field in fields.items()}
         for batch in batches(task):
             placed = {name: jax.device_put(batch[name], to) for name, to in places_of.items() if name in batch}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.errors import UserError
+from jaxft.files import remove_unfinished
 from jaxft.machine import lock
 
 HOLDER = """
@@ -183,3 +184,16 @@ def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         lock.held(tmp_path / "file" / "run", print).__enter__()
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".export.0123abcd" / "deep").mkdir(parents=True)
+    (tmp_path / ".config.yaml.89abcdef").write_text("half")
+    kept = {".env", ".notes.txt", "log.jsonl", "x.0123abcd", ".aside.12", "..0123abcd"}
+    for name in kept:
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".adapter.00000000").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"elsewhere"}
+    remove_unfinished(tmp_path / "not there")

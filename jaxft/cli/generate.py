@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from jaxft.files import JsonObject
     from jaxft.inference.generation import Writer
+    from jaxft.inference.generation.texts import Prompt
 
 _SETTINGS = {
     "max_new_tokens": (int, "tokens that are made at most (default: as generation_config.json says, or 128)"),
@@ -46,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], help="a string that ends a text; may be given several times"
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are what a user says, or lists of messages, written by the model's chat template",
+    )
+    parser.add_argument("--system", help="with --chat: what conversations begin with")
     for name, (kind, text) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
@@ -61,11 +68,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("give one INPUT (a file, or - for standard input) or --prompt")
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    if options.system is not None and not options.chat:
+        raise UserError("--system is for conversations; give --chat too")
     set_up_jax("~/.cache/jaxft/xla")
     writer = _writer(options, overrides)
     if len(options.prompt) == 1 and not options.out:
         return _stream(writer, options.prompt[0])
-    prompts = list(_prompts(inputs[0], overrides)) if inputs else options.prompt
+    prompts = list(_prompts(inputs[0], overrides, options.chat)) if inputs else options.prompt
     if options.out:
         from jaxft.files import file_written_whole
 
@@ -92,22 +101,28 @@ def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
     elif any(name in asked for name in _DRAWS):
         asked["do_sample"] = True
     config = GenerationConfig(**{**found, **asked})
-    return Writer(served, config, stop=options.stop, seed=options.seed)
+    return Writer(served, config, stop=options.stop, seed=options.seed, chat=options.chat, system=options.system)
 
 
-def _prompts(reference: str, overrides: list[str]) -> Iterator[str]:
+def _prompts(reference: str, overrides: list[str], chat: bool) -> Iterator[Prompt]:
     from jaxft.config import load_config
+    from jaxft.data.processors.chat import check_messages
     from jaxft.data.sources.read import column_names, form_of, iter_rows
+    from jaxft.data.sources.rows import Listed
     from jaxft.errors import UserError
 
     data = load_config(None, overrides).data
     form = form_of(data, lambda text: print(text, file=sys.stderr))
     named = bool(column_names(reference, data.text, form))
-    for row in iter_rows(reference, (data.text,) if named else ("text",), form):
-        (text,) = row.values
-        if not isinstance(text, str):
+    column = data.text if named else "text"
+    for row in iter_rows(reference, (Listed(column) if chat else column,), form):
+        (prompt,) = row.values
+        if chat and isinstance(prompt, list):
+            yield check_messages(prompt, row.where)
+        elif isinstance(prompt, str):
+            yield prompt
+        else:
             raise UserError(f"{row.where}: a prompt must be a text")
-        yield text
 
 
 def _stream(writer: Writer, prompt: str) -> int:
@@ -120,7 +135,7 @@ def _stream(writer: Writer, prompt: str) -> int:
     return 0
 
 
-def _write(writer: Writer, prompts: list[str], batch_size: int, file: IO[str]) -> None:
+def _write(writer: Writer, prompts: list[Prompt], batch_size: int, file: IO[str]) -> None:
     from jaxft.files import is_unicode
 
     ascii_only = not is_unicode(file)

@@ -25,7 +25,7 @@ from jaxft.cli.console import (
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
-from jaxft.files import write_atomic
+from jaxft.files import remove_unfinished, write_atomic
 from jaxft.machine.lock import held
 from jaxft.machine.platform import set_up_jax
 
@@ -198,6 +198,7 @@ def _owned(folders: list[Path]) -> Iterator[None]:
             if processes.is_first():
                 for folder in reversed(folders):
                     stack.enter_context(held(folder, note))
+                    remove_unfinished(folder)
         stated = {folder for folder in folders if (folder / "config.yaml").exists()}
         try:
             yield

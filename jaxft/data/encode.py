@@ -27,20 +27,20 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "words", "texts", "label", "labels", "number", "numbers"]
-    """``text``: a text. ``words``: a text, or a list of words. ``texts``: more texts, one or a list, that the task checks itself.
-    ``label``: one value, of few that there are. ``labels``: a list of values, or of stretches of characters with a label each.
-    ``number``: one number. ``numbers``: a list of them."""
+    kind: Literal["text", "words", "messages", "texts", "label", "labels", "number", "numbers"]
+    """``text``: a text. ``words``: a text, or a list of words. ``messages``: a list of mappings, which the task checks itself.
+    ``texts``: more texts, one or a list, that the task checks itself. ``label``: one value, of few that there are. ``labels``: a list of
+    values, or of stretches of characters with a label each. ``number``: one number. ``numbers``: a list of them."""
 
     @property
     def wanted(self) -> str:
         """How a source is asked for it."""
-        return Listed(self.name) if self.kind in ("words", "texts", "labels", "numbers") else self.name
+        return Listed(self.name) if self.kind in ("words", "messages", "texts", "labels", "numbers") else self.name
 
     @property
     def is_text(self) -> bool:
         """Whether it is what the model reads."""
-        return self.kind in ("text", "words")
+        return self.kind in ("text", "words", "messages")
 
 
 def text_columns(config: DataConfig) -> tuple[Column, ...]:

@@ -22,7 +22,7 @@ class RowRules:
     def __init__(self, config: DataConfig, columns: Sequence[Column], shown: str) -> None:
         self._config, self._shown = config, shown
         self._texts = tuple(column for column in columns if column.is_text)
-        read = ("text", "words", "texts")  # what the model reads; the task itself looks at further texts
+        read = ("text", "words", "messages", "texts")  # what the model reads; the task itself looks at further texts
         self._labels = [(i, column.name, column.kind) for i, column in enumerate(columns) if column.kind not in read]
         # A task whose rows have several labels renames them itself.
         self._map = label_map(config.label_map) if any(kind == "label" for _, _, kind in self._labels) else {}
@@ -132,6 +132,8 @@ def check_texts(row: Row, columns: Sequence[Column], cure: str = "every row need
             raise UserError(
                 f"{row.where}: column {column.name!r} holds no text ({'null' if value is None else value}); {cure}"
             )
+        if column.kind == "messages":
+            continue
         words = column.kind == "words" and isinstance(value, list) and all(isinstance(one, str) for one in value)
         if not isinstance(value, str) and not words:
             raise UserError(

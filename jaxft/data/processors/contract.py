@@ -89,6 +89,10 @@ class TextProcessor(Processor, Protocol):
         """
         ...
 
+    def plain(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Per row: token ids of a text with nothing put around it, and each token's first character and the one after its last."""
+        ...
+
     def windows(
         self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
     ) -> Iterator[Window]:

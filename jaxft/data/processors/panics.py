@@ -39,6 +39,11 @@ def told_as_errors() -> Iterator[None]:
             raise Panic((str(error).strip().splitlines() or ["a fault inside"])[0]) from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class _Held:
     """Standard error, held back while the library is called, by as many threads as like to: then shown, without panics."""
 

@@ -170,6 +170,25 @@ class Tokenizer:
         special = self._fast.num_special_tokens_to_add(False)
         return [(e.ids, self._types_of(e), count_dropped(e, special)) for e in encodings]
 
+    def plain(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Per row: token ids of a text with nothing put around it and nothing cut off, and each token's first character and the one after
+        its last.
+
+        Raises:
+          UserError: a text cannot be encoded.
+        """
+        limits = self._fast.truncation
+        self._fast.no_truncation()
+        try:
+            with told_as_errors():
+                found = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise self._unencodable(error) from error
+        finally:
+            if limits is not None:
+                self._fast.enable_truncation(**limits)
+        return [(one.ids, one.offsets) for one in found]
+
     def windows(
         self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
     ) -> Iterator[Window]:

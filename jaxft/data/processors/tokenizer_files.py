@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxft.data.processors.panics import told_as_errors
+from jaxft.data.processors.panics import first_line, told_as_errors
 from jaxft.data.processors.tokenizer_checks import check_model, check_settings
 from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
@@ -114,7 +114,7 @@ def read_files(folder: Path, model_type: str | None = None) -> Files:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"{folder}: not a tokenizer that can be read: {_first_line(error)}") from error
+        raise UserError(f"{folder}: not a tokenizer that can be read: {first_line(error)}") from error
 
 
 def _read(folder: Path, settings: JsonObject, hf_config: JsonObject) -> Files:
@@ -152,10 +152,6 @@ def _refuse_code(folder: Path, settings: Settings) -> None:
 def _only_sentencepiece(folder: Path) -> bool:
     """Whether the vocabulary is a SentencePiece model, which transformers reads whatever the class."""
     return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ------------------------------------------------------------------------------------------- settings and added tokens

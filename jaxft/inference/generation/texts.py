@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, writes
@@ -33,10 +34,33 @@ class Continuation:
     """``stop``: at a token or a string that ends texts; ``length``: there were as many tokens as asked for."""
 
 
-class Writer:
-    """A model that goes on with texts."""
+Prompt = str | Sequence[Message]
+"""A text, or the messages of a conversation."""
 
-    def __init__(self, served: Served, config: GenerationConfig, *, stop: Sequence[str] = (), seed: int = 0) -> None:
+
+class Writer:
+    """A model that goes on with texts.
+
+    Args:
+      stop: strings that end a text.
+      seed: of draws.
+      chat: whether prompts are conversations, written by the model's chat template: a text is the message of a user.
+      system: what conversations begin with that do not say it themselves.
+
+    Raises:
+      UserError: the model makes no texts, or has no chat template.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        config: GenerationConfig,
+        *,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        chat: bool = False,
+        system: str | None = None,
+    ) -> None:
         if not writes(served.model):
             raise UserError(
                 f"the model has the head {served.model.head}, which makes no texts: that needs a decoder, with a head for the next token"
@@ -47,6 +71,7 @@ class Writer:
             raise UserError("generate splits models, not batches: use mesh.tensor, and mesh.data=1 mesh.fsdp=1")
         self._served, self._stop, self._seed = served, tuple(stop), seed
         self._tokenizer = Tokenizer(served.tokenizer.folder, None, model_type=served.family_name)
+        self._template, self._system = ChatTemplate(served.tokenizer.folder) if chat else None, system
         ends = config.eos_token_id
         beyond = [one for one in ends if one >= served.model.config.vocab_size]
         if beyond:
@@ -59,7 +84,7 @@ class Writer:
             ends = () if end is None else (end,)
         self.config = dataclasses.replace(config, eos_token_id=ends)
 
-    def write(self, prompts: Sequence[str], batch_size: int) -> Iterator[Continuation]:
+    def write(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Continuation]:
         """What follows each prompt, in their order; prompts of similar length are computed together, ``batch_size`` at once."""
         encoded = [self._encoded(text, number) for number, text in enumerate(prompts, 1)]
         order = np.argsort([len(ids) for ids in encoded], kind="stable")
@@ -70,7 +95,7 @@ class Writer:
                 found[which] = one
         return (found[i] for i in range(len(prompts)))
 
-    def stream(self, prompt: str) -> Iterator[str | Continuation]:
+    def stream(self, prompt: Prompt) -> Iterator[str | Continuation]:
         """The text piece by piece as it is made, and the whole at the end."""
         ids, shown = self._encoded(prompt, 1), ""
         begun, first = self._begun([ids], 1)
@@ -90,8 +115,8 @@ class Writer:
             yield text[len(shown) :]
         yield self._continuation(ids, made, 0)
 
-    def _encoded(self, text: str, number: int) -> list[int]:
-        ids = list(self._tokenizer.encode([text])[0][0])
+    def _encoded(self, prompt: Prompt, number: int) -> list[int]:
+        ids = self._ids_of(prompt, number)
         while ids and ids[-1] in self.config.eos_token_id:  # which some tokenizers put after every text
             ids.pop()
         if not ids:
@@ -138,6 +163,17 @@ class Writer:
         text = self._decoded(prompt, made.tokens[row])
         at = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=None)
         return (text, made.ended[row]) if at is None else (text[:at], True)
+
+    def _ids_of(self, prompt: Prompt, number: int) -> list[int]:
+        if self._template is None:
+            if not isinstance(prompt, str):
+                raise UserError(f"prompt {number} is a conversation; --chat answers it")
+            return list(self._tokenizer.encode([prompt])[0][0])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = check_messages(messages, f"prompt {number}")
+        if self._system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system}, *messages]
+        return self._tokenizer.plain([self._template.text(messages, reply=True)])[0][0]
 
     def _continuation(self, prompt: Sequence[int], made: Generated, row: int) -> Continuation:
         text, over = self._text(prompt, made, row)
