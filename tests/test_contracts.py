@@ -68,7 +68,17 @@ FAMILIES: tuple[Family, ...] = (
     *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
 )
 TASKS: tuple[TaskModule, ...] = (
-    *(causal_lm, chat, classification, embedding, masked_lm, multi_label, multiple_choice, question_answering, regression),
+    *(
+        causal_lm,
+        chat,
+        classification,
+        embedding,
+        masked_lm,
+        multi_label,
+        multiple_choice,
+        question_answering,
+        regression,
+    ),
     *(reranking, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
