@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from jaxft.inference.generation import Writer
     from jaxft.inference.generation.texts import Prompt
 
+
+def _ending(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text, text)
+
+
 _SETTINGS = {
     "max_new_tokens": (int, "tokens that are made at most (default: as generation_config.json says, or 128)"),
     "min_new_tokens": (int, "tokens before which no text ends"),
@@ -24,6 +29,12 @@ _SETTINGS = {
     "min_p": (float, "draw from tokens of at least this share of the largest probability"),
     "repetition_penalty": (float, "above 1: tokens that are there already become less likely"),
     "no_repeat_ngram_size": (int, "no run of so many tokens comes twice"),
+    "num_beams": (int, "texts that are gone on with at once; the most probable one is the answer"),
+    "length_penalty": (float, "with beams: above 0, longer texts become better (1)"),
+    "early_stopping": (
+        _ending,
+        "with beams: true ends at as many texts as beams, never once none can become better (false)",
+    ),
 }
 _DRAWS = ("temperature", "top_k", "top_p", "min_p")
 

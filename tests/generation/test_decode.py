@@ -49,12 +49,14 @@ def theirs(prompt: list[int], config: GenerationConfig) -> list[int]:
     torch = pytest.importorskip("torch")
     how = {
         name: getattr(config, name)
-        for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
+        for name in ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_beams")
     }
+    if config.num_beams > 1:
+        how |= {"length_penalty": config.length_penalty, "early_stopping": config.early_stopping}
     ends = list(config.eos_token_id) or None
     out = reference().generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-        eos_token_id=ends, pad_token_id=0, **{k: v for k, v in how.items() if v}
+        eos_token_id=ends, pad_token_id=0, **{k: v for k, v in how.items() if v or k in ("length_penalty", "early_stopping")}
     )  # fmt: skip
     found = out[0, len(prompt) :].tolist()
     return found[:-1] if ends and found[-1] in ends else found
@@ -79,6 +81,46 @@ def test_greedy_tokens_are_the_references_whatever_stands_beside(settings: dict[
     assert together.tokens == [theirs(prompt, config) for prompt in PROMPTS]
     assert together.tokens[1] == generate(model, params, PROMPTS[1:2], config).tokens[0]
     assert [end or len(row) == 24 for row, end in zip(together.tokens, together.ended, strict=True)] == [True] * 5
+
+
+ENDS = (7, 31, 50, 64, 11, 80)
+BEAMS = [
+    {"num_beams": 4},
+    {"num_beams": 3, "eos_token_id": ENDS},
+    {"num_beams": 4, "eos_token_id": ENDS[:1], "length_penalty": 2.0},
+    {"num_beams": 4, "eos_token_id": ENDS, "early_stopping": True, "length_penalty": 0.0},
+    {"num_beams": 4, "eos_token_id": ENDS, "early_stopping": "never", "length_penalty": 1.5},
+    {"num_beams": 5, "eos_token_id": ENDS, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "length_penalty": -0.5},
+    {
+        "num_beams": 2,
+        "eos_token_id": ENDS[:2],
+        "repetition_penalty": 1.4,
+        "early_stopping": "never",
+        "length_penalty": -1.0,
+    },
+]
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("settings", BEAMS, ids=str)
+def test_beams_find_what_the_references_find_whatever_stands_beside(settings: dict[str, Any]) -> None:
+    model, params = made()
+    config = GenerationConfig(max_new_tokens=20, **settings)
+    together = generate(model, params, PROMPTS, config)
+    assert together.tokens == [theirs(prompt, config) for prompt in PROMPTS]
+    assert together.tokens[1] == generate(model, params, PROMPTS[1:2], config).tokens[0]
+
+
+def test_settings_of_beams_are_checked() -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"num_beams": 0}, "num_beams=0: must be a whole number from 1"),
+        ({"num_beams": 2, "do_sample": True}, "beams are compared by their probability, and not drawn"),
+        ({"early_stopping": "soon"}, "early_stopping='soon': must be true, false or 'never'"),
+        ({"length_penalty": float("inf")}, "length_penalty=inf: must be a finite number"),
+    )
+    for wrong, told in cases:
+        with pytest.raises(UserError, match=told):
+            GenerationConfig(**wrong)
 
 
 WARPED = [

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
 from jaxft.errors import UserError
+from jaxft.inference.generation.beams import search
 from jaxft.inference.generation.sampling import next_tokens
 from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.models.caches import Cache, init_cache
@@ -76,6 +77,8 @@ def generate(
       UserError: the model makes no texts, or a prompt is empty or too long for it.
     """
     state = begin(model, params, prompts, config, seed=seed)
+    if config.num_beams > 1:
+        return searched(model, config, params, state)
     first = int(state.at)
     return made_of(advance(model, config, params, state, first + config.max_new_tokens), first, config)
 
@@ -151,6 +154,12 @@ def _read(
         cache = cast(Output, read).cache
         assert cache is not None
     return State(tokens, there, jnp.int32(width), done, keys, cache)
+
+
+def searched(model: Model, config: GenerationConfig, params: PyTree[Array], state: State) -> Generated:
+    """The best texts of a beam search from a fresh state, which is used up."""
+    found = search(model, params, config, state.tokens, state.there, state.cache)
+    return Generated(found.tokens, found.ended)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -36,7 +36,23 @@ def next_tokens(
       keys: [B] of the rows; of a row's draws, each takes one of its own by ``made``.
       config: static.
     """
-    scores = logits.astype(jnp.float32)
+    scores = allowed(logits.astype(jnp.float32), tokens, there, made, at, config)
+    if not config.do_sample:
+        return scores.argmax(-1).astype(jnp.int32)
+    scores = warped(scores, config)
+    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, made), row))(keys, scores)
+    return drawn.astype(jnp.int32)
+
+
+def allowed(
+    scores: Float[Array, "B V"],
+    tokens: Int32[Array, "B T"],
+    there: Bool[Array, "B T"],
+    made: Int32[Array, ""],
+    at: Int32[Array, ""],
+    config: GenerationConfig,
+) -> Float[Array, "B V"]:
+    """Scores with -inf for tokens that may not follow, and less for those that should not; see :func:`next_tokens`."""
     if config.repetition_penalty != 1:
         scores = _penalised(scores, tokens, there, config.repetition_penalty)
     if config.no_repeat_ngram_size:
@@ -44,11 +60,7 @@ def next_tokens(
     if config.min_new_tokens and config.eos_token_id:
         ends = jnp.zeros(scores.shape[-1], bool).at[jnp.array(config.eos_token_id)].set(True)
         scores = jnp.where(ends & (made < config.min_new_tokens), _NEVER, scores)
-    if not config.do_sample:
-        return scores.argmax(-1).astype(jnp.int32)
-    scores = warped(scores, config)
-    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, made), row))(keys, scores)
-    return drawn.astype(jnp.int32)
+    return scores
 
 
 def warped(scores: Float[Array, "B V"], config: GenerationConfig) -> Float[Array, "B V"]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jaxft.errors import UserError
 from jaxft.files import JsonObject
@@ -36,11 +37,24 @@ class GenerationConfig:
     """What the logit of a token that is there already is divided by, if it is positive, or multiplied with (Keskar et al. 2019)."""
     no_repeat_ngram_size: int = 0
     """No run of so many tokens comes twice; 0: any may."""
+    num_beams: int = 1
+    """Texts that are gone on with at once, of which the most probable is the answer; 1: none but the one."""
+    length_penalty: float = 1.0
+    """With beams: the power of its length that a text's log-probability is divided by; above 0, longer ones become better."""
+    early_stopping: bool | Literal["never"] = False
+    """With beams: ``True`` ends once as many texts have ended as there are beams; ``False`` once none is likely to become better;
+    ``never`` once none can."""
     eos_token_id: tuple[int, ...] = ()
     """Tokens that end a text."""
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("min_new_tokens", 0), ("top_k", 0), ("no_repeat_ngram_size", 0)):
+        for name, low in (
+            ("max_new_tokens", 1),
+            ("min_new_tokens", 0),
+            ("top_k", 0),
+            ("no_repeat_ngram_size", 0),
+            ("num_beams", 1),
+        ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= _MOST:
                 raise UserError(f"{name}={value!r}: must be a whole number from {low} to {_MOST:,}")
@@ -52,6 +66,14 @@ class GenerationConfig:
                 )
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p!r}: must be from 0 to 1")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty={self.length_penalty!r}: must be a finite number")
+        if self.early_stopping not in (True, False, "never"):
+            raise UserError(f"early_stopping={self.early_stopping!r}: must be true, false or 'never'")
+        if self.num_beams > 1 and self.do_sample:
+            raise UserError(
+                f"num_beams={self.num_beams}: beams are compared by their probability, and not drawn; leave out one of the two"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
 
@@ -59,7 +81,6 @@ class GenerationConfig:
 _MOST = 10**7
 _NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig) if field.name != "eos_token_id")
 _OTHERS = {
-    "num_beams": 1,
     "num_beam_groups": 1,
     "penalty_alpha": None,
     "typical_p": 1.0,
@@ -100,6 +121,7 @@ def stored_generation(folder: Path, note: Note) -> JsonObject:
     for name, value in found.items():
         usual = getattr(GenerationConfig, name)
         fits = type(value) is type(usual) or (isinstance(usual, float) and type(value) is int)
+        fits = fits or (name == "early_stopping" and value == "never")
         if not fits:
             raise UserError(f"{path}: {name}={value!r}: must be of the kind of {usual!r}")
     # Their values in files that say nothing: the reference draws from 50 tokens where it is not told otherwise.

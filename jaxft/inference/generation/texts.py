@@ -14,7 +14,7 @@ import numpy as np
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, writes
+from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, searched, writes
 from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.inference.predict import Served
 
@@ -98,6 +98,10 @@ class Writer:
     def stream(self, prompt: Prompt) -> Iterator[str | Continuation]:
         """The text piece by piece as it is made, and the whole at the end."""
         ids, shown = self._encoded(prompt, 1), ""
+        if self.config.num_beams > 1:  # the text may be another one until the last token
+            (whole,) = self._batch([ids], 1)
+            yield from (whole.text, whole) if whole.text else (whole,)
+            return
         begun, first = self._begun([ids], 1)
         made = Generated([[]], [False])
         for state in self._parts(begun, first):
@@ -151,6 +155,10 @@ class Writer:
 
     def _batch(self, prompts: Sequence[Sequence[int]], rows: int) -> list[Continuation]:
         begun, first = self._begun(prompts, rows)
+        if self.config.num_beams > 1:
+            with self._mesh():
+                made = searched(self._served.model, self.config, self._served.params, begun)
+            return [self._continuation(ids, made, row) for row, ids in enumerate(prompts)]
         made = Generated([], [])
         for state in self._parts(begun, first, _LOOK if self._stop else self.config.max_new_tokens):
             made = made_of(state, first, self.config)
