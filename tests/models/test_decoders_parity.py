@@ -106,7 +106,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 """Families whose layers may have windows, and what gives them one of 6."""
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(36)
 @pytest.mark.parametrize(("family", "number"), CASES)
 def test_values_and_gradients_over_random_configs(family: str, number: int, tmp_path: Path) -> None:
     config, head = case_of(family, VALUES[family], number)
@@ -117,7 +117,7 @@ def test_values_and_gradients_over_random_configs(family: str, number: int, tmp_
 HEADS = [(family, head) for family in VALUES for head in models.family(family).HEADS]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize(("family", "head"), HEADS)
 def test_a_folder_comes_back_bit_for_bit(family: str, head: str | None, tmp_path: Path) -> None:
     for number in (1, 2):
@@ -125,13 +125,13 @@ def test_a_folder_comes_back_bit_for_bit(family: str, head: str | None, tmp_path
         check_round_trip(family, config, head, tmp_path / str(number))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("family", VALUES)
 def test_greedy_texts_are_the_references(family: str) -> None:
     check_generation(family, without_dropout(family), (9, 1, 4, 17))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", WINDOWED)
 def test_windows_shorter_and_longer_than_prompts(family: str) -> None:
     config = dataclasses.replace(without_dropout(family), **WINDOWED[family])
