@@ -38,11 +38,19 @@ from jaxft.models.families import (
     deberta_v2,
     distilbert,
     electra,
+    gemma2,
+    gemma3_text,
+    gpt2,
     llama,
+    mistral,
     modernbert,
     mpnet,
+    olmo2,
+    qwen2,
+    qwen3,
     roberta,
     rotary_bert,
+    smollm3,
 )
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
@@ -65,7 +73,22 @@ from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import leaves_of
 
 FAMILIES: tuple[Family, ...] = (
-    *(albert, bert, deberta_v2, distilbert, electra, llama, modernbert, mpnet, roberta, rotary_bert),
+    *(
+        albert,
+        bert,
+        deberta_v2,
+        distilbert,
+        electra,
+        gemma2,
+        gemma3_text,
+        gpt2,
+        llama,
+        mistral,
+        modernbert,
+        mpnet,
+        olmo2,
+    ),
+    *(qwen2, qwen3, roberta, rotary_bert, smollm3),
 )
 TASKS: tuple[TaskModule, ...] = (
     *(

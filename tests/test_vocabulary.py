@@ -98,3 +98,19 @@ def test_a_split_vocabulary_is_refused() -> None:
         pytest.raises(UserError, match="splits the vocabulary 2 ways already"),
     ):
         jax.eval_shape(lambda x, t: score_tokens(x, t, bias, targets, Compute(vocab_tile=4)).loss, x, table)
+
+
+def test_capped_logits_in_tiles_are_those_at_once() -> None:
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (37, 8)))
+    targets = jnp.asarray(rng.integers(0, 37, (2, 5)), jnp.int32)
+
+    def at_once(x: Any, table: Any) -> Any:
+        logits = vocabulary_logits(x, table, None, Compute(), "length", 1.5)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1).sum()
+
+    def in_tiles(x: Any, table: Any) -> Any:
+        return score_tokens(x, table, None, targets, Compute(vocab_tile=16), 1.5).loss.sum()
+
+    one, other = (jax.value_and_grad(loss, argnums=(0, 1))(x, table) for loss in (at_once, in_tiles))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)

@@ -72,7 +72,12 @@ def attend(
 
 
 def tokens_last(
-    q: tuple[int, int, int, int], key_heads: int, mask: MaskSpec, compute: Compute, dropout: bool = False
+    q: tuple[int, int, int, int],
+    key_heads: int,
+    mask: MaskSpec,
+    compute: Compute,
+    dropout: bool = False,
+    soft_cap: float | None = None,
 ) -> bool:
     """Whether :func:`attend` of queries of shape ``q`` [B, N, S, H] is best given heads that were made as [N, H, B S].
 
@@ -80,6 +85,6 @@ def tokens_last(
     """
     b, _, s, h = q
     of_queries, of_keys = (jax.ShapeDtypeStruct(shape, compute.activation_dtype) for shape in (q, (b, key_heads, s, h)))
-    call = Call(compute, h**-0.5)
+    call = Call(compute, h**-0.5, soft_cap)
     request = request_of(call, of_queries, of_keys, mask.merged(), None, compute.dropout_bits if dropout else None)
     return choose(request, compute.attention).backend.tokens_last(request)

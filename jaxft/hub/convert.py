@@ -176,7 +176,7 @@ def _plan(weights: Weights, layout: Layout, ours: Mapping[str, jax.ShapeDtypeStr
         for i, path in enumerate(rule.paths):
             sources[path] = Source(rule, found, places[i] if len(rule.paths) > 1 else None)
         for name in found:
-            problems.look_at(name, weights, expected)
+            problems.look_at(name, weights, rule.in_file(expected))
     fresh = [path for paths in absent for path in paths if all(_is_fresh(one, sources, layout) for one in paths)]
     problems.missing.extend(name for paths, lacking in absent.items() if paths[0] not in fresh for name in lacking)
 
@@ -267,11 +267,11 @@ def _exported(
         def read() -> np.ndarray:
             parts = [_as_theirs(rule, leaf[layer] if rule.stacked else leaf) for leaf in leaves]
             if len(parts) == 1 and parts[0].dtype == kind:
-                return np.ascontiguousarray(parts[0])
+                return np.ascontiguousarray(parts[0].T if rule.turned else parts[0])
             made = np.empty(shape, kind)
             for i, part in enumerate(parts):
                 copy_rounded(made[slice(*places[i])] if len(parts) > 1 else made, part, name, "export")
-            return made
+            return np.ascontiguousarray(made.T) if rule.turned else made
 
         return read
 
@@ -279,7 +279,7 @@ def _exported(
         kind = np.dtype(_stored_type(leaves, layer) if dtype is None else dtype)
         for copy in (name, *rule.copies):
             written = copy.removeprefix(layout.prefix) if bare else copy
-            yield TensorOut(written, shape, kind, reader(written, layer, kind))
+            yield TensorOut(written, rule.in_file(shape), kind, reader(written, layer, kind))
 
 
 def _as_theirs(rule: Rule, ours: Array | np.ndarray | StoredParam) -> np.ndarray:

@@ -70,7 +70,7 @@ def write_adapter(
         "lora_alpha": model.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(rule.turned for rule in adapted),
         "inference_mode": True,
         "target_modules": _ends(modules, modules, layout, bare, model),
         **_patterns(adapted, modules, layout, bare, model),

@@ -53,7 +53,8 @@ class Stored:
             return
         dim, rows = self.rule.arrangement(len(shape)).blocks(shape)
         others = math.prod(shape[:dim] + shape[dim + 1 :]) * self.weights.dtype(self.names[layer]).itemsize
-        most = max(1, _BLOCK_BYTES // others)
+        # Rows of a matrix that is stored the other way round lie all over it: it is read once.
+        most = shape[dim] if self.rule.turned else max(1, _BLOCK_BYTES // others)
         begins = self._rows[0] if self._rows is not None else 0
         for first, end in _united((part[dim].start, part[dim].stop) for part in parts):
             for start in range(first, end, most):
@@ -64,10 +65,15 @@ class Stored:
 
     def _read(self, layer: int, rows: tuple[int, int] | None, shape: tuple[int, ...]) -> np.ndarray:
         name = self.names[layer]
-        stored = self.weights.read(name) if rows is None else self.weights.read_rows(name, *rows)
+        stored = self._read_rows(name, rows)
         if not is_finite(stored) and name not in self._non_finite:
             self._non_finite.append(name)
         return self.rule.arrangement(len(shape)).to_ours(stored, shape)
+
+    def _read_rows(self, name: str, rows: tuple[int, int] | None) -> np.ndarray:
+        if self.rule.turned:
+            return self.weights.read(name).T[slice(*rows) if rows is not None else slice(None)]
+        return self.weights.read(name) if rows is None else self.weights.read_rows(name, *rows)
 
 
 def _united(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
@@ -144,12 +145,14 @@ class RMSNorm(nn.Module):
 
     eps: float
     compute: Compute
+    zero_centred: bool = False
+    """The stored scale is what is added to 1, as Gemma has it."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        dtype = self.compute.param_dtype
-        scale = declare(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:], dtype)
-        return rms_norm(x, scale, self.eps)
+        initial = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+        scale = declare(self, "scale", initial, ("norm",), x.shape[-1:], self.compute.param_dtype)
+        return rms_norm(x, 1.0 + scale.astype(jnp.float32) if self.zero_centred else scale, self.eps)
 
 
 class Embed(nn.Module):

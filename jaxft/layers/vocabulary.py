@@ -40,16 +40,23 @@ def vocabulary_logits(
     bias: Float[Array, " V"] | None,
     compute: Compute,
     place: str,
+    soft_cap: float | None = None,
 ) -> Float32[Array, "B M V"]:
     """The logits of a vocabulary in float32, ``x`` times ``table`` plus ``bias``, split over devices by vocabulary.
 
     Args:
       place: the logical name of M: ``length`` or ``predicted``.
+      soft_cap: logits l become soft_cap tanh(l / soft_cap).
     """
     table, size = compute.rules.place_gradient(table, *_NAMES), table.shape[0]
     logits = einsum("bmd,vd->bmv", x, _aligned(table, compute), compute, _NAMES)[..., :size]
     logits = compute.rules.constrain(logits, "batch", place, "act_vocab").astype(jnp.float32)
-    return logits if bias is None else logits + bias.astype(jnp.float32)
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    return _capped(logits, soft_cap)
+
+
+def _capped(logits: Array, soft_cap: float | None) -> Array:
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 _ALIGNED = 1024
@@ -84,6 +91,7 @@ def score_tokens(
     bias: Float[Array, " V"] | None,
     targets: Integer[Array, "B M"],
     compute: Compute,
+    soft_cap: float | None = None,
 ) -> TokenScore:
     """Loss and best guess of each token, ``compute.vocab_tile`` entries at a time, forwards and backwards.
 
@@ -92,6 +100,7 @@ def score_tokens(
 
     Args:
       targets: the entry that stands at each place.
+      soft_cap: logits l become soft_cap tanh(l / soft_cap).
 
     Raises:
       UserError: the vocabulary is split over devices, whose parts a tile would have to gather.
@@ -105,7 +114,7 @@ def score_tokens(
             "leave one of them out"
         )
     bias = jnp.zeros(table.shape[0], jnp.float32) if bias is None else bias
-    return TokenScore(*_scored(compute, x, table, bias, targets))
+    return TokenScore(*_scored(compute, soft_cap, x, table, bias, targets))
 
 
 def _tiles(compute: Compute, table: Array, bias: Array) -> tuple[Array, Array, Array]:
@@ -118,18 +127,28 @@ def _tiles(compute: Compute, table: Array, bias: Array) -> tuple[Array, Array, A
     return jnp.arange(n, dtype=jnp.int32) * tile, rows, offsets
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(compute: Compute, x: Array, table: Array, bias: Array, targets: Array) -> tuple[Array, Array]:
-    return _scored_fwd(compute, x, table, bias, targets)[0]
+def _of_tile(compute: Compute, soft_cap: float | None, x: Array, rows: Array, offsets: Array) -> Array:
+    """Logits of one tile."""
+    logits = dot("bmd,vd->bmv", x, rows, compute, _NAMES)
+    if soft_cap is None:
+        return logits + offsets
+    return jnp.where(offsets > 0.5 * _NEVER, _capped(logits + offsets, soft_cap), _NEVER)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scored(
+    compute: Compute, soft_cap: float | None, x: Array, table: Array, bias: Array, targets: Array
+) -> tuple[Array, Array]:
+    return _scored_fwd(compute, soft_cap, x, table, bias, targets)[0]
 
 
 def _scored_fwd(
-    compute: Compute, x: Array, table: Array, bias: Array, targets: Array
+    compute: Compute, soft_cap: float | None, x: Array, table: Array, bias: Array, targets: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     def add(so_far: tuple[Array, ...], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
         top, total, of_target, best = so_far
         first, rows, offsets = tile
-        logits = dot("bmd,vd->bmv", x, rows, compute, _NAMES) + offsets
+        logits = _of_tile(compute, soft_cap, x, rows, offsets)
         here = logits.max(-1)
         best = jnp.where(here > top, first + logits.argmax(-1).astype(jnp.int32), best)
         new_top = jnp.maximum(top, here)
@@ -144,15 +163,19 @@ def _scored_fwd(
     return (normaliser - of_target, best), (x, table, bias, targets, normaliser)
 
 
-def _scored_bwd(compute: Compute, kept: tuple[Array, ...], g: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _scored_bwd(
+    compute: Compute, soft_cap: float | None, kept: tuple[Array, ...], g: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
     x, table, bias, targets, normaliser = kept
     of_loss = g[0][..., None]
 
     def add(dx: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         first, rows, offsets = tile
-        logits = dot("bmd,vd->bmv", x, rows, compute, _NAMES) + offsets
+        logits = _of_tile(compute, soft_cap, x, rows, offsets)
         hit = jnp.arange(rows.shape[0]) == (targets - first)[..., None]
         dlogits = (jnp.exp(logits - normaliser[..., None]) - hit) * of_loss
+        if soft_cap is not None:  # places beyond the vocabulary have no gradient before it either
+            dlogits = dlogits * jnp.maximum(1.0 - jnp.square(logits / soft_cap), 0.0)
         dx = dx + dot("bmv,vd->bmd", dlogits, rows, compute, _NAMES)
         return dx, (dot("bmv,bmd->vd", dlogits, x, compute), dlogits.sum((0, 1)))
 

@@ -28,20 +28,24 @@ class BlockNames:
     wide_apart: tuple[str, ...] = ()
     """The same of the MLP's first two maps."""
 
-    def rules(self, biased: bool, mlp_biased: bool, down_biased: bool | None = None) -> tuple[Rule, ...]:
+    def rules(
+        self, biased: bool, mlp_biased: bool, down_biased: bool | None = None, out_biased: bool | None = None
+    ) -> tuple[Rule, ...]:
         """The rows of the weight table.
 
         Args:
           biased: maps of attention have biases.
           mlp_biased: those of the MLP have.
           down_biased: its last one has; None: as the others.
+          out_biased: the map from heads back to the width has; None: as the others of attention.
         """
         heads = (tuple(f"attention/{name}" for name in _HEADS), self.heads, self.heads_apart)
         wide = (tuple(f"mlp/{name}" for name in self.order), self.wide, self.wide_apart)
         down = mlp_biased if down_biased is None else down_biased
+        out = biased if out_biased is None else out_biased
         return (
             *self._maps(*heads, "(n h) d -> d n h", "(n h) -> n h", biased),
-            *self._maps(("attention/out",), (self.out,), (), "d (n h) -> n h d", None, biased),
+            *self._maps(("attention/out",), (self.out,), (), "d (n h) -> n h d", None, out),
             *self._maps(*wide, "o i -> i o", None, mlp_biased),
             *self._maps(("mlp/down",), (self.down,), (), "o i -> i o", None, down),
         )

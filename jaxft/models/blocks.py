@@ -5,6 +5,8 @@ Dims: B batch, S length, D model width, N query heads, K key/value heads, H head
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import flax.linen as nn
 import jax
 from jaxtyping import Float, Integer, PRNGKeyArray
@@ -17,6 +19,7 @@ from jaxft.layers import (
     Initializer,
     Linear,
     Projection,
+    RMSNorm,
     Rotary,
     dropout,
     project,
@@ -30,6 +33,25 @@ Array = jax.Array
 
 KeysAndValues = tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"]]
 """Keys and values of the tokens of a call, or of all places of a cache."""
+
+
+@dataclass(frozen=True)
+class QueryKeyNorm:
+    """RMS norms of queries and keys, before they are turned."""
+
+    eps: float
+    whole: bool = False
+    """Over all heads of a token together, with a scale of each; if not, over each head, with one scale for all of them."""
+    zero_centred: bool = False
+    """The same in :class:`~jaxft.layers.RMSNorm`."""
+
+    def __call__(self, name: str, y: Float[Array, "B N S H"], compute: Compute) -> Float[Array, "B N S H"]:
+        """Declared on the module whose method calls it."""
+        norm = RMSNorm(self.eps, compute, self.zero_centred, name=name)
+        if not self.whole:
+            return norm(y)
+        b, n, s, h = y.shape
+        return norm(y.transpose(0, 2, 1, 3).reshape(b, s, n * h)).reshape(b, s, n, h).transpose(0, 2, 1, 3)
 
 
 class RotaryAttention(nn.Module):
@@ -47,6 +69,13 @@ class RotaryAttention(nn.Module):
     biased: bool = False
     together: bool = False
     """Queries, keys and values are one wide product where that is faster; they have the same number of heads then."""
+    out_biased: bool | None = None
+    """Whether the map back to the width has a bias; None: as the others."""
+    norm: QueryKeyNorm | None = None
+    scale: float | None = None
+    """Of products of queries and keys; None: 1 / sqrt(head size)."""
+    soft_cap: float | None = None
+    """The same in :func:`~jaxft.attention.attend`."""
 
     @nn.compact
     def __call__(
@@ -55,7 +84,7 @@ class RotaryAttention(nn.Module):
         mask: MaskSpec,
         positions: Integer[Array, "B S"],
         key: PRNGKeyArray | None,
-        rope: Rotary,
+        rope: Rotary | None,
         past: KeysAndValues | None = None,
     ) -> tuple[Float[Array, "B S D"], KeysAndValues | None]:
         """(the result, keys and values of these tokens; None where there is no past).
@@ -64,18 +93,22 @@ class RotaryAttention(nn.Module):
           mask: which key each token may see; those of ``past``, if there is one, with these at place ``mask.first``.
           positions: of the tokens.
           key: dropout key; None: no dropout.
+          rope: None: queries and keys are not turned.
           past: keys and values of a cache with room for these.
         """
         rules, (b, s, d), h = self.compute.rules, x.shape, self.head_size
         shape, drops = (b, self.heads, s, h), key is not None and self.rate > 0.0
-        last = past is None and tokens_last(shape, self.key_heads, mask, self.compute, drops)
+        last = past is None and tokens_last(shape, self.key_heads, mask, self.compute, drops, self.soft_cap)
+        last = last and self.norm is None  # norms are over the last axis
 
         def projection(name: str) -> tuple[Array, Array | None]:
             count, names = self._split(name)
             return Projection((d, count, h), names, self.compute, self.initial, self.biased, name=name)()
 
         def placed(name: str, y: Array) -> Array:
-            y = rotate(y, positions, rope, last) if name != "value" else y
+            if name != "value":
+                y = y if self.norm is None else self.norm(f"{name}_norm", y, self.compute)
+                y = y if rope is None else rotate(y, positions, rope, last)
             act_name = "act_heads" if self._split(name)[1][1] == "heads" else "act_kv_heads"
             return rules.constrain(rows_of(y, b) if last else y, "batch", act_name, "length", None)
 
@@ -92,9 +125,9 @@ class RotaryAttention(nn.Module):
         if past is not None:
             new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
             k, v = (jax.lax.dynamic_update_slice_in_dim(*pair, mask.first, 2) for pair in zip(past, new, strict=True))
-        mixed = attend(q, k, v, mask, self.compute, self.rate, key)
-        places = ("heads", None, "embed")
-        out = FromHeads((self.heads, h, d), places, self.compute, self.out_initial, self.biased, name="out")
+        mixed = attend(q, k, v, mask, self.compute, self.rate, key, scale=self.scale, soft_cap=self.soft_cap)
+        places, biased = ("heads", None, "embed"), self.biased if self.out_biased is None else self.out_biased
+        out = FromHeads((self.heads, h, d), places, self.compute, self.out_initial, biased, name="out")
         return out(mixed, last), new
 
     def _split(self, name: str) -> tuple[int, tuple[str, str, None]]:

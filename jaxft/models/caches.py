@@ -79,6 +79,23 @@ class Cache:
         """``x`` of new tokens, NaN if there is no room for them: what is not known before the program runs."""
         return jnp.where(self.filled + x.shape[1] <= self.length, x, jnp.nan)
 
+    def without_gaps(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """``x`` of new tokens, NaN in rows with padding between tokens, where windows would count it: prompts are padded in front.
+
+        Raises:
+          UserError: there is such a row, outside of ``jit``.
+        """
+        first, last = self.mask.argmax(-1), self.length - 1 - self.mask[:, ::-1].argmax(-1)
+        apart = self.mask.any(-1) & (last - first + 1 != self.mask.sum(-1))
+        if isinstance(apart, jax.core.Tracer):
+            return jnp.where(apart[:, None, None], jnp.nan, x)
+        if apart.any():
+            raise UserError(
+                f"cache: row {int(apart.argmax())} has padding between its tokens, which the windows of this model's layers would "
+                "count: pad prompts in front"
+            )
+        return x
+
     def extended(self, keys: Float[Array, "L B K S H"], values: Float[Array, "L B K S H"]) -> Cache:
         """With those of new tokens, at the places after the filled ones. In place where the cache is donated."""
         at = (0, 0, 0, self.filled, 0)

@@ -194,6 +194,8 @@ class Vocabulary(nn.Module):
     biased: bool = False
     axis: str = "length"
     """The logical axis of the tokens that it sees."""
+    soft_cap: float | None = None
+    """Logits l become soft_cap tanh(l / soft_cap)."""
 
     @nn.compact
     def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
@@ -203,8 +205,8 @@ class Vocabulary(nn.Module):
         table = seen.table if self.tied else declare(self, "kernel", self.initial, ("embed", "vocab"), (d, v), dtype).T
         assert table is not None
         if seen.targets is not None and self.compute.vocab_tile is not None:
-            return score_tokens(seen.hidden, table, bias, seen.targets, self.compute)
-        return vocabulary_logits(seen.hidden, table, bias, self.compute, self.axis)
+            return score_tokens(seen.hidden, table, bias, seen.targets, self.compute, self.soft_cap)
+        return vocabulary_logits(seen.hidden, table, bias, self.compute, self.axis, self.soft_cap)
 
 
 class DenseClasses(nn.Module):

@@ -50,12 +50,28 @@ def types_from_hf(hf: Mapping[str, object], layers: int, usual: int) -> dict[str
     Raises:
       UserError: a type that there is not, another number of types than layers, an order that is no number.
     """
-    check_layers(layers)
-    every, stated = hf.get("global_attn_every_n_layers", usual), hf.get("layer_types")
+    every, stated = hf.get("global_attn_every_n_layers", usual), stated_types(hf, layers)
     if type(every) is not int or every < 1:
         raise UserError(f"config.json: global_attn_every_n_layers={every!r} must be a whole number, 1 or more")
     if stated is None:
         return {"global_attn_every_n_layers": every}
+    fits = [n for n in (every, *range(1, layers + 1)) if alternating(n, layers) == stated]
+    return {"global_attn_every_n_layers": fits[0]} if fits else {"layer_types": list(stated)}
+
+
+def stated_types(hf: Mapping[str, object], layers: int) -> tuple[str, ...] | None:
+    """``layer_types`` of config.json; None: it has none.
+
+    Args:
+      layers: how many there are.
+
+    Raises:
+      UserError: a type that there is not, or another number of types than layers.
+    """
+    check_layers(layers)
+    stated = hf.get("layer_types")
+    if stated is None:
+        return None
     if not isinstance(stated, list | tuple) or len(stated) != layers:
         shown = f"names {len(stated)} layers" if isinstance(stated, list | tuple) else f"={stated!r} is no list"
         raise UserError(f"config.json: layer_types {shown}, num_hidden_layers is {layers}")
@@ -64,8 +80,7 @@ def types_from_hf(hf: Mapping[str, object], layers: int, usual: int) -> dict[str
             raise UserError(
                 f"config.json: layer_types: {name!r} is not supported: {nearest(str(name), (GLOBAL, LOCAL))}"
             )
-    fits = [n for n in (every, *range(1, layers + 1)) if alternating(n, layers) == tuple(stated)]
-    return {"global_attn_every_n_layers": fits[0]} if fits else {"layer_types": list(stated)}
+    return tuple(stated)
 
 
 def rotaries_from_hf(

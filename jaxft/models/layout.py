@@ -65,6 +65,8 @@ class Rule:
     """Names under which a file may hold each of several parameters of ours by itself; read where ``theirs`` is missing, never written."""
     inner: int = 1
     """How many layers of ours have one number there, and are told apart by ``{inner}`` in its name."""
+    turned: bool = False
+    """Their tensor, a matrix, is the transpose of what the pattern says, and several of ours are its columns (`Conv1D`)."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -112,6 +114,10 @@ class Rule:
     def arrangement(self, rank: int) -> Pattern:
         """How one tensor, or a part of it, is rearranged; ``rank`` is that of ours in one layer."""
         return unchanged(rank) if self.pattern is None else parsed(self.pattern)
+
+    def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their tensor in a file, from that of :meth:`parts`."""
+        return shape[::-1] if self.turned else shape
 
     def parts(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """The shape of their tensor, and from where to where each of ours lies in its rows.

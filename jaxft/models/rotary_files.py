@@ -10,7 +10,14 @@ from jaxft.errors import UserError
 from jaxft.layers import Rotary
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_ROPE_KEYS_OF = {"default": (), "linear": ("factor",), "llama3": _ROPE_KEYS}
+_ORIGINAL = _ROPE_KEYS[-1]
+_ROPE_KEYS_OF = {
+    **{"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor", _ORIGINAL)},
+    "llama3": _ROPE_KEYS,
+}
+_MAY_BE_0 = ("mscale", "mscale_all_dim")
+_MAY_LACK = {"yarn": ("beta_fast", "beta_slow", "attention_factor", *_MAY_BE_0)}
+"""Numbers that a kind may have; null is as good as nothing."""
 SUPERSEDED_KEYS = ("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Older keys of config.json for what :func:`rotary_to_hf` writes; the reference would believe some of them."""
 
@@ -38,21 +45,31 @@ def rotary_from_hf(hf: Mapping[str, object], usual_limit: int, usual_theta: floa
         raise UserError(f"config.json: rope_type={kind!r} is not supported (only {', '.join(_ROPE_KEYS_OF)})")
     if any(tree.get("partial_rotary_factor") not in (None, 1) for tree in (hf, rope)):
         raise UserError("config.json: partial_rotary_factor is not supported")
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings", usual_limit))
-        if "original_max_position_embeddings" in hf:
-            rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    for key in ("rope_theta", *_ROPE_KEYS_OF[kind]):
+    if _ORIGINAL in _ROPE_KEYS_OF[kind]:
+        rope.setdefault(_ORIGINAL, hf.get("max_position_embeddings", usual_limit))
+        if _ORIGINAL in hf:
+            rope[_ORIGINAL] = hf[_ORIGINAL]
+    more = [key for key in _MAY_LACK.get(kind, ()) if rope.get(key) is not None and (rope[key] or key not in _MAY_BE_0)]
+    for key in ("rope_theta", *_ROPE_KEYS_OF[kind], *more):
         value: Any = rope.get(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             shown = f"{value!r}, not a number above 0" if key in rope else "missing"
             raise UserError(f"config.json: rotary positions of rope_type={kind!r}: {key} is {shown}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise UserError("config.json: rope_type='llama3' needs a low_freq_factor below its high_freq_factor")
-    return {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in _ROPE_KEYS_OF[kind]}
+    found = {"kind": kind, "theta": rope["rope_theta"]} | {key: rope[key] for key in (*_ROPE_KEYS_OF[kind], *more)}
+    if kind == "yarn" and rope.get("truncate") is not None:
+        if not isinstance(rope["truncate"], bool):
+            raise UserError(
+                f"config.json: rotary positions of rope_type='yarn': truncate={rope['truncate']!r} is not true or false"
+            )
+        found["truncate"] = rope["truncate"]
+    return found
 
 
 def rotary_to_hf(rotary: Rotary) -> dict[str, object]:
     """``rope_parameters`` of a config.json."""
-    keys = _ROPE_KEYS_OF[rotary.kind]
-    return {"rope_type": rotary.kind, "rope_theta": rotary.theta, **{key: getattr(rotary, key) for key in keys}}
+    own = {key: getattr(rotary, key) for key in (*_ROPE_KEYS_OF[rotary.kind], *_MAY_LACK.get(rotary.kind, ()))}
+    own |= {"truncate": rotary.truncate} if rotary.kind == "yarn" else {}
+    stated = {key: value for key, value in own.items() if value is not None}
+    return {"rope_type": rotary.kind, "rope_theta": rotary.theta, **stated}

@@ -180,8 +180,8 @@ def test_old_config_files(tmp_path: Path) -> None:
     old = tree | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert open_source(str(tmp_path), lambda text: None).config.rope == Rotary(5e5, "linear", 2.0)
-    (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
-    with pytest.raises(UserError, match="yarn"):
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}))
+    with pytest.raises(UserError, match="'longrope' is not supported"):
         open_source(str(tmp_path), lambda text: None)
 
 
@@ -192,6 +192,7 @@ def test_texts_beyond_the_limit_are_refused() -> None:
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 ROPE_SPELLINGS: dict[str, dict[str, Any]] = {
     "both": {
         "rope_scaling": {"type": "linear", "factor": 2.0},
@@ -204,6 +205,18 @@ ROPE_SPELLINGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8},
         "original_max_position_embeddings": 16,
     },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "yarn": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "rope_theta": 500.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn_of_5": {"rope_parameters": {**YARN, "beta_fast": 4, "beta_slow": None, "attention_factor": 1.5}},
+    "yarn_of_scales": {
+        "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.2, "truncate": False},
+        "rope_theta": 90.0,
+    },
+    "yarn_of_one_scale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.0}},
 }
 
 
@@ -218,6 +231,7 @@ def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp
     rope = Rotary(**fields)
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(dict(stated)))
     close(rope.frequencies(BASE.head_size), theirs.inv_freq, spelling)
+    assert rope.scale == pytest.approx(theirs.attention_scaling)
     # An export must not keep an old spelling, which the reference would believe over what we write.
     written = pretrained._exported_config(
         stated, llama, llama.Model(dataclasses.replace(BASE, rope=rope)), None, None, "float32"
@@ -225,6 +239,7 @@ def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp
     assert not set(llama.SUPERSEDED) & set(written)
     again = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(written))
     close(again.inv_freq.numpy(), theirs.inv_freq, spelling)
+    assert again.attention_scaling == theirs.attention_scaling
 
 
 @pytest.mark.parametrize(
@@ -239,6 +254,11 @@ def test_rotary_settings_mean_what_they_mean_to_the_reference(spelling: str, tmp
         ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
         ({"rope_scaling": {"type": ["linear"]}}, "is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn': factor is missing"),
+        ({"rope_scaling": YARN | {"factor": None}}, "rope_type='yarn': factor is None"),
+        ({"rope_scaling": YARN | {"mscale": "a"}}, "rope_type='yarn': mscale is 'a'"),
+        ({"rope_scaling": YARN | {"truncate": 3}}, "truncate=3 is not true or false"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "(only default, linear, dynamic, yarn, llama3)"),
     ],
 )
 def test_rotary_settings_that_are_not_whole_are_refused(stated: dict[str, Any], named: str) -> None:
