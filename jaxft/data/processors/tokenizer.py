@@ -170,6 +170,10 @@ class Tokenizer:
         special = self._fast.num_special_tokens_to_add(False)
         return [(e.ids, self._types_of(e), count_dropped(e, special)) for e in encodings]
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of single texts alone, as :meth:`encode` gives them."""
+        return [encoding.ids for encoding in self._encodings(list(texts))]
+
     def windows(
         self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
     ) -> Iterator[Window]:
