@@ -49,6 +49,19 @@ class Corpus:
         start, stop = offsets[number - self.first_document[shard] :][:2]
         return tokens[start:stop]
 
+    def documents_in(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Where the documents that a stretch of the stream has tokens of begin and end."""
+        shard = int(self.first_token.searchsorted(start, "right")) - 1
+        found = []
+        while shard < len(self.shards) and (base := int(self.first_token[shard])) < stop:
+            offsets = self.shards[shard].offsets
+            first = max(0, int(offsets.searchsorted(start - base, "right")) - 1)
+            last = min(int(offsets.searchsorted(stop - base)), len(offsets) - 1)
+            if first < last:
+                found.append(offsets[first : last + 1] + base)
+            shard += 1
+        return np.concatenate([part[:-1] for part in found]), np.concatenate([part[1:] for part in found])
+
     def fill(self, start: int, out: Int32[np.ndarray, " tokens"], begins: np.ndarray) -> None:
         """Copies a stretch of the stream, and marks which of its tokens begin a document.
 
