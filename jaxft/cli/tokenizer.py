@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,9 +51,6 @@ def run(options: argparse.Namespace) -> int:
     if not sources:
         raise UserError("tokenizer train: name files, folders or patterns of texts")
     set_up_jax(None)
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false" if options.kind == "unigram" else "true"
-    )  # its sums depend on the threads
     from jaxft.data.corpus.duplicates import text_hash
     from jaxft.data.corpus.parts import Counts, divide, documents_of
     from jaxft.data.processors.tokenizer_training import Wanted, train_tokenizer, tried
@@ -66,6 +62,9 @@ def run(options: argparse.Namespace) -> int:
     counts, kept, seen = Counts(), list[str](), [0, 0]
 
     def texts() -> Iterator[str]:
+        counts.counts.clear()
+        kept.clear()
+        seen[:] = [0, 0]
         for part in divide(sources, made):
             for document in documents_of(part, made, counts, _say):
                 if options.sample < 1 and text_hash(document.text) >= options.sample * 2.0**64:
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
                 yield document.text
 
     wanted = Wanted(options.kind, options.size, options.use, options.lowercase, options.max_length)
-    tokenizer = train_tokenizer(texts(), wanted, out)
+    tokenizer = train_tokenizer(texts, wanted, out)
     print(f"{out}: {options.kind} of {tokenizer.vocab_size:,} tokens, of {seen[0]:,} texts, {seen[1] / 2**20:,.1f} MiB")
     if tokenizer.vocab_size < options.size:
         print(f"{out}: fewer than --size {options.size:,}: the texts hold no more that is worth a token")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ Algorithm = Literal["wordpiece", "bpe", "unigram"]
 Use = Literal["encoder", "decoder"]
 MOST_SIZE = 1 << 22
 """Tokens of a vocabulary."""
+_MOST_LETTERS = 1000
 _BATCH = 1000  # texts that the library is given together
 _NAMES: Mapping[Use, Mapping[str, str]] = {
     "encoder": {
@@ -53,16 +55,22 @@ class Wanted(NamedTuple):
         }
 
 
-def train_tokenizer(texts: Iterable[str], wanted: Wanted, out: Path) -> Tokenizer:
-    """Learns a vocabulary of texts and writes the tokenizer to ``out``.
+def train_tokenizer(texts: Callable[[], Iterable[str]], wanted: Wanted, out: Path) -> Tokenizer:
+    """Learns a vocabulary of texts and writes the tokenizer to ``out``. WordPiece and BPE come out the same, byte for byte; of Unigram, the
+    library adds probabilities in any order, which shows in the fourth digit of its scores.
+
+    Args:
+      texts: gives them; WordPiece reads them twice.
+      wanted: what is to be learnt.
+      out: a folder that is not there.
 
     Raises:
       UserError: there is nothing to learn of, the size is too small for the letters of the texts, or ``out`` holds something.
     """
-    fast, trainer = _untrained(wanted)
     try:
         with told_as_errors():
-            fast.train_from_iterator(_batches(texts), trainer)
+            fast, trainer = _untrained(wanted, texts)
+            fast.train_from_iterator(_batches(texts()), trainer)
     except UserError:
         raise
     except (Panic, ValueError, RuntimeError) as error:
@@ -72,6 +80,8 @@ def train_tokenizer(texts: Iterable[str], wanted: Wanted, out: Path) -> Tokenize
         raise UserError("tokenizer train: the texts hold nothing to learn of; give more of them")
     if found > wanted.size:
         raise UserError(f"--size {wanted.size}: the letters of the texts alone take {found} tokens; give more")
+    if wanted.algorithm == "wordpiece":
+        fast = _without_marks(fast, wanted)
     _put_around(fast, wanted)
     with folder_written_whole(out) as folder:
         fast.save(str(folder / "tokenizer.json"))
@@ -103,7 +113,7 @@ def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
         yield held
 
 
-def _untrained(wanted: Wanted) -> tuple[Fast, Trainer]:
+def _untrained(wanted: Wanted, texts: Callable[[], Iterable[str]]) -> tuple[Fast, Trainer]:
     from tokenizers import Tokenizer as Made
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -115,7 +125,12 @@ def _untrained(wanted: Wanted) -> tuple[Fast, Trainer]:
         made.normalizer = normalizers.BertNormalizer(lowercase=wanted.lowercase)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        return made, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+        letters = _letters(made.normalizer.normalize_str, texts())
+        # Left to itself, the library numbers letters inside words in the order of a hash table, another one each time.
+        named = [*special, *letters, *(f"##{letter}" for letter in letters)]
+        return made, trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=named, limit_alphabet=0, show_progress=False
+        )
     lower = [normalizers.Lowercase()] if wanted.lowercase else []
     if wanted.algorithm == "bpe":
         made = Made(models.BPE())
@@ -134,6 +149,26 @@ def _untrained(wanted: Wanted) -> tuple[Fast, Trainer]:
     return made, trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, unk_token=unknown, show_progress=False
     )
+
+
+def _letters(normalize: Callable[[str], str], texts: Iterable[str]) -> list[str]:
+    """The letters that occur most often, in the order of Unicode."""
+    found = Counter[str]()
+    for text in texts:
+        found.update(normalize(text))
+    often = sorted((letter for letter in found if not letter.isspace()), key=lambda letter: (-found[letter], letter))
+    return sorted(often[:_MOST_LETTERS])
+
+
+def _without_marks(fast: Fast, wanted: Wanted) -> Fast:
+    """The same WordPiece tokenizer, whose letters are no special tokens."""
+    from tokenizers import Tokenizer as Made
+    from tokenizers import models
+
+    made = Made(models.WordPiece(fast.get_vocab(), unk_token=wanted.special["unk_token"]))
+    made.normalizer, made.pre_tokenizer, made.decoder = fast.normalizer, fast.pre_tokenizer, fast.decoder
+    made.add_special_tokens(list(wanted.special.values()))
+    return made
 
 
 def _put_around(fast: Fast, wanted: Wanted) -> None:
