@@ -14,7 +14,9 @@ from jaxft.errors import UserError
 from jaxft.machine.platform import set_up_jax
 
 if TYPE_CHECKING:
+    from jaxft.data.corpus.batches import Stream
     from jaxft.data.corpus.plan import Plan
+    from jaxft.data.processors.tokenizer import Tokenizer
 
 WORDS = ("build", "show", "verify")
 _ABLE = ("data.text", "data.header", "data.quotes", "data.missing_text")
@@ -131,6 +133,23 @@ def _show(folder: Path, rows: int) -> int:
 
     for line in (*summary(folder), *samples(folder, rows)):
         print(line)
+    return 0
+
+
+def show_rows(stream: Stream, tokenizer: Tokenizer, count: int, seed: int) -> int:
+    """Prints the first rows of a run on corpora, token by token."""
+    import shutil
+
+    import numpy as np
+
+    from jaxft.reporting.data_text import example_lines
+
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for number in range(min(count, len(stream))):
+        row = stream.batch(np.array([number]), seed)
+        tokens = row["tokens"][0, row["mask"][0] != 0]
+        print(f"\ntraining row {number}, {int(row['segments'].max())} documents:")
+        print("\n".join(example_lines({"tokens": tokens}, tokenizer.pieces(tokens), {}, width)))
     return 0
 
 

@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft import tasks
     from jaxft.data.lengths import advice, lengths_text
     from jaxft.training.batch_shapes import buckets_of
+    from jaxft.training.corpora import open_streams
     from jaxft.training.recipe import open_start, planned_targets
     from jaxft.training.rows import open_rows
     from jaxft.training.setup import open_tokenizer, settled
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(config, source)
     folder = tokenizer.folder if source is None else source.folder
     config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, _say))
+    if (streams := open_streams(config, module, tokenizer, print)) is not None:
+        return corpus.show_rows(streams.train, tokenizer, options.rows, config.train.seed)
     found = open_rows(config, module, tokenizer, source, print)
     for split, rows in found.splits:
         print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")

@@ -85,9 +85,10 @@ def open_streams(config: RunConfig, module: TaskModule, tokenizer: TextProcessor
             "(documents whole)"
         )
     if data.eval is None or data.test_fraction is not None:
-        name = "data.test_fraction" if data.eval is not None else "data.eval is not set, and data.eval_fraction"
+        key = "data.test_fraction" if data.eval is not None else "data.eval"
         raise UserError(
-            f"{name}: nothing can be held out of a corpus that is built; name another (jaxft data build --eval-fraction 0.01 makes two)"
+            f"{key}: nothing can be held out of a corpus that is built; set {key.removesuffix('_fraction')} to another corpus "
+            "(jaxft data build --eval-fraction 0.01 makes two)"
         )
     mixed = len(train) if data.mixture is not None else 1
     groups = [[folder] for folder in train] if mixed > 1 else [train]

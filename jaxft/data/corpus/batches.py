@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from jaxft.data.batch import Example, Fields, HostBatch, Shape, text_shape
 from jaxft.data.corpus.mixture import Mixture
@@ -73,17 +73,30 @@ class Stream:
                 some, marks = tokens[of], begins[of]
                 sizes[of] = source.fill(rows[of], _seed_of(seed, number), some, marks)
                 tokens[of], begins[of] = some, marks
-        place = np.arange(self.length, dtype=np.int32)
-        there = place < sizes[:, None]
-        begin = np.maximum.accumulate(np.where(begins != 0, place, 0), axis=1)
+        segments, positions = _places(begins)
+        there = (np.arange(self.length, dtype=np.int32) < sizes[:, None]).astype(np.int32)
+        if sizes.min() < self.length:
+            segments, positions = segments * there, positions * there
         return {
             "tokens": tokens,
-            "mask": there.astype(np.int32),
+            "mask": there,
             "types": np.zeros_like(tokens),
             "weights": (sizes > 0).astype(np.float32),
-            "segments": np.where(there, np.cumsum(begins, axis=1, dtype=np.int32), 0),
-            "positions": np.where(there, place - begin, 0),
+            "segments": segments,
+            "positions": positions,
         }
+
+
+def _places(begins: Int32[np.ndarray, "B S"]) -> tuple[Int32[np.ndarray, "B S"], Int32[np.ndarray, "B S"]]:
+    """(which document of its row each token is of, from 1; its place in that one, from 0); what follows a row's last document is of it."""
+    begins[:, 0] = 1
+    first = np.flatnonzero(begins).astype(np.int32)
+    row = first // begins.shape[1]
+    number = np.arange(len(first), dtype=np.int32)
+    number -= number[np.searchsorted(row, row)] - 1
+    sizes = np.diff(first, append=np.int32(begins.size))
+    positions = np.arange(begins.size, dtype=np.int32) - np.repeat(first, sizes)
+    return np.repeat(number, sizes).reshape(begins.shape), positions.reshape(begins.shape)
 
 
 def _seed_of(seed: int | None, source: int) -> int | None:

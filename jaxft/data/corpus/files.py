@@ -80,7 +80,7 @@ class Seal(TypedDict):
 
 def shard_files(number: int) -> tuple[str, str]:
     """The names of a shard's files: tokens, and where documents begin among them."""
-    return f"tokens-{number:05d}.bin", f"offsets-{number:05d}.bin"
+    return f"tokens-{number:05d}.bin", f"starts-{number:05d}.bin"
 
 
 def seal_file(number: int) -> str:
@@ -278,7 +278,7 @@ def remove_leftovers(folder: Path) -> None:
         "part-*.json",
         ".part-*",
         ".tokens-*",
-        ".offsets-*",
+        ".starts-*",
         "hashes-*.bin",
         ".hashes-*",
         f".{PLAN}.*",

@@ -20,6 +20,7 @@ from jaxft.data.packing import best_fit
 
 _WINDOW = 32  # rows' worth of tokens that lie together: long enough for disks, short enough for a good shuffle
 _GROUP = 128  # windows whose documents are packed together: 4096 rows or so
+_TOGETHER = 1 << 12  # blocks whose order is computed together
 _SPARE = 0.005  # of a group's rows: groups differ
 
 
@@ -74,17 +75,25 @@ class Concatenated:
         begins: Int32[np.ndarray, "B S"],
     ) -> Int64[np.ndarray, " B"]:
         """Writes rows; see :class:`Rows`."""
-        blocks = rows % self.count
-        if seed is not None:
-            for epoch in np.unique(rows // self.count).tolist():
-                of = rows // self.count == epoch
-                blocks[of] = permuted(blocks[of], self.count, (seed, epoch))
-        starts = blocks * self.length
-        sizes = np.minimum(self.corpus.tokens - starts, self.length)
-        for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
-            self.corpus.fill(start, tokens[i, :size], begins[i])
-        begins[:, 0] = 1
+        sizes = np.full(len(rows), self.length, np.int64)
+        for i, row in enumerate(rows.tolist()):
+            epoch, place = divmod(row, self.count)
+            block = (
+                place
+                if seed is None
+                else int(_order_of(self.count, seed, epoch, place // _TOGETHER)[place % _TOGETHER])
+            )
+            start = block * self.length
+            if (left := self.corpus.tokens - start) < self.length:
+                sizes[i] = left
+            self.corpus.fill(start, tokens[i, : sizes[i]], begins[i])
         return sizes
+
+
+@functools.lru_cache(maxsize=64)
+def _order_of(count: int, seed: int, epoch: int, part: int) -> np.ndarray:
+    """Some of an epoch's blocks, in its order: a few thousand together cost little more than one."""
+    return permuted(np.arange(part * _TOGETHER, min((part + 1) * _TOGETHER, count)), count, (seed, epoch))
 
 
 class _Group(NamedTuple):
@@ -160,12 +169,11 @@ class BestFit:
         """Writes rows; see :class:`Rows`."""
         sizes = np.zeros(len(rows), np.int64)
         numbers, within = np.divmod(rows, self.group_rows)
-        unmarked = np.zeros(self.length, np.int32)
         for i, (number, row) in enumerate(zip(numbers.tolist(), within.tolist(), strict=True)):
             group, at = _group_of(self, seed, number), 0
             pieces = slice(*group.first[row : row + 2])
             for start, size in zip(group.starts[pieces].tolist(), group.sizes[pieces].tolist(), strict=True):
-                self.corpus.fill(start, tokens[i, at : at + size], unmarked)
+                self.corpus.copy(start, tokens[i, at : at + size])
                 begins[i, at] = 1
                 at += size
             sizes[i] = at

@@ -62,6 +62,15 @@ class Corpus:
             shard += 1
         return np.concatenate([part[:-1] for part in found]), np.concatenate([part[1:] for part in found])
 
+    def copy(self, start: int, out: Int32[np.ndarray, " tokens"]) -> None:
+        """Copies a stretch of the stream that begins at ``start`` and is as long as ``out``."""
+        shard = int(self.first_token.searchsorted(start, "right")) - 1
+        at, done = start - int(self.first_token[shard]), 0
+        while done < len(out):
+            found = self.shards[shard].tokens[at : at + len(out) - done]
+            out[done : done + len(found)] = found
+            done, at, shard = done + len(found), 0, shard + 1
+
     def fill(self, start: int, out: Int32[np.ndarray, " tokens"], begins: np.ndarray) -> None:
         """Copies a stretch of the stream, and marks which of its tokens begin a document.
 
