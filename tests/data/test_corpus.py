@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -44,9 +45,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_of(home: Path, out: Path, sources: Sequence[str] = ("a.jsonl", "b.txt"), **options: Any) -> tuple[Plan, Tokenizer]:
+def plan_of(
+    home: Path, out: Path, sources: Sequence[str] = ("a.jsonl", "b.txt"), **options: Any
+) -> tuple[Plan, Tokenizer]:
     tokenizer = Tokenizer(home / "tokenizer")
-    made = Options(**{"part_bytes": 4000, **options})
+    made = dataclasses.replace(Options(part_bytes=4000), **options)
     return make_plan(out, [str(home / source) for source in sources], tokenizer, made), tokenizer
 
 
@@ -113,7 +116,10 @@ def made(sizes: Sequence[int], shards: int = 3) -> Corpus:
     lengths, first, found = np.array(sizes), 1, []
     for part in np.array_split(lengths, shards):
         found.append(
-            Shard(np.arange(first, first + part.sum(), dtype=np.uint32), np.concatenate([[0], np.cumsum(part)]).astype(np.int64))
+            Shard(
+                np.arange(first, first + part.sum(), dtype=np.uint32),
+                np.concatenate([[0], np.cumsum(part)]).astype(np.int64),
+            )
         )
         first += int(part.sum())
     counts = np.stack(np.unique(lengths, return_counts=True), axis=1)
@@ -162,7 +168,9 @@ def test_any_number_of_hosts_reads_the_same_batches_from_any_step(kind: type[Con
         wanted = whole[step]["tokens"]
         for hosts in (1, 2, 4, 8, 64):
             each = 64 // hosts
-            parts = [StreamBatches(stream, 64, (16,), 5, (i * each, (i + 1) * each))[step]["tokens"] for i in range(hosts)]
+            parts = [
+                StreamBatches(stream, 64, (16,), 5, (i * each, (i + 1) * each))[step]["tokens"] for i in range(hosts)
+            ]
             assert np.array_equal(np.concatenate(parts), wanted)
 
 
@@ -194,8 +202,12 @@ def test_what_cannot_be_built_is_refused_in_one_line(home: Path, tmp_path: Path,
     bad, out = tmp_path / "bad.txt", tmp_path / "out"
     bad.write_bytes(b"the cat\nthe \xff dog\n")
     command = ("data", "build", bad, "--tokenizer", home / "tokenizer", "--workers", "1", "--out", out)
-    assert tiny.run(capsys, *command)[2].splitlines()[-1].endswith(
-        "bad.txt byte 12: not valid UTF-8 (invalid start byte); correct it, or choose --invalid-utf8 replace or skip"
+    assert (
+        tiny.run(capsys, *command)[2]
+        .splitlines()[-1]
+        .endswith(
+            "bad.txt byte 12: not valid UTF-8 (invalid start byte); correct it, or choose --invalid-utf8 replace or skip"
+        )
     )
     error = tiny.run(capsys, *command, "--invalid-utf8", "skip")[2]
     assert "invalid_utf8='refuse', here it is 'skip'" in error
@@ -216,3 +228,59 @@ def test_what_cannot_be_built_is_refused_in_one_line(home: Path, tmp_path: Path,
     assert "too short: it was cut off" in tiny.refusal(capsys, "data", "show", tmp_path / "skipped")
     assert "--out FOLDER is missing" in tiny.refusal(capsys, "data", "build", bad, "--tokenizer", home / "tokenizer")
     assert "--part: is for jaxft data build" in tiny.refusal(capsys, "data", "show", tmp_path, "--part", "0/1")
+
+
+def corpora(home: Path, out: Path) -> tuple[str, ...]:
+    """Settings of a run on a corpus and one that is held out."""
+    built(home, out, eval_fraction=0.1)
+    return (
+        "task.name=masked_lm", f"model.init={tiny.make_folder(out / 'model', 'masked_lm')}", f"data.train={out / 'train'}",
+        f"data.eval={out / 'eval'}", "data.max_length=16", "train.batch_size=8", "train.steps=4",
+    )  # fmt: skip
+
+
+def test_a_run_refuses_what_it_cannot_read_of_corpora(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    settings = corpora(home, tmp_path / "c")
+    train, held = tmp_path / "c" / "train", tmp_path / "c" / "eval"
+    for more, message in (
+        (("data.packing=none",), "choose concatenated"),
+        (("data.packing=best_fit", "data.eval=null"), "data.eval: nothing can be held out"),
+        (("data.packing=best_fit", f"data.train={tmp_path / 'c'}"), "holds corpora; name one"),
+        (("data.packing=concatenated", f"data.train={home / 'a.jsonl'}"), "is for corpora"),
+        (("data.packing=best_fit", "task.name=classification"), "needs more; name rows"),
+        (("data.packing=best_fit", f"data.train=[{train}, {home / 'a.jsonl'}]"), "other sources are not"),
+        (("data.packing=best_fit", f"data.train=[{train}, {held}]", "data.mixture={0: [1]}"), "1 weights for the 2"),
+        (
+            (
+                "data.packing=best_fit",
+                f"data.train=[{train}, {held}]",
+                "data.mixture={0: [1, 1]}",
+                "data.repeats=0.001",
+            ),
+            "would be read",
+        ),
+    ):
+        capsys.readouterr()
+        code, _, err = tiny.run(capsys, "data", *settings, *more)
+        assert code == 2, more
+        assert message in err.splitlines()[-1], more
+    code, said, _ = tiny.run(capsys, "data", *settings, "data.packing=concatenated", "--rows", "1")
+    assert code == 0
+    assert "training row 0, " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
+def test_a_run_that_was_stopped_reads_on(home: Path, tmp_path: Path, capsys: Capture, packing: str) -> None:
+    more = (
+        "train.log_every=1",
+        "eval.every=2",
+        "train.export=false",
+        "optim.schedule=constant",
+        "optim.warmup_steps=1",
+    )
+    settings = ("train", *corpora(home, tmp_path / "c"), f"data.packing={packing}", *more)
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert tiny.run(capsys, *settings, f"train.out={tmp_path / out}", f"train.steps={steps}")[0] == 0
+    whole, parts = ((tmp_path / out / "log.jsonl").read_text() for out in ("whole", "parts"))
+    assert whole == parts

@@ -196,7 +196,7 @@ def _kept(documents: Iterator[Document], left_out: np.ndarray, counts: Counts) -
 
 def _encoded(
     documents: Iterator[Document], tokenizer: Tokenizer, options: Options, counts: Counts
-) -> Iterator[tuple[str, list[int]]]:
+) -> Iterator[tuple[str, np.ndarray]]:
     """(split, token ids) of each document; it ends with the tokenizer's end token, if there is one."""
     end, unknown = tokenizer.special.end, tokenizer.special.unknown
     for batch in _batches(documents):
@@ -211,11 +211,11 @@ def _encoded(
                 counts.add("empty", document.where)
                 continue
             counts.add("tokens", number=len(ids))
-            counts.add("characters", number=len(document.text))
-            counts.add("bytes", number=len(document.text.encode()))
-            if unknown is not None and unknown in ids:
-                counts.add("unknown_tokens", document.where, ids.count(unknown))
-            yield _split_of(document.text, options), ids
+            counts.add("bytes", number=len(document.text if document.text.isascii() else document.text.encode()))
+            tokens = np.array(ids, np.uint32)
+            if unknown is not None and (lost := np.count_nonzero(tokens == unknown)):
+                counts.add("unknown_tokens", document.where, int(lost))
+            yield _split_of(document.text, options), tokens
 
 
 def _split_of(text: str, options: Options) -> str:
@@ -242,17 +242,18 @@ class _Shard:
     def __init__(self, tokens: IO[bytes], offsets: IO[bytes], dtype: np.dtype) -> None:
         self._tokens, self._offsets, self._dtype = Hashed(tokens), Hashed(offsets), dtype
         self._sizes: list[int] = []
-        self._held: list[int] = []
+        self._held: list[np.ndarray] = []
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: np.ndarray) -> None:
         """Appends a document."""
-        self._held += ids
+        self._held.append(ids)
         self._sizes.append(len(ids))
-        if len(self._held) > 1 << 16:
+        if len(self._held) > 1 << 10:
             self._flush()
 
     def _flush(self) -> None:
-        self._tokens.write(np.array(self._held, self._dtype))
+        if self._held:
+            self._tokens.write(np.concatenate(self._held).astype(self._dtype))
         self._held = []
 
     def close(self, names: tuple[str, str]) -> ShardSaid:
@@ -265,7 +266,7 @@ class _Shard:
 
 
 def _write(
-    folder: Path, number: int, encoded: Iterator[tuple[str, list[int]]], vocabulary: int, options: Options
+    folder: Path, number: int, encoded: Iterator[tuple[str, np.ndarray]], vocabulary: int, options: Options
 ) -> dict[str, ShardSaid]:
     """Writes the shards of a part, one of each split; they are on the disk when the call is over."""
     names = shard_files(number)
