@@ -284,3 +284,14 @@ def test_a_run_that_was_stopped_reads_on(home: Path, tmp_path: Path, capsys: Cap
         assert tiny.run(capsys, *settings, f"train.out={tmp_path / out}", f"train.steps={steps}")[0] == 0
     whole, parts = ((tmp_path / out / "log.jsonl").read_text() for out in ("whole", "parts"))
     assert whole == parts
+
+
+def test_near_copies_are_left_out(home: Path, tmp_path: Path) -> None:
+    words = [f"w{number}" for number in np.random.default_rng(4).integers(0, 10_000, 300)]
+    others = [f"v{number}" for number in np.random.default_rng(5).integers(0, 10_000, 300)]
+    texts = [" ".join(words), " ".join(others), " ".join([*words[:150], "changed", *words[151:]]), " ".join(words)]
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
+    for duplicates, left in (("keep", 4), ("exact", 3), ("near", 2)):
+        plan, tokenizer = plan_of(home, tmp_path / duplicates, [str(tmp_path / "texts.txt")], duplicates=duplicates)
+        assert build(plan, tokenizer, Share(0, 1), 1, lambda text: None)
+        assert open_corpus(tmp_path / duplicates).documents == left

@@ -43,6 +43,7 @@ def test_tokenizers_are_those_of_transformers(
         one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two"))
         assert one == two
     ours, theirs = Tokenizer(tmp_path / "one"), AutoTokenizer.from_pretrained(tmp_path / "one")
+    assert theirs is not None
     assert ours.vocab_size == len(theirs) <= size
     for text in (*TEXTS[:4], "", "Another [MASK] one <|endoftext|>"):
         assert ours.ids([text])[0] == theirs(text)["input_ids"]
