@@ -1,4 +1,4 @@
-"""``jaxft data``: what a run's loader will see, before anything is trained."""
+"""``jaxft data``: what a run's loader will see, before anything is trained; and, by a first word, corpora (:mod:`jaxft.cli.corpus`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+from jaxft.cli import corpus
 from jaxft.cli.show_config import split_run_file
 from jaxft.config import RunConfig, load_config
 from jaxft.errors import UserError
@@ -23,20 +24,32 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("run_file", nargs="?", help="YAML run file, as for jaxft train")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.train=my.csv")
-    parser.add_argument("--rows", type=int, default=3, help="rows shown token by token (default: 3)")
+    parser.add_argument(
+        "run_file", nargs="?", help="YAML run file, as for jaxft train; or one of the words build, show, verify"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for instance data.train=my.csv; build: sources; show, verify: a corpus",
+    )
+    parser.add_argument("--rows", type=int, default=3, help="rows shown token by token, or documents (default: 3)")
+    corpus.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints lengths, labels, duplicates and the first rows as tokens; no weights are read, nothing is written."""
     if options.rows < 0:
         raise UserError(f"--rows {options.rows}: must be at least 0")
+    if options.run_file in corpus.WORDS:
+        return corpus.run(options)
+    corpus.refuse_options(options)
     config = load_config(*split_run_file(options.run_file, options.overrides))
     set_up_jax(None)
     from jaxft import tasks
     from jaxft.data.lengths import advice, lengths_text
     from jaxft.training.batch_shapes import buckets_of
+    from jaxft.training.corpora import open_streams
     from jaxft.training.recipe import open_start, planned_targets
     from jaxft.training.rows import open_rows
     from jaxft.training.setup import open_tokenizer, settled
@@ -47,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(config, source)
     folder = tokenizer.folder if source is None else source.folder
     config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, _say))
+    if (streams := open_streams(config, module, tokenizer, print)) is not None:
+        return corpus.show_rows(streams.train, tokenizer, options.rows, config.train.seed)
     found = open_rows(config, module, tokenizer, source, print)
     for split, rows in found.splits:
         print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")

@@ -157,7 +157,7 @@ def _of_data(config: RunConfig) -> list[_Rule]:
             f"must reach data.max_length={data.max_length}",
         ),
         _Rule(
-            data.buckets is None or data.packing != "best_fit",
+            data.buckets is None or data.packing not in ("best_fit", "concatenated"),
             "data.buckets",
             data.buckets,
             "has no use with data.packing; leave it out",
@@ -180,6 +180,8 @@ def _of_data(config: RunConfig) -> list[_Rule]:
             data.labels,
             "has a label twice",
         ),
+        _Rule(data.mixture is None or len(data.mixture) > 0, "data.mixture", data.mixture, "names no stage"),
+        _Rule(data.repeats is None or data.repeats > 0, "data.repeats", data.repeats, "must be above 0"),
         _within("data.read_ahead", data.read_ahead, MOST_AHEAD),
         _Rule(data.max_length <= MOST_TOKENS, "data.max_length", data.max_length, f"must be at most {MOST_TOKENS}"),
         _Rule(

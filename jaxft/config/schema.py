@@ -102,8 +102,8 @@ class DataConfig:
     train: str | tuple[str, ...] | None = None
     """A .csv, .tsv, .jsonl, .json or .parquet file (``.gz`` and ``.zst`` allowed for the text formats), ``tfds:NAME:SPLIT``, or a
     folder saved by the ``datasets`` library as ``hf:FOLDER[:SPLIT]``; a pattern (``part-*.parquet``), a folder of such files, a
-    folder of class folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone
-    (docs/data.md)."""
+    folder of class folders with a text per .txt file, or a list of any of these; or a token cache (``jaxft cache build``), alone;
+    or corpora (``jaxft data build``), one or several (docs/data.md)."""
     eval: str | tuple[str, ...] | None = None
     """Held-out rows, same forms. None: ``eval_fraction`` of the training rows is held out (of a token cache, none can be)."""
     eval_fraction: float = 0.1
@@ -154,10 +154,17 @@ class DataConfig:
     buckets: tuple[int, ...] | None = None
     """Padded lengths that batches may have; the compiled shapes are batch_size x each. None: powers of two from 16 up to
     ``max_length``."""
-    packing: Literal["none", "best_fit", "auto"] = "none"
+    packing: Literal["none", "best_fit", "concatenated", "auto"] = "none"
     """``best_fit``: several texts share a row of ``max_length`` tokens, and do not see each other. Every batch then has one shape; of
     labelled texts, ``train.batch_size`` counts texts, which as many rows hold on average. ``auto``: whichever of packing and buckets
-    is expected to cost less, with the padding of each said."""
+    is expected to cost less, with the padding of each said. Of a corpus (``jaxft data build``), ``concatenated``: all documents one
+    after the other, cut every ``max_length`` tokens (docs/pretraining_data.md)."""
+    mixture: dict[str, tuple[float, ...]] | None = None
+    """Weights of several corpora, in the order of ``train``, by the step that they hold from: ``{0: [0.7, 0.3], 5000: [0.5, 0.5]}``.
+    None: corpora are read as one."""
+    repeats: float | None = None
+    """How often rows of a corpus may be read in a run, at most; a run that would read them more often is refused. None: as often as it
+    comes."""
     read_ahead: int = 4
     """Batches prepared before they are needed."""
 

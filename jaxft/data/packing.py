@@ -147,7 +147,7 @@ def pack(split: Split, length: int) -> Packed:
     """
     lengths = split.sizes("length")
     order = stable_order(lengths.max() - lengths).astype(np.int32)
-    rows = _best_fit(np.bincount(lengths), length)
+    rows = best_fit(np.bincount(lengths), length)
     texts = order[stable_order(rows)]
     return Packed(split, texts, offsets_of(np.bincount(rows)))
 
@@ -182,7 +182,7 @@ class _Open:
         return np.concatenate(found)
 
 
-def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
+def best_fit(counts: np.ndarray, room: int) -> np.ndarray:
     """[texts] int32: the row of each text, longest first, of which ``counts[n]`` have n tokens; rows are numbered as they are begun.
 
     Texts of one length are placed together. A row that one of them goes to takes as many more as it has room for, for no

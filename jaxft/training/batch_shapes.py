@@ -19,7 +19,7 @@ from jaxft.training.packing import counts_texts, examples_in, holds_texts, row_l
 
 def buckets_of(config: RunConfig) -> tuple[int, ...]:
     """The padded lengths that a run's batches can have."""
-    if config.data.packing == "best_fit":
+    if config.data.packing in ("best_fit", "concatenated"):
         return (row_length(config),)
     return make_buckets(config.data.buckets, row_length(config))
 

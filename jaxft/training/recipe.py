@@ -240,7 +240,7 @@ def make_recipe(
     optimizer = _optimizer(config, freeze, schedule, shapes, axes, values)
     shardings = shardings_of(mesh, rules, shapes, axes)
     fields = module.fields(config, tokenizer.pad_id)
-    if config.data.packing == "best_fit":
+    if config.data.packing in ("best_fit", "concatenated"):
         fields = packed_fields(fields)
         _check_tells_texts_apart(config, base, fields, family_name)
     redrawn = _redrawn(config, base, task, shapes, frozen := frozen_mask(shapes, axes, freeze))

@@ -26,7 +26,7 @@ from jaxft.training.setup import Setup, steps_of
 _FREE_SECTIONS = ("mesh", "log", "checkpoint")
 _FREE_KEYS = (
     *("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "train.log_every"),
-    *("train.watchdog", "train.max_nonfinite", "train.rollbacks", "data.read_ahead"),
+    *("train.watchdog", "train.max_nonfinite", "train.rollbacks", "data.read_ahead", "data.repeats"),
     *("eval.every", "eval.batch_size", "eval.patience"),
 )
 _LENGTH = ("train.steps", "train.epochs")

@@ -32,7 +32,7 @@ _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
 _NOT_OF_ROWS = (
     *("train", "eval", "eval_fraction", "test", "test_fraction", "split_group"),
-    *("labels", "tokenizer", "buckets", "packing", "read_ahead"),
+    *("labels", "tokenizer", "buckets", "packing", "mixture", "repeats", "read_ahead"),
 )
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.ranges import MOST_NUMBER
+from jaxft.data.corpus.batches import Stream, StreamBatches
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
@@ -34,6 +35,7 @@ from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
 from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules
 from jaxft.training.batch_shapes import buckets_of, check_batch_shapes, check_lengths, check_packed_batches
+from jaxft.training.corpora import Streams, open_streams
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import (
     choose_packing,
@@ -102,7 +104,8 @@ class Setup(Recipe):
 
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
-        return Batches(split, rows, self.buckets, seed, part)
+        kind = StreamBatches if isinstance(split, Stream) else Batches
+        return kind(split, rows, self.buckets, seed, part)
 
     def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
@@ -163,20 +166,18 @@ def prepare(
         folder = tokenizer.folder if source is None else source.folder
         config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, note))
     with times.part("data"):
-        found = open_rows(config, module, tokenizer, source, note)
-    targets = found.targets
+        streams = open_streams(config, module, tokenizer, note)
+        found = open_rows(config, module, tokenizer, source, note) if streams is None else None
+    targets = tasks.Targets() if found is None else found.targets
     fresh_head = _fresh_head(config, source, module, targets, note)
-    report_data(found, config, note)
-    _advise(found.train, config, source, note)
-    texts = tuple(split for split, _ in found.splits)
-    if config.data.packing == "auto":
-        facts, _ = planned_targets(config, source)
-        # A family that gives one answer a row cannot learn those of several texts.
-        apart = "starts" in facts.inputs or not counts_texts(module.fields(config, 0))
-        chosen = choose_packing(found.train, config, facts, module.PACKING and apart, note)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
+    texts: tuple[Split, ...] = ()
+    if found is not None:
+        report_data(found, config, note)
+        _advise(found.train, config, source, note)
+        texts = tuple(split for split, _ in found.splits)
+        config = _packing_settled(config, found.train, module, source, note)
         check_batch_shapes(config, mesh, rules)  # rows of one text each, if that was chosen, were not looked at yet
-    train, *held = texts if config.data.packing == "none" else (packed(part, config, note) for part in texts)
+    train, *held = _rows_of(config, streams, texts, note)
     check_packed_batches(config, mesh, rules, train, held, note)
 
     total = steps_of(config, train)
@@ -185,7 +186,8 @@ def prepare(
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
     check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
-    _check_learnable(recipe.task, texts[0], texts[1:], config, note)
+    if texts:
+        _check_learnable(recipe.task, texts[0], texts[1:], config, note)
     for line in (line for split in texts for line in tasks.remarks(recipe.task, split)):
         note(line)
     return Setup(
@@ -198,10 +200,30 @@ def prepare(
         buckets=buckets_of(config),
         total_steps=total,
         eval_every=config.eval.every or steps_per_epoch(config, train),
-        scored=found.eval.rows,
-        test=held[1] if found.test else None,
-        test_scored=found.test.rows if found.test else (),
+        scored=found.eval.rows if found else (),
+        test=held[1] if len(held) > 1 else None,
+        test_scored=found.test.rows if found and found.test else (),
     )
+
+
+def _packing_settled(
+    config: RunConfig, train: Split, module: tasks.TaskModule, source: Source | None, note: Note
+) -> RunConfig:
+    """The configuration with ``data.packing`` as ``auto`` turns out."""
+    if config.data.packing != "auto":
+        return config
+    facts, _ = planned_targets(config, source)
+    # A family that gives one answer a row cannot learn those of several texts.
+    apart = "starts" in facts.inputs or not counts_texts(module.fields(config, 0))
+    chosen = choose_packing(train, config, facts, module.PACKING and apart, note)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
+
+
+def _rows_of(config: RunConfig, streams: Streams | None, texts: Sequence[Split], note: Note) -> Sequence[Examples]:
+    """The training rows and those that are scored, of one text each or packed."""
+    if streams is not None:
+        return (streams.train, *streams.held_out)
+    return texts if config.data.packing == "none" else [packed(part, config, note) for part in texts]
 
 
 def check_config(config: RunConfig) -> None:

@@ -189,6 +189,10 @@ class Tokenizer:
                 self._fast.enable_truncation(**limits)
         return [(one.ids, one.offsets) for one in found]
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of single texts alone, as :meth:`encode` gives them."""
+        return [encoding.ids for encoding in self._encodings(list(texts))]
+
     def windows(
         self, texts: Sequence[str] | Sequence[Sequence[str]], *, split_words: bool = False, stride: int | None = None
     ) -> Iterator[Window]:

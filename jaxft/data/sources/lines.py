@@ -72,7 +72,7 @@ def read_lines(path: Path, *, table: bool = True) -> Lines:
     Raises:
       UserError: the file cannot be read, is not text, or not in the encoding that it begins in.
     """
-    with _unpacked(path) as file:
+    with unpacked(path) as file:
         yield from decoded(file, str(path), table=table)
 
 
@@ -82,7 +82,7 @@ def read_pieces(path: Path) -> Lines:
     Raises:
       UserError: as :func:`read_lines`.
     """
-    with _unpacked(path) as file:
+    with unpacked(path) as file:
         first = file.read(_PIECE)
         refuse_foreign(first, str(path))
         encoding = next((encoding for mark, encoding in _MARKS if first.startswith(mark)), "utf-8-sig")
@@ -104,7 +104,7 @@ def read_pieces(path: Path) -> Lines:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[_Bytes]:
+def unpacked(path: Path) -> Iterator[_Bytes]:
     """A file's bytes, as they were before it was packed."""
     damaged: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
     kind = "gzip"
@@ -115,12 +115,12 @@ def _unpacked(path: Path) -> Iterator[_Bytes]:
             if first == _ZSTD or (suffix == ".zst" and not first.startswith(_GZIP)):
                 zstd = _zstd(path)
                 damaged, kind = (*damaged, zstd.ZstdError), "zstd"
-                with zstd.ZstdFile(file) as unpacked, io.BufferedReader(_Watched(unpacked, file, path), _PIECE) as read:
+                with zstd.ZstdFile(file) as inner, io.BufferedReader(_Watched(inner, file, path), _PIECE) as read:
                     yield read
             elif first.startswith(_GZIP) or suffix == ".gz":
                 with (
-                    gzip.GzipFile(fileobj=file) as unpacked,
-                    io.BufferedReader(_Watched(unpacked, file, path), _PIECE) as read,
+                    gzip.GzipFile(fileobj=file) as inner,
+                    io.BufferedReader(_Watched(inner, file, path), _PIECE) as read,
                 ):
                     yield read
             else:

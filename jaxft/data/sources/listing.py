@@ -82,6 +82,10 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
         raise UserError(
             f"{path}: is a token cache, which holds no texts; only data.train and data.eval take one, alone"
         )
+    if (path / "corpus.json").is_file():
+        raise UserError(
+            f"{path}: is a corpus, which holds tokens and no texts; data.train and data.eval of a run take it (jaxft train)"
+        )
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and not entry.name.startswith("_")]
     tables = [file for file in files if suffix_of(file) in formats - {".txt", ".json"}]  # .json may be about the others

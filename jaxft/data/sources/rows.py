@@ -98,7 +98,7 @@ def iter_jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                 continue
             refuse_blank(path, blank)
             where = f"{path}:{number}"
-            yield record_row(_json_object(line, where), columns, where)
+            yield record_row(json_object(line, where), columns, where)
 
 
 def record_row(record: Mapping[str, object], columns: tuple[str, ...], where: str) -> Row:
@@ -142,7 +142,12 @@ def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _json_object(line: str, where: str) -> dict[str, object]:
+def json_object(line: str, where: str) -> dict[str, object]:
+    """The object that a line of JSON Lines holds.
+
+    Raises:
+      UserError: it holds none; begins with ``where``.
+    """
     try:
         record = json.loads(line, parse_constant=refuse_constant)
     except RecursionError as error:

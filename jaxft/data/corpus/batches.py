@@ -1,0 +1,142 @@
+"""Batches of rows of corpora: a pure function of (seed, step), without an index of the rows in memory."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from jaxft.data.batch import Example, Fields, HostBatch, Shape, text_shape
+from jaxft.data.corpus.mixture import Mixture
+from jaxft.data.corpus.reading import Rows
+from jaxft.data.loader import Batches
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Rows of one corpus, or of several that are mixed, as :class:`~jaxft.data.examples.Examples`: numbered from 0, as an epoch without a
+    shuffle has them."""
+
+    name: str
+    fields: Fields
+    """Of batches of packed rows."""
+    sources: tuple[Rows, ...]
+    mixture: Mixture
+    digests: tuple[str, ...]
+    """Of each source, a hash of its tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.sources[0].length
+
+    def __len__(self) -> int:
+        return sum(source.count for source in self.sources)
+
+    def sizes(self, axis: str) -> np.ndarray:
+        """[rows] int64, how many tokens each has room for."""
+        if axis != "length":
+            raise KeyError(axis)
+        return np.broadcast_to(np.int64(self.length), (len(self),))
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.batch(np.array([index]), None)
+        size = int(row["mask"].sum())
+        return {name: value[0, :size] for name, value in row.items() if name not in ("weights", "mask")}
+
+    def digest(self) -> str:
+        """A hash of the corpora, and of how their tokens become rows."""
+        how = [[type(source).__name__, source.length] for source in self.sources]
+        said = json.dumps([self.digests, how, self.mixture.said()])
+        return f"corpus-{hashlib.sha256(said.encode()).hexdigest()}"
+
+    def batch(self, places: Int64[np.ndarray, " B"], seed: int | None) -> HostBatch:
+        """Rows of all that are read one after the other, padded.
+
+        Args:
+          places: which ones; -1: a row that only fills up.
+          seed: of the order; None: as the corpora have them.
+        """
+        count = len(places)
+        tokens = np.full((count, self.length), self.fields["tokens"].fill, np.int32)
+        begins, sizes = np.zeros((count, self.length), np.int32), np.zeros(count, np.int64)
+        chosen, rows = self.mixture.rows_of(places, [source.count for source in self.sources])
+        for number, source in enumerate(self.sources):
+            of = np.flatnonzero((chosen == number) & (places >= 0))
+            if len(of) == count:
+                sizes = source.fill(rows, _seed_of(seed, number), tokens, begins)
+            elif len(of):
+                some, marks = tokens[of], begins[of]
+                sizes[of] = source.fill(rows[of], _seed_of(seed, number), some, marks)
+                tokens[of], begins[of] = some, marks
+        segments, positions = _places(begins)
+        there = (np.arange(self.length, dtype=np.int32) < sizes[:, None]).astype(np.int32)
+        if sizes.min() < self.length:
+            segments, positions = segments * there, positions * there
+        return {
+            "tokens": tokens,
+            "mask": there,
+            "types": np.zeros_like(tokens),
+            "weights": (sizes > 0).astype(np.float32),
+            "segments": segments,
+            "positions": positions,
+        }
+
+
+def _places(begins: Int32[np.ndarray, "B S"]) -> tuple[Int32[np.ndarray, "B S"], Int32[np.ndarray, "B S"]]:
+    """(which document of its row each token is of, from 1; its place in that one, from 0); what follows a row's last document is of it."""
+    begins[:, 0] = 1
+    first = np.flatnonzero(begins).astype(np.int32)
+    row = first // begins.shape[1]
+    number = np.arange(len(first), dtype=np.int32)
+    number -= number[np.searchsorted(row, row)] - 1
+    sizes = np.diff(first, append=np.int32(begins.size))
+    positions = np.arange(begins.size, dtype=np.int32) - np.repeat(first, sizes)
+    return np.repeat(number, sizes).reshape(begins.shape), positions.reshape(begins.shape)
+
+
+def _seed_of(seed: int | None, source: int) -> int | None:
+    """A seed of its own for each source: two copies of one corpus are not read in step."""
+    return None if seed is None else seed + (source << 32)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBatches(Batches):
+    """Random access to the batches of a stream, ``batches[step]``. Epochs follow each other without a gap; only where nothing is
+    shuffled, for evaluation, has the last batch rows that fill it up."""
+
+    def __post_init__(self) -> None:
+        """Every row has one length."""
+
+    @functools.cached_property
+    def stream(self) -> Stream:
+        """The rows."""
+        assert isinstance(self.split, Stream)
+        return self.split
+
+    def __getitem__(self, step: int) -> HostBatch:
+        first, last = self.part or (0, self.batch_size)
+        places = np.full(self.batch_size, -1, np.int64)
+        rows = self.rows_of(int(step))
+        places[: len(rows)] = rows
+        return self.stream.batch(places[first:last], self.seed)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """The places of a batch's rows among all that are read one after the other."""
+        moved = sum(count for first, count in self.left_out if step >= first)
+        first = (step + moved) * self.batch_size
+        last = first + self.batch_size
+        return np.arange(first, last if self.seed is not None else min(last, len(self.stream)))
+
+    def shape_of(self, step: int) -> Shape:
+        """The shape of every batch."""
+        del step
+        return text_shape(self.batch_size, self.stream.length)
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """The one shape that batches have."""
+        return (self.shape_of(0),)

@@ -1,0 +1,248 @@
+"""Rows of a corpus, put together when they are asked for: concatenated and cut, or documents whole, as many as fit.
+
+Rows are numbered from 0 without end: those of an epoch, in its order, then those of the next. Which tokens a row holds follows from its
+number and the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from jaxft.data.corpus.order import permuted
+from jaxft.data.corpus.store import Corpus
+from jaxft.data.examples import offsets_of, stable_order
+from jaxft.data.packing import best_fit
+
+_WINDOW = 32  # rows' worth of tokens that lie together: long enough for disks, short enough for a good shuffle
+_GROUP = 128  # windows whose documents are packed together: 4096 rows or so
+_TOGETHER = 1 << 12  # blocks whose order is computed together
+_SPARE = 0.005  # of a group's rows: groups differ
+
+
+class Rows(Protocol):
+    """Rows of up to ``length`` tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that a row has room for."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Rows of an epoch."""
+        ...
+
+    def fill(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        seed: int | None,
+        tokens: Int32[np.ndarray, "B S"],
+        begins: Int32[np.ndarray, "B S"],
+    ) -> Int64[np.ndarray, " B"]:
+        """Writes rows; how many tokens each has.
+
+        Args:
+          rows: their numbers.
+          seed: of the order; None: as the corpus has them.
+          tokens: where they are written.
+          begins: where 1 is written for tokens that begin a document, or what is left of one.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenated:
+    """The stream of all documents, cut every ``length`` tokens. The last row of an epoch's stream may be shorter."""
+
+    corpus: Corpus
+    length: int
+
+    @property
+    def count(self) -> int:
+        """Rows of an epoch."""
+        return -(-self.corpus.tokens // self.length)
+
+    def fill(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        seed: int | None,
+        tokens: Int32[np.ndarray, "B S"],
+        begins: Int32[np.ndarray, "B S"],
+    ) -> Int64[np.ndarray, " B"]:
+        """Writes rows; see :class:`Rows`."""
+        sizes = np.full(len(rows), self.length, np.int64)
+        for i, row in enumerate(rows.tolist()):
+            epoch, place = divmod(row, self.count)
+            block = (
+                place
+                if seed is None
+                else int(_order_of(self.count, seed, epoch, place // _TOGETHER)[place % _TOGETHER])
+            )
+            start = block * self.length
+            if (left := self.corpus.tokens - start) < self.length:
+                sizes[i] = left
+            self.corpus.fill(start, tokens[i, : sizes[i]], begins[i])
+        return sizes
+
+
+@functools.lru_cache(maxsize=64)
+def _order_of(count: int, seed: int, epoch: int, part: int) -> np.ndarray:
+    """Some of an epoch's blocks, in its order: a few thousand together cost little more than one."""
+    return permuted(np.arange(part * _TOGETHER, min((part + 1) * _TOGETHER, count)), count, (seed, epoch))
+
+
+class _Group(NamedTuple):
+    """Documents, or pieces of long ones, that share rows."""
+
+    starts: np.ndarray
+    """[pieces] int64, the first token of each in the stream, row after row."""
+    sizes: np.ndarray
+    first: np.ndarray
+    """[rows + 1] int64, where the pieces of each row begin."""
+
+
+@dataclass(frozen=True, eq=False)
+class BestFit:
+    """Documents whole, each in the row that it fits most closely; those of more than ``length`` tokens in pieces.
+
+    The stream is cut into windows of documents; as many windows of an epoch's order as make a group are packed together, into rows that
+    are then shuffled. Each group has the same number of rows, so that a row is found without a table: what is left of a group that
+    packs less well than was foreseen is cut to fill what room there is.
+    """
+
+    corpus: Corpus
+    length: int
+
+    @property
+    def count(self) -> int:
+        """Rows of an epoch."""
+        return self.groups * self.group_rows
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        return _WINDOW * self.length
+
+    @property
+    def windows(self) -> int:
+        """Windows of the stream."""
+        return -(-self.corpus.tokens // self.window)
+
+    @property
+    def groups(self) -> int:
+        """Groups of an epoch."""
+        return -(-self.windows // _GROUP)
+
+    @functools.cached_property
+    def group_rows(self) -> int:
+        """Rows of a group: as many as documents of the lengths that the whole corpus has take, and a few more."""
+        counts = self.piece_counts
+        if self.groups == 1:
+            return int(best_fit(counts, self.length).max()) + 1
+        tokens = -(-self.windows // self.groups) * self.window
+        # Rounded down together, so that no length is lost to rounding.
+        ends = np.floor(np.cumsum(counts) * (tokens / self.corpus.tokens)).astype(np.int64)
+        rows = int(best_fit(np.diff(ends, prepend=0), self.length).max()) + 1
+        return max(-(-tokens // self.length), rows + int(np.ceil(rows * _SPARE)))
+
+    @functools.cached_property
+    def piece_counts(self) -> np.ndarray:
+        """[length + 1] how many documents, or pieces of long ones, have how many tokens."""
+        sizes, counts = self.corpus.lengths.T
+        found = np.bincount(sizes % self.length, counts, self.length + 1).astype(np.int64)
+        found[self.length] += int((sizes // self.length * counts).sum())
+        found[0] = 0
+        return found
+
+    def fill(
+        self,
+        rows: Int64[np.ndarray, " B"],
+        seed: int | None,
+        tokens: Int32[np.ndarray, "B S"],
+        begins: Int32[np.ndarray, "B S"],
+    ) -> Int64[np.ndarray, " B"]:
+        """Writes rows; see :class:`Rows`."""
+        sizes = np.zeros(len(rows), np.int64)
+        numbers, within = np.divmod(rows, self.group_rows)
+        for i, (number, row) in enumerate(zip(numbers.tolist(), within.tolist(), strict=True)):
+            group, at = _group_of(self, seed, number), 0
+            pieces = slice(*group.first[row : row + 2])
+            for start, size in zip(group.starts[pieces].tolist(), group.sizes[pieces].tolist(), strict=True):
+                self.corpus.copy(start, tokens[i, at : at + size])
+                begins[i, at] = 1
+                at += size
+            sizes[i] = at
+        return sizes
+
+    def group(self, seed: int | None, number: int) -> _Group:
+        """A group of some epoch."""
+        epoch, group = divmod(number, self.groups)
+        first, last = (self.windows * one // self.groups for one in (group, group + 1))
+        windows = np.arange(first, last)
+        if seed is not None:
+            windows = permuted(windows, self.windows, (seed, epoch))
+        starts, sizes = self._pieces(windows)
+        order = stable_order(self.length - sizes)
+        starts, sizes = starts[order], sizes[order]
+        rows = best_fit(np.bincount(sizes, minlength=self.length + 1), self.length).astype(np.int64)
+        starts, sizes, rows = _fitted(starts, sizes, rows, self.group_rows, self.length)
+        if seed is not None:
+            rows = np.random.default_rng([seed, epoch, group]).permutation(self.group_rows)[rows]
+        order = np.argsort(rows, kind="stable")
+        return _Group(starts[order], sizes[order], offsets_of(np.bincount(rows, minlength=self.group_rows)))
+
+    def _pieces(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, sizes) of the documents, or pieces of long ones, that begin in some windows."""
+        found = []
+        for window in windows.tolist():
+            start, stop = window * self.window, min((window + 1) * self.window, self.corpus.tokens)
+            first, last = self.corpus.documents_in(start, stop)
+            counts = -(-(last - first) // self.length)
+            number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            starts = np.repeat(first, counts) + number * self.length
+            sizes = np.minimum(np.repeat(last, counts) - starts, self.length)
+            inside = (starts >= start) & (starts < stop)
+            found.append((starts[inside], sizes[inside]))
+        starts, sizes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return starts, sizes
+
+
+@functools.lru_cache(maxsize=8)
+def _group_of(rows: BestFit, seed: int | None, number: int) -> _Group:
+    return rows.group(seed, number)
+
+
+def _fitted(
+    starts: np.ndarray, sizes: np.ndarray, rows: np.ndarray, count: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of a group in ``count`` rows: those beyond are cut to fill what room there is; rows that would be empty get one."""
+    beyond = rows >= count
+    kept, held = ~beyond, np.bincount(rows[~beyond], minlength=count)
+    room = length - np.bincount(rows[kept], sizes[kept], count).astype(np.int64)
+    more: list[tuple[int, int, int]] = []
+    order = np.argsort(-room, kind="stable").tolist()
+    place = 0
+    for start, size in zip(starts[beyond].tolist(), sizes[beyond].tolist(), strict=True):
+        while size:
+            row = order[place]
+            taken = min(size, int(room[row]))
+            if taken:
+                more.append((start, taken, row))
+                start, size, room[row] = start + taken, size - taken, room[row] - taken
+                held[row] += 1
+            place += not room[row]
+    starts, sizes, rows = starts[kept], sizes[kept], rows[kept].copy()
+    for row in np.flatnonzero(held == 0).tolist():
+        crowded = np.flatnonzero(held[rows] > 1)
+        if not len(crowded):
+            break
+        held[rows[crowded[-1]]] -= 1
+        rows[crowded[-1]] = row
+        held[row] = 1
+    added = np.array(more, np.int64).reshape(-1, 3).T
+    return np.concatenate([starts, added[0]]), np.concatenate([sizes, added[1]]), np.concatenate([rows, added[2]])

@@ -1,0 +1,198 @@
+"""Runs on corpora (``jaxft data build``): opened, checked against the run's tokenizer, and mixed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxft.config import RunConfig
+from jaxft.data.corpus.batches import Stream
+from jaxft.data.corpus.files import MANIFEST, is_corpus
+from jaxft.data.corpus.mixture import Mixture, make_mixture
+from jaxft.data.corpus.reading import BestFit, Concatenated, Rows
+from jaxft.data.corpus.store import Corpus, corpus_of, open_corpus
+from jaxft.data.packing import packed_fields
+from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.sources.read import Reference, shown
+from jaxft.errors import UserError, listed
+from jaxft.hub.source import Note
+from jaxft.tasks import TaskModule
+
+_READ = {"concatenated": Concatenated, "best_fit": BestFit}
+_FIELDS = {"tokens", "mask", "types", "weights", "segments", "positions"}
+
+
+class Streams(NamedTuple):
+    """What a run reads of corpora."""
+
+    train: Stream
+    eval: Stream
+    test: Stream | None = None
+
+    @property
+    def held_out(self) -> tuple[Stream, ...]:
+        """The parts that are scored."""
+        return (self.eval,) if self.test is None else (self.eval, self.test)
+
+
+def corpora(key: str, reference: Reference | None) -> list[Path]:
+    """The folders of corpora that a setting names; empty if it names rows.
+
+    Raises:
+      UserError: corpora beside other sources, or a folder of corpora.
+    """
+    names = [] if reference is None else [reference] if isinstance(reference, str) else list(reference)
+    folders = [Path(name).expanduser() for name in names]
+    found = [folder for folder in folders if folder.is_dir() and is_corpus(folder)]
+    if not found:
+        for folder in folders:
+            if folder.is_dir() and (inside := sorted(str(one.parent) for one in folder.glob(f"*/{MANIFEST}"))):
+                raise UserError(f"{key}={folder} holds corpora; name one: {listed(inside)}")
+        return []
+    if len(found) < len(folders):
+        raise UserError(
+            f"{key}={shown(reference or '')}: {found[0]} is a corpus, other sources are not; build one of them too"
+        )
+    return found
+
+
+def open_streams(config: RunConfig, module: TaskModule, tokenizer: TextProcessor, note: Note) -> Streams | None:
+    """The corpora of a run; None: it reads rows.
+
+    Raises:
+      UserError: the task cannot be trained on a corpus, or one is of another tokenizer.
+    """
+    data = config.data
+    train = corpora("data.train", data.train)
+    if not train:
+        if data.packing == "concatenated" or data.mixture is not None:
+            what = f"data.mixture={data.mixture}" if data.mixture is not None else "data.packing=concatenated"
+            raise UserError(
+                f"{what}: is for corpora (jaxft data build), and data.train={shown(data.train or '')} is none"
+            )
+        return None
+    if set(packed_fields(module.fields(config, tokenizer.pad_id))) != _FIELDS:
+        raise UserError(
+            f"data.train={shown(data.train or '')}: a corpus has texts alone, and {config.task.name} needs more; name rows"
+        )
+    if data.packing not in _READ:
+        raise UserError(
+            f"data.packing={data.packing}: documents of a corpus share rows: choose concatenated (cut at data.max_length) or best_fit "
+            "(documents whole)"
+        )
+    if data.eval is None or data.test_fraction is not None:
+        key = "data.test_fraction" if data.eval is not None else "data.eval"
+        raise UserError(
+            f"{key}: nothing can be held out of a corpus that is built; set {key.removesuffix('_fraction')} to another corpus "
+            "(jaxft data build --eval-fraction 0.01 makes two)"
+        )
+    mixed = len(train) if data.mixture is not None else 1
+    groups = [[folder] for folder in train] if mixed > 1 else [train]
+    mixture = (
+        Mixture()
+        if data.mixture is None
+        else make_mixture(data.mixture, mixed, config.train.batch_size, "data.mixture")
+    )
+    make = functools.partial(_stream, config, module, tokenizer, note)
+    streams = {}
+    for name, reference in (("eval", data.eval), ("test", data.test)):
+        if reference is not None:
+            folders = corpora(f"data.{name}", reference)
+            if not folders:
+                raise UserError(f"data.{name}={shown(reference)}: must be a corpus as data.train is (jaxft data build)")
+            streams[name] = make(name, [folders], Mixture())
+    found = Streams(make("train", groups, mixture), **streams)
+    _check_repeats(config, train, found.train, note)
+    return found
+
+
+def _stream(
+    config: RunConfig,
+    module: TaskModule,
+    tokenizer: TextProcessor,
+    note: Note,
+    name: str,
+    groups: Sequence[Sequence[Path]],
+    mixture: Mixture,
+) -> Stream:
+    made = [_together([_opened(folder, tokenizer) for folder in folders]) for folders in groups]
+    rows: list[Rows] = [_READ[config.data.packing](corpus, config.data.max_length) for corpus in made]
+    for corpus, one in zip(made, rows, strict=True):
+        note(f"{name}: {corpus.name}: {_said(corpus, one)}")
+    fields = packed_fields(module.fields(config, tokenizer.pad_id))
+    return Stream(name, fields, tuple(rows), mixture, tuple(corpus.digest for corpus in made))
+
+
+def _said(corpus: Corpus, rows: Rows) -> str:
+    sizes, counts = corpus.lengths.T
+    long = int(counts[sizes > rows.length].sum())
+    beyond = (
+        f"; {long:,} documents ({long / corpus.documents:.1%}) are longer than a row and go on in others"
+        if long
+        else ""
+    )
+    return (
+        f"{corpus.documents:,} documents, {corpus.tokens:,} tokens in {rows.count:,} rows of {rows.length}, "
+        f"{corpus.tokens / (rows.count * rows.length):.1%} full{beyond}"
+    )
+
+
+def _opened(folder: Path, tokenizer: TextProcessor) -> Corpus:
+    corpus = open_corpus(folder)
+    if corpus.key["tokenizer"] != tokenizer.digest():
+        raise UserError(
+            f"{folder}: a corpus of another tokenizer than {tokenizer.folder}, which gives other ids; set "
+            f"data.tokenizer={folder}/tokenizer or build it again"
+        )
+    if corpus.lengths[-1, 0] < 2:
+        raise UserError(f"{folder}: no document has more than one token: there is nothing to predict")
+    return corpus
+
+
+def _together(made: Sequence[Corpus]) -> Corpus:
+    """Several corpora as one."""
+    if len(made) == 1:
+        return made[0]
+    found: dict[int, int] = {}
+    for corpus in made:
+        for size, count in corpus.lengths.tolist():
+            found[size] = found.get(size, 0) + count
+    shards = [shard for corpus in made for shard in corpus.shards]
+    lengths = np.array(sorted(found.items()), np.int64)
+    name, digest = (" + ".join(getattr(one, what) for one in made) for what in ("name", "digest"))
+    return corpus_of(name, shards, lengths, digest, made[0].key)
+
+
+def _check_repeats(config: RunConfig, folders: Sequence[Path], train: Stream, note: Note) -> None:
+    """Says how often a run reads each source. Raises UserError if that is more often than it may."""
+    data, steps = config.data, config.train.steps
+    if data.mixture is None:
+        if data.repeats is not None and (epochs := _epochs(config, train)) > data.repeats:
+            raise UserError(
+                f"data.repeats={data.repeats:g}: the run reads its rows {epochs:.2f} times; train less, or raise it"
+            )
+        return
+    if steps is None:
+        raise UserError("train.epochs: a mixture of corpora has no epochs; set train.steps")
+    last = train.mixture.stages[-1].first // config.train.batch_size
+    if last >= steps:
+        raise UserError(f"data.mixture: a stage begins at step {last}, and the run ends at {steps}; leave it out")
+    taken = train.mixture.taken(steps * config.train.batch_size)
+    for folder, source, rows in zip(folders, train.sources, taken, strict=True):
+        times = rows / source.count
+        note(f"mixture: {folder}: {rows:,} rows ({rows / sum(taken):.1%}), each {times:.2f} times")
+        if data.repeats is not None and times > data.repeats:
+            raise UserError(
+                f"data.repeats={data.repeats:g}: {folder} would be read {times:.2f} times in {steps} steps; lower its weight in "
+                "data.mixture, train less, or raise it"
+            )
+
+
+def _epochs(config: RunConfig, train: Stream) -> float:
+    if config.train.steps is None:
+        return config.train.epochs or 0
+    return config.train.steps * config.train.batch_size / len(train)
