@@ -171,7 +171,7 @@ def _fuzzed(name: str, place: Path, seconds: int, keep: Path) -> dict[str, objec
 
 def _complaints(said: str) -> Iterator[str]:
     """What an exception that nobody expected said, the innermost frame first."""
-    lines = said.splitlines()
+    lines = [line for line in said.splitlines() if not line.startswith("INFO: ")]
     for number, line in enumerate(lines):
         if "Uncaught Python exception" in line or (line.startswith("==") and "ERROR" in line):
             yield " | ".join(part.strip() for part in lines[number : number + 40] if part.strip())[:2000]

@@ -140,7 +140,14 @@ def test_settings_of_a_folder_are_followed_or_said(tmp_path: Path) -> None:
     assert stored_generation(tmp_path, notes.append) == {"eos_token_id": (5,)}
     path.write_text(
         json.dumps(
-            {"do_sample": True, "temperature": 1, "eos_token_id": [2, 7], "num_beams": 4, "top_p": None, "_from": 1}
+            {
+                "do_sample": True,
+                "temperature": 1,
+                "eos_token_id": [2, 7],
+                "num_beam_groups": 4,
+                "top_p": None,
+                "_from": 1,
+            }
         )
     )
     assert stored_generation(tmp_path, notes.append) == {
@@ -149,14 +156,28 @@ def test_settings_of_a_folder_are_followed_or_said(tmp_path: Path) -> None:
         "top_k": 50,
         "eos_token_id": (2, 7),
     }
-    assert notes == [f"{path}: not followed: num_beams=4"]
+    assert notes == [f"{path}: not followed: num_beam_groups=4"]
+    path.write_text(json.dumps({"num_beams": 4, "early_stopping": "never", "length_penalty": 2, "eos_token_id": 3}))
+    found = stored_generation(tmp_path, notes.append)
+    assert found == {"num_beams": 4, "early_stopping": "never", "length_penalty": 2, "eos_token_id": (3,)}
     for tree, said in (
+        ({"early_stopping": "soon"}, "must be of the kind of False"),
         ({"eos_token_id": "x"}, "must be a token's id"),
         ({"max_new_tokens": 3.5}, "must be of the kind of 128"),
     ):
         path.write_text(json.dumps(tree))
         with pytest.raises(UserError, match=said):
             stored_generation(tmp_path, notes.append)
+
+
+def test_beams_give_one_text_however_they_are_asked_for(decoder: Path, capsys: Capture) -> None:
+    wide = ("--num-beams", 3, "--length-penalty", 2, "--early-stopping", "never", "--max-new-tokens", 6)
+    code, several, err = run(capsys, "generate", decoder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[2], *wide)
+    assert code == 0, err
+    code, alone, err = run(capsys, "generate", decoder, "--prompt", PROMPTS[2], *wide)
+    assert code == 0, err
+    assert json.loads(several.splitlines()[1])["text"] + "\n" == alone
+    assert "not drawn" in refusal(capsys, "generate", decoder, "--prompt", "a", *wide, "--temperature", 1)
 
 
 def test_encoders_make_no_texts(tmp_path: Path, capsys: Capture) -> None:

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 from jaxft.data.corpus.options import Options
 from jaxft.data.sources.lines import MOST_RECORD, PACKED, refuse_foreign, too_long, unpacked
 from jaxft.data.sources.listing import suffix_of
-from jaxft.data.sources.read import files_of, iter_rows
+from jaxft.data.sources.read import files_of, iter_rows, parquet_errors
 from jaxft.data.sources.rows import json_object, record_row
 from jaxft.data.sources.table import Form
 from jaxft.errors import UserError
@@ -124,13 +124,12 @@ def _divisible(path: Path, suffix: str, options: Options) -> bool:
 
 
 def _row_groups(path: Path, size: int, options: Options) -> Iterator[Piece]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    except (ArrowException, OSError) as error:
+    except parquet_errors() as error:
         raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
     start = held = 0
     for number, bytes_of in enumerate(sizes):
@@ -303,7 +302,6 @@ def _of_json(lines: Iterable[tuple[int, str]], source: str, options: Options, co
 
 
 def _parquet(piece: Piece, options: Options) -> Iterator[tuple[object, str]]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     groups = range(piece.start, piece.stop or 0)
@@ -317,5 +315,5 @@ def _parquet(piece: Piece, options: Options) -> Iterator[tuple[object, str]]:
                 for value in batch.column(0).to_pylist():
                     yield value.decode("utf-8") if isinstance(value, bytes) else value, f"{piece.source} row {number}"
                     number += 1
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except parquet_errors() as error:
         raise UserError(f"{piece.source}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error

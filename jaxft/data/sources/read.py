@@ -159,8 +159,6 @@ def _imported(module: str, package: str, reference: str) -> ModuleType:
 
 def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     parquet = _imported("pyarrow.parquet", "pyarrow", str(path))
-    from pyarrow import ArrowException
-
     try:
         with open_file(path) as raw:
             if (first := raw.read(256))[:4] != b"PAR1":
@@ -182,8 +180,20 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                     check_ratio(characters, size, str(path))
                     yield Row(tuple(map(library_value, values, columns, names, repeat(where))), where)
                     number += 1
-    except (ArrowException, OSError) as error:
+    except parquet_errors() as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def parquet_errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises of a damaged file."""
+    from pyarrow import ArrowException
+
+    return (
+        ArrowException,
+        OSError,
+        RuntimeError,
+        UnicodeDecodeError,
+    )  # the third of its C++ parts that have no error of their own
 
 
 def _check_sizes(metadata: pyarrow.parquet.FileMetaData, path: Path) -> None:

@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
                     lambda folder, name=name, damage=damage: damage(folder / name),
                     (*words(TRAIN), f"data.train={name}"),
                 )
-    for title, damage in _parquet():
+    for title, damage in (*_parquet(), *_found()):
         yield _case(f"parquet: {title}", "bad.parquet", damage)
     yield from _folders()
 
@@ -251,6 +251,12 @@ def _parquet() -> Iterator[tuple[str, Damage]]:
         pq.write_table(pa.table({"text": many, "label": ["x"]}), folder / "bad.parquet")
 
     yield "a bomb of one list of nothing", lists
+
+
+def _found() -> Iterator[tuple[str, Damage]]:
+    """What fuzzing has found (fuzz.py)."""
+    for path in sorted((Path(__file__).parent / "found").iterdir()):
+        yield f"found by fuzzing: {path.name}", put("bad.parquet", path.read_bytes())
 
 
 def _flip(folder: Path) -> None:
