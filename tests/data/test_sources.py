@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxft.data.sources.parquet_footer import group_sizes
 from jaxft.data.sources.read import Form, Row, iter_rows
 from jaxft.errors import UserError
 
@@ -240,3 +242,30 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "data file" in _fails(tmp_path / "no.csv")
     (tmp_path / "folder.csv").mkdir()
     assert "folder.csv: holds no data file (accepted: .bio, .conll" in _fails(tmp_path / "folder.csv")
+
+
+def test_the_sizes_of_a_parquet_file_are_those_that_pyarrow_tells(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    table = pyarrow.table(
+        {"text": [f"row {i}" for i in range(1000)], "list": [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 7, 1000)],
+         "deep": [{"a": {"b": [i]}} for i in range(1000)], "flag": [i % 2 == 0 for i in range(1000)]}
+    )  # fmt: skip
+    for number, options in enumerate(
+        ({}, {"row_group_size": 300}, {"compression": "zstd", "write_page_index": True, "data_page_version": "2.0"})
+    ):
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(table, path, **options)
+        found, metadata = group_sizes(path), parquet.read_metadata(path)
+        assert len(found) == metadata.num_row_groups
+        for size, group in zip(found, map(metadata.row_group, range(metadata.num_row_groups)), strict=True):
+            columns = [group.column(i) for i in range(group.num_columns)]
+            assert size.rows == group.num_rows
+            assert size.values == max(column.num_values for column in columns)
+            assert size.size == max(group.total_byte_size, sum(one.total_uncompressed_size for one in columns))
+        raw = path.read_bytes()
+        for cut in (raw[:-1], raw[:-9] + b"\xff" + raw[-8:], raw[:4] + raw[-8:], b"PAR1"):
+            path.write_bytes(cut)
+            with pytest.raises(UserError, match="cannot be read as Parquet: its footer is damaged"):
+                group_sizes(path)

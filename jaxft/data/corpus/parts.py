@@ -13,7 +13,8 @@ from typing import IO, NamedTuple
 from jaxft.data.corpus.options import Options
 from jaxft.data.sources.lines import MOST_RECORD, PACKED, refuse_foreign, too_long, unpacked
 from jaxft.data.sources.listing import suffix_of
-from jaxft.data.sources.read import files_of, iter_rows, parquet_errors
+from jaxft.data.sources.parquet_footer import group_sizes
+from jaxft.data.sources.read import check_unpacked, files_of, iter_rows, parquet_errors
 from jaxft.data.sources.rows import json_object, record_row
 from jaxft.data.sources.table import Form
 from jaxft.errors import UserError
@@ -124,13 +125,8 @@ def _divisible(path: Path, suffix: str, options: Options) -> bool:
 
 
 def _row_groups(path: Path, size: int, options: Options) -> Iterator[Piece]:
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    except parquet_errors() as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    check_unpacked(path)
+    sizes = [group.size for group in group_sizes(path)]
     start = held = 0
     for number, bytes_of in enumerate(sizes):
         if held and held + bytes_of > options.part_bytes:
@@ -310,7 +306,7 @@ def _parquet(piece: Piece, options: Options) -> Iterator[tuple[object, str]]:
             names = file.schema_arrow.names
             if options.text not in names:
                 next(iter(iter_rows(piece.source, (options.text,))))  # says which columns there are
-            number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+            number = sum(group.rows for group in group_sizes(Path(piece.source))[: piece.start])
             for batch in file.iter_batches(batch_size=1024, columns=[options.text], row_groups=list(groups)):
                 for value in batch.column(0).to_pylist():
                     yield value.decode("utf-8") if isinstance(value, bytes) else value, f"{piece.source} row {number}"

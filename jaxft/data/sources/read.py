@@ -25,6 +25,7 @@ from jaxft.data.sources.json_lists import iter_json
 from jaxft.data.sources.lines import check_ratio, refuse_foreign
 from jaxft.data.sources.listing import iter_classes, listed, suffix_of, unknown_format
 from jaxft.data.sources.lists import Names, library_value, names_in, names_in_parquet, shortest
+from jaxft.data.sources.parquet_footer import group_sizes
 from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
 from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
@@ -164,8 +165,8 @@ def _iter_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
             if (first := raw.read(256))[:4] != b"PAR1":
                 refuse_foreign(first, str(path))
             size = raw.seek(0, os.SEEK_END)
+        check_unpacked(path)
         with parquet.ParquetFile(path) as file:
-            _check_sizes(file.metadata, path)
             column_positions(file.schema_arrow.names, columns, str(path))
             stored = names_in_parquet(file.schema_arrow.metadata)
             texts = [field.name for field in file.schema_arrow if str(field.type) == "string"]
@@ -196,12 +197,11 @@ def parquet_errors() -> tuple[type[Exception], ...]:
     )  # the third of its C++ parts that have no error of their own
 
 
-def _check_sizes(metadata: pyarrow.parquet.FileMetaData, path: Path) -> None:
-    """Raises UserError if the parts of a Parquet file are out of all proportion to it, as its own table says."""
+def check_unpacked(path: Path) -> None:
+    """Raises UserError if the parts of a Parquet file are out of all proportion to it, as its own footer says."""
     size = path.stat().st_size
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
-        check_ratio(max(group.total_byte_size, values), size, str(path))
+    for group in group_sizes(path):
+        check_ratio(max(group), size, str(path))
 
 
 def _values(column: pyarrow.Array) -> list[object]:
