@@ -207,8 +207,10 @@ def check_unpacked(path: Path) -> None:
 def _values(column: pyarrow.Array) -> list[object]:
     """A column of an Arrow table as Python values."""
     if hasattr(column, "dictionary"):
-        there = column.dictionary.to_pylist()
-        return [None if place is None else there[place] for place in column.indices.to_pylist()]
+        there, places = column.dictionary.to_pylist(), column.indices.to_pylist()
+        if not all(place is None or 0 <= place < len(there) for place in places):
+            raise OSError("a column names values that its dictionary does not have")
+        return [None if place is None else there[place] for place in places]
     values = column.to_pylist()
     if str(column.type) in ("float", "halffloat"):
         return [None if value is None else shortest(np.float32(value)) for value in values]
