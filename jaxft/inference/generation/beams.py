@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int32, PyTree
 
+from jaxft.inference.generation.by_layer import together
 from jaxft.inference.generation.sampling import allowed
 from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.models.caches import Cache
@@ -73,7 +74,7 @@ def search(
 
     Args:
       model: a decoder with a head for the next token.
-      params: its parameters.
+      params: its parameters, as they are or :func:`~jaxft.inference.generation.by_layer.apart`.
       config: with ``num_beams``; ``do_sample`` is not looked at.
       tokens: prompts, padded on the left, and room for new tokens.
       there: which places hold a token of a prompt.
@@ -114,7 +115,7 @@ def _step(model: Model, config: GenerationConfig, params: PyTree[Array], seen: A
     there = seen | ((jnp.arange(places) >= first) & (jnp.arange(places) < at))
     last = jax.lax.dynamic_slice_in_dim(flat, at - 1, 1, 1)
     real = jax.lax.dynamic_slice_in_dim(there, at - 1, 1, 1)
-    out = cast(Output, model.apply({"params": params}, last, real, cache=beams.cache))
+    out = cast(Output, model.apply({"params": together(params)}, last, real, cache=beams.cache))
     assert out.logits is not None
     assert out.cache is not None
     told = jax.nn.log_softmax(out.logits[:, -1].astype(jnp.float32), -1)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
 from jaxft.errors import UserError
 from jaxft.inference.generation.beams import search
+from jaxft.inference.generation.by_layer import apart, together
 from jaxft.inference.generation.sampling import next_tokens
 from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.models.caches import Cache, init_cache
@@ -77,6 +78,7 @@ def generate(
       UserError: the model makes no texts, or a prompt is empty or too long for it.
     """
     state = begin(model, params, prompts, config, seed=seed)
+    params = apart(model, params)
     if config.num_beams > 1:
         return searched(model, config, params, state)
     first = int(state.at)
@@ -164,14 +166,18 @@ def searched(model: Model, config: GenerationConfig, params: PyTree[Array], stat
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance(model: Model, config: GenerationConfig, params: PyTree[Array], state: State, until: Array | int) -> State:
-    """Makes tokens up to the place ``until``, or until all rows are done. The state that is given is used up."""
+    """Makes tokens up to the place ``until``, or until all rows are done. The state that is given is used up.
+
+    Args:
+      params: as they are, or :func:`~jaxft.inference.generation.by_layer.apart`.
+    """
     first = state.tokens.shape[1] - config.max_new_tokens
     ends = jnp.array(config.eos_token_id or (-1,), jnp.int32)
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.at - 1, 1, 1)
         seen = jax.lax.dynamic_slice_in_dim(state.there, state.at - 1, 1, 1)
-        out = model.apply({"params": params}, last, seen, cache=state.cache)
+        out = model.apply({"params": together(params)}, last, seen, cache=state.cache)
         made = state.at - first
         chosen = next_tokens(out.logits[:, -1], state.tokens, state.there, made, state.at, state.keys, config)
         chosen = jnp.where(state.done, 0, chosen)

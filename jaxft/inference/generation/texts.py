@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
+from jaxft.inference.generation.by_layer import apart
 from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, searched, writes
 from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.inference.predict import Served
@@ -148,7 +151,7 @@ class Writer:
         last = first + self.config.max_new_tokens
         for until in (*range(first + each, last, each), last):
             with self._mesh():
-                state = advance(self._served.model, self.config, self._served.params, state, until)
+                state = advance(self._served.model, self.config, self._params, state, until)
             yield state
             if bool(state.done.all()):
                 return
@@ -157,7 +160,7 @@ class Writer:
         begun, first = self._begun(prompts, rows)
         if self.config.num_beams > 1:
             with self._mesh():
-                made = searched(self._served.model, self.config, self._served.params, begun)
+                made = searched(self._served.model, self.config, self._params, begun)
             return [self._continuation(ids, made, row) for row, ids in enumerate(prompts)]
         made = Generated([], [])
         for state in self._parts(begun, first, _LOOK if self._stop else self.config.max_new_tokens):
@@ -201,6 +204,10 @@ class Writer:
         broken = len(text) - len(text.rstrip(_BROKEN))
         begun = (size for stop in self._stop for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
         return max([broken, *begun])
+
+    @cached_property
+    def _params(self) -> PyTree[jax.Array]:
+        return apart(self._served.model, self._served.params)
 
     def _mesh(self) -> jax.set_mesh | nullcontext[None]:
         mesh = self._served.devices.mesh
