@@ -10,7 +10,6 @@ from jaxft import __version__
 from jaxft.config import RunConfig, flat, to_tree, to_yaml_line
 
 if TYPE_CHECKING:  # they import jax, whose import takes seconds
-    from jaxft.data.examples import Examples
     from jaxft.reporting.card import Card, SplitFacts
     from jaxft.training.loop import Result
     from jaxft.training.setup import Setup
@@ -89,27 +88,20 @@ def _base_name(init: str) -> str:
 
 def _splits(ready: Setup) -> Iterator[SplitFacts]:
     from jaxft.reporting.card import SplitFacts
+    from jaxft.training.packing import all_examples
 
     data = ready.config.data
     named = {"train": data.train, "eval": data.eval, "test": data.test}
     found = {"train": ready.train, "eval": ready.held_out, "test": ready.test}
     for name, split in found.items():
         if split is not None:
-            yield SplitFacts(name, _sources(named[name]), _rows(split), split.digest())
+            yield SplitFacts(name, _sources(named[name]), all_examples(split), split.digest())
 
 
 def _sources(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Names of files and data sets, without the folders of this machine."""
     each = () if given is None else (given,) if isinstance(given, str) else given
     return tuple(one if one.startswith("tfds:") else Path(one).name for one in each)
-
-
-def _rows(split: Examples) -> int:
-    import numpy as np
-
-    from jaxft.training.packing import examples_in
-
-    return examples_in(split, np.arange(len(split)))
 
 
 def _training(ready: Setup, result: Result, seconds: float) -> dict[str, str]:

@@ -140,10 +140,28 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     # axis_types is explicit because jax's own default differs between make_mesh and Mesh.
     slices = _slices(devices, sizes[0])
     if len(slices) == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+        return _laid_out(sizes, types, devices)
     shape = (1, *sizes[1:])
-    parts = [jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=part).devices for part in slices]
+    parts = [_laid_out(shape, types, part).devices for part in slices]
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
+
+
+def _laid_out(sizes: tuple[int, ...], types: tuple[AxisType, ...], devices: list[jax.Device] | None) -> Mesh:
+    """A mesh whose axes follow the links between the devices.
+
+    Raises:
+      UserError: jax finds no way to lay axes of these sizes along the links of a TPU.
+    """
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        shown = " x ".join(
+            f"{_KEY_OF_AXIS.get(name, name)}={n}" for name, n in zip(MESH_AXES, sizes, strict=True) if n > 1
+        )
+        raise UserError(
+            f"mesh {shown}: jax finds no way to lay these axes along the links of the devices; choose sizes that are products of the "
+            "sides of their torus"
+        ) from error
 
 
 def make_abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:

@@ -43,12 +43,17 @@ def rows_of_batch(split: Examples, size: int) -> int:
     average. No mesh changes it: a run is the same on any."""
     if not holds_texts(split):
         return size
-    return max(1, round(size * len(split) / int(split.sizes(TEXTS).sum())))
+    return max(1, round(size * len(split) / all_examples(split)))
 
 
 def examples_in(split: Examples, rows: np.ndarray) -> int:
     """How many examples some rows hold."""
     return int(split.sizes(TEXTS)[rows].sum()) if holds_texts(split) else len(rows)
+
+
+def all_examples(split: Examples) -> int:
+    """How many examples the rows of a split hold."""
+    return int(split.sizes(TEXTS).sum()) if holds_texts(split) else len(split)
 
 
 def examples_of(split: Examples, rows: np.ndarray) -> np.ndarray:
