@@ -45,6 +45,10 @@ class Task(TokenTask):
     vocab_size: int
     rate: float = 0.15
     """Share of a text's tokens that are predicted, one at least."""
+    continuing: bytes = b""
+    """Which ids go on with the word of the token before, a bit for each (:func:`continuing_ids`); empty: tokens are hidden singly."""
+    span_words: float = 1.0
+    """Words that are hidden together, on average."""
 
     head = "masked_lm"
 
@@ -65,8 +69,13 @@ class Task(TokenTask):
         text = (jnp.where(batch["mask"] != 0, tokens, 0).astype(jnp.uint32) * place).sum(-1)
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(text)
         scores = jax.vmap(lambda k: jax.random.uniform(k, (s,)))(keys)
+        words = self._words(batch, candidates) if self.continuing else None
+        if words is not None:
+            scores = jnp.take_along_axis(scores, self._groups(words, keys), axis=1)
         _, predict = jax.lax.top_k(jnp.where(candidates, scores, -1.0), most)
         chosen = jnp.arange(most) < self._counts(candidates)[:, None]
+        if words is not None:
+            chosen &= _whole(words, candidates, predict, chosen)
 
         targets = jnp.take_along_axis(tokens, predict, axis=1)
         fate = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), (most,)))(keys)
@@ -85,11 +94,61 @@ class Task(TokenTask):
         special = jnp.isin(batch["tokens"], jnp.asarray(self.special_ids, jnp.int32))
         return (batch["mask"] != 0) & ~special
 
+    def _words(self, batch: Batch, candidates: Array) -> Array:
+        """[B, S] int32, the how-manieth word of its row each token is of; what is never hidden parts words."""
+        bits = np.unpackbits(np.frombuffer(self.continuing, np.uint8))[: self.vocab_size].astype(bool)
+        before = jnp.pad(candidates[:, :-1], ((0, 0), (1, 0)))
+        if (texts := batch.get("segments")) is not None:
+            before &= texts == jnp.pad(texts[:, :-1], ((0, 0), (1, 0)))
+        begins = ~(jnp.asarray(bits)[batch["tokens"]] & before)
+        return jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
+
+    def _groups(self, words: Array, keys: Array) -> Array:
+        """[B, S] int32, which tokens are hidden together: those of a word, or of some words one after the other."""
+        if self.span_words == 1:
+            return words
+        s = words.shape[1]
+        last = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 3), (s,)) < 1 / self.span_words)(keys)
+        ended = jnp.pad(jnp.cumsum(last, axis=1, dtype=jnp.int32)[:, :-1], ((0, 0), (1, 0)))
+        return jnp.take_along_axis(ended, words, axis=1)
+
     def _counts(self, candidates: Array) -> Array:
         """[B] int32: how many tokens of each row are predicted."""
         there = candidates.sum(-1)
         wanted = jnp.maximum(1, jnp.round(self.rate * there).astype(jnp.int32))
         return jnp.where(there > 0, wanted, 0)
+
+
+def _whole(words: Array, candidates: Array, predict: Array, chosen: Array) -> Array:
+    """[B, M] whether all tokens of a chosen token's word are chosen, or the word is the first one: the last may have been cut."""
+
+    def of_row(words: Array, candidates: Array, predict: Array, chosen: Array) -> Array:
+        there = jnp.zeros_like(words).at[words].add(candidates)
+        taken = jnp.zeros_like(words).at[words[predict]].add(chosen)
+        of = words[predict]
+        return (there[of] == taken[of]) | (of == of[0])
+
+    return jax.vmap(of_row)(words, candidates, predict, chosen)
+
+
+def continuing_ids(tokenizer: TextProcessor) -> bytes:
+    """Which ids go on with the word of the token before, a bit for each.
+
+    Raises:
+      UserError: the vocabulary does not say where words begin.
+    """
+    pieces = tokenizer.pieces(np.arange(tokenizer.vocab_size))
+    if any(piece.startswith("##") for piece in pieces):  # WordPiece
+        found = [piece.startswith("##") for piece in pieces]
+    elif mark := next((mark for mark in "\u0120\u2581" if sum(piece.startswith(mark) for piece in pieces) > 1), None):
+        found = [
+            not piece.startswith(mark) for piece in pieces
+        ]  # byte-level and SentencePiece vocabularies mark what begins a word
+    else:
+        raise UserError(
+            f"{tokenizer.folder}: the vocabulary does not say which tokens begin a word; task.mask_units=tokens needs no words"
+        )
+    return np.packbits(np.array(found)).tobytes()
 
 
 def encode(
@@ -111,4 +170,6 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
         raise UserError(
             f"{tokenizer.folder}: the tokenizer has no mask token, which masked_lm needs; set data.tokenizer"
         )
-    return Task(tokenizer.special.mask, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate)
+    words = b"" if options.mask_units == "tokens" else continuing_ids(tokenizer)
+    span = options.span_words if options.mask_units == "spans" else 1.0
+    return Task(tokenizer.special.mask, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate, words, span)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from tiny import make_folder, refusal, rows, run, write_csv
 
 from jaxft.config import OptimConfig
+from jaxft.errors import UserError
 from jaxft.hub.convert import export_tensors
 from jaxft.hub.pretrained import export_folder
 from jaxft.models.families import bert
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.tasks._tokens import token_cross_entropy
-from jaxft.tasks.masked_lm import Task
+from jaxft.tasks.masked_lm import Task, continuing_ids
 from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import init_state
@@ -42,6 +43,83 @@ def batch_of(lengths: list[int], width: int, seed: int = 0) -> dict[str, jax.Arr
     weights = np.ones(len(lengths), np.float32)
     made = {"tokens": tokens, "mask": mask, "types": 0 * mask, "weights": weights, "labels": np.zeros(len(lengths))}
     return {name: jnp.asarray(value, jnp.float32 if name == "weights" else jnp.int32) for name, value in made.items()}
+
+
+PIECES = np.arange(VOCAB) % 3 == 1  # go on with a word
+WORDS = dataclasses.replace(TASK, continuing=np.packbits(PIECES).tobytes(), rate=0.3)
+
+
+def words_of(tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """The word of each token, counted in a loop; -1 for those that are never hidden."""
+    found, number = np.full(len(tokens), -1), -1
+    for i, token in enumerate(tokens.tolist()):
+        if token not in (0, 2, 3, 4):
+            alone = i == 0 or found[i - 1] < 0 or segments[i] != segments[i - 1]
+            number += bool(alone or not PIECES[token])
+            found[i] = number
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(3, 24), min_size=1, max_size=5),
+    span=st.sampled_from([1.0, 3.0]),
+)
+def test_words_are_hidden_whole(seed: int, lengths: list[int], span: float) -> None:
+    before = batch_of(lengths, 24, seed)
+    segments = np.where(np.asarray(before["mask"]), 1 + (np.arange(24) >= 8), 0).astype(np.int32)
+    task = dataclasses.replace(WORDS, span_words=span)
+    after = task.prepare(before | {"segments": jnp.asarray(segments)}, jax.random.key(seed))
+    for row, length in enumerate(lengths):
+        chosen = np.asarray(after["target_weights"][row]) > 0
+        places = np.asarray(after["predict"][row])[chosen]
+        words = words_of(np.asarray(before["tokens"][row]), segments[row])
+        wanted = max(1, round(0.3 * (length - 2)))
+        assert 1 <= len(places) <= wanted
+        hidden = set(words[places].tolist())
+        cut = [word for word in hidden if (words == word).sum() > (words[places] == word).sum()]
+        assert cut in ([], list(hidden))  # unless it is the only one
+
+
+def test_spans_are_longer_than_words() -> None:
+    before = batch_of([24] * 64, 24)
+    runs = {}
+    for span in (1.0, 4.0):
+        task = dataclasses.replace(WORDS, span_words=span, rate=0.4)
+        after = task.prepare(before, jax.random.key(0))
+        hidden = np.zeros((64, 24), bool)
+        for row in range(64):
+            chosen = np.asarray(after["target_weights"][row]) > 0
+            hidden[row, np.asarray(after["predict"][row])[chosen]] = True
+        edges = np.diff(np.pad(hidden, ((0, 0), (1, 1))).astype(int), axis=1)
+        runs[span] = hidden.sum() / (edges == 1).sum()
+    assert runs[4.0] > 1.4 * runs[1.0]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "goes_on"),
+    [
+        (["a", "##b", "c"], [0, 1, 0]),
+        (["\u0120a", "b", "\u0120c"], [0, 1, 0]),
+        (["\u2581a", "b", "\u2581"], [0, 1, 0]),
+        (["a", "b"], None),
+    ],
+)
+def test_what_goes_on_with_a_word(vocabulary: list[str], goes_on: list[int] | None) -> None:
+    class Written:
+        folder, vocab_size = Path("model"), len(vocabulary)
+
+        def pieces(self, ids: np.ndarray) -> list[str]:
+            return [vocabulary[i] for i in ids]
+
+    tokenizer: Any = Written()
+    if goes_on is None:
+        with pytest.raises(UserError, match="does not say which tokens begin a word"):
+            continuing_ids(tokenizer)
+    else:
+        found = np.unpackbits(np.frombuffer(continuing_ids(tokenizer), np.uint8))[: len(vocabulary)]
+        assert found.tolist() == goes_on
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from jaxtyping import Integer
+
 from jaxft.data.processors.windows import Window
 
 
@@ -73,6 +76,10 @@ class TextProcessor(Processor, Protocol):
     @property
     def pad_id(self) -> int:
         """What rows are padded with. Nothing sees it: 0 where there is no such token."""
+        ...
+
+    def pieces(self, ids: Integer[np.ndarray, " S"]) -> list[str]:
+        """The vocabulary's own text of each token, as it is written there (``##ing``, ``Ġthe``)."""
         ...
 
     def count_types(self, *, paired: bool) -> int:
