@@ -114,3 +114,30 @@ def test_capped_logits_in_tiles_are_those_at_once() -> None:
 
     one, other = (jax.value_and_grad(loss, argnums=(0, 1))(x, table) for loss in (at_once, in_tiles))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)
+
+
+@pytest.mark.parametrize("tile", [None, 40])
+def test_the_z_loss_is_that_of_its_definition(tile: int | None) -> None:
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(5, 96, (2, 9)), jnp.int32)
+    batch = {"tokens": tokens, "mask": jnp.ones_like(tokens), "weights": jnp.ones(2)}
+    task, plain = causal_lm.Task(0.1), causal_lm.Task()
+    model = llama.Model(llama.TINY, "causal_lm", Compute(vocab_tile=tile))
+    params = init_params(model, 0)
+    prepared = task.prepare(batch, jax.random.key(0))
+
+    def ours(params: Any) -> Any:
+        return task.sums(forward_of(model, params), prepared, None)["loss"]
+
+    def defined(params: Any) -> Any:
+        whole: Any = llama.Model(llama.TINY, "causal_lm", Compute())
+        logits = whole.apply({"params": params}, tokens).logits[:, :-1]
+        normaliser = jax.nn.logsumexp(logits, -1)
+        loss = normaliser - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+        return (loss + 0.1 * normaliser**2).sum()
+
+    (value, gradient), (wanted, wanted_gradient) = (jax.value_and_grad(loss)(params) for loss in (ours, defined))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, wanted_gradient)
+    told = [one.score(jax.device_get(one.sums(forward_of(model, params), prepared, None))) for one in (task, plain)]
+    assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-5)

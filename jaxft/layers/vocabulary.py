@@ -32,6 +32,8 @@ class TokenScore(NamedTuple):
     """-log softmax(logits)[target]."""
     best: Int32[Array, "B M"]
     """The entry with the largest logit."""
+    normaliser: Float32[Array, "B M"]
+    """log sum exp of the logits."""
 
 
 def vocabulary_logits(
@@ -138,13 +140,13 @@ def _of_tile(compute: Compute, soft_cap: float | None, x: Array, rows: Array, of
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scored(
     compute: Compute, soft_cap: float | None, x: Array, table: Array, bias: Array, targets: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     return _scored_fwd(compute, soft_cap, x, table, bias, targets)[0]
 
 
 def _scored_fwd(
     compute: Compute, soft_cap: float | None, x: Array, table: Array, bias: Array, targets: Array
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     def add(so_far: tuple[Array, ...], tile: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], None]:
         top, total, of_target, best = so_far
         first, rows, offsets = tile
@@ -160,20 +162,21 @@ def _scored_fwd(
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
     (top, total, of_target, best), _ = lax.scan(add, start, _tiles(compute, table, bias))
     normaliser = top + jnp.log(total)
-    return (normaliser - of_target, best), (x, table, bias, targets, normaliser)
+    return (normaliser - of_target, best, normaliser), (x, table, bias, targets, normaliser)
 
 
 def _scored_bwd(
-    compute: Compute, soft_cap: float | None, kept: tuple[Array, ...], g: tuple[Array, Array]
+    compute: Compute, soft_cap: float | None, kept: tuple[Array, ...], g: tuple[Array, Array, Array]
 ) -> tuple[Array | None, ...]:
     x, table, bias, targets, normaliser = kept
-    of_loss = g[0][..., None]
+    of_loss, of_normaliser = g[0][..., None], g[2][..., None]
 
     def add(dx: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         first, rows, offsets = tile
         logits = _of_tile(compute, soft_cap, x, rows, offsets)
         hit = jnp.arange(rows.shape[0]) == (targets - first)[..., None]
-        dlogits = (jnp.exp(logits - normaliser[..., None]) - hit) * of_loss
+        shares = jnp.exp(logits - normaliser[..., None])
+        dlogits = (shares - hit) * of_loss + shares * of_normaliser
         if soft_cap is not None:  # places beyond the vocabulary have no gradient before it either
             dlogits = dlogits * jnp.maximum(1.0 - jnp.square(logits / soft_cap), 0.0)
         dx = dx + dot("bmv,vd->bmd", dlogits, rows, compute, _NAMES)

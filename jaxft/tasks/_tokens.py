@@ -26,8 +26,15 @@ PROBLEM: str | None = None
 class TokenTask:
     """Tasks that read an output's ``logits``, or its ``score`` where the model made that instead.
 
-    Their prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V.
+    Their prepared batches have ``targets`` int32 and ``target_weights`` float32, of the shape of the logits but V. A task may have a
+    ``z_loss``: what is added to a token's loss for each square of the log of the sum of its exponentiated logits (Chowdhery et al. 2022),
+    which keeps that near 0; it is no part of the loss that is told.
     """
+
+    @property
+    def z_loss(self) -> float:
+        """See above; 0: none."""
+        return 0.0
 
     @property
     def metrics(self) -> dict[str, Direction]:
@@ -45,9 +52,15 @@ class TokenTask:
         if output.score is None:
             assert output.logits is not None  # models with this head have one of the two
             loss, best = token_cross_entropy(output.logits, targets), output.logits.argmax(-1)
+            normaliser = jax.nn.logsumexp(output.logits.astype(jnp.float32), axis=-1) if self.z_loss else None
         else:
-            loss, best = output.score
+            loss, best, normaliser = output.score
+        penalty = {}
+        if self.z_loss and normaliser is not None:
+            squares = self.z_loss * jnp.square(normaliser)
+            loss, penalty = loss + squares, {"penalty": (squares * weights).sum()}
         return {
+            **penalty,
             "loss": (loss * weights).sum(),
             "weight": weights.sum(),
             "correct": ((best == targets) * weights).sum(),
@@ -63,7 +76,7 @@ class TokenTask:
         """Mean loss in nats, its exponential, and the share of tokens guessed right; NaN if no token was predicted."""
         del outputs
         tokens = float(sums["weight"]) or math.nan
-        loss = float(sums["loss"]) / tokens
+        loss = (float(sums["loss"]) - float(sums.get("penalty", 0.0))) / tokens
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import RunConfig, TaskConfig
+from jaxft.config import RunConfig
+from jaxft.config.tasks.causal_lm import Config
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
@@ -21,6 +22,7 @@ __all__ = [
     "PACKING",
     "PROBLEM",
     "ROW_OPTIONS",
+    "Config",
     "Task",
     "columns",
     "encode",
@@ -34,7 +36,14 @@ __all__ = [
 class Task(TokenTask):
     """What is predicted. Static and hashable: part of jit cache keys."""
 
+    squares: float = 0.0
+
     head = "causal_lm"
+
+    @property
+    def z_loss(self) -> float:
+        """What is added to a token's loss for each square of the log of the sum of its exponentiated logits."""
+        return self.squares
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """Adds ``targets`` [B, S] int32, the next token of each, and ``target_weights`` [B, S] float32: 0 on the last token
@@ -59,7 +68,7 @@ def encode(
     return encode_all(rows, tokenizer, config, end_id=tokenizer.special.end)
 
 
-def make_task(options: TaskConfig, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
-    del options, targets, facts, tokenizer
-    return Task()
+    del targets, facts, tokenizer
+    return Task(options.z_loss)

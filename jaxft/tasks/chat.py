@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.config import RunConfig, TaskConfig
+from jaxft.config import RunConfig
+from jaxft.config.tasks.chat import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
@@ -30,6 +31,7 @@ __all__ = [
     "PACKING",
     "PROBLEM",
     "ROW_OPTIONS",
+    "Config",
     "Task",
     "columns",
     "encode",
@@ -109,7 +111,7 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
     return {**text_fields(pad_id), _REPLIES: Field(("batch", "length"))}
 
 
-def make_task(options: TaskConfig, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
-    del options, targets, facts, tokenizer
-    return Task()
+    del targets, facts, tokenizer
+    return Task(options.z_loss)
