@@ -100,13 +100,14 @@ def printable(text: str) -> str:
 
 
 _SECRETS = re.compile(
-    r"(?P<kept>://)[^/@\s]+:[^/@\s]+(?=@)"  # of a user in an address
-    r"|(?P<named>(?i:[\w-]*(?:secret|password|passwd|api[_-]?key|access[_-]?key|token|signature))['\"]?\s?[=:]\s?['\"]?)"
+    r"(?P<kept>://)[^/@\s:]+:[^/@\s]+(?=@)"  # of a user in an address
+    r"|(?P<named>(?i:(?:secret|password|passwd|api[_-]?key|access[_-]?key|token|signature))['\"]?\s?[=:]\s?['\"]?)"
     r"(?!(?:null|None)\b)[A-Za-z0-9+/_.~%-]{16,}=*"
     r"|(?P<bearer>\b(?i:bearer)\s)[A-Za-z0-9+/_.~-]{16,}=*"
     r"|\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|ya29\.[\w-]{16,})"
 )
-"""What tokens and passwords look like: in addresses, beside their names, and those that providers give a form of their own."""
+"""What tokens and passwords look like: in addresses, beside their names, and those that providers give a form of their own. Texts may
+be long: nothing here is looked at twice."""
 
 
 def redacted(text: str) -> str:
@@ -121,11 +122,11 @@ _LONGEST_WORD = 80
 
 def one_line(message: str, most: int = LONGEST_LINE) -> str:
     """A message on one line of at most ``most`` characters, without secrets: long words lose their middle, then the whole line does."""
-    line = redacted(printable(" ".join(message.split())))
+    line = printable(" ".join(message.split()))
     if len(line) > most:
         line = " ".join(_without_middle(word, _LONGEST_WORD, _LONGEST_WORD // 2) for word in line.split(" "))
     # Which file and key stand first, what to do about it last.
-    return _without_middle(line, most, most // 4)
+    return redacted(_without_middle(line, most, most // 4))
 
 
 def _without_middle(text: str, most: int, end: int) -> str:
