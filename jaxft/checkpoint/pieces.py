@@ -31,7 +31,7 @@ class Share(NamedTuple):
     """What one process writes."""
 
     pieces: dict[str, list[Piece]]
-    """Of all processes, by the path of their array."""
+    """The pieces of all processes, by the path of their array."""
     files: dict[str, list[tuple[int, np.ndarray]]]
     """By the name of a file of this process: arrays, and the byte that each begins at."""
 

@@ -6,7 +6,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -116,7 +116,11 @@ class Ahead(Generic[K, T]):
             self._start(later)
 
 
-_open: weakref.WeakSet[Ahead[Any, Any]] = weakref.WeakSet()
+class _Stopped(Protocol):
+    def stop(self) -> None: ...
+
+
+_open: weakref.WeakSet[_Stopped] = weakref.WeakSet()
 
 
 @atexit.register

@@ -73,7 +73,7 @@ class RotaryAttention(nn.Module):
     """Whether the map back to the width has a bias; None: as the others."""
     norm: QueryKeyNorm | None = None
     scale: float | None = None
-    """Of products of queries and keys; None: 1 / sqrt(head size)."""
+    """What products of queries and keys are multiplied with; None: 1 / sqrt(head size)."""
     soft_cap: float | None = None
     """The same in :func:`~jaxft.attention.attend`."""
 

@@ -36,7 +36,7 @@ class LayerKind:
     window: int | None = None
     """A token sees itself and so many less one before it; None: all."""
     scale: float | None = None
-    """Of products of queries and keys; None: 1 / sqrt(head size)."""
+    """What products of queries and keys are multiplied with; None: 1 / sqrt(head size)."""
 
     def mask(self, mask: MaskSpec, keys: int) -> MaskSpec:
         """What the layer sees of so many keys. A window as wide as these is none: more backends can do without."""

@@ -123,12 +123,12 @@ class DecoderConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """Of products of queries and keys; None: 1 / sqrt(head size)."""
+        """What products of queries and keys are multiplied with; None: 1 / sqrt(head size)."""
         return None
 
     @property
     def attention_cap(self) -> float | None:
-        """Those products l become cap tanh(l / cap); None: they stay."""
+        """Products l of queries and keys become cap tanh(l / cap); None: they stay."""
         return None
 
     @property

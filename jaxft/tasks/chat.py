@@ -49,7 +49,7 @@ class Task(causal_lm.Task):
     """What is predicted: the tokens of replies, from all before them. Static and hashable: part of jit cache keys."""
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
-        """As in causal language modelling, with ``target_weights`` [B, S] 0 where the next token is of no reply."""
+        """The same as in causal language modelling, with ``target_weights`` [B, S] 0 where the next token is of no reply."""
         prepared = super().prepare(batch, key)
         following = jnp.pad(batch[_REPLIES][:, 1:], ((0, 0), (0, 1)))
         return prepared | {"target_weights": prepared["target_weights"] * following}

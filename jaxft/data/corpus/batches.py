@@ -23,11 +23,11 @@ class Stream:
 
     name: str
     fields: Fields
-    """Of batches of packed rows."""
+    """Fields of batches of packed rows."""
     sources: tuple[Rows, ...]
     mixture: Mixture
     digests: tuple[str, ...]
-    """Of each source, a hash of its tokens."""
+    """A hash of the tokens of each source."""
 
     @property
     def length(self) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.data.processors.panics import first_line
 from jaxft.errors import UserError
-from jaxft.files import read_json_object, read_text
+from jaxft.files import JsonObject, read_json_object, read_text
 
 FILE = "chat_template.jinja"
 REPLY = "assistant"
@@ -90,7 +90,7 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils import chat_template_utils  # seconds
 
-        given: dict[str, Any] = {"conversations": [[dict(message) for message in messages]], **self._special}
+        given: JsonObject = {"conversations": [[dict(message) for message in messages]], **self._special}
         try:
             texts, spans = chat_template_utils.render_jinja_template(
                 chat_template=self._template, return_assistant_tokens_mask=marked, add_generation_prompt=reply, **given

@@ -29,7 +29,7 @@ class GroupSize(NamedTuple):
     """Bytes, unpacked."""
     rows: int
     values: int
-    """Of its longest column."""
+    """How many its longest column has."""
 
 
 def group_sizes(path: Path) -> list[GroupSize]:

@@ -83,7 +83,7 @@ class Config(decoder.DecoderConfig):
 
     @property
     def attention_scale(self) -> float | None:
-        """Of products of queries and keys."""
+        """What products of queries and keys are multiplied with."""
         return self.query_pre_attn_scalar**-0.5
 
     @property

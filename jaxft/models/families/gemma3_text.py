@@ -36,7 +36,7 @@ class Config(decoder.DecoderConfig):
     num_attention_heads: int = 8
     max_position_embeddings: int = 131_072
     rope: Rotary = field(default_factory=lambda: Rotary(_BASES[GLOBAL][1]))
-    """Of global layers."""
+    """Rotary positions of global layers."""
     local_rope: Rotary = field(default_factory=lambda: Rotary(_BASES[LOCAL][1]))
     num_key_value_heads: int | None = 4
     hidden_act: str = "gelu_pytorch_tanh"
@@ -91,7 +91,7 @@ class Config(decoder.DecoderConfig):
 
     @property
     def attention_scale(self) -> float | None:
-        """Of products of queries and keys."""
+        """What products of queries and keys are multiplied with."""
         return self.query_pre_attn_scalar**-0.5
 
     @property
@@ -106,7 +106,7 @@ class Config(decoder.DecoderConfig):
 
 
 _EVERY = 6
-"""Of so many layers, the last is global."""
+"""Layers of a period, of which the last is global."""
 TINY = Config(
     **decoder.SMALL, head_dim=12, query_pre_attn_scalar=10, sliding_window=8, rope=Rotary(500.0, "linear", 4.0)
 )  # fmt: skip

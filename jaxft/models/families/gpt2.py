@@ -63,7 +63,7 @@ class Config:
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
-    """Of what attention and MLP add."""
+    """Dropout of what attention and MLP add."""
     classifier_dropout: float | None = None
     """Dropout before tokens are classified. None: 0.1, as the reference has it."""
     scale_attn_weights: bool = True

@@ -38,7 +38,7 @@ class Config(decoder.DecoderConfig):
     no_rope_layers: tuple[int, ...] | None = None
     """For each layer 1 if queries and keys are turned, 0 if not; None: ``no_rope_layer_interval`` says."""
     no_rope_layer_interval: int = 4
-    """Of so many layers, the last turns none."""
+    """Layers of a period, of which the last turns no queries and keys."""
     sliding_window: int | None = None
     """A token of a local layer sees itself and so many less one before it; None: all layers are global. In config.json,
     ``use_sliding_window`` turns windows on."""
