@@ -6,6 +6,7 @@ each reply and what ends it (:mod:`jaxft.data.processors.chat`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ __all__ = [
     "make_task",
     "study",
 ]
+logger = logging.getLogger("jaxft.data")
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 _REPLIES = "replies"
 """The field that says of each token whether it is of a reply."""
@@ -82,11 +84,18 @@ def encode(
 ) -> Iterator[Encoded]:
     """Each conversation as the chat template writes it, cut at the end if it is too long."""
     del targets, config
-    template = ChatTemplate(tokenizer.folder)
+    template, warned = ChatTemplate(tokenizer.folder), False
     for first, chunk in chunks_of(rows):
         written = [template.rendered(check_messages(row.values[0], row.where)) for row in chunk]
         found = tokenizer.plain([one.text for one in written])
         for number, ((ids, places), (_, replies)) in enumerate(zip(found, written, strict=True)):
+            if not warned and _begin_inside(places, replies):
+                warned = True
+                logger.warning(
+                    "%s: a reply begins inside a token (%s): asked for an answer, the model sees other tokens than it has learnt from; let "
+                    "the chat template end what begins a reply with a line break or a token of its own, not with a blank",
+                    tokenizer.folder, chunk[number].where,
+                )  # fmt: skip
             kept = len(ids) if tokenizer.max_length is None else min(len(ids), tokenizer.max_length)
             example = {
                 "tokens": np.asarray(ids[:kept], np.int32),
@@ -103,6 +112,12 @@ def _within(places: list[tuple[int, int]], replies: list[tuple[int, int]]) -> np
     for start, stop in replies:
         found |= (begin < stop) & (end > start)
     return found
+
+
+def _begin_inside(places: list[tuple[int, int]], replies: list[tuple[int, int]]) -> bool:
+    """Whether a token holds the end of what begins a reply, and the first of its letters."""
+    starts = {start for start, _ in replies}
+    return any(begin < start < end for begin, end in places for start in starts)
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:

@@ -77,6 +77,18 @@ def test_templates_of_settings_are_read_too(folder: Path) -> None:
     assert ChatTemplate(folder).text(TALK) == "</s>"
 
 
+def test_replies_that_begin_inside_a_token_are_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Seen with a template that ends in a blank, which byte-level vocabularies put to the next word."""
+    encoded(folder, TALK)
+    assert caplog.text == ""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}the ca{% if m['role'] == 'assistant' %}{% generation %}t {{ m['content'] }}{% endgeneration %} {% endif %}"
+        "{% endfor %}"
+    )
+    encoded(folder, TALK)
+    assert caplog.text.count("a reply begins inside a token (talk.jsonl:1)") == 1
+
+
 def test_the_loss_is_of_replies_alone() -> None:
     batch = {
         "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]]),
