@@ -67,7 +67,9 @@ class Writing(NamedTuple):
     parts: Parts
 
 
-def store(writing: Writing, manifest: Manifest, checkpoints: Path, occasion: str, then: Callable[[], None]) -> None:
+def store(
+    writing: Writing, manifest: Manifest, checkpoints: Path, occasion: str, before: str | None, then: Callable[[], None]
+) -> None:
     """Writes and stores this process's part of a step, waits for the others', and gives the step its name in this process's folder.
 
     Args:
@@ -75,6 +77,7 @@ def store(writing: Writing, manifest: Manifest, checkpoints: Path, occasion: str
       manifest: of the step, without its files; that of process 0 is the one that counts.
       checkpoints: the folder of steps.
       occasion: a name that no other save has.
+      before: that of the save before; None: there was none.
       then: called once the step has its name; all wait until it has been in all processes.
 
     Raises:
@@ -87,6 +90,8 @@ def store(writing: Writing, manifest: Manifest, checkpoints: Path, occasion: str
         files = hash_and_sync(folder)
         writing.parts.put(step, folder, files)
         told.mine = json.dumps({name: [file.size, file.sha256] for name, file in files.items()})
+    if before is not None:  # whoever has said something of this save has read all of the one before
+        processes.forget(before)
     files = {name: FileSpec(*spec) for text in told.said for name, spec in json.loads(text).items()}
     whole = replace(manifest, format=FORMAT, files=files, pieces=writing.share.pieces)
     text = processes.exchange(f"{occasion}/manifest", render(whole) if processes.is_first() else "")[0]

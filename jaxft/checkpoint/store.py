@@ -127,6 +127,7 @@ class Checkpoints:
         temporary = self._free(step)
         self._saves += 1
         occasion = f"{self._name}/{self._saves}"
+        before = f"{self._name}/{self._saves - 1}" if self._saves > 1 else None
         writing, copies = self._begin(step, temporary, flat, tree)
 
         def write(writing: ocp.AsyncResponse[None]) -> None:
@@ -138,7 +139,7 @@ class Checkpoints:
         def written() -> None:
             if isinstance(writing, apart.Writing):
                 said = Manifest(FORMAT, "state", step, best, tree, meta, {})
-                apart.store(writing, said, self.folder, occasion, then=tidied)
+                apart.store(writing, said, self.folder, occasion, before, tidied)
                 return
             try:
                 write(writing)

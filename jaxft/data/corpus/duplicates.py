@@ -17,7 +17,6 @@ from jaxft.data.corpus.parts import Counts, Part, check_sizes, documents_of
 BANDS, ROWS = 16, 8
 """Documents that share a share s of their shingles are told apart with probability (1 - s**ROWS)**BANDS: one half at s = 0.67."""
 _SHINGLE = 5  # words
-_PRIME = np.uint64((1 << 61) - 1)
 _EXACT, _NEAR = 1, 2
 
 
@@ -57,7 +56,7 @@ def _hash_part(folder: Path, options: Options, task: Task) -> int:
 def find_duplicates(folder: Path, count: int, options: Options) -> list[np.ndarray]:
     """For each part, [documents] uint8: 0 for those that stay, 1 for copies of an earlier document, 2 for those that are nearly one.
 
-    Every hash is held in memory: 24 bytes for each document.
+    Every hash is held in memory: 24 bytes for each document where copies are sought, several times as many for near ones.
     """
     columns = 1 + (BANDS if options.duplicates == "near" else 0)
     parts = [np.fromfile(hashes_file(folder, number), "<u8").reshape(-1, columns) for number in range(count)]

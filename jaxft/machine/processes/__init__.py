@@ -3,7 +3,7 @@
 from jaxft.machine.processes.agreement import anyone, barrier, fetch, first_says, is_first, raise_together
 from jaxft.machine.processes.bring_up import at_step, behind, leave, start
 from jaxft.machine.processes.cluster import Cluster, detect
-from jaxft.machine.processes.letters import exchange
+from jaxft.machine.processes.letters import exchange, forget
 
 __all__ = [
     "Cluster",
@@ -15,6 +15,7 @@ __all__ = [
     "exchange",
     "fetch",
     "first_says",
+    "forget",
     "is_first",
     "leave",
     "raise_together",

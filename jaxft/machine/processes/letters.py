@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 _DAY_MS = 24 * 60 * 60 * 1000
 """A process that has died ends the others (:mod:`jaxft.machine.processes.peers`); no time is too long for one that lives."""
+
+
+class _Service(Protocol):
+    def key_value_set(self, key: str, value: str) -> None: ...
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+    def key_value_delete(self, key: str) -> None: ...
+
+
+def _service() -> _Service:
+    from jax._src import distributed  # the service that the processes met by; jax has no public name for it
+
+    if distributed.global_state.client is None:
+        raise RuntimeError("several processes, and no service that they have met by")
+    return distributed.global_state.client
 
 
 def exchange(name: str, text: str) -> list[str]:
@@ -16,11 +32,15 @@ def exchange(name: str, text: str) -> list[str]:
 
     if jax.process_count() == 1:
         return [text]
-    from jax._src import distributed  # the service that the processes met by; jax has no public name for it
-
-    client = distributed.global_state.client
-    if client is None:
-        raise RuntimeError("several processes, and no service that they have met by")
+    client = _service()
     client.key_value_set(f"jaxft/{name}/{jax.process_index()}", f"+{text}")  # an empty value would be none
     keys = [f"jaxft/{name}/{number}" for number in range(jax.process_count())]
     return [str(client.blocking_key_value_get(key, _DAY_MS))[1:] for key in keys]
+
+
+def forget(name: str) -> None:
+    """Lets process 0, which keeps what has been said, forget all occasions whose names begin so; once all processes have read it."""
+    import jax
+
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        _service().key_value_delete(f"jaxft/{name}/")
