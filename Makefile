@@ -16,6 +16,7 @@ help:
 	@echo 'make test         all tests          make test-slow   also those that take minutes'
 	@echo 'make zoo          hundreds of odd model folders, each against transformers (ARGS="--only tied")'
 	@echo 'make faults       kills, damaged files, signals, full disks: real ones, counted    (ARGS=--quick)'
+	@echo 'make fuzz         every parser of files from elsewhere, by coverage    (ARGS="--only csv --seconds 60")'
 	@echo 'make sbom audit   what is installed (build/sbom.json), and what of it has known vulnerabilities'
 	@echo 'make tables       the tables of families in README.md and docs/models.md, from the code'
 	@echo 'make lint types   ruff, pyrefly      make bench       train step against transformers on torch'
