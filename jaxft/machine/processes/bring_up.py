@@ -56,6 +56,8 @@ def start(note: Callable[[str], None]) -> Cluster | None:
         address = relay.address
     import jax
 
+    # Its wait for the others holds Python's lock, which the relay needs: they would never answer. See `stopping`.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         address,
         cluster.count,

@@ -9,8 +9,9 @@ _DAY_MS = 24 * 60 * 60 * 1000
 
 
 class _Service(Protocol):
-    def key_value_set(self, key: str, value: str) -> None: ...
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+    def key_value_try_get(self, key: str) -> str: ...
     def key_value_delete(self, key: str) -> None: ...
 
 
@@ -20,6 +21,23 @@ def _service() -> _Service:
     if distributed.global_state.client is None:
         raise RuntimeError("several processes, and no service that they have met by")
     return distributed.global_state.client
+
+
+def say(name: str, text: str) -> None:
+    """Says something to all processes; whoever said it before is not heard any more."""
+    _service().key_value_set(f"jaxft/{name}", f"+{text}", allow_overwrite=True)  # an empty value would be none
+
+
+def heard(name: str) -> str | None:
+    """What a process has said (:func:`say`); None: nothing yet."""
+    import jax
+
+    try:
+        return str(_service().key_value_try_get(f"jaxft/{name}"))[1:]
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
 
 
 def exchange(name: str, text: str) -> list[str]:
@@ -32,8 +50,8 @@ def exchange(name: str, text: str) -> list[str]:
 
     if jax.process_count() == 1:
         return [text]
+    say(f"{name}/{jax.process_index()}", text)
     client = _service()
-    client.key_value_set(f"jaxft/{name}/{jax.process_index()}", f"+{text}")  # an empty value would be none
     keys = [f"jaxft/{name}/{number}" for number in range(jax.process_count())]
     return [str(client.blocking_key_value_get(key, _DAY_MS))[1:] for key in keys]
 
