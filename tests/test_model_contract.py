@@ -60,7 +60,7 @@ def test_every_parameter_is_labelled_and_every_label_is_in_the_table(family: str
         for part in path.split("/"):
             names = names[part]
         assert len(names) == len(leaf.shape), path
-        assert (of_layers(names[0])) == path.startswith("layers/"), path
+        assert (of_layers(names[0])) == path.startswith(tuple(f"{one.path}/" for one in model.facts.stacks)), path
         assert {"layers" if of_layers(name) else name for name in names} <= {None, *dict(DEFAULT_RULES.table)}, path
 
 
@@ -210,8 +210,13 @@ def test_only_encoders_see_what_comes_later(family: str) -> None:
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, 20)).astype(np.int32)
     changed = tokens.copy()
     changed[0, 12] += 1 if tokens[0, 12] < model.config.vocab_size - 1 else -1
-    apply = jax.jit(model.apply)
-    before, after = (np.asarray(apply({"params": params}, x).hidden) for x in (tokens, changed))
+    two_sides = model.facts.start is not None  # all of the source is seen, targets no further than themselves
+    apply = jax.jit(
+        lambda x: model.apply(
+            {"params": params}, tokens if two_sides else x, **({"decoder_tokens": x} if two_sides else {})
+        )
+    )
+    before, after = (np.asarray(apply(x).hidden) for x in (tokens, changed))
     moved = np.abs(before - after).max(axis=(0, 2)) > 0
     assert moved[12:].any()
-    assert moved[:12].any() == (not model.facts.causal)
+    assert moved[:12].any() == (not model.facts.stacks[-1].causal)

@@ -5,6 +5,8 @@ Dims: N heads, S length.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -16,6 +18,26 @@ Array = jax.Array
 def distances(length: int) -> np.ndarray:
     """[2 S - 1]: how many places behind its query each key stands that a query can have, from -(S - 1) to S - 1."""
     return np.arange(1 - length, length)
+
+
+def buckets(distances: np.ndarray, count: int, farthest: int, *, behind: bool = True) -> np.ndarray:
+    """The range that each distance of a key from its query is in (Raffel et al. 2020): small ones have their own, then logarithms are
+    rounded down, up to those of ``farthest`` and beyond.
+
+    Args:
+      count: ranges.
+      behind: half of them are of keys behind the query. If not, all keys behind it count as the query's own.
+    """
+    half = count // 2 if behind else count
+    far = np.abs(distances) if behind else np.maximum(-distances, 0)
+    exact = half // 2
+    # In float32, as the reference counts: where a range ends, the last digit decides.
+    logs = np.log(np.maximum(far, exact).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(farthest / exact)
+    )
+    wide = exact + (logs * np.float32(half - exact)).astype(np.int32)
+    before = np.where(far < exact, far, np.minimum(wide, half - 1))
+    return np.where(distances > 0, half, 0) + before if behind else before
 
 
 def by_distance(x: Float[Array, "*rows S distances"]) -> Float[Array, "*rows S S"]:

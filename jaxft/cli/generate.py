@@ -41,7 +41,9 @@ _DRAWS = ("temperature", "top_k", "top_p", "min_p")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("model", help="exported folder, run folder, checkpoint or hub id of a decoder")
+    parser.add_argument(
+        "model", help="exported folder, run folder, checkpoint or hub id of a decoder, or of an encoder-decoder"
+    )
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -104,7 +106,7 @@ def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
         print(text, file=sys.stderr)
 
     served = open_model(options.model, overrides, note)
-    found = stored_generation(served.folder, note)
+    found = stored_generation(served.folder, note, two_sides=served.model.facts.start is not None)
     asked: JsonObject = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     if asked.get("temperature") == 0:
         del asked["temperature"]

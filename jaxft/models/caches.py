@@ -25,6 +25,18 @@ Array = jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Memory:
+    """Keys and values of what an encoder has read, for each layer of a decoder that looks at it. A row of it may be of several
+    neighbouring rows of the decoder, which go on from the same source."""
+
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
+    mask: Bool[Array, "B S"]
+    """Which places hold a token of the source."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Cache:
     """What a decoder keeps of the tokens it has read: as many places in every row, of which the first ``filled`` are taken.
 
@@ -38,6 +50,8 @@ class Cache:
     """Which places hold a token."""
     filled: Int32[Array, ""]
     """How many places are taken."""
+    memory: Memory | None = None
+    """What a decoder sees of its encoder; None before that has read, and where there is none."""
 
     @property
     def length(self) -> int:
@@ -111,7 +125,7 @@ def init_cache(model: Model, rows: int, length: int, dtype: DTypeLike | None = N
     """An empty cache.
 
     Args:
-      model: a decoder.
+      model: a decoder, or an encoder-decoder.
       rows: of a batch, B.
       length: tokens that a row may come to, padding included, T.
       dtype: of keys and values; None: that of the model's activations.
@@ -120,11 +134,11 @@ def init_cache(model: Model, rows: int, length: int, dtype: DTypeLike | None = N
       UserError: the model has none, or cannot read so many tokens.
     """
     facts = model.facts
-    if not facts.causal or len(facts.stacks) != 1:
+    if not facts.writes:
         raise UserError(f"{type(model).__module__} keeps no cache: its tokens look at those behind them too")
     if facts.limit is not None and length > facts.limit:
         raise UserError(f"cache of {length} places is beyond the model's limit of {facts.limit} positions")
-    stack = facts.stacks[0]
+    stack = facts.stacks[-1]
     shape = (stack.layers, rows, stack.key_heads, length, stack.head_size)
     dtype = model.compute.activation_dtype if dtype is None else dtype
     # Arrays of their own each: a program that is given the cache to overwrite wants none twice.

@@ -59,6 +59,8 @@ class Output(NamedTuple):
     """How much each token looks at each other one in each layer and head; None unless asked for."""
     cache: Cache | None = None
     """What the model keeps of all tokens so far; None unless one was given."""
+    memory: Float[Array, "B source D"] | None = None
+    """What an encoder has made of the tokens that a decoder looks at; ``hidden`` is the decoder's then."""
 
 
 class Features(NamedTuple):
@@ -97,6 +99,10 @@ class Stack:
     """What ``MaskSpec.window`` is in each layer; empty: no layer has one."""
     stored: int | None = None
     """Layers that have parameters of their own, where some run at several places; None: all."""
+    axis: str = "length"
+    """The axis of a batch whose tokens go through them."""
+    looks_at: str | None = None
+    """The axis of a batch that each layer looks at besides; None: none."""
 
     @property
     def own(self) -> int:
@@ -125,6 +131,8 @@ class Facts:
     stacks: tuple[Stack, ...]
     limit: int | None = None
     """Tokens that a row may have; None: any number."""
+    start: int | None = None
+    """What every target of an encoder-decoder begins with; None: the model has one side."""
 
     @property
     def vocabulary(self) -> int | None:
@@ -136,18 +144,23 @@ class Facts:
         """Whether no token sees a later one."""
         return all(stack.causal for stack in self.stacks)
 
+    @property
+    def writes(self) -> bool:
+        """Whether its last layers can go on token by token: those of a decoder, with an encoder before it or without."""
+        return bool(self.stacks) and self.stacks[-1].causal and (len(self.stacks) == 1 or self.start is not None)
+
 
 STARTS = Field(("batch", "texts"))
 """The input ``starts`` of models that can tell the texts of packed rows apart."""
 
 
-def text_inputs(vocabulary: int, padding: int | None, limit: int, *, scored: str, **more: Field) -> Fields:
+def text_inputs(vocabulary: int, padding: int | None, limit: int | None, *, scored: str, **more: Field) -> Fields:
     """The inputs of a model of texts.
 
     Args:
       vocabulary: rows of the table of tokens.
       padding: id of padding; None: 0.
-      limit: tokens that a row may have.
+      limit: tokens that a row may have; None: any number.
       scored: axis of the targets: each token's (``length``), or those ``predicted``, whose places are an input too.
       more: further inputs.
     """
@@ -386,7 +399,7 @@ def with_classes(config: C, count: int) -> C:
 
 
 def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> HostBatch:
-    """Random tokens, types if the model takes them, and ragged padding: the first row is full, the last has one token."""
+    """Random tokens, targets and types if the model takes them, and ragged padding: the first row is full, the last has one token."""
     rng = np.random.default_rng(seed)
     length = length if facts.limit is None else min(length, facts.limit)
     lengths = np.linspace(length, 1, rows).astype(int)
@@ -396,6 +409,11 @@ def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> H
         "tokens": rng.integers(min(5, vocabulary - 1), vocabulary, (rows, length)).astype(np.int32) * mask,
         "mask": mask,
     }
+    if "decoder_tokens" in facts.inputs:
+        short = max(1, length // 2)
+        decoder_mask = (np.arange(short) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
+        tokens = rng.integers(min(5, vocabulary - 1), vocabulary, (rows, short)).astype(np.int32)
+        batch |= {"decoder_tokens": tokens * decoder_mask, "decoder_mask": decoder_mask}
     if "types" in facts.inputs:
         batch["types"] = (rng.integers(0, facts.inputs["types"].count or 1, (rows, length)) * mask).astype(np.int32)
     return batch

@@ -13,8 +13,8 @@ import pytest
 from jaxft.config import MeshConfig
 from jaxft.errors import UserError
 from jaxft.inference.generation import GenerationConfig, generate
-from jaxft.inference.generation.sampling import warped
 from jaxft.layers import Compute
+from jaxft.models.decoding.sampling import warped
 from jaxft.models.families import llama
 from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import make_mesh

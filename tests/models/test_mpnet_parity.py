@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from reference import close, compare_head, drawn, make_reference, ours_of, torch_inputs
 
-from jaxft.attention.relative import by_distance, distances
+from jaxft.attention.relative import buckets, by_distance, distances
 from jaxft.errors import UserError
 from jaxft.hub.source import make_config
 from jaxft.inference.load import load
@@ -68,7 +68,9 @@ def test_ranges_of_distances_are_the_references() -> None:
     from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
     far = distances(700)
-    np.testing.assert_array_equal(mpnet.buckets(far), MPNetEncoder.relative_position_bucket(torch.tensor(far)).numpy())
+    np.testing.assert_array_equal(
+        buckets(far, 32, 128), MPNetEncoder.relative_position_bucket(torch.tensor(far)).numpy()
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

@@ -16,10 +16,10 @@ from jaxtyping import PyTree
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.inference.generation.by_layer import apart
-from jaxft.inference.generation.decode import Generated, State, advance, begin, made_of, searched, writes
-from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.inference.predict import Served
+from jaxft.models.decoding.by_layer import apart
+from jaxft.models.decoding.decode import Generated, State, advance, begin, made_of, searched, writes
+from jaxft.models.decoding.settings import TOKENS, GenerationConfig
 
 _LOOK = 16
 """Tokens that are made between two looks for strings that end a text, or between two pieces that are shown."""
@@ -66,7 +66,7 @@ class Writer:
     ) -> None:
         if not writes(served.model):
             raise UserError(
-                f"the model has the head {served.model.head}, which makes no texts: that needs a decoder, with a head for the next token"
+                f"the model has the head {served.model.head}, which makes no texts: that needs a decoder's, for the next token"
             )
         if any(not text for text in stop):
             raise UserError("a string that ends texts must not be empty")
@@ -76,11 +76,12 @@ class Writer:
         self._tokenizer = Tokenizer(served.tokenizer.folder, None, model_type=served.family_name)
         self._template, self._system = ChatTemplate(served.tokenizer.folder) if chat else None, system
         ends = config.eos_token_id
-        beyond = [one for one in ends if one >= served.model.config.vocab_size]
-        if beyond:
-            raise UserError(
-                f"eos_token_id={beyond[0]} is not among the model's {served.model.config.vocab_size} tokens"
-            )
+        count = served.model.facts.vocabulary or 0
+        for name in TOKENS:
+            said = getattr(config, name)
+            for one in said if isinstance(said, tuple) else () if said is None else (said,):
+                if one >= count:
+                    raise UserError(f"{name}={one} is not among the model's {count} tokens")
         if not ends:  # BERT's vocabularies have a separator there
             special = self._tokenizer.special
             end = special.separator if special.end is None else special.end
@@ -123,7 +124,13 @@ class Writer:
         yield self._continuation(ids, made, 0)
 
     def _encoded(self, prompt: Prompt, number: int) -> list[int]:
-        ids = self._ids_of(prompt, number)
+        ids, facts = self._ids_of(prompt, number), self._served.model.facts
+        if facts.start is not None:
+            if facts.limit is not None and len(ids) > facts.limit:
+                raise UserError(
+                    f"prompt {number} has {len(ids)} tokens, and the model reads {facts.limit} of a source: shorten it"
+                )
+            return ids
         while ids and ids[-1] in self.config.eos_token_id:  # which some tokenizers put after every text
             ids.pop()
         if not ids:
@@ -131,7 +138,7 @@ class Writer:
             if start is None:
                 raise UserError(f"prompt {number} has no tokens; begin with some text")
             return [start]
-        limit = self._served.model.facts.limit
+        limit = facts.limit
         if limit is not None and len(ids) + self.config.max_new_tokens > limit:
             room = limit - len(ids)
             what = f"set --max-new-tokens to {room} or less, or shorten it" if room > 0 else "shorten it"
@@ -191,6 +198,10 @@ class Writer:
         return Continuation(text, len(made.tokens[row]) + made.ended[row], "stop" if over else "length")
 
     def _decoded(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        if self._served.model.facts.start is not None:
+            alone = self._tokenizer.decode(list(tokens))
+            assert isinstance(alone, str)
+            return alone
         # Tokens by themselves would lose the blank that they begin with, in vocabularies that write it so.
         both, before = self._tokenizer.decode([*prompt, *tokens]), self._tokenizer.decode(list(prompt))
         assert isinstance(both, str)

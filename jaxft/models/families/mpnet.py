@@ -6,16 +6,14 @@ two tokens are; besides, positions are looked up as RoBERTa's are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from jaxft.attention.relative import by_distance, distances
+from jaxft.attention.relative import buckets, by_distance, distances
 from jaxft.errors import UserError
 from jaxft.layers import Compute, declare
 from jaxft.models import encoder, encoder_files
@@ -101,22 +99,9 @@ class RelativeBias(nn.Module):
         c, dtype = self.config, self.compute.param_dtype
         shape = (c.relative_attention_num_buckets, c.num_attention_heads)
         table = declare(self, "embedding", normal(c), (None, "heads"), shape, dtype)
-        each = table[buckets(distances(length))].astype(jnp.float32).T
+        each = table[buckets(distances(length), _BUCKETS, _FARTHEST)].astype(jnp.float32).T
         rows = jnp.broadcast_to(each[:, None], (each.shape[0], length, each.shape[1]))
         return self.compute.rules.constrain(by_distance(rows)[None], None, "act_heads", "length", None)
-
-
-def buckets(distances: np.ndarray) -> np.ndarray:
-    """The range that each distance of a key from its query is in: small ones have their own, then logarithms are rounded down."""
-    half = _BUCKETS // 2
-    exact = half // 2
-    far = np.abs(distances)
-    # In float32, as the reference counts: where a range ends, the last digit decides.
-    logs = np.log(np.maximum(far, exact).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(_FARTHEST / exact)
-    )
-    wide = exact + (logs * np.float32(half - exact)).astype(np.int32)
-    return np.where(distances > 0, half, 0) + np.where(far < exact, far, np.minimum(wide, half - 1))
 
 
 SUPERSEDED = ("position_embedding_type",)

@@ -1,13 +1,15 @@
 """Tokens made one after the other with a cache, in one compiled program.
 
 Prompts are padded on the left, so that rows go on together. A row's tokens follow from its own prompt, the settings, and for draws
-from (seed, prompt) alone: neighbours and padding are never seen.
+from (seed, prompt) alone: neighbours and padding are never seen. An encoder-decoder reads its prompts, the sources, with its encoder, once;
+its texts begin with one token of their own.
 
-Dims: B rows, P places of prompts, N new tokens, T = P + N, V vocabulary.
+Dims: B rows, S places of sources, P places of prompts, N new tokens, T = P + N, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -20,12 +22,13 @@ import numpy as np
 from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
 from jaxft.errors import UserError
-from jaxft.inference.generation.beams import search
-from jaxft.inference.generation.by_layer import apart, together
-from jaxft.inference.generation.sampling import next_tokens
-from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.models.caches import Cache, init_cache
 from jaxft.models.contract import Model, Output
+from jaxft.models.decoding.beams import search
+from jaxft.models.decoding.by_layer import apart
+from jaxft.models.decoding.sampling import next_tokens
+from jaxft.models.decoding.settings import GenerationConfig
+from jaxft.models.decoding.step import after
 from jaxft.models.initial import shapes_and_axes
 
 Array = jax.Array
@@ -68,7 +71,7 @@ def generate(
     """Goes on with prompts.
 
     Args:
-      model: a decoder with a head for the next token.
+      model: a decoder or an encoder-decoder, with a head for the next token.
       params: its parameters, on one device or spread over a mesh that is set (``jax.set_mesh``).
       prompts: token ids of each, one at least.
       config: how tokens are chosen.
@@ -88,7 +91,7 @@ def generate(
 def writes(model: Model) -> bool:
     """Whether a model is a decoder that gives each token of its vocabulary a logit."""
     vocabulary, token = model.facts.inputs["tokens"].count, jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    if model.head is None or not model.facts.causal:
+    if model.head is None or not model.facts.writes:
         return False
     shapes = shapes_and_axes(model)[0]
     logits = jax.eval_shape(lambda params, ids: model.apply({"params": params}, ids).logits, shapes, token)
@@ -111,29 +114,65 @@ def begin(
     """
     if not writes(model):
         raise UserError(
-            f"a model with the head {model.head} makes no texts: it needs to be a decoder, with one for the next token"
+            f"a model with the head {model.head} makes no texts: it needs to be a decoder, or to have one, with a head for the next token"
         )
-    longest, limit = max(map(len, prompts)), model.facts.limit
     if min(map(len, prompts)) == 0:
         raise UserError("a prompt has no tokens; begin with some text")
+    rows = len(prompts) if rows is None else rows
+    done = np.arange(rows) >= len(prompts)
+    numbers = [_number(prompt, seed) for prompt in prompts] + [0] * (rows - len(prompts))
+    keys = jax.vmap(jax.random.key)(jnp.array(numbers, jnp.uint32))
+    start = start_of(model, config)
+    if start is not None:
+        sources = _padded(prompts, rows, _width_of_sources(model, prompts, config), left=False)
+        begun = _padded([[start]] * rows, rows, 1, room=config.max_new_tokens)
+        return _read_sources(model, params, *sources, *begun, done, keys)
+    width = _width(model, prompts, config)
+    return _read(model, width, params, *_padded(prompts, rows, width, room=config.max_new_tokens), done, keys)
+
+
+def start_of(model: Model, config: GenerationConfig) -> int | None:
+    """What every text of an encoder-decoder begins with; None: the model is another one."""
+    said = config.decoder_start_token_id
+    return model.facts.start if said is None or model.facts.start is None else said
+
+
+def _width(model: Model, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
+    """Places of prompts, of few numbers: programs are compiled for each."""
+    longest, limit = max(map(len, prompts)), model.facts.limit
     if limit is not None and longest + config.max_new_tokens > limit:
         raise UserError(
             f"a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} are beyond the model's limit of {limit} "
             f"positions; {'set max_new_tokens to ' + str(limit - longest) + ' or less' if longest < limit else 'shorten it'}"
         )
     width = max(_SHORTEST, 1 << (longest - 1).bit_length())
-    if limit is not None:
-        width = min(width, limit - config.max_new_tokens)
-    rows = len(prompts) if rows is None else rows
-    tokens = np.zeros((rows, width + config.max_new_tokens), np.int32)
+    return width if limit is None else min(width, limit - config.max_new_tokens)
+
+
+def _width_of_sources(model: Model, sources: Sequence[Sequence[int]], config: GenerationConfig) -> int:
+    longest, limit = max(map(len, sources)), model.facts.limit
+    width = max(_SHORTEST, 1 << (longest - 1).bit_length())
+    if limit is None:
+        return width
+    if longest > limit:
+        raise UserError(f"a source of {longest} tokens is beyond the model's limit of {limit} positions; shorten it")
+    if config.max_new_tokens >= limit:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens} is beyond the model's limit; set it to {limit - 1} or less"
+        )
+    return min(width, limit)
+
+
+def _padded(
+    texts: Sequence[Sequence[int]], rows: int, width: int, *, left: bool = True, room: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [B, width + room], which places hold a token); texts are padded to ``width`` and followed by ``room``."""
+    tokens = np.zeros((rows, width + room), np.int32)
     there = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) : width] = prompt
-        there[row, width - len(prompt) : width] = True
-    done = np.arange(rows) >= len(prompts)
-    numbers = [_number(prompt, seed) for prompt in prompts] + [0] * (rows - len(prompts))
-    keys = jax.vmap(jax.random.key)(jnp.array(numbers, jnp.uint32))
-    return _read(model, width, params, tokens, there, done, keys)
+    for row, text in enumerate(texts):
+        places = slice(width - len(text), width) if left else slice(len(text))
+        tokens[row, places], there[row, places] = text, True
+    return tokens, there
 
 
 def _number(prompt: Sequence[int], seed: int) -> int:
@@ -158,6 +197,30 @@ def _read(
     return State(tokens, there, jnp.int32(width), done, keys, cache)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _read_sources(
+    model: Model,
+    params: PyTree[Array],
+    sources: Array,
+    real: Array,
+    tokens: Array,
+    there: Array,
+    done: Array,
+    keys: PRNGKeyArray,
+) -> State:
+    """The state before the first new token: what every layer sees of the sources is computed once."""
+    cache = init_cache(model, tokens.shape[0], tokens.shape[1])
+    assert isinstance(model, nn.Module)
+    bare = model.clone(head=None)
+    body = {name: tree for name, tree in params.items() if name != "head"}
+    read = bare.apply({"params": body}, sources, real, decoder_tokens=tokens[:, :1], cache=cache)
+    made = cast(Output, read).cache
+    assert made is not None
+    # The first token is read again, with the head.
+    cache = dataclasses.replace(cache, memory=made.memory)
+    return State(tokens, there, jnp.int32(1), done, keys, cache)
+
+
 def searched(model: Model, config: GenerationConfig, params: PyTree[Array], state: State) -> Generated:
     """The best texts of a beam search from a fresh state, which is used up."""
     found = search(model, params, config, state.tokens, state.there, state.cache)
@@ -169,7 +232,7 @@ def advance(model: Model, config: GenerationConfig, params: PyTree[Array], state
     """Makes tokens up to the place ``until``, or until all rows are done. The state that is given is used up.
 
     Args:
-      params: as they are, or :func:`~jaxft.inference.generation.by_layer.apart`.
+      params: as they are, or :func:`~jaxft.models.decoding.by_layer.apart`.
     """
     first = state.tokens.shape[1] - config.max_new_tokens
     ends = jnp.array(config.eos_token_id or (-1,), jnp.int32)
@@ -177,14 +240,14 @@ def advance(model: Model, config: GenerationConfig, params: PyTree[Array], state
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.at - 1, 1, 1)
         seen = jax.lax.dynamic_slice_in_dim(state.there, state.at - 1, 1, 1)
-        out = model.apply({"params": together(params)}, last, seen, cache=state.cache)
+        logits, cache = after(model, params, last, seen, state.cache)
         made = state.at - first
-        chosen = next_tokens(out.logits[:, -1], state.tokens, state.there, made, state.at, state.keys, config)
+        chosen = next_tokens(logits[:, -1], state.tokens, state.there, made, state.at, state.keys, config)
         chosen = jnp.where(state.done, 0, chosen)
         tokens = jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.at))
         there = jax.lax.dynamic_update_slice(state.there, ~state.done[:, None], (0, state.at))
         done = state.done | (chosen[:, None] == ends).any(-1)
-        return State(tokens, there, state.at + 1, done, state.keys, out.cache)
+        return State(tokens, there, state.at + 1, done, state.keys, cache)
 
     return jax.lax.while_loop(lambda state: (state.at < until) & ~state.done.all(), step, state)
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from jaxft.errors import UserError
-from jaxft.files import JsonObject
-from jaxft.hub.source import Note, read_json
-
-FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,16 @@ class GenerationConfig:
     ``never`` once none can."""
     eos_token_id: tuple[int, ...] = ()
     """Tokens that end a text."""
+    decoder_start_token_id: int | None = None
+    """What the texts of an encoder-decoder begin with; None: as its config.json says."""
+    forced_bos_token_id: int | None = None
+    """The first token behind that, a language for instance; None: any. Texts of encoder-decoders alone."""
+    forced_eos_token_id: int | None = None
+    """The last of ``max_new_tokens``, where a text comes so far; None: any."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never chosen."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that a text does not begin with, behind one that is forced."""
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -74,68 +78,18 @@ class GenerationConfig:
             raise UserError(
                 f"num_beams={self.num_beams}: beams are compared by their probability, and not drawn; leave out one of the two"
             )
+        for name in TOKENS:
+            said = getattr(self, name)
+            for one in said if isinstance(said, tuple) else () if said is None else (said,):
+                if type(one) is not int or one < 0:
+                    raise UserError(f"{name}={said!r}: must be a token's id, 0 or above")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
 
 
 _MOST = 10**7
-_NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig) if field.name != "eos_token_id")
-_OTHERS = {
-    "num_beam_groups": 1,
-    "penalty_alpha": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "force_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1.0,
-    "dola_layers": None,
-    "watermarking_config": None,
-}
-"""Settings of the reference that change texts and are not built, and the value with which they change nothing."""
-
-
-def stored_generation(folder: Path, note: Note) -> JsonObject:
-    """What a model's folder says of :class:`GenerationConfig`'s fields: its generation_config.json, or else what config.json says of the
-    tokens that end a text.
-
-    Args:
-      note: called with a line on settings that are there and are not followed.
-
-    Raises:
-      UserError: the file is malformed.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        config = folder / "config.json"
-        return _ends(read_json(config), config) if config.is_file() else {}
-    tree = read_json(path)
-    found: JsonObject = {name: tree[name] for name in _NAMES if tree.get(name) is not None}
-    for name, value in found.items():
-        usual = getattr(GenerationConfig, name)
-        fits = type(value) is type(usual) or (isinstance(usual, float) and type(value) is int)
-        fits = fits or (name == "early_stopping" and value == "never")
-        if not fits:
-            raise UserError(f"{path}: {name}={value!r}: must be of the kind of {usual!r}")
-    # Their values in files that say nothing: the reference draws from 50 tokens where it is not told otherwise.
-    if found.get("do_sample") and "top_k" not in found:
-        found["top_k"] = 50
-    ignored = [name for name, usual in _OTHERS.items() if tree.get(name, usual) not in (usual, None)]
-    if ignored:
-        note(f"{path}: not followed: {', '.join(f'{name}={tree[name]!r}' for name in ignored)}")
-    return found | _ends(tree, path)
-
-
-def _ends(tree: dict[str, object], path: Path) -> JsonObject:
-    ends = tree.get("eos_token_id")
-    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(one) is int and one >= 0 for one in listed):
-        raise UserError(f"{path}: eos_token_id={ends!r}: must be a token's id, or a list of them")
-    return {"eos_token_id": tuple(listed)} if listed else {}
+TOKENS = (
+    *("eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""Fields that are ids of tokens."""

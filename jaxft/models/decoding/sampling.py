@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32, PRNGKeyArray
 
-from jaxft.inference.generation.settings import GenerationConfig
+from jaxft.models.decoding.settings import GenerationConfig
 
 Array = jax.Array
 _NEVER = -jnp.inf
@@ -60,6 +60,16 @@ def allowed(
     if config.min_new_tokens and config.eos_token_id:
         ends = jnp.zeros(scores.shape[-1], bool).at[jnp.array(config.eos_token_id)].set(True)
         scores = jnp.where(ends & (made < config.min_new_tokens), _NEVER, scores)
+    for token, place in ((config.forced_bos_token_id, 0), (config.forced_eos_token_id, config.max_new_tokens - 1)):
+        if token is not None:
+            alone = jnp.full(scores.shape[-1], _NEVER).at[token].set(0.0)
+            scores = jnp.where(made == place, alone, scores)
+    begins = 0 if config.forced_bos_token_id is None else 1
+    if config.suppress_tokens:
+        scores = scores.at[:, jnp.array(config.suppress_tokens)].set(_NEVER)
+    if config.begin_suppress_tokens:
+        without = scores.at[:, jnp.array(config.begin_suppress_tokens)].set(_NEVER)
+        scores = jnp.where(made == begins, without, scores)
     return scores
 
 

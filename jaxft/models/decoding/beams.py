@@ -13,18 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int32, PyTree
 
-from jaxft.inference.generation.by_layer import together
-from jaxft.inference.generation.sampling import allowed
-from jaxft.inference.generation.settings import GenerationConfig
 from jaxft.models.caches import Cache
-from jaxft.models.contract import Model, Output
+from jaxft.models.contract import Model
+from jaxft.models.decoding.sampling import allowed
+from jaxft.models.decoding.settings import GenerationConfig
+from jaxft.models.decoding.step import after
 
 Array = jax.Array
 _WORST = -1e9
@@ -74,7 +74,7 @@ def search(
 
     Args:
       model: a decoder with a head for the next token.
-      params: its parameters, as they are or :func:`~jaxft.inference.generation.by_layer.apart`.
+      params: its parameters, as they are or :func:`~jaxft.models.decoding.by_layer.apart`.
       config: with ``num_beams``; ``do_sample`` is not looked at.
       tokens: prompts, padded on the left, and room for new tokens.
       there: which places hold a token of a prompt.
@@ -115,10 +115,8 @@ def _step(model: Model, config: GenerationConfig, params: PyTree[Array], seen: A
     there = seen | ((jnp.arange(places) >= first) & (jnp.arange(places) < at))
     last = jax.lax.dynamic_slice_in_dim(flat, at - 1, 1, 1)
     real = jax.lax.dynamic_slice_in_dim(there, at - 1, 1, 1)
-    out = cast(Output, model.apply({"params": together(params)}, last, real, cache=beams.cache))
-    assert out.logits is not None
-    assert out.cache is not None
-    told = jax.nn.log_softmax(out.logits[:, -1].astype(jnp.float32), -1)
+    logits, cache = after(model, params, last, real, beams.cache)
+    told = jax.nn.log_softmax(logits[:, -1].astype(jnp.float32), -1)
     told = allowed(told, flat, there, at - first, at, config).reshape(rows, count, -1)
     vocabulary = told.shape[-1]
     whole = (told + beams.scores[..., None]).reshape(rows, -1)
@@ -135,7 +133,7 @@ def _step(model: Model, config: GenerationConfig, params: PyTree[Array], seen: A
         tokens=jnp.take_along_axis(candidates, kept[..., None], 1),
         scores=going,
         at=at + 1,
-        cache=_chosen(out.cache, parent),
+        cache=_chosen(cache, parent),
     )
     return beams._replace(open=_may_improve(beams, config, at + 1 - first))
 
@@ -171,11 +169,11 @@ def _may_improve(beams: Beams, config: GenerationConfig, made: Array) -> Bool[Ar
 
 
 def _repeated(cache: Cache, count: int) -> Cache:
-    """The cache of rows that are there ``count`` times each, one after the other."""
+    """The cache of rows that are there ``count`` times each, one after the other; they see one memory."""
     keys, values = jnp.repeat(cache.keys, count, 1), jnp.repeat(cache.values, count, 1)
     return dataclasses.replace(cache, keys=keys, values=values, mask=jnp.repeat(cache.mask, count, 0))
 
 
 def _chosen(cache: Cache, rows: Sequence[int] | Array) -> Cache:
-    """The cache of some of its rows."""
+    """The cache of some of its rows, each in the place of one that sees the same memory."""
     return dataclasses.replace(cache, keys=cache.keys[:, rows], values=cache.values[:, rows], mask=cache.mask[rows])
