@@ -200,18 +200,19 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> _Opened:
         )
     if options.family not in (None, family_name):
         raise UserError(f"--family {options.family}: the checkpoint is of family {family_name}; leave it out")
+    tokenizer = _tokenizer_in(tokenizer_folder, family_name)
     return _Opened(
         family_name=family_name,
         model=model,
         params=params,
         hf_config=hf_config,
         labels=labels or None,
-        tokenizer=_tokenizer_in(tokenizer_folder, family_name),
+        tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         beside=_beside(config, tokenizer_folder),
         source=None,
         non_finite=[],
-        files=files_of_run(config, model),
+        files=files_of_run(config, model, tokenizer),
     )
 
 

@@ -330,7 +330,8 @@ def make_predictor(served: Served, batch_size: int, **changes: object) -> tuple[
     """
     module, made = served.task(**changes)
     if not hasattr(made, "predictions"):
-        raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; jaxft eval scores it")
+        instead = "jaxft generate writes its texts" if served.model.facts.writes else "jaxft eval scores it"
+        raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; {instead}")
     task = cast(Answering, made)
     config, tokenizer = settled(served.config_for(module), module), served.tokenizer
     fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jaxft.models.contract import Stack
 from jaxft.parallel.sharding import CONTEXT, ways
 from jaxft.training.recipe import Recipe
 from jaxft.trees import paths_of
@@ -71,17 +72,25 @@ def _local_tokens(recipe: Recipe, rows: int, length: int) -> float:
     return rows * length / ways(recipe.mesh, rules, "batch") / ways(recipe.mesh, rules, "length")
 
 
+def _tokens_of(recipe: Recipe, rows: int, length: int, stack: Stack) -> float:
+    """Tokens per device that go through a stack."""
+    rules, sizes = recipe.model.compute.rules, dict(recipe.shape(rows, length).sizes)
+    return rows * sizes.get(stack.axis, 1) / ways(recipe.mesh, rules, "batch") / ways(recipe.mesh, rules, stack.axis)
+
+
 def _of_tensor(recipe: Recipe, rows: int, length: int) -> float:
     n, compute = ways(recipe.mesh, recipe.model.compute.rules, "act_mlp"), recipe.model.compute
     activation = np.dtype(compute.activation_dtype).itemsize
     tokens = _local_tokens(recipe, rows, length)
-    (stack,) = recipe.model.facts.stacks
-    # Two per layer forwards, two backwards.
-    sent = 4 * stack.layers * tokens
+    sent, width = 0.0, 0
+    for stack in recipe.model.facts.stacks:
+        # Two per layer forwards, two backwards; three where it looks at another stack besides.
+        sent += (4 if stack.looks_at is None else 6) * stack.layers * _tokens_of(recipe, rows, length, stack)
+        width = stack.width
     if ways(recipe.mesh, compute.rules, "vocab") > 1:
         # Looked up in the part of the table that each device has, and the gradient of the logits' input.
         sent += tokens + _predicted(recipe, rows, length)
-    return 2 * (n - 1) / n * sent * stack.width * activation
+    return 2 * (n - 1) / n * sent * width * activation
 
 
 def _predicted(recipe: Recipe, rows: int, length: int) -> float:
@@ -94,13 +103,15 @@ def _predicted(recipe: Recipe, rows: int, length: int) -> float:
 
 
 def _of_context(recipe: Recipe, rows: int, length: int) -> float:
-    n, (stack,) = recipe.mesh.shape[CONTEXT], recipe.model.facts.stacks
-    compute, rules = recipe.model.compute, recipe.model.compute.rules
-    width = stack.key_heads * stack.head_size
-    one = _local_tokens(recipe, rows, length) * width / ways(recipe.mesh, rules, "act_kv_heads")
+    n, compute = recipe.mesh.shape[CONTEXT], recipe.model.compute
     kept = np.dtype(compute.activation_dtype).itemsize
+    one = 0.0
+    for stack in recipe.model.facts.stacks:
+        width = stack.key_heads * stack.head_size / ways(recipe.mesh, compute.rules, "act_kv_heads")
+        split = ways(recipe.mesh, compute.rules, stack.axis) > 1
+        one += stack.layers * _tokens_of(recipe, rows, length, stack) * width if split else 0.0
     # Keys and values in n - 1 rounds, twice; their float32 gradients in n.
-    return stack.layers * 2 * one * (2 * (n - 1) * kept + (n * 4 if n > 1 else 0))
+    return 2 * one * (2 * (n - 1) * kept + (n * 4 if n > 1 else 0))
 
 
 def activation_bytes(recipe: Recipe, rows: int, length: int) -> float:

@@ -8,6 +8,11 @@ from typing import NamedTuple, TypedDict, cast
 from jaxft.files import JsonObject
 
 SHOWN = (
+    ("rougeL", "ROUGE-L"),
+    ("rouge1", "ROUGE-1"),
+    ("rouge2", "ROUGE-2"),
+    ("bleu", "BLEU"),
+    ("chrf", "chrF"),
     ("accuracy", "accuracy"),
     ("exact_match", "exact match"),
     ("macro_f1", "macro F1"),

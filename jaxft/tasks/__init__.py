@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +31,7 @@ __all__ = [
     "scalar",
     "scores",
     "scores_rows",
+    "sizes_of",
     "task",
     "task_of_head",
     "tasks",
@@ -51,6 +53,13 @@ def tasks() -> tuple[str, ...]:
 def problem_of(module: TaskModule) -> str | None:
     """The ``problem_type`` of the heads that a task trains; None: it has none, or its head has but one."""
     return getattr(module, "PROBLEM", None)
+
+
+def sizes_of(options: TaskConfig) -> Mapping[str, int]:
+    """How long rows of a task can be along axes that are neither tokens nor classes: none, if its module does not define
+    ``sizes(options)``."""
+    made = getattr(task(options.name), "sizes", None)
+    return {} if made is None else made(options)
 
 
 def texts_of_row(options: TaskConfig) -> int:

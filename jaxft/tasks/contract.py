@@ -18,7 +18,8 @@ from jaxft.data.encode import Column, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
-from jaxft.models.contract import Facts, Output
+from jaxft.models.contract import Facts, Model, Output
+from jaxft.trees import Params
 
 Array = jax.Array
 
@@ -55,6 +56,7 @@ __all__ = [
     "TaskConfig",
     "TaskModule",
     "TextProcessor",
+    "Writing",
     "encode_texts",
     "label_column",
     "text_columns",
@@ -215,6 +217,15 @@ class ScoringRows(Protocol):
         Args:
           rows: the values of the rows, as the task's columns say.
         """
+        ...
+
+
+class Writing(Protocol):
+    """What a task has besides if its scores are of texts that the model writes."""
+
+    def written(self, model: Model, params: Params, batch: Batch) -> Batch:
+        """What is written of each row of a prepared batch, in a program: arrays [B, ...] with ``weights`` [B], beside those of
+        :meth:`Task.outputs`."""
         ...
 
 

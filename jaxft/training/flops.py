@@ -51,10 +51,14 @@ def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(shape))
         traced = jax.make_jaxpr(forward)(recipe.shapes, shapes, key)
     dense, attention = _counted(traced.jaxpr)
-    stacks, length = recipe.model.facts.stacks, dict(shape.sizes).get("length", 1)
+    seen, whole, sizes = 0.0, 0.0, dict(shape.sizes)
     # Of stacks of several kinds, each counts by what its layers would cost if all was seen.
-    costs = [stack.layers * stack.heads * stack.head_size for stack in stacks]
-    share = sum(cost * stack.seen(length) for cost, stack in zip(costs, stacks, strict=True)) / sum(costs)
+    for stack in recipe.model.facts.stacks:
+        length, cost = sizes.get(stack.axis, 1), stack.layers * stack.heads * stack.head_size
+        beside = 0 if stack.looks_at is None else sizes.get(stack.looks_at, 1) * length
+        seen += cost * (length**2 * stack.seen(length) + beside)
+        whole += cost * (length**2 + beside)
+    share = seen / whole
     return ModelFlops(3 * dense, 3 * attention * share)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxft import models, tasks
 from jaxft.config import ModelConfig, RunConfig
-from jaxft.data.batch import Fields, Shape, shaped, text_shape
+from jaxft.data.batch import Fields, Shape, shaped
 from jaxft.data.labels import declared_labels
 from jaxft.data.packing import CLASSES, packed_fields
 from jaxft.data.processors.contract import TextProcessor
@@ -93,10 +93,9 @@ class Recipe:
 
     def shape(self, rows: int, length: int) -> Shape:
         """The shape of a batch of so many rows of so many tokens."""
-        shape = text_shape(rows, length)
-        if not any(CLASSES in field.axes for field in self.fields.values()):
-            return shape
-        return Shape(rows, (*shape.sizes, (CLASSES, len(self.targets.labels))))
+        axes = dict.fromkeys(axis for field in self.fields.values() for axis in field.axes[1:] if isinstance(axis, str))
+        known = {"length": length, CLASSES: len(self.targets.labels), **tasks.sizes_of(self.config.task)}
+        return Shape(rows, tuple((axis, known[axis]) for axis in axes))
 
     def seed(self) -> jax.ShapeDtypeStruct:
         """The seed argument of the train step."""

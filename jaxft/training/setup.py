@@ -269,12 +269,12 @@ def files_beside(task: tasks.Task, model: Model, config: RunConfig) -> Mapping[s
     return {} if made is None else made(model.facts.stacks[-1].width, config.data.max_length)
 
 
-def files_of_run(config: RunConfig, model: Model) -> Mapping[str, str]:
-    """The same of a run of which there is the configuration alone, and a model of its checkpoint."""
+def files_of_run(config: RunConfig, model: Model, tokenizer: TextProcessor | None) -> Mapping[str, str]:
+    """The same of a run of which there is the configuration alone, a model of its checkpoint, and its tokenizer if that can be read."""
     module = tasks.task(config.task.name)
     if module.Task.head != model.head or not hasattr(module.Task, "files"):
         return {}
-    task = module.make_task(config.task, tasks.Targets(), model.facts, stand_in_tokenizer())
+    task = module.make_task(config.task, tasks.Targets(), model.facts, tokenizer or stand_in_tokenizer())
     return files_beside(task, model, config)
 
 

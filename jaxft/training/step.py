@@ -148,10 +148,12 @@ def make_eval_step(model: Model, task: Task) -> Callable[[Params, Batch], tuple[
 
     Rows of weight 0 add nothing to the sums, and each call gives the same.
     """
+    written: Callable[[Model, Params, Batch], Batch] | None = getattr(task, "written", None)
 
     def eval_step(params: Params, batch: Batch) -> tuple[Sums, Batch]:
         batch = task.prepare(batch, jax.random.key(_PREPARE))
         forward = _once(forward_of(model, params))
-        return task.sums(forward, batch, None), task.outputs(forward, batch)
+        texts = {} if written is None else written(model, params, batch)
+        return task.sums(forward, batch, None), task.outputs(forward, batch) | texts
 
     return eval_step

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers.trainers import Trainer
 
 Algorithm = Literal["wordpiece", "bpe", "unigram"]
-Use = Literal["encoder", "decoder"]
+Use = Literal["encoder", "decoder", "seq2seq"]
 MOST_SIZE = 1 << 22
 """Tokens of a vocabulary."""
 _MOST_LETTERS = 1000
@@ -32,6 +32,8 @@ _NAMES: Mapping[Use, Mapping[str, str]] = {
         "mask_token": "[MASK]",
     },
     "decoder": {"pad_token": "<|pad|>", "unk_token": "<|unk|>", "eos_token": "<|endoftext|>"},
+    # In T5's order: targets begin with the token of padding, whose number is 0.
+    "seq2seq": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 
 
@@ -42,7 +44,8 @@ class Wanted(NamedTuple):
     size: int
     """Tokens of the vocabulary, special ones among them."""
     use: Use = "encoder"
-    """``encoder``: texts stand between [CLS] and [SEP], and there is a [MASK]. ``decoder``: texts end with <|endoftext|>."""
+    """``encoder``: texts stand between [CLS] and [SEP], and there is a [MASK]. ``decoder``: texts end with <|endoftext|>.
+    ``seq2seq``: for encoder-decoders, as T5's; texts, and pairs as one, end with </s>."""
     lowercase: bool = False
     max_length: int = 512
     """Stated as ``model_max_length``."""
@@ -172,10 +175,17 @@ def _without_marks(fast: Fast, wanted: Wanted) -> Fast:
 
 
 def _put_around(fast: Fast, wanted: Wanted) -> None:
-    """Makes encoders' texts begin with [CLS] and end with [SEP]."""
+    """Makes encoders' texts begin with [CLS] and end with [SEP], and those of encoder-decoders end with </s>."""
     from tokenizers import processors
 
     if wanted.use == "decoder":
+        return
+    if wanted.use == "seq2seq":
+        end = wanted.special["eos_token"]
+        ids = [(end, fast.token_to_id(end))]
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=ids
+        )
         return
     first, last = (wanted.special[name] for name in ("cls_token", "sep_token"))
     ids = [(token, fast.token_to_id(token)) for token in (first, last)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from jaxft.config.generation import TOKENS, GenerationConfig
 from jaxft.errors import UserError
 from jaxft.files import JsonObject
 from jaxft.hub.source import Note, read_json
-from jaxft.models.decoding.settings import TOKENS, GenerationConfig
 
 FILE = "generation_config.json"
 _NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig) if field.name not in TOKENS)

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxft.config.generation import TOKENS, GenerationConfig
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference.predict import Served
 from jaxft.models.decoding.by_layer import apart
 from jaxft.models.decoding.decode import Generated, State, advance, begin, made_of, searched, writes
-from jaxft.models.decoding.settings import TOKENS, GenerationConfig
 
 _LOOK = 16
 """Tokens that are made between two looks for strings that end a text, or between two pieces that are shown."""

@@ -1,6 +1,6 @@
 """Texts that models write, token by token: pure functions over ids, compiled per shape."""
 
-from jaxft.models.decoding.decode import Generated, generate, writes
-from jaxft.models.decoding.settings import GenerationConfig
+from jaxft.config.generation import GenerationConfig
+from jaxft.models.decoding.decode import Generated, generate, write, writes
 
-__all__ = ["Generated", "GenerationConfig", "generate", "writes"]
+__all__ = ["Generated", "GenerationConfig", "generate", "write", "writes"]

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int32, PyTree
 
+from jaxft.config.generation import GenerationConfig
 from jaxft.models.caches import Cache
 from jaxft.models.contract import Model
 from jaxft.models.decoding.sampling import allowed
-from jaxft.models.decoding.settings import GenerationConfig
 from jaxft.models.decoding.step import after
 
 Array = jax.Array
@@ -80,7 +80,7 @@ def search(
       there: which places hold a token of a prompt.
       cache: of all tokens of the prompts but the last.
     """
-    found = _searched(model, config, params, tokens, there, cache)
+    found = best_of(model, config, params, tokens, there, cache)
     first = tokens.shape[1] - config.max_new_tokens
     best, sizes, scores = (np.asarray(part[:, 0]) for part in (found.best, found.best_sizes, found.best_scores))
     made = [row[first : first + size].tolist() for row, size in zip(best, sizes, strict=True)]
@@ -90,9 +90,10 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _searched(
+def best_of(
     model: Model, config: GenerationConfig, params: PyTree[Array], tokens: Array, there: Array, cache: Cache
 ) -> Beams:
+    """The beams of each row when it is done; arguments as of :func:`search`."""
     (rows, places), count = tokens.shape, config.num_beams
     seen = jnp.repeat(there, count, 0)
     scores = jnp.full((rows, count), _WORST).at[:, 0].set(0.0)  # all beams are the same at first: one of them counts

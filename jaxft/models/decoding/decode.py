@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
+from jaxft.config.generation import GenerationConfig
 from jaxft.errors import UserError
 from jaxft.models.caches import Cache, init_cache
 from jaxft.models.contract import Model, Output
-from jaxft.models.decoding.beams import search
+from jaxft.models.decoding.beams import best_of, search
 from jaxft.models.decoding.by_layer import apart
 from jaxft.models.decoding.sampling import next_tokens
-from jaxft.models.decoding.settings import GenerationConfig
 from jaxft.models.decoding.step import after
 from jaxft.models.initial import shapes_and_axes
 
@@ -219,6 +219,35 @@ def _read_sources(
     # The first token is read again, with the head.
     cache = dataclasses.replace(cache, memory=made.memory)
     return State(tokens, there, jnp.int32(1), done, keys, cache)
+
+
+def write(
+    model: Model,
+    params: PyTree[Array],
+    config: GenerationConfig,
+    sources: Int32[Array, "B S"],
+    real: Bool[Array, "B S"],
+) -> Int32[Array, "B N"]:
+    """What an encoder-decoder writes of each source, -1 behind the end; within a program, of rows that may be spread over a mesh.
+
+    Args:
+      sources: ids.
+      real: which places hold a token.
+      config: how tokens are chosen, not drawn.
+    """
+    rows, start = sources.shape[0], start_of(model, config)
+    assert start is not None  # an encoder-decoder has one
+    width = 1 + config.max_new_tokens
+    tokens = jnp.zeros((rows, width), jnp.int32).at[:, 0].set(start)
+    there = jnp.zeros((rows, width), bool).at[:, 0].set(True)
+    done, keys = ~real.any(-1), jax.random.split(jax.random.key(0), rows)
+    state = _read_sources(model, params, sources, real, tokens, there, done, keys)
+    if config.num_beams == 1:
+        state = advance(model, config, params, state, width)
+        return jnp.where(state.there, state.tokens, -1)[:, 1:]
+    found = best_of(model, config, params, state.tokens, state.there, state.cache)
+    ended = jnp.arange(config.max_new_tokens) < found.best_sizes[:, :1]
+    return jnp.where(ended, found.best[:, 0, 1:], -1)
 
 
 def searched(model: Model, config: GenerationConfig, params: PyTree[Array], state: State) -> Generated:

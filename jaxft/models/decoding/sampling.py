@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32, PRNGKeyArray
 
-from jaxft.models.decoding.settings import GenerationConfig
+from jaxft.config.generation import GenerationConfig
 
 Array = jax.Array
 _NEVER = -jnp.inf

@@ -1,0 +1,220 @@
+"""Texts from texts: summaries, translations. An encoder reads the source, a decoder writes the target.
+
+The loss is of the target's tokens; evaluation lets the model write, with the settings that its users will have, and scores the texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.config import RunConfig
+from jaxft.config.generation import GenerationConfig
+from jaxft.config.tasks.seq2seq import Config
+from jaxft.data.batch import Field, Fields, text_fields
+from jaxft.data.encode import Column, chunks_of
+from jaxft.data.examples import Encoded, Split
+from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.sources.rows import Row
+from jaxft.errors import UserError
+from jaxft.models.contract import Facts, Model
+from jaxft.models.decoding import write
+from jaxft.tasks._tokens import TokenTask, study, token_cross_entropy
+from jaxft.tasks._written import check_scores, metrics_of, text_scores
+from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sums, Targets
+from jaxft.trees import Params
+
+__all__ = [
+    "LONG_TEXTS",
+    "PACKING",
+    "PROBLEM",
+    "ROW_OPTIONS",
+    "Config",
+    "Task",
+    "columns",
+    "encode",
+    "fields",
+    "make_task",
+    "sizes",
+    "study",
+]
+LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
+PACKING = False
+ROW_OPTIONS = ("target", "prefix", "max_target_length")
+PROBLEM: str | None = None
+
+
+@runtime_checkable
+class _Decoding(Protocol):
+    def decode(self, ids: Sequence[object]) -> str | list[str]: ...
+
+
+@dataclass(frozen=True)
+class Task(TokenTask):
+    """What is learnt: the tokens of targets, each from the source and those before it. Static and hashable: part of jit cache keys."""
+
+    start: int = 0
+    """What every target begins with, for the decoder."""
+    smoothing: float = 0.0
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    scores: tuple[str, ...] = ()
+    """What texts are scored by that evaluation lets the model write; empty: it writes none."""
+    tokenizer: TextProcessor | None = field(default=None, compare=False)
+
+    head = "seq2seq_lm"
+
+    @property
+    def metrics(self) -> dict[str, Direction]:
+        """The scalar metrics that ``eval.metric`` may name, and which way is better."""
+        return {**metrics_of(self.scores), **super().metrics}
+
+    def prepare(self, batch: Batch, key: Array) -> Batch:
+        """Adds what the decoder reads, targets one place to the right: ``decoder_tokens`` and ``decoder_mask`` [B, T], ``targets`` and
+        ``target_weights`` [B, T], 0 on padding."""
+        del key
+        targets, there = batch["target"], batch["target_mask"]
+        shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=self.start)
+        weights = there * batch["weights"][:, None]
+        return batch | {"decoder_tokens": shifted, "decoder_mask": there, "targets": targets, "target_weights": weights}
+
+    def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
+        """The same as of every loss of tokens; with ``smoothing``, what is learnt has ``penalty`` more than the loss that is told."""
+        if not self.smoothing:
+            return super().sums(forward, batch, key)
+        output = forward(batch, key)
+        assert output.logits is not None  # a score in tiles knows no mean over the vocabulary
+        logits, targets, weights = output.logits.astype(jnp.float32), batch["targets"], batch["target_weights"]
+        loss = token_cross_entropy(logits, targets)
+        everywhere = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+        learnt = (1 - self.smoothing) * loss + self.smoothing * everywhere
+        return {
+            "loss": (learnt * weights).sum(),
+            "penalty": ((learnt - loss) * weights).sum(),
+            "weight": weights.sum(),
+            "correct": ((output.logits.argmax(-1) == targets) * weights).sum(),
+            "rows": batch["weights"].sum(),
+        }
+
+    def written(self, model: Model, params: Params, batch: Batch) -> Batch:
+        """The ids that are ``written`` [B, N] of each row, -1 behind the end, the number of its ``row``, and ``weights``."""
+        if not self.scores:
+            return {}
+        made = write(model, params, self.generation, batch["tokens"], batch["mask"] != 0)
+        return {"written": made, "row": batch["row"], "weights": batch["weights"]}
+
+    def score_rows(self, sums: Arrays, outputs: Arrays, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        """Those of the loss, and how near the written texts are to those that are wanted."""
+        if not self.scores:
+            return {**self.score(sums)}
+        assert isinstance(self.tokenizer, _Decoding)  # a tokenizer read of a model's folder
+        real = outputs["weights"] > 0
+        ids, numbers = outputs["written"][real], outputs["row"][real]
+        texts = [str(self.tokenizer.decode([i for i in row if i >= 0])) for row in ids.tolist()]
+        wanted = [str(rows[number][1]) for number in numbers.tolist()]
+        return {**text_scores(self.scores, texts, wanted), **self.score(sums)}
+
+    def learnable(self, split: Split) -> int:
+        """How many tokens targets have."""
+        return int(split.sizes("target").sum())
+
+    def remarks(self, split: Split) -> Iterator[str]:
+        """How long targets are, and how many are cut."""
+        sizes = split.sizes("target")
+        yield f"{split.name}: targets of {int(np.median(sizes))} tokens (median), {int(sizes.max())} at most"
+
+    def files(self, width: int, max_length: int | None) -> Mapping[str, str]:
+        """``generation_config.json``: how texts are written."""
+        del width, max_length
+        usual = dataclasses.asdict(GenerationConfig())
+        said = dataclasses.asdict(self.generation)
+        told = {name: value for name, value in said.items() if value != usual[name] or name == "max_new_tokens"}
+        ends = self.generation.eos_token_id
+        told |= {"decoder_start_token_id": self.start} | ({"eos_token_id": ends[0]} if len(ends) == 1 else {})
+        return {"generation_config.json": json.dumps(told, indent=2) + "\n"}
+
+
+def columns(config: RunConfig) -> tuple[Column, ...]:
+    """The columns of sources and of targets."""
+    if config.data.text_pair is not None:
+        raise UserError(
+            f"data.text_pair={config.data.text_pair}: a source is one text; leave it out, targets are task.target"
+        )
+    options = config.task
+    assert isinstance(options, Config)
+    return Column(config.data.text, "text"), Column(options.target, "text")
+
+
+def encode(
+    rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+) -> Iterator[Encoded]:
+    """Each source, behind the prefix, and what is to be written of it, as the tokenizer ends texts."""
+    options = config.task
+    assert isinstance(options, Config)
+    del targets
+    end, most = tokenizer.special.end, options.max_target_length
+    if tokenizer.max_length is not None and most > tokenizer.max_length:
+        raise UserError(
+            f"task.max_target_length={most} is above data.max_length={tokenizer.max_length}: lower it, or let sources be longer"
+        )
+    for first, chunk in chunks_of(rows):
+        sources = tokenizer.encode([options.prefix + str(row.values[0]) for row in chunk])
+        wanted = None
+        if len(chunk[0].values) > 1:
+            wanted = [ids for ids, _, _ in tokenizer.encode([str(row.values[1]) for row in chunk])]
+        for number, (ids, types, dropped) in enumerate(sources):
+            if end is not None and ids[-1:] != [end] and len(ids) != tokenizer.max_length:
+                ids, types = [*ids, end], [*types, 0]
+            example = {
+                "tokens": np.asarray(ids, np.int32),
+                "types": np.asarray(types, np.int32),
+                "row": np.array(first + number, np.int32),
+            }
+            if wanted is not None:
+                example["target"] = np.asarray(_ended(wanted[number], end, most), np.int32)
+            yield Encoded(example, first + number, dropped)
+
+
+def _ended(ids: list[int], end: int | None, length: int) -> list[int]:
+    """A target of so many tokens at most, with the one that ends texts."""
+    if end is None:
+        return ids[:length]
+    return [*(ids[:-1] if ids[-1:] == [end] else ids)[: length - 1], end]
+
+
+def fields(config: RunConfig, pad_id: int) -> Fields:
+    """Fields of batches of sources and targets."""
+    del config
+    target = ("batch", "target")
+    return {
+        **text_fields(pad_id),
+        "target": Field(target, fill=pad_id),
+        "target_mask": Field(target, value=1),
+        "row": Field(("batch",)),
+    }
+
+
+def sizes(options: Config) -> Mapping[str, int]:
+    """Tokens of targets, at most."""
+    return {"target": options.max_target_length}
+
+
+def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
+    """The task of a run."""
+    del targets
+    if facts.stacks and facts.start is None:
+        raise UserError("task.name=seq2seq needs a model with an encoder and a decoder")
+    generation, end = options.generation, tokenizer.special.end
+    if not generation.eos_token_id and end is not None:
+        generation = dataclasses.replace(generation, eos_token_id=(end,))
+    said = generation.decoder_start_token_id
+    start = (facts.start or 0) if said is None else said
+    scores = options.scores if options.generate else ()
+    check_scores(scores)
+    return Task(start, options.label_smoothing, generation, scores, tokenizer)
