@@ -51,6 +51,7 @@ from jaxft.models.families import (
     roberta,
     rotary_bert,
     smollm3,
+    t5,
 )
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
@@ -67,6 +68,7 @@ from jaxft.tasks import (
     question_answering,
     regression,
     reranking,
+    seq2seq,
     token_classification,
 )
 from jaxft.training.setup import stand_in_tokenizer
@@ -88,7 +90,7 @@ FAMILIES: tuple[Family, ...] = (
         mpnet,
         olmo2,
     ),
-    *(qwen2, qwen3, roberta, rotary_bert, smollm3),
+    *(qwen2, qwen3, roberta, rotary_bert, smollm3, t5),
 )
 TASKS: tuple[TaskModule, ...] = (
     *(
@@ -102,7 +104,7 @@ TASKS: tuple[TaskModule, ...] = (
         question_answering,
         regression,
     ),
-    *(reranking, token_classification),
+    *(reranking, seq2seq, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
@@ -209,10 +211,9 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
 
 @pytest.mark.parametrize("name", tasks.tasks())
 def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
-    fields, shape = (
-        tasks.task(name).fields(RunConfig(task=task_options(name)(name=name)), 9),
-        Shape(2, (("length", 5), (CLASSES, 2))),
-    )
+    options = task_options(name)(name=name)
+    fields = tasks.task(name).fields(RunConfig(task=options), 9)
+    shape = Shape(2, (("length", 5), (CLASSES, 2), *tasks.sizes_of(options).items()))
     empty = collate([], fields, shape)
     assert empty.keys() == fields.keys()
     for field, value in empty.items():

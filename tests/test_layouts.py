@@ -40,6 +40,7 @@ MADE = {
     "embedding": lambda module: module.Task(EmbeddingConfig(pooling="mean", normalize=True, at=2)),
     "regression": lambda module: module.Task(),
     "reranking": lambda module: module.Task(at=2),
+    "seq2seq": lambda module: module.Task(smoothing=0.1),
 }
 CASES = [
     (family, name)
@@ -71,6 +72,7 @@ ONCE = {
     ("mpnet", "classification"),
     ("bert", "embedding"),
     ("bert", "multiple_choice"),
+    ("t5", "seq2seq"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -82,6 +84,8 @@ def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout of some shows that they are split as well. BERT and Llama, and
     their tasks, take turns on the layouts."""
+    if task == "seq2seq":
+        return (family, task) in ONCE and layout == "2x2x2"
     if family not in ("bert", "llama") or task not in TURNS:
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
     place = [*LAYOUTS].index(layout)
@@ -89,7 +93,7 @@ def _is_quick(family: str, task: str, layout: str) -> bool:
     return family == ("bert", "llama")[place % 2] and task == tasks[place // 2 % 2]
 
 
-BIASED = ("deberta_v2", "mpnet")
+BIASED = ("deberta_v2", "mpnet", "t5")
 """Families whose attention adds a bias, which most backends refuse: ``auto`` takes one that does not."""
 
 
@@ -101,6 +105,8 @@ COURSES = [
     pytest.param(family, task, layout, marks=_marks(_is_quick(family, task, layout)))
     for family, task in CASES
     for layout in LAYOUTS
+    # The decoder's queries are of other tokens than the keys: no backend splits both over rows yet.
+    if task != "seq2seq" or LAYOUTS[layout][0].context == 1
 ]
 IN_PARTS = [
     pytest.param(family, task, marks=_marks(family in ("bert", "llama") and task in TURNS))
@@ -140,6 +146,10 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             batch |= {"segments": (1 + second) * mask, "starts": starts, "counts": np.full(ROWS, 2, np.int32)}
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
             batch["labels"] = batch["labels"] % 2
+        if task == "seq2seq":
+            there = (np.arange(LENGTH // 2) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
+            batch |= {"target": rng.integers(5, 96, there.shape).astype(np.int32) * there, "target_mask": there}
+            batch["row"] = np.arange(ROWS, dtype=np.int32)
         if task == "chat":
             batch["replies"] = (rng.random(mask.shape) < 0.5).astype(np.int32) * mask
         if task == "regression":

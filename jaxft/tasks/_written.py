@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
@@ -36,6 +37,8 @@ def text_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[
     ROUGE with the Porter stemmer, on letters a to z and digits, sentences of ``rougeLsum`` apart by line breaks; the mean over texts of
     F-measures. BLEU and chrF as sacrebleu computes them over the whole, with its signatures.
     """
+    if not written:
+        return dict.fromkeys(metrics_of(scores), math.nan)
     found: dict[str, object] = {}
     said: dict[str, str] = {}
     for score in scores:

@@ -1,0 +1,138 @@
+"""T5 and mT5 against `transformers` on torch, in process, in float32: values, gradients, folders, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import drawn
+from seq2seq import HEAD, check_cache, check_folder, check_packed, check_parity, check_texts, without_dropout
+
+from jaxft.attention.relative import buckets
+from jaxft.errors import UserError
+from jaxft.hub.source import make_config
+from jaxft.models.families import t5
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+TINY = without_dropout("t5")
+MT5 = dataclasses.replace(TINY, model_type="mt5", scale_decoder_outputs=False, gated=True, hidden_act="gelu_new")
+V1_1 = dataclasses.replace(
+    TINY, gated=True, hidden_act="gelu_new", tie_word_embeddings=False, scale_decoder_outputs=False
+)
+VALUES: dict[str, list[Any]] = {
+    "vocab_size": [96, 61],
+    "hidden_size": [32, 24],
+    "num_hidden_layers": [1, 2, 3],
+    "num_decoder_layers": [1, 2, 3],
+    "num_attention_heads": [1, 2, 4],
+    "head_size": [8, 5],
+    "intermediate_size": [64, 24],
+    "hidden_act": ["relu", "silu", "gelu_new"],
+    "gated": [False, True],
+    "relative_attention_num_buckets": [8, 6, 32],
+    "relative_attention_max_distance": [20, 128],
+    "layer_norm_eps": [1e-6, 1e-3],
+    "tie_word_embeddings": [True, False],
+    "scale_decoder_outputs": [True, False],
+    "decoder_start_token_id": [0, 7],
+}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"num_beams": 4, "length_penalty": 2.0},
+    {"num_beams": 3, "early_stopping": True, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    {"forced_bos_token_id": 17, "forced_eos_token_id": 19, "suppress_tokens": [20, 21]},
+    {"num_beams": 4, "forced_bos_token_id": 17, "begin_suppress_tokens": [11, 12, 13], "early_stopping": "never"},
+]
+
+
+@pytest.mark.parametrize("config", [TINY, MT5, V1_1], ids=["t5", "mt5", "v1.1"])
+def test_values_and_gradients_equal_the_reference(config: Any, tmp_path: Path) -> None:
+    check_parity("t5", config, HEAD, tmp_path, smoothing=0.1 if config is V1_1 else 0.0)
+
+
+def test_the_bare_model_equals_the_reference(tmp_path: Path) -> None:
+    check_parity("t5", TINY, None, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+def test_random_configs_equal_the_reference(number: int, tmp_path: Path) -> None:
+    check_parity("t5", drawn(TINY, VALUES, number), HEAD, tmp_path, smoothing=0.2 * (number % 2))
+
+
+@pytest.mark.parametrize("config", [TINY, MT5, V1_1], ids=["t5", "mt5", "v1.1"])
+def test_folders_come_back_bit_equal(config: Any, tmp_path: Path) -> None:
+    check_folder("t5", config, tmp_path)
+
+
+def test_packed_pairs_and_caches_change_nothing(tmp_path: Path) -> None:
+    check_packed("t5", TINY, tmp_path / "packed")
+    check_cache("t5", TINY, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:3])
+def test_texts_are_those_of_the_reference(settings: dict[str, Any], tmp_path: Path) -> None:
+    check_texts("t5", dataclasses.replace(TINY, num_decoder_layers=2), settings, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(70))
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_texts_of_random_models_are_those_of_the_reference(
+    number: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = drawn(TINY, VALUES, number)
+    check_texts(
+        "t5", dataclasses.replace(config, num_decoder_layers=config.num_hidden_layers), settings, tmp_path, number
+    )
+
+
+def test_ranges_of_distances_are_those_of_the_reference() -> None:
+    import numpy as np
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    far = np.arange(-200, 201)
+    for count, farthest in ((32, 128), (8, 20), (6, 128)):
+        for behind in (True, False):
+            theirs = T5Attention._relative_position_bucket(torch.tensor(far), behind, count, farthest)
+            np.testing.assert_array_equal(buckets(far, count, farthest, behind=behind), theirs.numpy())
+
+
+NEWER = {"gated": True, "hidden_act": "gelu_new", "scale_decoder_outputs": False}
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [
+        ({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, NEWER),
+        ({"feed_forward_proj": "relu"}, {"gated": False, "hidden_act": "relu", "scale_decoder_outputs": True}),
+        ({"model_type": "mt5"}, NEWER),
+        ({"num_layers": 3}, {"num_hidden_layers": 3, "num_decoder_layers": 3}),
+    ],
+)
+def test_config_json_of_each_version_is_read(stated: dict[str, Any], wanted: dict[str, Any]) -> None:
+    made: Any = make_config(t5, t5.config_from_hf({"model_type": "t5", **stated}))
+    assert {name: getattr(made, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relative_attention_num_buckets": 7}, "relative_attention_num_buckets=7"),
+        ({"relative_attention_max_distance": 3}, "relative_attention_max_distance=3"),
+        ({"model_type": "mt5"}, "scale_decoder_outputs=true: mt5 never does"),
+        ({"decoder_start_token_id": 96}, "decoder_start_token_id=96 is not among 96 tokens"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers=0"),
+    ],
+)
+def test_what_no_model_can_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataclasses.replace(TINY, **changes)
+    for bad in ({"is_encoder_decoder": False}, {"feed_forward_proj": "a-b-c"}):
+        with pytest.raises(UserError, match=r"config\.json"):
+            t5.config_from_hf(bad)
