@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", required=True, type=int, help="tokens of the vocabulary, special ones among them")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; must not exist, or be empty")
     parser.add_argument(
-        "--for", dest="use", choices=["encoder", "decoder", "seq2seq"], default="encoder",
-        help="encoder (default): [CLS], [SEP], [MASK]; decoder: <|endoftext|>",
+        "--for", dest="use", choices=["encoder", "decoder", "encoder-decoder"], default="encoder",
+        help="encoder (default): [CLS], [SEP], [MASK]; decoder: <|endoftext|>; encoder-decoder: </s>",
     )  # fmt: skip
     parser.add_argument("--lowercase", action="store_true", help="texts are read in lower case")
     parser.add_argument(

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, training rows and held-out ones."""
     made = tmp_path_factory.mktemp("seq2seq")
     words = [*WORDS, *WORDS.values()]
-    train_tokenizer(lambda: words * 5, Wanted("wordpiece", 160, "seq2seq", max_length=32), made / "tok")
+    train_tokenizer(lambda: words * 5, Wanted("wordpiece", 160, "encoder-decoder", max_length=32), made / "tok")
     rng = np.random.default_rng(0)
     for name, count in (("train", 256), ("eval", 16)):
         with (made / f"{name}.jsonl").open("w") as file:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers.trainers import Trainer
 
 Algorithm = Literal["wordpiece", "bpe", "unigram"]
-Use = Literal["encoder", "decoder", "seq2seq"]
+Use = Literal["encoder", "decoder", "encoder-decoder"]
 MOST_SIZE = 1 << 22
 """Tokens of a vocabulary."""
 _MOST_LETTERS = 1000
@@ -33,7 +33,7 @@ _NAMES: Mapping[Use, Mapping[str, str]] = {
     },
     "decoder": {"pad_token": "<|pad|>", "unk_token": "<|unk|>", "eos_token": "<|endoftext|>"},
     # In T5's order: targets begin with the token of padding, whose number is 0.
-    "seq2seq": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "encoder-decoder": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 
 
@@ -45,7 +45,7 @@ class Wanted(NamedTuple):
     """Tokens of the vocabulary, special ones among them."""
     use: Use = "encoder"
     """``encoder``: texts stand between [CLS] and [SEP], and there is a [MASK]. ``decoder``: texts end with <|endoftext|>.
-    ``seq2seq``: for encoder-decoders, as T5's; texts, and pairs as one, end with </s>."""
+    ``encoder-decoder``: for encoder-decoders, as T5's; texts, and pairs as one, end with </s>."""
     lowercase: bool = False
     max_length: int = 512
     """Stated as ``model_max_length``."""
@@ -180,7 +180,7 @@ def _put_around(fast: Fast, wanted: Wanted) -> None:
 
     if wanted.use == "decoder":
         return
-    if wanted.use == "seq2seq":
+    if wanted.use == "encoder-decoder":
         end = wanted.special["eos_token"]
         ids = [(end, fast.token_to_id(end))]
         fast.post_processor = processors.TemplateProcessing(
