@@ -15,6 +15,7 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.errors import UserError
 
 logger = logging.getLogger("jaxft.data")
+_ANY = "a"  # a text that every vocabulary has some token for
 Place = tuple[int, int]
 """The first character, and the one after the last."""
 
@@ -44,7 +45,7 @@ class Replied(NamedTuple):
 class Replies:
     """Encodes prompts with their replies for a model that goes on with texts.
 
-    Texts are written one after the other, begun as the tokenizer begins texts and ended with its end token, which is of the reply.
+    Texts are written one after the other, with what the tokenizer puts around texts and its end token, which are of the reply at the end.
     Messages are written by the chat template (:class:`~jaxft.data.processors.chat.ChatTemplate`), with nothing around them. What is longer
     than the tokenizer's ``max_length`` is cut at the end.
     """
@@ -57,10 +58,13 @@ class Replies:
         return ChatTemplate(self._tokenizer.folder)
 
     @cached_property
-    def _begin(self) -> list[int]:
-        """What the tokenizer begins texts with, its begin token or nothing."""
-        ((around, _, _),) = self._tokenizer.encode([""])
-        return [token for token in around[:1] if token == self._tokenizer.special.begin]
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer begins texts with, and what they end with."""
+        ((whole, _, _),), ((inner, _),) = self._tokenizer.encode([_ANY]), self._tokenizer.plain([_ANY])
+        first = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), len(whole))
+        begin, end = whole[:first], whole[first + len(inner) :]
+        last = self._tokenizer.special.end
+        return begin, end if last is None or end[-1:] == [last] else [*end, last]
 
     def encode(self, asked: Sequence[Asked]) -> list[Replied]:
         """The tokens of some prompts with their replies.
@@ -82,9 +86,9 @@ class Replies:
                 )  # fmt: skip
             replies = _within(places, spans)
             if not talk:
-                end = [token for token in (self._tokenizer.special.end,) if token is not None and ids[-1:] != [token]]
-                ids = [*self._begin, *ids, *end]
-                replies = np.concatenate([np.zeros(len(self._begin)), replies, np.ones(len(end))])
+                begin, end = self._around
+                ids = [*begin, *ids, *end]
+                replies = np.concatenate([np.zeros(len(begin)), replies, np.ones(len(end))])
             kept = len(ids) if self._tokenizer.max_length is None else min(len(ids), self._tokenizer.max_length)
             found.append(Replied(np.asarray(ids[:kept], np.int32), replies[:kept].astype(np.int32), len(ids) - kept))
         return found
