@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .csv .tsv .jsonl .parquet file: data.text names the column of replies, data.text_pair that of others, if there are two; "
         "each a text or a list of messages",
     )
-    parser.add_argument("out", help="JSON Lines: the rows, and <column>_logp and <column>_tokens of each column of replies")
+    parser.add_argument(
+        "out", help="JSON Lines: the rows, and <column>_logp and <column>_tokens of each column of replies"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for instance data.text=chosen data.text_pair=rejected"
     )
@@ -108,7 +110,9 @@ class _Counts:
         self.silent += any(not one.tokens for one in found.values())
         for name, one in found.items():
             if not math.isfinite(one.logp):
-                raise UserError(f"{where}: the model gives column {name!r} no probability ({one.logp}); its weights are not usable")
+                raise UserError(
+                    f"{where}: the model gives column {name!r} no probability ({one.logp}); its weights are not usable"
+                )
             self.sums[name][0] += one.logp
             self.sums[name][1] += one.tokens
 
@@ -152,7 +156,7 @@ def _read(
         if prompt is not None:
             before, replies = texts[0], texts[1:]
         elif len(names) == 2:
-            before, *replies = shared_prompt(*texts, row.where)
+            before, *replies = shared_prompt(texts[0], texts[1], row.where)
         else:
             before, replies = None, texts
         whole = dict(zip(present, map(_as_given, row.values[len(wanted) :]), strict=True))

@@ -14,7 +14,7 @@ from jaxft.data.processors.replies import Asked, Replies
 from jaxft.errors import UserError
 from jaxft.inference.generation.decode import writes
 from jaxft.inference.predict import Served
-from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps
+from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps, reply_tokens
 from jaxft.tasks.contract import Batch
 from jaxft.training.step import forward_of
 from jaxft.trees import Params
@@ -47,8 +47,8 @@ def make_scorer(served: Served, batch_size: int) -> Callable[[Sequence[Asked]], 
     fields = {**text_fields(tokenizer.pad_id), REPLIES: Field(("batch", "length"))}
 
     def computed(params: Params, batch: Batch) -> Batch:
-        logps, tokens = reply_logps(forward_of(served.model, params), next_tokens(batch), None, 1)
-        return {"logps": logps[:, 0], "tokens": tokens[:, 0]}
+        logps = reply_logps(forward_of(served.model, params), next_tokens(batch), None, 1)
+        return {"logps": logps[:, 0], "tokens": reply_tokens(batch, 1)[:, 0]}
 
     program = served.devices.compiled(computed, fields)
 

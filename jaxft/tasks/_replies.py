@@ -15,19 +15,28 @@ REPLIES = "replies"
 
 
 def next_tokens(batch: Batch) -> Batch:
-    """The batch with ``targets`` [B, S] int32, the next token of each, and ``replied`` [B, S], 1 where that is of a reply of the same
-    text."""
+    """The batch with ``targets`` [B, S] int32, the next token of each."""
+    return batch | {"targets": jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))}
+
+
+def _next_of_replies(batch: Batch, texts: int) -> Array:
+    """[B, S, T] float32, 1 where the next token is of the reply of a text, and of that text itself."""
     there = batch.get("segments", (batch["mask"] != 0).astype(jnp.int32))
-    following = jnp.pad(there[:, 1:], ((0, 0), (0, 1)))
-    replied = jnp.pad(batch[REPLIES][:, 1:], ((0, 0), (0, 1))) * ((following == there) & (there != 0))
-    return batch | {"targets": jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1))), "replied": replied}
+    following, replied = (jnp.pad(values[:, 1:], ((0, 0), (0, 1))) for values in (there, batch[REPLIES]))
+    replied = replied * (following == there)
+    return ((there[..., None] == jnp.arange(1, texts + 1)) * replied[..., None]).astype(jnp.float32)
 
 
-def reply_logps(forward: Forward, batch: Batch, key: Array | None, texts: int) -> tuple[Array, Array]:
-    """The summed log-probability of each text's reply, given all before, and of how many tokens it is: both [B, T] float32.
+def reply_tokens(batch: Batch, texts: int) -> Array:
+    """[B, T] float32, how many tokens of each text's reply are predicted."""
+    return _next_of_replies(batch, texts).sum(1)
+
+
+def reply_logps(forward: Forward, batch: Batch, key: Array | None, texts: int) -> Array:
+    """[B, T] float32, the summed log-probability of each text's reply, given all before.
 
     Args:
-      batch: as :func:`next_tokens` gives it.
+      batch: with ``targets``, as :func:`next_tokens` gives it.
       texts: T, of which ``segments`` tells the tokens (from 1).
     """
     output, targets = forward(batch, key), batch["targets"]
@@ -36,7 +45,4 @@ def reply_logps(forward: Forward, batch: Batch, key: Array | None, texts: int) -
         loss = token_cross_entropy(output.logits, targets)
     else:
         loss = output.score.loss
-    replied = batch["replied"].astype(jnp.float32)
-    segments = batch.get("segments", jnp.ones_like(targets))
-    of_text = (segments[..., None] == jnp.arange(1, texts + 1)) * replied[..., None]
-    return -(loss[..., None] * of_text).sum(1), of_text.sum(1)
+    return -(loss[..., None] * _next_of_replies(batch, texts)).sum(1)

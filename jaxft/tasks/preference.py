@@ -27,7 +27,7 @@ from jaxft.data.processors.replies import Asked, Replies, shared_prompt
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
-from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps
+from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps, reply_tokens
 from jaxft.tasks._several import joined, several_fields
 from jaxft.tasks._texts import by_text
 from jaxft.tasks._tokens import study
@@ -82,24 +82,19 @@ class Task:
         return {"accuracy": "max", "margin": "max", "loss": "min"}
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
-        """The batch with the next token of each, and where that is of a reply."""
+        """The batch with the next token of each."""
         del key
         return next_tokens(batch)
 
     def weight(self, batch: Batch) -> Array:
         """The number of pairs: what the summed loss is divided by."""
-        replied, segments = batch["replied"], batch["segments"]
-        of_text = (segments[..., None] == jnp.arange(1, self._texts(batch) + 1)) * replied[..., None]
-        return _counted(batch, of_text.sum(1)).sum()
-
-    def _texts(self, batch: Batch) -> int:
-        return 2 * math.prod(batch["weights"].shape[1:])
+        return _counted(batch, reply_tokens(batch, _texts(batch))).sum()
 
     def _pairs(self, forward: Forward, batch: Batch, key: Array | None) -> _Pairs:
         # Replies are told apart by their segments: the model need not know where they begin.
         seen = {name: value for name, value in batch.items() if name != "starts"}
-        logps, tokens = reply_logps(forward, seen, key, self._texts(batch))
-        logps, tokens = logps.reshape(-1, 2), tokens.reshape(-1, 2)
+        logps = reply_logps(forward, seen, key, _texts(batch)).reshape(-1, 2)
+        tokens = reply_tokens(batch, _texts(batch)).reshape(-1, 2)
         reference = batch["reference"].reshape(-1, 2) if "reference" in batch else jnp.zeros_like(logps)
         return _Pairs(logps, reference, tokens, _counted(batch, tokens))
 
@@ -141,7 +136,9 @@ class Task:
         is than under the reference) and their difference, the ``margin``; and the log-probabilities of the replies."""
         del outputs
         count = float(sums["weight"]) or math.nan
-        (chosen, rejected), (logp, other) = (np.asarray(sums[name], np.float64) / count for name in ("rewards", "logps"))
+        (chosen, rejected), (logp, other) = (
+            np.asarray(sums[name], np.float64) / count for name in ("rewards", "logps")
+        )
         return {
             "loss": float(sums["loss"]) / count,
             "accuracy": float(sums["correct"]) / count,
@@ -164,9 +161,14 @@ class Task:
         yield f"{split.name}: {len(tokens):,} pairs, {mean[0]:.1f} tokens in a chosen reply, {mean[1]:.1f} in a rejected one"
         if silent := int((tokens == 0).any(1).sum()):
             yield (
-                f"warning: {split.name}: {silent:,} of {len(tokens):,} pairs have a reply without a token within data.max_length, and teach "
-                "nothing"
+                f"warning: {split.name}: {silent:,} of {len(tokens):,} pairs have a reply without a token within data.max_length, and "
+                "teach nothing"
             )
+
+
+def _texts(batch: Batch) -> int:
+    """How many texts a row has room for."""
+    return 2 * math.prod(batch["weights"].shape[1:])
 
 
 def _counted(batch: Batch, tokens: Array) -> Array:
@@ -208,11 +210,15 @@ def columns(config: RunConfig) -> tuple[Column, ...]:
         )
     names = (*(() if options.prompt is None else (options.prompt,)), data.text, data.text_pair)
     if len(set(names)) < len(names):
-        raise UserError(f"task.prompt, data.text and data.text_pair name a column twice ({', '.join(names)}); name each once")
+        raise UserError(
+            f"task.prompt, data.text and data.text_pair name a column twice ({', '.join(names)}); name each once"
+        )
     found = [Column(name, "messages") for name in names]
     if options.reference == "columns":
         cure = _cure(config)
-        found += [Column(f"{name}_{what}", "number", cure) for name in (data.text, data.text_pair) for what in _SUFFIXES]
+        found += [
+            Column(f"{name}_{what}", "number", cure) for name in (data.text, data.text_pair) for what in _SUFFIXES
+        ]
     return tuple(found)
 
 

@@ -54,7 +54,10 @@ def read(folder: Path, asked: Asked, length: int | None = None) -> tuple[list[st
 
 
 def test_texts_and_messages_are_told_apart_from_their_replies(folder: Path) -> None:
-    assert read(folder, Asked("the cat", " is red", "x")) == (["the", "cat", "is", "red", "</s>"], ["is", "red", "</s>"])
+    assert read(folder, Asked("the cat", " is red", "x")) == (
+        ["the", "cat", "is", "red", "</s>"],
+        ["is", "red", "</s>"],
+    )
     assert read(folder, Asked("the cat", " is red", "x"), 3) == (["the", "cat", "is"], ["is"])
     assert read(folder, Asked(None, "red cat", "x"))[1] == ["red", "cat", "</s>"]
     replies = ["the", "old", "fish", "sings", "</s>", "a", "house", "</s>"]
@@ -82,7 +85,7 @@ def test_the_shared_prompt_is_what_both_begin_with() -> None:
     assert shared_prompt(TALK, other, "x") == (TALK[:4], TALK[4:], other[4:])
     assert shared_prompt(TALK, TALK, "x") == (TALK[:4], TALK[4:], TALK[4:])
     assert shared_prompt(TALK[:1], TALK[1:2], "x") == (None, TALK[:1], TALK[1:2])
-    with pytest.raises(UserError, match="^x: one reply is a text and the other is a list"):
+    with pytest.raises(UserError, match=r"^x: one reply is a text and the other is a list"):
         shared_prompt("red", TALK, "x")
 
 
@@ -182,7 +185,7 @@ def test_loss_and_gradients_are_those_of_torch(pairs: Torch, options: dict[str, 
 
     (value, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(pairs.params)
     close(value, losses.mean(), "loss")
-    scores = task.score(jax.device_get(sums))
+    scores: Any = task.score(jax.device_get(sums))
     assert scores["rows"] == 6
     assert scores["accuracy"] == pytest.approx(float((rewards[:, 0] > rewards[:, 1]).double().mean()))
     np.testing.assert_allclose(scores["chosen_reward"], rewards[:, 0].mean().item(), rtol=2e-5, atol=2e-5)
@@ -247,7 +250,10 @@ def test_rows_keep_what_they_have_beside_their_scores(decoder: Path, tmp_path: P
     together = tmp_path / "together.jsonl"
     together.write_text("".join(json.dumps({"text": row["prompt"] + row["chosen"]}) + "\n" for row in given))
     alone = scored(capsys, decoder, together, tmp_path / "b.jsonl")
-    assert all(row["text_tokens"] == 4 and row["text_logp"] < other["chosen_logp"] for row, other in zip(alone, found, strict=True))
+    assert all(
+        row["text_tokens"] == 4 and row["text_logp"] < other["chosen_logp"]
+        for row, other in zip(alone, found, strict=True)
+    )
     # Conversations, whole or with a prompt of their own, are scored alike.
     talks = tmp_path / "talks.jsonl"
     talks.write_text(json.dumps({"prompt": TALK[1:2], "chosen": TALK[2:3], "messages": TALK[1:3]}) + "\n")
@@ -310,7 +316,13 @@ def test_what_is_no_preference_is_one_line(
     row |= {} if column is None else {column[0]: column[1]}
     row = {name: value for name, value in row.items() if value is not None}
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
-    settings = [*NAMES, PROMPT, f"model.init={decoder}", f"data.train={tmp_path / 'rows.jsonl'}", f"train.out={tmp_path / 'out'}"]
+    settings = [
+        *NAMES,
+        PROMPT,
+        f"model.init={decoder}",
+        f"data.train={tmp_path / 'rows.jsonl'}",
+        f"train.out={tmp_path / 'out'}",
+    ]
     code, _, err = run(capsys, "train", *settings, "data.max_length=16", "log.progress=off", *more)
     assert code == 2
     told = err.splitlines()[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os.path
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -119,11 +118,10 @@ def shared_prompt(first: object, second: object, where: str) -> tuple[object, ob
       UserError: one is a text and the other is not.
     """
     if isinstance(first, str) and isinstance(second, str):
-        shared = len(os.path.commonprefix([first, second]))
-        shared = min(shared, len(first) - 1, len(second) - 1)
+        most = max(min(len(first), len(second)) - 1, 0)
+        shared = next((i for i in range(most) if first[i] != second[i]), most)
         if shared > 0 and first[shared - 1] == " ":
             shared -= 1
-        shared = max(shared, 0)
         return first[:shared], first[shared:], second[shared:]
     if isinstance(first, str) or isinstance(second, str):
         raise UserError(f"{where}: one reply is a text and the other is a list of messages; write both alike")
