@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
                 counts.add(found, several[0].where)
                 write({**row, **dict(_cells(found))})
             _say(f"{counts.rows} rows are scored")
+        if not counts.rows:
+            raise UserError(f"{options.rows}: the data set is empty")
     print(f"wrote {options.out}: {counts.rows} rows")
     for line in counts.said(served.tokenizer.max_length):
         print(line)
@@ -159,7 +161,8 @@ def _read(
             before, *replies = shared_prompt(texts[0], texts[1], row.where)
         else:
             before, replies = None, texts
-        whole = dict(zip(present, map(_as_given, row.values[len(wanted) :]), strict=True))
+        # Plain lines have no columns, but one text each.
+        whole = dict(zip(present or names, map(_as_given, row.values[len(wanted) if present else 0 :]), strict=True))
         yield whole, [Asked(before, reply, row.where) for reply in replies]
 
 

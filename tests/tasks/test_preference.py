@@ -254,6 +254,9 @@ def test_rows_keep_what_they_have_beside_their_scores(decoder: Path, tmp_path: P
         row["text_tokens"] == 4 and row["text_logp"] < other["chosen_logp"]
         for row, other in zip(alone, found, strict=True)
     )
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(row["prompt"] + row["chosen"] + "\n" for row in given))
+    assert scored(capsys, decoder, lines, tmp_path / "e.jsonl") == alone
     # Conversations, whole or with a prompt of their own, are scored alike.
     talks = tmp_path / "talks.jsonl"
     talks.write_text(json.dumps({"prompt": TALK[1:2], "chosen": TALK[2:3], "messages": TALK[1:3]}) + "\n")
@@ -272,6 +275,10 @@ def test_what_cannot_be_scored_is_one_line(decoder: Path, tmp_path: Path, capsys
     assert "--batch-size 0: must lie in" in refusal(capsys, *score, tmp_path / "out.jsonl", "--batch-size", 0)
     told = refusal(capsys, *score, tmp_path / "out.jsonl", "data.text=reply")
     assert "pairs.jsonl:1: no column 'reply'" in told
+    (tmp_path / "empty.jsonl").write_text("")
+    told = refusal(capsys, "score", decoder, tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
+    assert "the data set is empty" in told
+    (tmp_path / "empty.jsonl").unlink()
     told = refusal(capsys, *score, tmp_path / "out.jsonl", "data.text=more")
     assert "column 'more' holds a mapping" in told
     assert not [path for path in tmp_path.iterdir() if path != rows]
