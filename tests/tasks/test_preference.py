@@ -162,13 +162,12 @@ def wanted(pairs: Torch, options: preference.Config) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"beta": 0.5, "label_smoothing": 0.2},
-        {"loss": "ipo", "beta": 0.3},
-        {"loss": "hinge", "beta": 0.4},
-        {"reference": "none"},
+        pytest.param({}, id="sigmoid"),
+        pytest.param({"beta": 0.5, "label_smoothing": 0.2}, id="smoothed"),
+        pytest.param({"loss": "ipo", "beta": 0.3}, id="ipo"),
+        pytest.param({"loss": "hinge", "beta": 0.4}, id="hinge", marks=pytest.mark.slow),
+        pytest.param({"reference": "none"}, id="no reference", marks=pytest.mark.slow),
     ],
-    ids=["sigmoid", "smoothed", "ipo", "hinge", "no reference"],
 )
 def test_loss_and_gradients_are_those_of_torch(pairs: Torch, options: dict[str, Any]) -> None:
     task = preference.Task(preference.Config("preference", **options))
@@ -196,6 +195,7 @@ def test_loss_and_gradients_are_those_of_torch(pairs: Torch, options: dict[str, 
         close(tensor.read(), named[tensor.name].grad, tensor.name)
 
 
+@pytest.mark.slow
 def test_tiles_of_the_vocabulary_change_nothing(pairs: Torch) -> None:
     task, found = preference.Task(), []
     for tile in (None, 32):
