@@ -37,6 +37,7 @@ MADE = {
     "token_classification": lambda module: module.Task(("O", "B-a", "I-a")),
     "multi_label": lambda module: module.Task(("a", "b", "c"), (1.0, 2.0, 0.5)),
     "multiple_choice": lambda module: module.Task(),
+    "preference": lambda module: module.Task(),
     "embedding": lambda module: module.Task(EmbeddingConfig(pooling="mean", normalize=True, at=2)),
     "regression": lambda module: module.Task(),
     "reranking": lambda module: module.Task(at=2),
@@ -73,6 +74,7 @@ ONCE = {
     ("bert", "embedding"),
     ("bert", "multiple_choice"),
     ("t5", "seq2seq"),
+    ("llama", "preference"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -150,6 +152,15 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             there = (np.arange(LENGTH // 2) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
             batch |= {"target": rng.integers(5, 96, there.shape).astype(np.int32) * there, "target_mask": there}
             batch["row"] = np.arange(ROWS, dtype=np.int32)
+        if task == "preference":  # the prompt is a token of each half
+            half = lengths[:, None] // 2
+            second = (np.arange(LENGTH) >= half).astype(np.int32)
+            starts = np.stack([np.zeros_like(lengths), lengths // 2], 1).astype(np.int32)
+            batch |= {"segments": (1 + second) * mask, "starts": starts}
+            batch["positions"] = (np.arange(LENGTH) - second * half).astype(np.int32) * mask
+            batch["replies"] = (batch["positions"] > 0).astype(np.int32) * mask
+            batch["reference"] = rng.normal(-9, 1, (ROWS, 2)).astype(np.float32)
+            del batch["labels"]
         if task == "chat":
             batch["replies"] = (rng.random(mask.shape) < 0.5).astype(np.int32) * mask
         if task == "regression":

@@ -12,6 +12,8 @@ from typing import cast
 
 from jaxft.config import TaskConfig
 from jaxft.config.outside import outside_module
+from jaxft.data.corpus.reading import Rewriting
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.errors import UserError, nearest
 from jaxft.tasks._scores import collected, is_better, mistakes, remarks, reported, scalar, scores, scores_rows
 from jaxft.tasks.contract import Note, Targets, Task, TaskModule
@@ -28,6 +30,7 @@ __all__ = [
     "problem_of",
     "remarks",
     "reported",
+    "rewriting",
     "scalar",
     "scores",
     "scores_rows",
@@ -74,6 +77,12 @@ def adopted(options: TaskConfig, folder: Path, note: Note) -> TaskConfig:
     ``adopted(options, folder, note)``."""
     made = getattr(task(options.name), "adopted", None)
     return options if made is None else made(options, folder, note)
+
+
+def rewriting(options: TaskConfig, tokenizer: TextProcessor) -> Rewriting | None:
+    """What becomes of a corpus's documents when they are read, if the task's module defines ``rewriting(options, tokenizer)``."""
+    made = getattr(task(options.name), "rewriting", None)
+    return None if made is None else made(options, tokenizer)
 
 
 def task_of_head(head: str | None, named: str = "", problem: str | None = None) -> TaskModule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,11 +11,14 @@ import numpy as np
 
 from jaxft.config import RunConfig
 from jaxft.config.tasks.causal_lm import Config
+from jaxft.data.corpus.order import uniforms
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
+from jaxft.errors import UserError
 from jaxft.models.contract import Facts
-from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
+from jaxft.tasks._infilling import Infilling, infilling
+from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, TokenTask, columns, encode_all, fields, study
 from jaxft.tasks.contract import Array, Batch, Targets
 
 __all__ = [
@@ -28,8 +32,12 @@ __all__ = [
     "encode",
     "fields",
     "make_task",
+    "rewriting",
     "study",
 ]
+
+
+ROW_OPTIONS: tuple[str, ...] = ("fill_in_the_middle", "fill_in_the_middle_tokens")
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,40 @@ class Task(TokenTask):
 def encode(
     rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
 ) -> Iterator[Encoded]:
-    """Each text, which ends with the tokenizer's end token where there is room."""
+    """Each text, which ends with the tokenizer's end token where there is room; some with their middle last.
+
+    Raises:
+      UserError: texts are to be filled in, and the tokenizer has no tokens for that, or long texts are split.
+    """
     del targets
-    return encode_all(rows, tokenizer, config, end_id=tokenizer.special.end)
+    encoded = encode_all(rows, tokenizer, config, end_id=tokenizer.special.end)
+    # A task of another package that takes this over has options of its own.
+    made = infilling(config.task, tokenizer) if isinstance(config.task, Config) else None
+    if made is None:
+        return encoded
+    if config.data.long_texts == "split":
+        raise UserError(
+            "task.fill_in_the_middle: parts of texts that are split have no room for more tokens; set data.long_texts=truncate, or build "
+            "a corpus (jaxft data build)"
+        )
+    return (_filled(one, made, tokenizer.max_length) for one in encoded)
+
+
+def _filled(one: Encoded, made: Infilling, limit: int | None) -> Encoded:
+    """A text as it is read. What is drawn follows from its tokens: the same wherever it stands, whatever the seed."""
+    tokens = one.example["tokens"]
+    draws = uniforms((zlib.crc32(tokens.tobytes()),))
+    beyond = 0 if limit is None else max(0, len(tokens) + made.room - limit)
+    filled = made(tokens[: len(tokens) - beyond], draws)
+    if len(filled) == len(tokens) - beyond:  # left as it is
+        return one
+    example = {"tokens": filled, "types": np.zeros_like(filled)}
+    return one._replace(example=example, dropped=one.dropped + beyond)
+
+
+def rewriting(options: Config, tokenizer: TextProcessor) -> Infilling | None:
+    """What becomes of the documents of a corpus when they are read."""
+    return infilling(options, tokenizer)
 
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:

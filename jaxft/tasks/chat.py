@@ -1,12 +1,11 @@
 """Instruction tuning: conversations, of which the model learns its own replies.
 
 Rows are written by the chat template of the model's folder; the loss is of the tokens of replies alone, those that the template marks, or
-each reply and what ends it (:mod:`jaxft.data.processors.chat`).
+each reply and what ends it (:mod:`jaxft.data.processors.replies`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ from jaxft.config.tasks.chat import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.chat import ChatTemplate, check_messages
+from jaxft.data.processors.chat import check_messages
 from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.replies import Asked, Replies
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
@@ -40,7 +40,6 @@ __all__ = [
     "make_task",
     "study",
 ]
-logger = logging.getLogger("jaxft.data")
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 _REPLIES = "replies"
 """The field that says of each token whether it is of a reply."""
@@ -84,40 +83,12 @@ def encode(
 ) -> Iterator[Encoded]:
     """Each conversation as the chat template writes it, cut at the end if it is too long."""
     del targets, config
-    template, warned = ChatTemplate(tokenizer.folder), False
+    replies = Replies(tokenizer)
     for first, chunk in chunks_of(rows):
-        written = [template.rendered(check_messages(row.values[0], row.where)) for row in chunk]
-        found = tokenizer.plain([one.text for one in written])
-        for number, ((ids, places), (_, replies)) in enumerate(zip(found, written, strict=True)):
-            if not warned and _begin_inside(places, replies):
-                warned = True
-                logger.warning(
-                    "%s: a reply begins inside a token (%s): asked for an answer, the model sees other tokens than it has learnt from; let "
-                    "the chat template end what begins a reply with a line break or a token of its own, not with a blank",
-                    tokenizer.folder, chunk[number].where,
-                )  # fmt: skip
-            kept = len(ids) if tokenizer.max_length is None else min(len(ids), tokenizer.max_length)
-            example = {
-                "tokens": np.asarray(ids[:kept], np.int32),
-                "types": np.zeros(kept, np.int32),
-                _REPLIES: _within(places[:kept], replies),
-            }
-            yield Encoded(example, first + number, len(ids) - kept)
-
-
-def _within(places: list[tuple[int, int]], replies: list[tuple[int, int]]) -> np.ndarray:
-    """[tokens] 1 for tokens that have a character of a reply."""
-    begin, end = np.asarray(places, np.int64).reshape(-1, 2).T
-    found = np.zeros(len(begin), np.int32)
-    for start, stop in replies:
-        found |= (begin < stop) & (end > start)
-    return found
-
-
-def _begin_inside(places: list[tuple[int, int]], replies: list[tuple[int, int]]) -> bool:
-    """Whether a token holds the end of what begins a reply, and the first of its letters."""
-    starts = {start for start, _ in replies}
-    return any(begin < start < end for begin, end in places for start in starts)
+        asked = [Asked(None, check_messages(row.values[0], row.where), row.where) for row in chunk]
+        for number, one in enumerate(replies.encode(asked), first):
+            example = {"tokens": one.ids, "types": np.zeros_like(one.ids), _REPLIES: one.replies}
+            yield Encoded(example, number, one.dropped)
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.corpus.batches import Stream
 from jaxft.data.corpus.files import MANIFEST, is_corpus
@@ -22,7 +23,7 @@ from jaxft.errors import UserError, listed
 from jaxft.hub.source import Note
 from jaxft.tasks import TaskModule
 
-_READ = {"concatenated": Concatenated, "best_fit": BestFit}
+_READ = ("concatenated", "best_fit")
 _FIELDS = {"tokens", "mask", "types", "weights", "segments", "positions"}
 
 
@@ -120,16 +121,35 @@ def _stream(
     mixture: Mixture,
 ) -> Stream:
     made = [_together([_opened(folder, tokenizer) for folder in folders]) for folders in groups]
-    rows: list[Rows] = [_READ[config.data.packing](corpus, config.data.max_length) for corpus in made]
+    rows = [_rows(config, tokenizer, corpus) for corpus in made]
     for corpus, one in zip(made, rows, strict=True):
         note(f"{name}: {corpus.name}: {_said(corpus, one)}")
     fields = packed_fields(module.fields(config, tokenizer.pad_id))
     return Stream(name, fields, tuple(rows), mixture, tuple(corpus.digest for corpus in made))
 
 
+def _rows(config: RunConfig, tokenizer: TextProcessor, corpus: Corpus) -> Rows:
+    """A corpus in rows.
+
+    Raises:
+      UserError: documents are to be rewritten, which rows that are cut anywhere have no room for.
+    """
+    length, rewriting = config.data.max_length, tasks.rewriting(config.task, tokenizer)
+    if config.data.packing == "best_fit":
+        if rewriting is not None and length <= rewriting.room:
+            raise UserError(f"data.max_length={length}: documents get {rewriting.room} tokens more; set it higher")
+        return BestFit(corpus, length, rewriting)
+    if rewriting is not None:
+        raise UserError(
+            f"data.packing={config.data.packing}: the task rewrites documents as they are read, which rows that are cut anywhere have no "
+            "room for; set data.packing=best_fit"
+        )
+    return Concatenated(corpus, length)
+
+
 def _said(corpus: Corpus, rows: Rows) -> str:
     sizes, counts = corpus.lengths.T
-    long = int(counts[sizes > rows.length].sum())
+    long = int(counts[sizes > rows.longest].sum())
     beyond = (
         f"; {long:,} documents ({long / corpus.documents:.1%}) are longer than a row and go on in others"
         if long

@@ -47,6 +47,11 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
         seen = jnp.asarray(kind % len(kind))[jnp.arange(len(kind))[:, None], jnp.maximum(batch["segments"] - 1, 0)]
         batch["texts"] = jnp.arange(2 * len(kind)).reshape(-1, 2)
         logits = jax.nn.one_hot(seen, len(kind)) + 0.01 * jax.nn.one_hot(seen // 2, len(kind))
+    elif name == "preference":  # the next token of the chosen reply, or of the other one
+        batch["reference"] = jnp.zeros_like(batch["reference"])
+        batch = task.prepare(batch, jax.random.key(0))
+        towards = jnp.where(batch["segments"] == 1, scale, -scale)[..., None]
+        logits = towards * jax.nn.one_hot(batch["targets"], VOCAB)
     elif name == "multi_label":
         logits = scale * (2.0 * batch["labels"] - 1)
     elif name == "question_answering":

@@ -26,7 +26,7 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, shardings_of
-from jaxft.tasks import classification, collected, embedding, multiple_choice, regression, reranking
+from jaxft.tasks import classification, collected, embedding, multiple_choice, preference, regression, reranking
 from jaxft.training.gradients import of_batch
 from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
@@ -40,11 +40,13 @@ LABELS = {
     "reranking": ("score",),
     "embedding": (),
     "multiple_choice": (),
+    "preference": (),
 }
 LEARNT: dict[str, Any] = {
     "regression": regression.Task,
     "reranking": reranking.Task,
     "multiple_choice": multiple_choice.Task,
+    "preference": preference.Task,
     "embedding": lambda: embedding.Task(EmbeddingConfig(pooling="mean", directions="both")),
 }
 HOW: dict[str, dict[str, Any]] = {
@@ -82,7 +84,7 @@ def texts_of(task: str) -> Split:
             return found | {"labels": rng.integers(0, 2, 3).astype(np.int32)}
         if task == "reranking":
             return found | {"labels": np.array(rng.random(), np.float32), "query": np.array(number % 7, np.int32)}
-        if task in ("embedding", "multiple_choice"):
+        if task in ("embedding", "multiple_choice", "preference"):
             length, found = max(length, 2), {name: np.resize(value, max(length, 2)) for name, value in found.items()}
             first = (length + 1) // 2  # of the text; the partner may be of no token
             second = np.arange(length) >= first
@@ -93,6 +95,9 @@ def texts_of(task: str) -> Split:
             }
             if task == "multiple_choice":
                 return found | made | {"counts": np.array(2, np.int32), "labels": np.array(rng.integers(2), np.int32)}
+            if task == "preference":
+                own = {"replies": (made["positions"] > 0).astype(np.int32)}  # some have none
+                return found | made | own | {"reference": rng.normal(-9, 1, 2).astype(np.float32)}
             return found | made | {"texts": np.array([2 * number, 2 * number + 1], np.int32)}
         if task == "regression":
             return found | {"labels": np.array(rng.normal(), np.float32)}
@@ -151,9 +156,10 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
 
 def answered(model: Any, task: Any, params: Any, batch: Any, gradient: Any) -> tuple[list[Any], Any, Any]:
     """Gradients; sums; scores of a batch."""
-    grads, _ = gradient(params, batch, jax.random.key(0), task.weight(batch))
+    ready = jax.jit(task.prepare)(batch, jax.random.key(0))
+    grads, _ = gradient(params, ready, jax.random.key(0), task.weight(ready))
     sums, outputs = collected([jax.jit(make_eval_step(model, task))(params, batch)])
-    assert len(outputs["weights"]) == (outputs["weights"] > 0).sum()
+    assert not outputs or len(outputs["weights"]) == (outputs["weights"] > 0).sum()
     return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)], sums, task.score(sums, outputs)
 
 

@@ -8,5 +8,5 @@ from jaxft.config.tasks import causal_lm
 
 
 @dataclass(frozen=True)
-class Config(causal_lm.Config):
+class Config(causal_lm.Following):
     """How replies are learnt."""

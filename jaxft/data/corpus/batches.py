@@ -50,7 +50,10 @@ class Stream:
 
     def digest(self) -> str:
         """A hash of the corpora, and of how their tokens become rows."""
-        how = [[type(source).__name__, source.length] for source in self.sources]
+        how = [
+            [type(source).__name__, source.length, *(source.rewriting.said() if source.rewriting else [])]
+            for source in self.sources
+        ]
         said = json.dumps([self.digests, how, self.mixture.said()])
         return f"corpus-{hashlib.sha256(said.encode()).hexdigest()}"
 

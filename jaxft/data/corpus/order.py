@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -41,6 +43,24 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> _SHIFT)) * _MIX[0]
     values = (values ^ (values >> _SHIFT)) * _MIX[1]
     return values ^ (values >> _SHIFT)
+
+
+def uniforms(key: tuple[int, ...]) -> Iterator[float]:
+    """Numbers from 0 to 1, 1 excluded, without end, that follow from a key. For a few of each of very many keys: numpy's generators take
+    longer to be made than these to be drawn."""
+    state = 0
+    for number in key:
+        state = _finalised((state ^ number) + _GOLDEN & _ALL)
+    while True:  # SplitMix64 (Steele et al. 2014), with that finaliser
+        state = state + _GOLDEN & _ALL
+        yield (_finalised(state) >> 11) * 2.0**-53
+
+
+def _finalised(value: int) -> int:
+    """The same as :func:`_mixed`, of one number."""
+    value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCD & _ALL
+    value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53 & _ALL
+    return value ^ (value >> 33)
 
 
 def _round_keys(key: tuple[int, ...]) -> list[np.uint64]:

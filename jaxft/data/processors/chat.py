@@ -61,19 +61,24 @@ class ChatTemplate:
         """
         return self._rendered(messages, reply=reply)[0]
 
-    def rendered(self, messages: Sequence[Message]) -> Rendered:
+    def rendered(self, messages: Sequence[Message], *, first: int = 0) -> Rendered:
         """A conversation as a text, and where the model's replies are.
 
         They are what the template marks (``{% generation %}``); where it marks nothing, what each reply adds to the text of the messages
         before it.
 
+        Args:
+          first: the message from which on replies are told.
+
         Raises:
           UserError: as for :meth:`text`, or what a reply adds cannot be told.
         """
         if self._marked:
-            return Rendered(*self._rendered(messages, marked=True))
+            text, replies = self._rendered(messages, marked=True)
+            earlier = any(message.get("role") == REPLY for message in messages[:first])
+            return Rendered(text, replies[len(self._rendered(messages[:first], marked=True)[1]) if earlier else 0 :])
         whole, replies = self.text(messages), []
-        for number, message in enumerate(messages):
+        for number, message in enumerate(messages[first:], first):
             if message.get("role") == REPLY:
                 before = self.text(messages[:number], reply=True)
                 after = self.text(messages[: number + 1])

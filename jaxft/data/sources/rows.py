@@ -38,6 +38,22 @@ class Group(str):
     """The name of the column that tells which rows stay together."""
 
 
+class Added(str):
+    """The name of a column that something adds to rows: ``by`` is what to do where it is not there."""
+
+    def __new__(cls, name: str, by: str) -> Added:
+        """A name, and what adds the column."""
+        made = super().__new__(cls, name)
+        made.by = by
+        return made
+
+    by: str
+
+
+class JsonText(str):
+    """What a column that is only carried along holds, if it is no plain value: as JSON."""
+
+
 class Listed(str):
     """The name of a column whose cells may be lists: words, labels, or spans.
 
@@ -73,6 +89,8 @@ def column_positions(present: Sequence[str], wanted: Sequence[str], where: str) 
 
 def missing_column(name: str, present: Sequence[str], where: str) -> UserError:
     """The error that names the nearest column and the config keys that choose columns."""
+    if isinstance(name, Added):
+        return MissingColumn(f"{where}: no column {str(name)!r}: {name.by}", present)
     # Unnamed columns (pandas writes one for its index) cannot be chosen.
     named = [column if len(column) < 50 else f"{column[:40]}..." for column in present if column]
     hint = nearest(name, named)
@@ -231,7 +249,7 @@ def plain_value(value: object, name: str, where: str) -> Value:
     if isinstance(name, Listed):
         return _list_value(value, name, where)
     if isinstance(name, Carried):
-        return json.dumps(value, default=_shown, ensure_ascii=False)
+        return JsonText(json.dumps(value, default=_shown, ensure_ascii=False))
     raise UserError(f"{where}: column {name!r} holds a {type(value).__name__}; expected a string, number or boolean")
 
 
