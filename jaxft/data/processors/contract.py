@@ -27,6 +27,13 @@ class SpecialIds(NamedTuple):
     unknown: int | None = None
     """Id of the token that stands for an unknown word."""
 
+    @property
+    def before(self) -> tuple[int, ...]:
+        """What documents may begin with that is no text: the token that begins texts, or that BERT's rows begin with, else the one that
+        ends the text before."""
+        found = [one for one in (self.begin, self.first) if one is not None]
+        return tuple(found or ([] if self.end is None else [self.end]))
+
 
 class Processor(Protocol):
     """What is read of a model folder beside its weights, whatever it takes in."""
