@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import jax
 import numpy as np
 
 from jaxft.data.batch import Field, HostBatch, collate, text_fields, text_shape
@@ -34,7 +33,7 @@ class Sums:
     """Bytes of its texts in UTF-8; None: the corpus does not say."""
     scored: int = 0
     loss: float = 0.0
-    correct: float = 0.0
+    correct: int = 0
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -65,11 +64,23 @@ class Sums:
         }
 
 
-class _Row(NamedTuple):
-    """A passage, and the source that it is of."""
+class Row(NamedTuple):
+    """A passage, and what it is of."""
 
-    source: str
+    of: str | int
     passage: Passage
+
+
+class Scored(NamedTuple):
+    """What was found of a passage."""
+
+    of: str | int
+    tokens: int
+    """Scored ones."""
+    loss: float
+    """The sum of theirs, in nats."""
+    correct: int
+    """How many of them were the most probable ones."""
 
 
 def check_task(task: Task, head: str | None, where: str) -> Exhaustive:
@@ -106,15 +117,9 @@ def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> 
             )
     found: dict[str, Sums] = {}
     rows = _rows(made, folders, task, length, stride, found)
-    for sources, counts, sums in _scored(served, task, rows, length):
-        loss, correct = (np.asarray(sums[name], np.float64).tolist() for name in ("loss", "correct"))
-        for row, source in enumerate(sources):
-            one = found[source]
-            one.scored, one.loss, one.correct = (
-                one.scored + counts[row],
-                one.loss + loss[row],
-                one.correct + correct[row],
-            )
+    for scored in scores_of(served, task, rows, length):
+        one = found[str(scored.of)]
+        one.scored, one.loss, one.correct = one.scored + scored.tokens, one.loss + scored.loss, one.correct + scored.correct
     total = Sums()
     for one in found.values():
         total = total.plus(one)
@@ -123,7 +128,7 @@ def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> 
 
 def _rows(
     made: Sequence[Corpus], folders: Sequence[Path], task: Exhaustive, length: int, stride: int, found: dict[str, Sums]
-) -> Iterator[_Row]:
+) -> Iterator[Row]:
     """The passages of all documents; counts documents, tokens and bytes of each source."""
     for corpus, origins in zip(made, origins_of(folders), strict=True):
         number = 0
@@ -136,12 +141,12 @@ def _rows(
                 number += 1
                 one.tokens += len(tokens)
                 for passage in task.passages(tokens, length, stride):
-                    yield _Row(origin.source, passage)
+                    yield Row(origin.source, passage)
 
 
-def _batches(rows: Iterator[_Row], size: int, buckets: tuple[int, ...]) -> Iterator[tuple[int, list[_Row]]]:
+def _batches(rows: Iterable[Row], size: int, buckets: tuple[int, ...]) -> Iterator[tuple[int, list[Row]]]:
     """(padded length, rows) of batches: as many rows of a length as are wanted together, and at the end what is left."""
-    held: dict[int, list[_Row]] = {}
+    held: dict[int, list[Row]] = {}
     for row in rows:
         bucket = bucket_of(len(row.passage.tokens), buckets)
         held.setdefault(bucket, []).append(row)
@@ -150,10 +155,12 @@ def _batches(rows: Iterator[_Row], size: int, buckets: tuple[int, ...]) -> Itera
     yield from sorted(held.items())
 
 
-def _scored(
-    served: Served, task: Exhaustive, rows: Iterator[_Row], length: int
-) -> Iterator[tuple[list[str], list[int], Batch]]:
-    """(sources, tokens scored, sums) of the rows of each batch. The devices work on a batch while the host makes the next."""
+def scores_of(served: Served, task: Exhaustive, rows: Iterable[Row], length: int) -> Iterator[Scored]:
+    """What is found of passages, in another order. The devices work on a batch while the host makes the next.
+
+    Args:
+      length: tokens of a passage, at most.
+    """
     places = ("batch", "length")
     fields = {**text_fields(served.tokenizer.pad_id), "targets": Field(places), "scored": Field(places)}
     size, buckets = served.config.eval.batch_size, make_buckets(None, length)
@@ -161,19 +168,21 @@ def _scored(
     def sums(params: Params, batch: Batch) -> Batch:
         return task.passage_scores(forward_of(served.model, params), batch)
 
-    program, waiting = served.devices.compiled(sums, fields), None
+    program = served.devices.compiled(sums, fields)
+    waiting: list[tuple[list[Row], Batch]] = []
     for bucket, some in _batches(rows, size, buckets):
         batch: HostBatch = collate([_example(row.passage) for row in some], fields, text_shape(size, bucket))
-        sent = (
-            [row.source for row in some],
-            [int(row.passage.scored.sum()) for row in some],
-            program(served.params, batch),
-        )
-        if waiting is not None:
-            yield *waiting[:2], jax.device_get(waiting[2])
-        waiting = sent
-    if waiting is not None:
-        yield *waiting[:2], jax.device_get(waiting[2])
+        waiting.append((some, program(served.params, batch)))
+        if len(waiting) > 1:
+            yield from _read(*waiting.pop(0))
+    for some, made in waiting:
+        yield from _read(some, made)
+
+
+def _read(rows: Sequence[Row], made: Batch) -> Iterator[Scored]:
+    loss, correct = (np.asarray(made[name]).tolist() for name in ("loss", "correct"))
+    for row, nats, hits in zip(rows, loss, correct, strict=False):
+        yield Scored(row.of, int(row.passage.scored.sum()), nats, int(hits))
 
 
 def _example(passage: Passage) -> dict[str, np.ndarray]:
