@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="encoder (default): [CLS], [SEP], [MASK]; decoder: <|endoftext|>",
     )  # fmt: skip
     parser.add_argument(
-        "--begin", action="store_true", help="decoder: texts begin with <|endoftext|>, so that their first token is learnt"
+        "--begin",
+        action="store_true",
+        help="decoder: texts begin with <|endoftext|>, so that their first token is learnt",
     )
     parser.add_argument("--lowercase", action="store_true", help="texts are read in lower case")
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from jaxft.data.batch import Field, HostBatch, collate, text_fields, text_shape
-from jaxft.data.corpus.origins import origins_of
+from jaxft.data.corpus.origins import Origin, origins_of
 from jaxft.data.corpus.store import Corpus, open_corpus
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.errors import UserError
@@ -115,11 +115,21 @@ def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> 
                 f"{corpus.name}: a corpus of another tokenizer than {tokenizer.folder}, which gives other ids; build it with that one "
                 "(jaxft data build)"
             )
+    origins = origins_of(folders)
+    for folder, stretches in zip(folders, origins, strict=True):
+        if any(one.size is None for one in stretches):
+            served.note(
+                f"{folder}: was built by an earlier version, which did not store bytes of texts; build it again for bits a byte"
+            )
     found: dict[str, Sums] = {}
-    rows = _rows(made, folders, task, length, stride, found)
+    rows = _rows(made, origins, task, length, stride, found)
     for scored in scores_of(served, task, rows, length):
         one = found[str(scored.of)]
-        one.scored, one.loss, one.correct = one.scored + scored.tokens, one.loss + scored.loss, one.correct + scored.correct
+        one.scored, one.loss, one.correct = (
+            one.scored + scored.tokens,
+            one.loss + scored.loss,
+            one.correct + scored.correct,
+        )
     total = Sums()
     for one in found.values():
         total = total.plus(one)
@@ -127,10 +137,15 @@ def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> 
 
 
 def _rows(
-    made: Sequence[Corpus], folders: Sequence[Path], task: Exhaustive, length: int, stride: int, found: dict[str, Sums]
+    made: Sequence[Corpus],
+    stretches: Sequence[Sequence[Origin]],
+    task: Exhaustive,
+    length: int,
+    stride: int,
+    found: dict[str, Sums],
 ) -> Iterator[Row]:
     """The passages of all documents; counts documents, tokens and bytes of each source."""
-    for corpus, origins in zip(made, origins_of(folders), strict=True):
+    for corpus, origins in zip(made, stretches, strict=True):
         number = 0
         for origin in origins:
             one = found.setdefault(origin.source, Sums())

@@ -18,7 +18,7 @@ from jaxft.errors import UserError
 from jaxft.inference.corpus_scores import Row, check_task, scores_of
 from jaxft.inference.generation import GenerationConfig, Writer, stored_generation
 from jaxft.inference.generation.decode import writes
-from jaxft.inference.predict import Served, open_model
+from jaxft.inference.predict import open_model
 from jaxft.tasks.contract import Exhaustive, Passage
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ class Harness:
         self._tokenizer = Tokenizer(served.tokenizer.folder, None, model_type=served.family_name)
         before = self._tokenizer.special.before
         if not before:
-            raise UserError(f"{folder}: its tokenizer names no token that begins or ends texts, after which a text could be scored")
+            raise UserError(
+                f"{folder}: its tokenizer names no token that begins or ends texts, after which a text could be scored"
+            )
         self.prefix_token_id = before[0]
         """What texts are scored after that have no context."""
 
@@ -151,7 +153,9 @@ class Harness:
     def _generation(self, settings: Mapping[str, object]) -> tuple[tuple[str, ...], GenerationConfig]:
         """The strings that end texts, and how tokens are chosen."""
         if unknown := sorted(set(settings) - _LIBRARY):
-            raise UserError(f"generation: {', '.join(unknown)} cannot be followed here; leave it out of the task's generation_kwargs")
+            raise UserError(
+                f"generation: {', '.join(unknown)} cannot be followed here; leave it out of the task's generation_kwargs"
+            )
         until = settings.get("until") or ()
         stop = (until,) if isinstance(until, str) else tuple(cast(Iterable[str], until))
         wanted = int(str(settings.get("max_gen_toks", settings.get("max_new_tokens", self._new))))
@@ -175,7 +179,9 @@ class Harness:
         """Tokens of a context and of what follows it: blanks between them are of what follows, as most vocabularies have them."""
         if not context:
             tokens = self._plain(continuation)
-            return (tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix_token_id] else ([self.prefix_token_id], tokens)
+            return (
+                (tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix_token_id] else ([self.prefix_token_id], tokens)
+            )
         kept = context.rstrip()
         whole = self._encoded(context + continuation)
         begun = self._encoded(kept) or [self.prefix_token_id]

@@ -135,7 +135,7 @@ def report_text(
         table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
     if len(known.get("sources", {})) > 1:
-        parts.append(sources_text(known["sources"], width, _fit))
+        parts.append(sources_text(known["sources"], width))
     if "thresholds" in known and "positive" not in known:  # that of the second of two classes is said in one line
         parts.append(thresholds_text(known["thresholds"], width, _fit))
     if "confusion" in known:

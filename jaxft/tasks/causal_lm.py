@@ -86,4 +86,3 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     """The task of a run."""
     del targets, facts
     return Task(options.z_loss, tokenizer.special.before)
-

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxft.data.corpus.store import Corpus
+from jaxft.errors import UserError
 
 MOST_TOKENS = 50_000_000
 """Tokens of the training corpus that are counted, the first ones."""
+MOST_VOCABULARY = (1 << 21) - 2
+"""Three tokens fit 63 bits."""
 _TOGETHER = 1 << 20  # held-out tokens that are looked up together
 
 
@@ -67,7 +70,7 @@ def _counted(keys: np.ndarray, counts: np.ndarray, width: int) -> Counted:
 
 
 def _discounts(of: np.ndarray) -> np.ndarray:
-    """What is taken off each count, from how many things were counted once, twice, three and four times; a half of all where too few were."""
+    """What is taken off each count, from how many things were counted once to four times; a half where none was counted so often."""
     if not of[1:5].all():
         return np.array([0.0, 0.5, 0.5, 0.5])
     share = of[1] / (of[1] + 2 * of[2])
@@ -108,6 +111,9 @@ def learn(corpus: Corpus, vocabulary: int, before: tuple[int, ...]) -> tuple[Tri
     Args:
       vocabulary: tokens that there are.
       before: tokens that documents may begin with that are no text.
+
+    Raises:
+      UserError: there is nothing to count.
     """
     width = vocabulary + 1
     parts, held = list[np.ndarray](), 0
@@ -117,6 +123,8 @@ def learn(corpus: Corpus, vocabulary: int, before: tuple[int, ...]) -> tuple[Tri
         if held >= MOST_TOKENS:
             parts[-1] = parts[-1][: len(third) - (held - MOST_TOKENS)]
             break
+    if not held:
+        raise UserError(f"{corpus.name}: no document has a token that can be predicted: there is nothing to count")
     keys = np.concatenate(parts)
     del parts
     count = len(keys)
@@ -165,9 +173,7 @@ def _of_documents(
     skipped = np.isin(tokens[heads], before).astype(np.int64)
     text = begin + np.repeat(skipped, sizes[sizes > 0])
     places = np.arange(len(tokens))
-    last, other = (
-        np.where(places - text >= back, tokens[np.maximum(places - back, 0)], boundary) for back in (1, 2)
-    )
+    last, other = (np.where(places - text >= back, tokens[np.maximum(places - back, 0)], boundary) for back in (1, 2))
     # Without a token that comes before documents, their first one is never predicted.
     scored = places >= text if before else places > text
     return other[scored], last[scored], tokens[scored]
@@ -181,15 +187,11 @@ class Bits:
     unigram: float
     trigram: float
 
-    def perplexity(self, bits: float) -> float:
-        """The exponential of the mean loss of a token."""
-        return 2 ** (bits / self.tokens) if self.tokens else math.nan
 
-
-def held_out_bits(model: Trigram, corpus: Corpus, vocabulary: int, before: tuple[int, ...]) -> Bits:
+def held_out_bits(model: Trigram, corpus: Corpus, before: tuple[int, ...]) -> Bits:
     """The bits that unigram and trigram take for the tokens of a corpus."""
     count, found = 0, np.zeros(2)
-    for triples in _triples(corpus, vocabulary, before):
+    for triples in _triples(corpus, model.width - 1, before):
         logs = model.logs(*triples)
         count += len(logs[0])
         found -= [one.sum() / math.log(2) for one in logs]

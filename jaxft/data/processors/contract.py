@@ -29,10 +29,10 @@ class SpecialIds(NamedTuple):
 
     @property
     def before(self) -> tuple[int, ...]:
-        """What documents may begin with that is no text: the token that begins texts, or that BERT's rows begin with, else the one that
-        ends the text before."""
-        found = [one for one in (self.begin, self.first) if one is not None]
-        return tuple(found or ([] if self.end is None else [self.end]))
+        """What documents may begin with that is no text: the token that begins texts or, where there is none, ends the text before; and
+        the one that BERT's rows begin with."""
+        usual = self.end if self.begin is None else self.begin
+        return tuple(dict.fromkeys(one for one in (usual, self.first) if one is not None))
 
 
 class Processor(Protocol):
