@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
+from jaxft.files import JsonObject
 from jaxft.inference.corpus_scores import Row, check_task, scores_of
 from jaxft.inference.generation import GenerationConfig, Writer, stored_generation
 from jaxft.inference.generation.decode import writes
@@ -160,12 +161,12 @@ class Harness:
         stop = (until,) if isinstance(until, str) else tuple(cast(Iterable[str], until))
         wanted = int(str(settings.get("max_gen_toks", settings.get("max_new_tokens", self._new))))
         new = min(wanted, max(1, self.max_length // 2)) if wanted >= self.max_length else wanted
-        stored = {"eos_token_id": stored_generation(self._served.folder, _say).get("eos_token_id", ())}
-        chosen = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+        ends: JsonObject = {"eos_token_id": stored_generation(self._served.folder, _say).get("eos_token_id", ())}
+        chosen: JsonObject = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
         temperature = chosen.get("temperature")
         if not chosen.get("do_sample") or temperature == 0:  # the harness asks for greedy tokens in any of these ways
             chosen = {name: value for name, value in chosen.items() if name in ("repetition_penalty", "num_beams")}
-        return tuple(one for one in stop if one), GenerationConfig(**{**stored, **chosen, "max_new_tokens": new})
+        return tuple(one for one in stop if one), GenerationConfig(**{**ends, **chosen, "max_new_tokens": new})
 
     def _fitted(self, context: str, new: int) -> str:
         """A context without as much of its beginning as there is no room for."""
