@@ -132,6 +132,8 @@ def _score_corpora(options: argparse.Namespace, served: Served, task: Exhaustive
     metrics = score_corpora(served, task, folders)
     documents, tokens, scored = (metrics[name] for name in ("documents", "tokens", "predicted_tokens"))
     print(f"{options.split}: {documents:,} documents, {tokens:,} tokens, {scored:,} of them scored, each once")
+    if scored < tokens:
+        print("tokens that are not scored: special ones, and first ones that no token comes before")
     print(report_text(metrics, (), [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
     if options.out:
         for path in write_report(Path(options.out), metrics, (), [], split=options.split):
