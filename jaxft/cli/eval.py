@@ -129,8 +129,8 @@ def _score_corpora(options: argparse.Namespace, served: Served, task: Exhaustive
         raise UserError(
             f"--rows: data.{options.split}={folders[0]} is a corpus, which has no labelled rows; leave it out"
         )
-    metrics = score_corpora(served, task, folders)
-    documents, tokens, scored = (metrics[name] for name in ("documents", "tokens", "predicted_tokens"))
+    total, metrics = score_corpora(served, task, folders)
+    documents, tokens, scored = total.documents, total.tokens, total.scored
     print(f"{options.split}: {documents:,} documents, {tokens:,} tokens, {scored:,} of them scored, each once")
     if scored < tokens:
         print("tokens that are not scored: special ones, and first ones that no token comes before")

@@ -94,8 +94,8 @@ def check_task(task: Task, head: str | None, where: str) -> Exhaustive:
     return cast(Exhaustive, task)
 
 
-def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> dict[str, object]:
-    """The scores of all corpora together, and ``sources``, those of each source.
+def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> tuple[Sums, dict[str, object]]:
+    """What was counted of all corpora together, and its scores, with ``sources``, those of each source.
 
     Raises:
       UserError: a corpus is of another tokenizer, or the settings do not fit it.
@@ -133,7 +133,7 @@ def score_corpora(served: Served, task: Exhaustive, folders: Sequence[Path]) -> 
     total = Sums()
     for one in found.values():
         total = total.plus(one)
-    return {**total.scores(), "sources": {name: one.scores() for name, one in found.items()}}
+    return total, {**total.scores(), "sources": {name: one.scores() for name, one in found.items()}}
 
 
 def _rows(

@@ -166,7 +166,8 @@ class Harness:
         temperature = chosen.get("temperature")
         if not chosen.get("do_sample") or temperature == 0:  # the harness asks for greedy tokens in any of these ways
             chosen = {name: value for name, value in chosen.items() if name in ("repetition_penalty", "num_beams")}
-        return tuple(one for one in stop if one), GenerationConfig(**{**ends, **chosen, "max_new_tokens": new})
+        said: JsonObject = {**ends, **chosen, "max_new_tokens": new}
+        return tuple(one for one in stop if one), GenerationConfig(**said)
 
     def _fitted(self, context: str, new: int) -> str:
         """A context without as much of its beginning as there is no room for."""

@@ -1,7 +1,7 @@
 """What counts alone know of held-out documents: a unigram, and a trigram with modified Kneser-Ney smoothing (Chen & Goodman 1999), learnt
 of the tokens of a training corpus. Neither gives any token of the vocabulary a probability of zero.
 
-Memory goes with the tokens that are counted: 25 bytes for each, about.
+Memory goes with the tokens that are counted: up to 40 bytes for each, about.
 """
 
 from __future__ import annotations
