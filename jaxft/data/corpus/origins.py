@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxft.data.corpus.files import MANIFEST, Body, read_manifest
+from jaxft.data.corpus.files import AGAIN, MANIFEST, Body, read_manifest
 from jaxft.errors import UserError
 
 
@@ -42,12 +42,14 @@ def _stretches(folder: Path, body: Body, several: bool) -> Iterator[Origin]:
         counted = 0
         for origin in shard["origins"]:
             if len(origin) != 3 or not 0 <= origin[0] < len(sources) or min(origin) < 0:
-                raise UserError(f"{folder / MANIFEST}: damaged: documents of no source")
+                raise UserError(f"{folder / MANIFEST}: damaged: documents of no source; {AGAIN}")
             named, documents, size = origin
             counted += documents
             yield Origin(_name(folder, sources, sources[named], several), documents, size)
         if counted != shard["documents"]:
-            raise UserError(f"{folder / MANIFEST}: damaged: sources of {counted} documents, not {shard['documents']}")
+            raise UserError(
+                f"{folder / MANIFEST}: damaged: sources of {counted} documents, not {shard['documents']}; {AGAIN}"
+            )
 
 
 def _name(folder: Path, sources: Sequence[str], source: str | None, several: bool) -> str:
