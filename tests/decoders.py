@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,26 @@ def without_dropout(family: str) -> Any:
     """The family's tiny config, which computes the same each time."""
     tiny = models.family(family).TINY
     return dataclasses.replace(tiny, **{f.name: 0.0 for f in dataclasses.fields(tiny) if "dropout" in f.name})
+
+
+def reference_folder(folder: Path, family: Any, tokenizer: Path, **arch: Any) -> Any:
+    """A tiny model of the reference, which it writes to ``folder`` with a tokenizer beside it, unless that is there. The vocabulary's last
+    token ends texts."""
+    vocabulary = max(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"].values()) + 1
+    config = dataclasses.replace(without_dropout(model_name(family)), vocab_size=vocabulary, **arch)
+    model = make_reference(family, config, "causal_lm", model_type_of(family, config))
+    for said in (model.config, model.generation_config):
+        said.bos_token_id = said.eos_token_id = vocabulary - 1
+    if not folder.exists():
+        model.save_pretrained(folder)
+        for path in tokenizer.iterdir():
+            shutil.copy(path, folder / path.name)
+    return model
+
+
+def model_name(family: Any) -> str:
+    """What a family is called."""
+    return str(family.__name__).rpartition(".")[2]
 
 
 def case_of(family: str, values: dict[str, Any], number: int) -> tuple[Any, str | None]:

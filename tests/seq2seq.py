@@ -73,7 +73,8 @@ def check_parity(family: str, config: Any, head: str | None, folder: Path, smoot
         "row": np.arange(4),
         "weights": np.ones(4, np.float32),
     }
-    prepared = task.prepare({**{name: batch[name] for name in ("tokens", "mask")}, **rows}, jax.random.key(0))
+    given = {**{name: batch[name] for name in ("tokens", "mask")}, **rows}
+    prepared = task.prepare({name: jnp.asarray(value) for name, value in given.items()}, jax.random.key(0))
     wanted = torch.where(torch_ids(seen) > 0, torch_ids(batch["decoder_tokens"]), torch.tensor(-100))
     start = torch.full((4, 1), model.facts.start)
     shifted = torch.cat([start, torch_ids(batch["decoder_tokens"])[:, :-1]], 1)
@@ -117,7 +118,9 @@ def check_texts(family: str, config: Any, settings: dict[str, Any], folder: Path
         pad_token_id=config.pad_token_id or 0, decoder_start_token_id=config.decoder_start_token_id, use_cache=same,
         **{"forced_bos_token_id": None, "forced_eos_token_id": None, "num_beams": 1, **settings},
     )  # fmt: skip
-    ours = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    ours: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
     found = generate(model, params, sources, GenerationConfig(max_new_tokens=12, eos_token_id=ends, **ours))
     for row, text in enumerate(made[:, 1:].tolist()):
         end = next((place for place, token in enumerate(text) if token in ends), len(text))

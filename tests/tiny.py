@@ -45,6 +45,17 @@ def write_tokenizer(folder: Path, extra: tuple[str, ...] = ()) -> None:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
 
 
+def write_decoder_tokenizer(folder: Path) -> Path:
+    """Word level, with an end token, and nothing added by the tokenizer itself."""
+    write_tokenizer(folder, ("</s>",))
+    tree = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}  # BertTokenizer would put its own marks around
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>", **generic}))
+    return folder
+
+
 def make_folder(
     folder: Path,
     head: str | None = None,

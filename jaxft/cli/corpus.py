@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part-bytes", type=int, metavar="BYTES", help="build: of a source, to one shard (default: 64 MiB)"
     )
+    parser.add_argument(
+        "--baselines",
+        metavar="CORPUS",
+        help="show: what a unigram and a trigram of the corpus make of another one, held out: bits a token and a byte",
+    )
 
 
 def refuse_options(options: argparse.Namespace) -> None:
@@ -65,18 +70,22 @@ def refuse_options(options: argparse.Namespace) -> None:
     for name in _OPTIONS:
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: is for jaxft data build")
+    if options.baselines is not None and options.run_file != "show":
+        raise UserError("--baselines: is for jaxft data show CORPUS")
 
 
 def run(options: argparse.Namespace) -> int:
     """Builds, shows or verifies a corpus."""
     if options.run_file == "build":
+        if options.baselines is not None:
+            raise UserError("--baselines: is for jaxft data show CORPUS")
         return _build(options)
     refuse_options(options)
     if len(options.overrides) != 1:
         raise UserError(f"data {options.run_file}: name the folder of one corpus")
     set_up_jax(None)
     folder = Path(options.overrides[0]).expanduser()
-    return _show(folder, options.rows) if options.run_file == "show" else _verify(folder)
+    return _show(folder, options.rows, options.baselines) if options.run_file == "show" else _verify(folder)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -128,9 +137,14 @@ def _say_done(plan: Plan) -> None:
     print("train on it with:", *names, "data.packing=concatenated")
 
 
-def _show(folder: Path, rows: int) -> int:
+def _show(folder: Path, rows: int, held_out: str | None) -> int:
+    from jaxft.data.corpus.baselines_text import baseline_lines
     from jaxft.data.corpus.show import samples, summary
 
+    if held_out is not None:
+        for line in (*summary(folder), *baseline_lines(folder, Path(held_out).expanduser())):
+            print(line)
+        return 0
     for line in (*summary(folder), *samples(folder, rows)):
         print(line)
     return 0

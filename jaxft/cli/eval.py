@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from jaxft.data.cache import Cache
     from jaxft.data.processors.contract import TextProcessor
     from jaxft.data.sources.rows import Row
-    from jaxft.tasks.contract import Judging, TaskModule
+    from jaxft.inference.predict import Served
+    from jaxft.tasks.contract import Exhaustive, Judging, TaskModule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,15 +58,20 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.examples import make_split
     from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
+    from jaxft.inference.corpus_scores import check_task
     from jaxft.inference.predict import open_model
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
+    from jaxft.training.corpora import corpora
     from jaxft.training.rows import refuse_other_labels
     from jaxft.training.setup import settled
     from jaxft.training.step import make_eval_step
 
     served = open_model(options.model, options.overrides, _say)
     module, task = served.task(threshold=options.threshold)
+    key = f"data.{options.split}"
+    if folders := corpora(key, getattr(served.config.data, options.split)):
+        return _score_corpora(options, served, check_task(task, served.model.head, f"{key}={folders[0]}"), folders)
     config, tokenizer, labels = settled(served.config_for(module), module), served.tokenizer, served.labels
     if options.rows and not hasattr(task, "judged"):
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
@@ -110,6 +116,28 @@ def run(options: argparse.Namespace) -> int:
             print(line)
         if "confusion" in metrics and (why := lacking()) is not None:
             print(why)
+    return 0
+
+
+def _score_corpora(options: argparse.Namespace, served: Served, task: Exhaustive, folders: list[Path]) -> int:
+    """Prints the scores of whole corpora, each token once."""
+    from jaxft.errors import UserError
+    from jaxft.inference.corpus_scores import score_corpora
+    from jaxft.reporting.report import report_text, write_report
+
+    if options.rows:
+        raise UserError(
+            f"--rows: data.{options.split}={folders[0]} is a corpus, which has no labelled rows; leave it out"
+        )
+    total, metrics = score_corpora(served, task, folders)
+    documents, tokens, scored = total.documents, total.tokens, total.scored
+    print(f"{options.split}: {documents:,} documents, {tokens:,} tokens, {scored:,} of them scored, each once")
+    if scored < tokens:
+        print("tokens that are not scored: special ones, and first ones that no token comes before")
+    print(report_text(metrics, (), [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
+    if options.out:
+        for path in write_report(Path(options.out), metrics, (), [], split=options.split):
+            print(f"wrote {path}")
     return 0
 
 

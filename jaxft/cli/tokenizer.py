@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for", dest="use", choices=["encoder", "decoder", "encoder-decoder"], default="encoder",
         help="encoder (default): [CLS], [SEP], [MASK]; decoder: <|endoftext|>; encoder-decoder: </s>",
     )  # fmt: skip
+    parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="decoder: texts begin with <|endoftext|>, so that their first token is learnt",
+    )
     parser.add_argument("--lowercase", action="store_true", help="texts are read in lower case")
     parser.add_argument(
         "--max-length", type=int, default=512, help="tokens of a row, as the files state it (default: 512)"
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
                     kept[seen[0] // 1009 % _TRIED] = document.text
                 yield document.text
 
-    wanted = Wanted(options.kind, options.size, options.use, options.lowercase, options.max_length)
+    wanted = Wanted(options.kind, options.size, options.use, options.lowercase, options.max_length, options.begin)
     tokenizer = train_tokenizer(texts, wanted, out)
     print(f"{out}: {options.kind} of {tokenizer.vocab_size:,} tokens, of {seen[0]:,} texts, {seen[1] / 2**20:,.1f} MiB")
     if tokenizer.vocab_size < options.size:
@@ -93,6 +98,8 @@ def _check(options: argparse.Namespace) -> None:
 
     if not 1 <= options.size <= MOST_SIZE:
         raise UserError(f"--size {options.size}: must lie between 1 and {MOST_SIZE}")
+    if options.begin and options.use != "decoder":
+        raise UserError("--begin: is for --for decoder; encoders' texts begin with [CLS]")
     if not 3 <= options.max_length <= 1 << 20:
         raise UserError(f"--max-length {options.max_length}: must lie between 3 and {1 << 20}")
     if not 0 < options.sample <= 1:

@@ -101,6 +101,7 @@ def _of_evaluation(config: RunConfig) -> list[_Rule]:
     return [
         _within("eval.batch_size", ev.batch_size, MOST_ROWS),
         _Rule(ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
+        _Rule(ev.stride is None or ev.stride >= 0, "eval.stride", ev.stride, "must not be negative"),
         _Rule(ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),
         _Rule(
             stored.every is None or stored.every > 0,

@@ -289,6 +289,9 @@ class EvalConfig:
     model's loss). Whether less or more of it is better, the task says."""
     patience: int | None = None
     """Evaluations without a better ``metric`` after which training stops. None: never."""
+    stride: int | None = None
+    """Where ``jaxft eval`` scores documents of a corpus: tokens that a window of one has in common with the window before. None: half of
+    ``data.max_length``."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jaxft.data.batch import Field, collate, text_fields, text_shape
 from jaxft.data.loader import bucket_of, make_buckets
 from jaxft.data.processors.replies import Asked, Replies
 from jaxft.errors import UserError
-from jaxft.inference.generation.decode import writes
 from jaxft.inference.predict import Served
+from jaxft.models.decoding import writes
 from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps, reply_tokens
 from jaxft.tasks.contract import Batch
 from jaxft.training.step import forward_of

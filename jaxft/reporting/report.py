@@ -29,6 +29,7 @@ from jaxft.reporting.plots import (
 from jaxft.reporting.records import to_json
 from jaxft.reporting.reliability import reliability_png
 from jaxft.reporting.scores import SHOWN, Known, headline
+from jaxft.reporting.sources_text import sources_text
 from jaxft.reporting.thresholds_text import HONEST, thresholds_text
 
 __all__ = ["report_text", "schedule_png", "schedule_text", "seeds_text", "write_report", "write_seeds"]
@@ -133,6 +134,8 @@ def report_text(
     if "classes" in known:
         table = known["classes"]
         parts.append(_class_table(list(table.values()), [plain_label(name) for name in table], width))
+    if len(known.get("sources", {})) > 1:
+        parts.append(sources_text(known["sources"], width))
     if "thresholds" in known and "positive" not in known:  # that of the second of two classes is said in one line
         parts.append(thresholds_text(known["thresholds"], width, _fit))
     if "confusion" in known:

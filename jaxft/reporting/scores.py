@@ -49,6 +49,8 @@ SHOWN = (
     ("r2", "R2"),
     ("loss", "loss"),
     ("perplexity", "perplexity"),
+    ("bits_per_token", "bits a token"),
+    ("bits_per_byte", "bits a byte"),
 )
 """Names of scores as they are shown, in the order in which they are."""
 
@@ -66,6 +68,8 @@ class Known(TypedDict, total=False):
     """Where 95 % of resamples of the rows have a score."""
     calibration: JsonObject
     """``bins`` of probabilities; ``temperature``, None if there is none, and scores ``..._at_temperature``."""
+    sources: dict[str, dict[str, float]]
+    """Scores of each source of corpora."""
     thresholds: JsonObject
     """``labels``, each with the ``threshold`` of its highest F1."""
 

@@ -74,12 +74,10 @@ def infilling(options: Config, tokenizer: TextProcessor) -> Infilling | None:
         return None
     asked = options.fill_in_the_middle_tokens
     for names in (asked,) if asked else _NAMES:
-        ids = [_id_of(name, tokenizer) for name in names]
-        if None not in ids:
+        prefix, middle, suffix = (_id_of(name, tokenizer) for name in names)
+        if prefix is not None and middle is not None and suffix is not None:
             special = tokenizer.special
-            return Infilling(
-                options.fill_in_the_middle, *(one for one in ids if one is not None), special.begin, special.end
-            )
+            return Infilling(options.fill_in_the_middle, prefix, middle, suffix, special.begin, special.end)
     lacking = (
         f"no token {next(n for n in asked if _id_of(n, tokenizer) is None)!r}"
         if asked

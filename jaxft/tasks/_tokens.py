@@ -67,6 +67,20 @@ class TokenTask:
             "rows": batch["weights"].sum(),
         }
 
+    def passage_scores(self, forward: Forward, batch: Batch) -> Batch:
+        """Sums of each row: see :class:`~jaxft.tasks.contract.Exhaustive`."""
+        output, weights = forward(batch, None), batch["scored"]
+        if output.score is None:
+            assert output.logits is not None
+            loss, best = token_cross_entropy(output.logits, batch["targets"]), output.logits.argmax(-1)
+        else:
+            loss, best, _ = output.score
+        there = weights > 0  # what is not scored may be anything, NaN too
+        return {
+            "loss": jnp.where(there, loss, 0.0).sum(-1),
+            "correct": (there & (best == batch["targets"])).sum(-1).astype(jnp.float32),
+        }
+
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
         """Nothing: the sums suffice."""
         del forward, batch

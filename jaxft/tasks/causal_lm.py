@@ -18,8 +18,9 @@ from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
 from jaxft.tasks._infilling import Infilling, infilling
+from jaxft.tasks._passages import stretches_before
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, TokenTask, columns, encode_all, fields, study
-from jaxft.tasks.contract import Array, Batch, Targets
+from jaxft.tasks.contract import Array, Batch, Passage, Targets
 
 __all__ = [
     "LONG_TEXTS",
@@ -45,6 +46,9 @@ class Task(TokenTask):
     """What is predicted. Static and hashable: part of jit cache keys."""
 
     squares: float = 0.0
+    before: tuple[int, ...] = ()
+    """What a document may begin with that is no text of it: it is seen, never predicted. One that begins with none of these is read after
+    the first of them."""
 
     head = "causal_lm"
 
@@ -62,6 +66,16 @@ class Task(TokenTask):
         following = jnp.pad(there[:, 1:], ((0, 0), (0, 1)))
         weights = ((following == there) & (there != 0)) * batch["weights"][:, None]
         return batch | {"targets": jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), "target_weights": weights}
+
+    def passages(self, tokens: np.ndarray, length: int, stride: int) -> Iterator[Passage]:
+        """A document as stretches: see :class:`~jaxft.tasks.contract.Exhaustive`. Its first token is predicted from what comes before
+        documents; where there is no such token, it is not scored."""
+        seen = np.asarray(tokens, np.int32)
+        if self.before and (not len(seen) or seen[0] not in self.before):
+            seen = np.concatenate([np.array(self.before[:1], np.int32), seen])
+        for start, stop, first, last in stretches_before(len(seen) - 1, length, stride):
+            places = np.arange(start, stop)
+            yield Passage(seen[start:stop], seen[start + 1 : stop + 1], (places >= first) & (places < last))
 
     def learnable(self, split: Split) -> int:
         """How many tokens have a token before them in their text."""
@@ -109,5 +123,5 @@ def rewriting(options: Config, tokenizer: TextProcessor) -> Infilling | None:
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
-    del targets, facts, tokenizer
-    return Task(options.z_loss)
+    del targets, facts
+    return Task(options.z_loss, tokenizer.special.before)

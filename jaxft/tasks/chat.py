@@ -99,5 +99,5 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
-    del targets, facts, tokenizer
-    return Task(options.z_loss)
+    del targets, facts
+    return Task(options.z_loss, tokenizer.special.before)

@@ -35,6 +35,7 @@ __all__ = [
     "DataConfig",
     "Deciding",
     "Encoded",
+    "Exhaustive",
     "Facts",
     "Field",
     "Fields",
@@ -44,6 +45,7 @@ __all__ = [
     "Note",
     "Output",
     "Partial",
+    "Passage",
     "Remarking",
     "Reporting",
     "Row",
@@ -271,6 +273,36 @@ class Accompanied(Protocol):
           width: of the vectors that the model gives.
           max_length: tokens kept per text; None: it is not known.
         """
+        ...
+
+
+class Passage(NamedTuple):
+    """A stretch of a document as a model sees it, some of whose places are scored."""
+
+    tokens: np.ndarray
+    """[S] int32, what the model sees."""
+    targets: np.ndarray
+    """[S] int32, what is to be predicted at each place."""
+    scored: np.ndarray
+    """[S] bool, which places are scored."""
+
+
+class Exhaustive(Protocol):
+    """What a task has besides if it can score every token of whole documents once (``jaxft eval`` on corpora)."""
+
+    def passages(self, tokens: np.ndarray, length: int, stride: int) -> Iterator[Passage]:
+        """A document as stretches, each of its tokens scored in one of them.
+
+        Args:
+          tokens: [N] of the document.
+          length: tokens of a stretch, at most.
+          stride: tokens that a stretch has in common with the one before.
+        """
+        ...
+
+    def passage_scores(self, forward: Forward, batch: Batch) -> Batch:
+        """Sums of each row, [B] float32: ``loss`` in nats, ``correct`` guesses. The batch has ``targets`` and ``scored`` [B, S] beside
+        what rows of texts have."""
         ...
 
 

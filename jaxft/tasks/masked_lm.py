@@ -16,8 +16,9 @@ from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
+from jaxft.tasks._passages import stretches_around
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, ROW_OPTIONS, TokenTask, columns, encode_all, fields, study
-from jaxft.tasks.contract import Array, Batch, Targets
+from jaxft.tasks.contract import Array, Batch, Forward, Passage, Targets
 
 __all__ = [
     "LONG_TEXTS",
@@ -85,6 +86,31 @@ class Task(TokenTask):
         shown = jnp.put_along_axis(tokens, predict, jnp.where(chosen, shown, targets), axis=1, inplace=False)
         weights = chosen * batch["weights"][:, None]
         return batch | {"tokens": shown, "predict": predict, "targets": targets, "target_weights": weights}
+
+    @property
+    def turns(self) -> int:
+        """How often a document is read until each of its tokens was hidden once, as many at a time as in training."""
+        return max(1, round(1 / self.rate))
+
+    def passages(self, tokens: np.ndarray, length: int, stride: int) -> Iterator[Passage]:
+        """A document as stretches, each several times, with every so-manieth token hidden: see
+        :class:`~jaxft.tasks.contract.Exhaustive`. Special tokens are not scored."""
+        seen, turns = np.asarray(tokens, np.int32), self.turns
+        for start, stop, first, last in stretches_around(len(seen), length, stride):
+            part, places = seen[start:stop], np.arange(start, stop)
+            scored = (places >= first) & (places < last) & ~np.isin(part, self.special_ids)
+            turn = np.cumsum(scored) % turns
+            for number in range(turns):
+                if (hidden := scored & (turn == number)).any():
+                    yield Passage(np.where(hidden, np.int32(self.mask_id), part), part, hidden)
+
+    def passage_scores(self, forward: Forward, batch: Batch) -> Batch:
+        """Sums of each row: see :class:`~jaxft.tasks.contract.Exhaustive`."""
+        scored = batch["scored"]
+        most = -(-scored.shape[1] // self.turns)
+        _, predict = jax.lax.top_k(scored, most)
+        here = {name: jnp.take_along_axis(batch[name], predict, axis=1) for name in ("targets", "scored")}
+        return super().passage_scores(forward, batch | here | {"predict": predict})
 
     def learnable(self, split: Split) -> int:
         """How many tokens may be hidden."""

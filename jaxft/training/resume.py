@@ -27,7 +27,7 @@ _FREE_SECTIONS = ("mesh", "log", "checkpoint")
 _FREE_KEYS = (
     *("train.out", "train.profile", "train.compilation_cache", "train.export", "train.seeds", "train.log_every"),
     *("train.watchdog", "train.max_nonfinite", "train.rollbacks", "data.read_ahead", "data.repeats"),
-    *("eval.every", "eval.batch_size", "eval.patience"),
+    *("eval.every", "eval.batch_size", "eval.patience", "eval.stride"),
 )
 _LENGTH = ("train.steps", "train.epochs")
 # Where rows and first weights come from. Rows are compared by their hash, the architecture by its numbers; first weights

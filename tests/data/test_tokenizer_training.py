@@ -51,6 +51,21 @@ def test_tokenizers_are_those_of_transformers(
     assert (ours.special.end is None) == (use == "encoder")
 
 
+def test_texts_of_decoders_begin_with_a_token_if_that_is_wanted(source: Path, tmp_path: Path, capsys: Capture) -> None:
+    from transformers import AutoTokenizer
+
+    command = ("tokenizer", "train", source, "data.text=body", "--kind", "bpe", "--size", 300, "--begin")
+    code, _, err = tiny.run(capsys, *command, "--for", "decoder", "--out", tmp_path / "out")
+    assert code == 0, err
+    ours, theirs = Tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs is not None
+    assert ours.special.begin == ours.special.end == theirs.bos_token_id
+    for text in TEXTS[:4]:
+        ids = ours.ids([text])[0]
+        assert ids == theirs(text)["input_ids"] == [ours.special.begin, *ours.plain([text])[0][0]]
+    assert "is for --for decoder" in tiny.refusal(capsys, *command, "--out", tmp_path / "encoder")
+
+
 def test_what_cannot_be_learnt_is_refused(source: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ("tokenizer", "train", source, "data.text=body", "--kind", "wordpiece", "--out", tmp_path / "out")
     assert "the letters of the texts alone take" in tiny.refusal(capsys, *command, "--size", 10)

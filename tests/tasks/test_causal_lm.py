@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import rows, run, write_tokenizer
+from tiny import rows, run, write_decoder_tokenizer
 
 from jaxft.data.batch import text_fields, text_shape
 from jaxft.data.examples import Split, offsets_of
@@ -74,17 +74,6 @@ def test_packed_batches() -> None:
     batch = batches[0]
     np.testing.assert_array_equal(batch["segments"] > 0, batch["mask"] == 1)
     assert sorted(batch["tokens"][batch["mask"] == 1]) == list(range(1, 45))
-
-
-def write_decoder_tokenizer(folder: Path) -> Path:
-    """Word level, with an end token, and nothing added by the tokenizer itself."""
-    write_tokenizer(folder, ("</s>",))
-    tree = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
-    (folder / "tokenizer.json").write_text(json.dumps(tree))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}  # BertTokenizer would put its own marks around
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>", **generic}))
-    return folder
 
 
 @pytest.mark.parametrize("packing", ["best_fit", pytest.param("none", marks=pytest.mark.slow)])

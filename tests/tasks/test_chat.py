@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tasks.test_causal_lm import write_decoder_tokenizer
-from tiny import refusal, run
+from tiny import refusal, run, write_decoder_tokenizer
 
 from jaxft.config import load_config
 from jaxft.data.processors.chat import ChatTemplate, check_messages

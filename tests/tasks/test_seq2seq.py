@@ -134,7 +134,8 @@ def settings(folder: Path, out: Path) -> list[str]:
         "task.name=seq2seq", "task.max_target_length=12", "task.generation.max_new_tokens=12", "task.generation.num_beams=2",
         f"data.tokenizer={folder / 'tok'}", f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}",
         "data.max_length=16", "data.buckets=[16]", "train.batch_size=32", "train.steps=240", "eval.batch_size=16", "eval.every=240",
-        "optim.learning_rate=5e-3", "optim.warmup_steps=10", "train.compilation_cache=null", f"train.out={out}", "mesh.data=4", "mesh.tensor=2",
+        "optim.learning_rate=5e-3", "optim.warmup_steps=10", "train.compilation_cache=null",
+        f"train.out={out}", "mesh.data=4", "mesh.tensor=2",
     ]  # fmt: skip
 
 

@@ -43,6 +43,17 @@ _CHARACTERS = 1 << 21  # of documents tokenised together: the tokenizer needs a 
 _SECONDS_BETWEEN_WORDS = 5.0
 
 
+class Made(NamedTuple):
+    """A document as it is stored."""
+
+    split: str
+    tokens: np.ndarray
+    named: int
+    """Which source of the command it is of."""
+    size: int
+    """Bytes of its text in UTF-8."""
+
+
 class Task(NamedTuple):
     """A part that is to be tokenised."""
 
@@ -194,10 +205,8 @@ def _kept(documents: Iterator[Document], left_out: np.ndarray, counts: Counts) -
             yield document
 
 
-def _encoded(
-    documents: Iterator[Document], tokenizer: Tokenizer, options: Options, counts: Counts
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, token ids) of each document; it ends with the tokenizer's end token, if there is one."""
+def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, options: Options, counts: Counts) -> Iterator[Made]:
+    """Each document as it is stored; it ends with the tokenizer's end token, if there is one."""
     end, unknown = tokenizer.special.end, tokenizer.special.unknown
     for batch in _batches(documents):
         try:
@@ -211,11 +220,12 @@ def _encoded(
                 counts.add("empty", document.where)
                 continue
             counts.add("tokens", number=len(ids))
-            counts.add("bytes", number=len(document.text if document.text.isascii() else document.text.encode()))
+            size = len(document.text if document.text.isascii() else document.text.encode())
+            counts.add("bytes", number=size)
             tokens = np.array(ids, np.uint32)
             if unknown is not None and (lost := np.count_nonzero(tokens == unknown)):
                 counts.add("unknown_tokens", document.where, int(lost))
-            yield _split_of(document.text, options), tokens
+            yield Made(_split_of(document.text, options), tokens, document.named, size)
 
 
 def _split_of(text: str, options: Options) -> str:
@@ -243,11 +253,16 @@ class _Shard:
         self._tokens, self._offsets, self._dtype = Hashed(tokens), Hashed(offsets), dtype
         self._sizes: list[int] = []
         self._held: list[np.ndarray] = []
+        self._origins: list[list[int]] = []
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, one: Made) -> None:
         """Appends a document."""
-        self._held.append(ids)
-        self._sizes.append(len(ids))
+        self._held.append(one.tokens)
+        self._sizes.append(len(one.tokens))
+        if not self._origins or self._origins[-1][0] != one.named:
+            self._origins.append([one.named, 0, 0])
+        self._origins[-1][1] += 1
+        self._origins[-1][2] += one.size
         if len(self._held) > 1 << 10:
             self._flush()
 
@@ -262,11 +277,16 @@ class _Shard:
         ends = np.concatenate([[0], np.cumsum(self._sizes)]).astype("<i8")
         self._offsets.write(ends)
         files = dict(zip(names, (self._tokens.said(), self._offsets.said()), strict=True))
-        return {"documents": len(self._sizes), "tokens": int(ends[-1]), "files": files}
+        return {
+            "documents": len(self._sizes),
+            "tokens": int(ends[-1]),
+            "files": files,
+            "origins": self._origins,
+        }
 
 
 def _write(
-    folder: Path, number: int, encoded: Iterator[tuple[str, np.ndarray]], vocabulary: int, options: Options
+    folder: Path, number: int, encoded: Iterator[Made], vocabulary: int, options: Options
 ) -> dict[str, ShardSaid]:
     """Writes the shards of a part, one of each split; they are on the disk when the call is over."""
     names = shard_files(number)
@@ -275,8 +295,8 @@ def _write(
         for split in options.splits:
             tokens, offsets = (files.enter_context(written_whole(folder / split / name)) for name in names)
             shards[split] = _Shard(tokens, offsets, token_type(vocabulary))
-        for split, ids in encoded:
-            shards[split].add(ids)
+        for one in encoded:
+            shards[one.split].add(one)
         return {split: shard.close(names) for split, shard in shards.items()}
 
 

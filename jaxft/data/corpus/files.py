@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, TypedDict, cast
+from typing import IO, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -48,6 +48,9 @@ class ShardSaid(TypedDict):
     documents: int
     tokens: int
     files: dict[str, FileSaid]
+    origins: NotRequired[list[list[int]]]
+    """What its documents are of, one stretch after the other: which source of the command, how many documents, bytes of their texts in
+    UTF-8. Builds of earlier versions did not say."""
 
 
 class Body(TypedDict):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -37,6 +36,8 @@ class Piece:
     """The first byte, or row group; lines belong to the piece that they begin in."""
     stop: int | None = None
     """The one after the last; None: to the end."""
+    named: int = 0
+    """Which of the sources that the command names it is of."""
 
     def shown(self) -> str:
         """The piece as messages name it."""
@@ -66,6 +67,8 @@ class Document(NamedTuple):
 
     text: str
     where: str
+    named: int = 0
+    """Which of the sources that the command names it is of."""
 
 
 def divide(sources: Sequence[str], options: Options) -> list[Part]:
@@ -77,7 +80,10 @@ def divide(sources: Sequence[str], options: Options) -> list[Part]:
     parts: list[Part] = []
     held: list[Piece] = []
     size = 0
-    for piece in chain.from_iterable(_pieces(source, options) for source in sources):
+    found = (
+        replace(piece, named=number) for number, source in enumerate(sources) for piece in _pieces(source, options)
+    )
+    for piece in found:
         weight = (piece.size if piece.stop is None else piece.stop - piece.start) if not _is_groups(piece) else 0
         # Small files share a part; one that could be divided has parts of its own.
         if held and (size + weight > options.part_bytes or piece.stop is not None or held[-1].stop is not None):
@@ -137,8 +143,10 @@ def _row_groups(path: Path, size: int, options: Options) -> Iterator[Piece]:
 
 
 def said_of(parts: Iterable[Part]) -> list[list[JsonObject]]:
-    """Parts as plain JSON."""
-    return [[asdict(piece) for piece in part] for part in parts]
+    """Parts as plain JSON; which source each piece is of follows from the sources."""
+    return [
+        [{name: value for name, value in asdict(piece).items() if name != "named"} for piece in part] for part in parts
+    ]
 
 
 def source_hash(part: Part) -> str:
@@ -182,7 +190,7 @@ def documents_of(part: Part, options: Options, counts: Counts, note: Callable[[s
     for piece in part:
         for document in _documents(piece, options, counts, note):
             if document.text and not document.text.isspace():
-                yield document
+                yield document._replace(named=piece.named)
             else:
                 counts.add("empty", document.where)
 

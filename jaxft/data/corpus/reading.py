@@ -318,4 +318,5 @@ def _fitted(
         held[row] = 1
     added = np.array(more, np.int64).reshape(-1, 3).T
     whole = np.arange(len(starts) + len(more)) < len(starts)
-    return (*(np.concatenate(both) for both in zip((starts, sizes, rows), added, strict=True)), whole)
+    first, second, third = (np.concatenate(both) for both in zip((starts, sizes, rows), added, strict=True))
+    return first, second, third, whole

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.data.corpus.files import TOKENIZER, read_manifest
+from jaxft.data.corpus.origins import Origin, origins_of
 from jaxft.data.corpus.store import Corpus, open_corpus
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import one_line
@@ -35,7 +36,18 @@ def summary(folder: Path) -> Iterator[str]:
     at = [percentile(corpus, share) for share in (50, 95, 99)]
     beyond = ", ".join(f"{share_beyond(corpus, window):.1%} > {window}" for window in _WINDOWS)
     yield f"{folder}: tokens of a document: median {at[0]:,}, 95 % {at[1]:,}, 99 % {at[2]:,}, max {corpus.lengths[-1, 0]:,}; {beyond}"
-    if counts.get("bytes"):
+    by_source = _by_source(folder)
+    size = None if any(origin.size is None for origin in by_source) else sum(origin.size or 0 for origin in by_source)
+    if size is not None:
+        unknown = ""
+        if counts.get("unknown_tokens"):
+            share = counts["unknown_tokens"] / (counts.get("tokens", 0) or corpus.tokens)
+            unknown = f"; {share:.3%} unknown, the first in {places['unknown_tokens']}"
+        yield f"{folder}: {size:,} bytes of text, {size / corpus.tokens:.2f} a token{unknown}"
+        if len(by_source) > 1:
+            for origin in by_source:
+                yield f"{folder}: of {origin.source}: {origin.documents:,} documents, {origin.size:,} bytes"
+    elif counts.get("bytes"):
         whole = "" if body["key"]["eval_fraction"] is None else " (all splits)"
         tokens = counts.get("tokens", 0) or corpus.tokens
         yield f"{folder}: {counts['bytes'] / tokens:.2f} bytes of text a token{whole}" + (
@@ -47,6 +59,16 @@ def summary(folder: Path) -> Iterator[str]:
         if counts.get(name):
             done = ", replaced" if name == "invalid_utf8" and body["key"]["invalid_utf8"] == "replace" else ", left out"
             yield f"{folder}: {counts[name]:,} {what}{done}; the first: {places[name]}"
+
+
+def _by_source(folder: Path) -> list[Origin]:
+    """The documents of each source together."""
+    found: dict[str, Origin] = {}
+    for one in origins_of([folder])[0]:
+        before = found.get(one.source, Origin(one.source, 0, 0))
+        size = None if before.size is None or one.size is None else before.size + one.size
+        found[one.source] = Origin(one.source, before.documents + one.documents, size)
+    return list(found.values())
 
 
 def percentile(corpus: Corpus, share: float) -> int:

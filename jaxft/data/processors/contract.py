@@ -27,6 +27,13 @@ class SpecialIds(NamedTuple):
     unknown: int | None = None
     """Id of the token that stands for an unknown word."""
 
+    @property
+    def before(self) -> tuple[int, ...]:
+        """What documents may begin with that is no text: the token that begins texts or, where there is none, ends the text before; and
+        the one that BERT's rows begin with."""
+        usual = self.end if self.begin is None else self.begin
+        return tuple(dict.fromkeys(one for one in (usual, self.first) if one is not None))
+
 
 class Processor(Protocol):
     """What is read of a model folder beside its weights, whatever it takes in."""

@@ -49,13 +49,15 @@ class Wanted(NamedTuple):
     lowercase: bool = False
     max_length: int = 512
     """Stated as ``model_max_length``."""
+    begin: bool = False
+    """Whether texts of a decoder begin with <|endoftext|> too, so that their first token is predicted like any other."""
 
     @property
     def special(self) -> dict[str, str]:
         """The special tokens by their names; bytes are never unknown."""
-        return {
-            name: token for name, token in _NAMES[self.use].items() if self.algorithm != "bpe" or name != "unk_token"
-        }
+        begin = {"bos_token": _NAMES["decoder"]["eos_token"]} if self.begin and self.use == "decoder" else {}
+        names = {**_NAMES[self.use], **begin}
+        return {name: token for name, token in names.items() if self.algorithm != "bpe" or name != "unk_token"}
 
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], wanted: Wanted, out: Path) -> Tokenizer:
@@ -78,7 +80,7 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], wanted: Wanted, out: Pat
         raise
     except (Panic, ValueError, RuntimeError) as error:
         raise UserError(f"tokenizer train: {error}; give more text, or another --size") from error
-    special, found = list(wanted.special.values()), fast.get_vocab_size()
+    special, found = list(dict.fromkeys(wanted.special.values())), fast.get_vocab_size()
     if found <= len(special) + (256 if wanted.algorithm == "bpe" else 0):
         raise UserError("tokenizer train: the texts hold nothing to learn of; give more of them")
     if found > wanted.size:
@@ -120,7 +122,7 @@ def _untrained(wanted: Wanted, texts: Callable[[], Iterable[str]]) -> tuple[Fast
     from tokenizers import Tokenizer as Made
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    special, size = list(wanted.special.values()), wanted.size
+    special, size = list(dict.fromkeys(wanted.special.values())), wanted.size
     unknown = wanted.special.get("unk_token")
     if wanted.algorithm == "wordpiece":
         assert unknown is not None
@@ -175,10 +177,15 @@ def _without_marks(fast: Fast, wanted: Wanted) -> Fast:
 
 
 def _put_around(fast: Fast, wanted: Wanted) -> None:
-    """Makes encoders' texts begin with [CLS] and end with [SEP], and those of encoder-decoders end with </s>."""
+    """Makes encoders' texts begin with [CLS] and end with [SEP], those of encoder-decoders end with </s>; decoders' begin with
+    <|endoftext|> if that is wanted."""
     from tokenizers import processors
 
     if wanted.use == "decoder":
+        if begin := wanted.special.get("bos_token"):
+            fast.post_processor = processors.TemplateProcessing(
+                single=f"{begin} $A", pair=f"{begin} $A $B:1", special_tokens=[(begin, fast.token_to_id(begin))]
+            )
         return
     if wanted.use == "encoder-decoder":
         end = wanted.special["eos_token"]
