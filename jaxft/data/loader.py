@@ -84,15 +84,19 @@ class Batches:
         return tuple(self._shape(length) for length in self.buckets if shortest <= length <= longest)
 
     def _shape(self, length: int) -> Shape:
-        return Shape(self.batch_size, (("length", length), *self._other_sizes))
+        return Shape(self.batch_size, (("length", length), *self._other_sizes[length]))
 
     @functools.cached_property
-    def _other_sizes(self) -> tuple[tuple[str, int], ...]:
-        """Axes besides ``length``, with the most that any row has."""
+    def _other_sizes(self) -> dict[int, tuple[tuple[str, int], ...]]:
+        """Axes besides ``length`` by bucket, with the most that any row has which fits there: rows that are short along one axis are often
+        short along the others."""
         axes = dict.fromkeys(axis for field in self.split.fields.values() for axis in field.axes[1:])
-        return tuple(
-            (axis, int(self.split.sizes(axis).max())) for axis in axes if isinstance(axis, str) and axis != "length"
-        )
+        others = [(axis, self.split.sizes(axis)) for axis in axes if isinstance(axis, str) and axis != "length"]
+        lengths = self.split.sizes("length")
+        return {
+            bucket: tuple((axis, int(sizes.max(initial=1, where=lengths <= bucket))) for axis, sizes in others)
+            for bucket in self.buckets
+        }
 
 
 @functools.lru_cache(maxsize=64)
