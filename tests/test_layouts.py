@@ -18,7 +18,7 @@ from jaxft.config.tasks.embedding import Config as EmbeddingConfig
 from jaxft.data.packing import packed_fields
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
-from jaxft.models.initial import shapes_and_axes
+from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
 from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
@@ -183,10 +183,13 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
     return made
 
 
-def random_params(shapes: Any) -> Any:
+def random_params(model: Any, shapes: Any) -> Any:
+    fresh = paths_of(init_params(model, 0))
+
     def make(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        rng = np.random.default_rng(len(path))
-        return np.asarray(rng.normal(size=leaf.shape) * 0.1 + path.endswith("scale"), np.float32)
+        # Scales of norms begin at 1, or at 0 where they are what is added to that: twice as much in each layer makes rounding grow.
+        centre = float(np.mean(fresh[path])) if path.endswith("scale") else 0.0
+        return np.asarray(np.random.default_rng(len(path)).normal(size=leaf.shape) * 0.1 + centre, np.float32)
 
     return map_paths(make, shapes)
 
@@ -220,7 +223,7 @@ def trained(
 
     with jax.set_mesh(mesh):
         of_state = state_shardings(jax.eval_shape(start, shapes), optimizer, places, mesh)
-        state = jitted(start, mesh, of_state)(jax.device_put(random_params(shapes), places))
+        state = jitted(start, mesh, of_state)(jax.device_put(random_params(model, shapes), places))
         learnt = MADE[task](module)
         split = places if mesh.size > 1 else None
         gradient_of = of_batch(model, learnt, accumulation=accumulation, param_shardings=split)
