@@ -70,6 +70,7 @@ from jaxft.tasks import (
     regression,
     reranking,
     seq2seq,
+    span_corruption,
     token_classification,
 )
 from jaxft.training.setup import stand_in_tokenizer
@@ -106,7 +107,7 @@ TASKS: tuple[TaskModule, ...] = (
         question_answering,
         regression,
     ),
-    *(reranking, seq2seq, token_classification),
+    *(reranking, seq2seq, span_corruption, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)

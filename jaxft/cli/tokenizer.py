@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decoder: texts begin with <|endoftext|>, so that their first token is learnt",
     )
+    parser.add_argument(
+        "--sentinels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="encoder-decoder: N tokens <extra_id_0>, ... for span corruption",
+    )
     parser.add_argument("--lowercase", action="store_true", help="texts are read in lower case")
     parser.add_argument(
         "--max-length", type=int, default=512, help="tokens of a row, as the files state it (default: 512)"
@@ -82,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
                     kept[seen[0] // 1009 % _TRIED] = document.text
                 yield document.text
 
-    wanted = Wanted(options.kind, options.size, options.use, options.lowercase, options.max_length, options.begin)
+    wanted = Wanted(
+        options.kind, options.size, options.use, options.lowercase, options.max_length, options.begin, options.sentinels
+    )
     tokenizer = train_tokenizer(texts, wanted, out)
     print(f"{out}: {options.kind} of {tokenizer.vocab_size:,} tokens, of {seen[0]:,} texts, {seen[1] / 2**20:,.1f} MiB")
     if tokenizer.vocab_size < options.size:
@@ -98,6 +107,10 @@ def _check(options: argparse.Namespace) -> None:
 
     if not 1 <= options.size <= MOST_SIZE:
         raise UserError(f"--size {options.size}: must lie between 1 and {MOST_SIZE}")
+    if options.sentinels and options.use != "encoder-decoder":
+        raise UserError("--sentinels: is for --for encoder-decoder")
+    if not 0 <= options.sentinels < options.size:
+        raise UserError(f"--sentinels {options.sentinels}: must be 0 or more, and below --size")
     if options.begin and options.use != "decoder":
         raise UserError("--begin: is for --for decoder; encoders' texts begin with [CLS]")
     if not 3 <= options.max_length <= 1 << 20:

@@ -51,6 +51,8 @@ class Wanted(NamedTuple):
     """Stated as ``model_max_length``."""
     begin: bool = False
     """Whether texts of a decoder begin with <|endoftext|> too, so that their first token is predicted like any other."""
+    sentinels: int = 0
+    """Tokens <extra_id_0>, <extra_id_1>, ... that stand for what is taken out of texts (the task ``span_corruption``)."""
 
     @property
     def special(self) -> dict[str, str]:
@@ -58,6 +60,16 @@ class Wanted(NamedTuple):
         begin = {"bos_token": _NAMES["decoder"]["eos_token"]} if self.begin and self.use == "decoder" else {}
         names = {**_NAMES[self.use], **begin}
         return {name: token for name, token in names.items() if self.algorithm != "bpe" or name != "unk_token"}
+
+    @property
+    def no_text(self) -> list[str]:
+        """All tokens that are not text."""
+        return [*dict.fromkeys(self.special.values()), *self.extra]
+
+    @property
+    def extra(self) -> list[str]:
+        """Those without a name."""
+        return [f"<extra_id_{number}>" for number in range(self.sentinels)]
 
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], wanted: Wanted, out: Path) -> Tokenizer:
@@ -80,7 +92,7 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], wanted: Wanted, out: Pat
         raise
     except (Panic, ValueError, RuntimeError) as error:
         raise UserError(f"tokenizer train: {error}; give more text, or another --size") from error
-    special, found = list(dict.fromkeys(wanted.special.values())), fast.get_vocab_size()
+    special, found = wanted.no_text, fast.get_vocab_size()
     if found <= len(special) + (256 if wanted.algorithm == "bpe" else 0):
         raise UserError("tokenizer train: the texts hold nothing to learn of; give more of them")
     if found > wanted.size:
@@ -99,6 +111,7 @@ def _settings(wanted: Wanted) -> dict[str, object]:
     inputs = ["input_ids", *(["token_type_ids"] if wanted.use == "encoder" else []), "attention_mask"]
     return {
         **dict(wanted.special),
+        **({"additional_special_tokens": wanted.extra} if wanted.extra else {}),
         "model_max_length": wanted.max_length,
         "model_input_names": inputs,
         "clean_up_tokenization_spaces": False,
@@ -122,7 +135,7 @@ def _untrained(wanted: Wanted, texts: Callable[[], Iterable[str]]) -> tuple[Fast
     from tokenizers import Tokenizer as Made
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    special, size = list(dict.fromkeys(wanted.special.values())), wanted.size
+    special, size = wanted.no_text, wanted.size
     unknown = wanted.special.get("unk_token")
     if wanted.algorithm == "wordpiece":
         assert unknown is not None
@@ -172,7 +185,7 @@ def _without_marks(fast: Fast, wanted: Wanted) -> Fast:
 
     made = Made(models.WordPiece(fast.get_vocab(), unk_token=wanted.special["unk_token"]))
     made.normalizer, made.pre_tokenizer, made.decoder = fast.normalizer, fast.pre_tokenizer, fast.decoder
-    made.add_special_tokens(list(wanted.special.values()))
+    made.add_special_tokens(wanted.no_text)
     return made
 
 
