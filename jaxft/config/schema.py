@@ -31,7 +31,8 @@ class LoraConfig:
     alpha: float = 16.0
     """The adapters' product is scaled by ``alpha / rank``."""
     targets: tuple[str, ...] = ("layers/attention/query/kernel", "layers/attention/value/kernel")
-    """Glob patterns over paths of layer kernels that get adapters (``layers/*`` for all)."""
+    """Glob patterns over paths of layer kernels that get adapters (``layers/*`` for all). Of an encoder-decoder, ``layers/`` means the
+    layers of both, ``encoder/`` and ``decoder/`` those of one."""
     train: tuple[str, ...] | None = None
     """Glob patterns over paths that train beside the adapters. None: the head of labelled tasks, nothing else."""
 
@@ -210,7 +211,8 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Rate multiplier per layer below the top one (ELECTRA, BEiT); 1: off."""
     freeze: tuple[str, ...] = ()
-    """Glob patterns over parameter paths (``embed/*``, ``layers/*``, ``layers/0-3/*`` for the first four layers) that do not train."""
+    """Glob patterns over parameter paths (``embed/*``, ``layers/*``, ``layers/0-3/*`` for the first four layers; of an
+    encoder-decoder ``encoder/*``, ``decoder/0-3/*``) that do not train."""
     ema: float | None = None
     """Decay per step of an exponential moving average of the parameters, used for evaluation and export. None: off."""
 

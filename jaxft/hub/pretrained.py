@@ -36,7 +36,7 @@ from jaxft.models.contract import Family, Model, architecture_of, classes_of, mo
 from jaxft.models.initial import init_some, shapes_and_axes, spread
 from jaxft.models.layout import Layout
 from jaxft.parallel.sharding import shardings_of
-from jaxft.trees import Params, Shapes, Tree, nested, paths_of
+from jaxft.trees import Params, Shapes, Tree, leaves_of, nested, paths_of
 
 # ------------------------------------------------------------------------------------------------------------- import
 
@@ -203,10 +203,12 @@ def check_changes(source: Source, head: str | None, note: Note) -> None:
         was, asked = to_tree(source.stored), to_tree(source.config)
         told = ", ".join(f"{key}={asked[key]} (there: {was[key]})" for key in guilty)
         raise UserError(f"{source.folder}: the weights contradict {told}; leave it out")
-    if wanted[0] > stored[0]:
-        raise UserError(f"{source.folder}: {wanted[0]} layers are asked for, the weights have {stored[0]}")
-    if wanted[0] < stored[0]:
-        note(f"the first {wanted[0]} of the {stored[0]} layers in {source.folder} are used")
+    for stack, there in stored[0].items():
+        asked, of = wanted[0][stack], "" if len(stored[0]) == 1 else f" of the {stack}"
+        if asked > there:
+            raise UserError(f"{source.folder}: {asked} layers{of} are asked for, the weights have {there}")
+        if asked < there:
+            note(f"the first {asked} of the {there} layers{of} in {source.folder} are used")
 
 
 def _changed(source: Source, key: str, head: str | None) -> Model:
@@ -218,11 +220,14 @@ def _changed(source: Source, key: str, head: str | None) -> Model:
     return source.family.Model(config, head)
 
 
-def _layer_shapes(model: Model) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """How many layers a model has, and the shape of each parameter, of layers that of one."""
-    flat = {path: leaf.shape for path, leaf in paths_of(shapes_and_axes(model)[0]).items()}
-    depth = max(shape[0] for path, shape in flat.items() if path.startswith("layers/"))
-    return depth, {path: shape[1:] if path.startswith("layers/") else shape for path, shape in flat.items()}
+def _layer_shapes(model: Model) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """How many layers each stack of a model has, and the shape of each parameter, of layers that of one."""
+    leaves = leaves_of(*shapes_and_axes(model))
+    depths = {
+        stack.path: max(leaf.layers or 0 for path, leaf in leaves.items() if path.startswith(f"{stack.path}/"))
+        for stack in model.facts.stacks
+    }
+    return depths, {path: leaf.shape if leaf.layers is None else leaf.shape[1:] for path, leaf in leaves.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- export

@@ -90,11 +90,20 @@ def adapted(model: Model, config: LoraConfig) -> Model:
         return model
     leaves = leaves_of(*shapes_and_axes(model))
     able = [path for path, leaf in leaves.items() if leaf.layers is not None and leaf.matrix is not None]
+    chosen: set[str] = set()
     for pattern in config.targets:
-        if not any(fnmatchcase(path, pattern) for path in able):
+        found = {path for path in able for one in _of_stacks(pattern, model) if fnmatchcase(path, one)}
+        if not found:
             raise UserError(f"model.lora.targets: {pattern!r} matches no kernel; there are: {', '.join(able)}")
-    targets = tuple(path for path in able if any(fnmatchcase(path, pattern) for pattern in config.targets))
+        chosen |= found
+    targets = tuple(path for path in able if path in chosen)
     return Adapted(model, config.rank, config.alpha, targets)
+
+
+def _of_stacks(pattern: str, model: Model) -> list[str]:
+    """A pattern, which for ``layers/`` may mean the layers of each of several stacks."""
+    own = pattern.removeprefix("layers/")
+    return [pattern] if own == pattern else [f"{stack.path}/{own}" for stack in model.facts.stacks]
 
 
 def frozen_paths(model: Model, config: LoraConfig, labelled_task: bool) -> tuple[str, ...]:
@@ -117,6 +126,11 @@ def frozen_paths(model: Model, config: LoraConfig, labelled_task: bool) -> tuple
 def base_of(model: Model) -> Model:
     """The model without adapters."""
     return model.base if isinstance(model, Adapted) else model
+
+
+def unadapted(model: Model, params: Params) -> tuple[Model, Params]:
+    """The model without adapters, and parameters with which it does what the adapted one does."""
+    return (model.base, merged(params, model.alpha)) if isinstance(model, Adapted) else (model, params)
 
 
 def merged(params: Params, alpha: float) -> Params:

@@ -7,14 +7,34 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from reference import drawn
-from seq2seq import HEAD, check_cache, check_folder, check_packed, check_parity, check_texts, without_dropout
+from seq2seq import (
+    HEAD,
+    check_cache,
+    check_folder,
+    check_packed,
+    check_parity,
+    check_texts,
+    reference_of,
+    without_dropout,
+)
 
 from jaxft.attention.relative import buckets
+from jaxft.config import LoraConfig
+from jaxft.config.generation import GenerationConfig
 from jaxft.errors import UserError
-from jaxft.hub.source import make_config
+from jaxft.hub.pretrained import check_changes
+from jaxft.hub.source import make_config, open_source
+from jaxft.models.adapters import adapted, merged
+from jaxft.models.decoding import generate, write
 from jaxft.models.families import t5
+from jaxft.models.initial import init_params, shapes_and_axes
+from jaxft.training.optim.freezing import frozen_mask
+from jaxft.trees import paths_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -93,7 +113,6 @@ def test_texts_of_random_models_are_those_of_the_reference(
 
 
 def test_ranges_of_distances_are_those_of_the_reference() -> None:
-    import numpy as np
     from transformers.models.t5.modeling_t5 import T5Attention
 
     far = np.arange(-200, 201)
@@ -136,3 +155,45 @@ def test_what_no_model_can_be_is_refused(changes: dict[str, Any], message: str) 
     for bad in ({"is_encoder_decoder": False}, {"feed_forward_proj": "a-b-c"}):
         with pytest.raises(UserError, match=r"config\.json"):
             t5.config_from_hf(bad)
+
+
+def test_adapters_and_freezing_know_both_sides() -> None:
+    model: Any = t5.Model(TINY, HEAD)
+    adapted_model: Any = adapted(model, LoraConfig(rank=2))
+    assert adapted_model.targets == tuple(
+        f"{side}/attention/{name}/kernel" for side in ("decoder", "encoder") for name in ("query", "value")
+    )
+    one: Any = adapted(model, LoraConfig(rank=2, targets=("decoder/cross/*",)))
+    assert all(path.startswith("decoder/cross/") for path in one.targets)
+    assert len(one.targets) == 4
+    frozen = paths_of(frozen_mask(*shapes_and_axes(model), ["encoder/*", "decoder/0-1/*"]))
+    assert frozen["encoder/attention/query/kernel"] is True
+    assert frozen["encoder_norm/scale"] is False
+    assert np.asarray(frozen["decoder/mlp/up/kernel"]).tolist() == [True, True, False]
+
+
+def test_adapted_models_write_what_merged_ones_do() -> None:
+    model: Any = t5.Model(TINY, HEAD)
+    adapted_model: Any = adapted(model, LoraConfig(rank=2))
+    params = jax.tree.map(lambda leaf: leaf + 0.05, init_params(adapted_model, 0))
+    sources = jnp.asarray(np.random.default_rng(0).integers(5, 90, (3, 9)), jnp.int32)
+    real = jnp.arange(9) < jnp.asarray([9, 4, 1])[:, None]
+    config = GenerationConfig(max_new_tokens=6, num_beams=2, eos_token_id=(1,))
+    ours = write(adapted_model, params, config, sources, real)
+    wanted = write(model, merged(params, adapted_model.alpha), config, sources, real)
+    np.testing.assert_array_equal(ours, wanted)
+    prompts = [row[:size].tolist() for row, size in zip(np.asarray(sources), (9, 4, 1), strict=True)]
+    texts = generate(model, merged(params, adapted_model.alpha), prompts, config)
+    found = [[i for i in row if i not in (-1, 1)] for row in np.asarray(ours).tolist()]
+    assert found == texts.tokens
+
+
+def test_fewer_layers_of_a_side_are_the_first_ones(tmp_path: Path) -> None:
+    reference_of("t5", TINY, HEAD).save_pretrained(tmp_path)
+    notes: list[str] = []
+    source = open_source(str(tmp_path), notes.append, arch={"num_decoder_layers": 2})
+    check_changes(source, HEAD, notes.append)
+    assert notes == [f"the first 2 of the 3 layers of the decoder in {tmp_path} are used"]
+    more = open_source(str(tmp_path), notes.append, arch={"num_hidden_layers": 5})
+    with pytest.raises(UserError, match="5 layers of the encoder are asked for, the weights have 2"):
+        check_changes(more, HEAD, notes.append)

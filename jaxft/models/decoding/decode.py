@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
 from jaxft.config.generation import GenerationConfig
 from jaxft.errors import UserError
+from jaxft.models.adapters import unadapted
 from jaxft.models.caches import Cache, init_cache
 from jaxft.models.contract import Model, Output
 from jaxft.models.decoding.beams import best_of, search
@@ -235,6 +236,7 @@ def write(
       real: which places hold a token.
       config: how tokens are chosen, not drawn.
     """
+    model, params = unadapted(model, params)
     rows, start = sources.shape[0], start_of(model, config)
     assert start is not None  # an encoder-decoder has one
     width = 1 + config.max_new_tokens

@@ -18,7 +18,7 @@ T = TypeVar("T")
 Frozen = bool | np.ndarray
 """Whether a parameter is frozen; for a stack of which only some layers are, a bool per layer, [L]."""
 
-_LAYER_PATTERN = re.compile(r"layers/(\d+)(?:-(\d+))?/(.+)")
+_LAYER_PATTERN = re.compile(r"(layers|encoder|decoder)/(\d+)(?:-(\d+))?/(.+)")
 
 
 def decay_mask(params: Params | Shapes, axes: Axes) -> Tree[bool]:
@@ -30,8 +30,8 @@ def decay_mask(params: Params | Shapes, axes: Axes) -> Tree[bool]:
 def frozen_mask(params: Params | Shapes, axes: Axes, patterns: Sequence[str]) -> Tree[Frozen]:
     """For each parameter True (frozen), False (trained), or, for a partly frozen stack, a numpy bool [L].
 
-    A pattern is a glob over paths in which ``*`` also crosses ``/``. After ``layers/``, one number (``layers/2/*``) or
-    a range with both ends included (``layers/0-3/*``) selects layers of the stack.
+    A pattern is a glob over paths in which ``*`` also crosses ``/``. After the name of a stack (``layers/``, ``encoder/``), one number
+    (``layers/2/*``) or a range with both ends included (``layers/0-3/*``) selects layers of it.
 
     Raises:
       UserError: a pattern that matches nothing, a layer that does not exist, or nothing left to train.
@@ -63,9 +63,9 @@ def without_frozen(tree: Tree[T], frozen: Tree[bool] | None) -> tuple[list[T], C
 def _match(pattern: str, leaves: dict[str, Leaf]) -> dict[str, Frozen]:
     """The parameters that one pattern freezes, wholly or in part."""
     selects = _LAYER_PATTERN.fullmatch(pattern)
-    glob = f"layers/{selects[3]}" if selects else pattern
+    glob = f"{selects[1]}/{selects[4]}" if selects else pattern
     found: dict[str, Frozen] = {
-        path: _selected(pattern, int(selects[1]), int(selects[2] or selects[1]), leaf) if selects else True
+        path: _selected(pattern, int(selects[2]), int(selects[3] or selects[2]), leaf) if selects else True
         for path, leaf in leaves.items()
         if fnmatchcase(path, glob) and not (selects and leaf.layers is None)
     }
