@@ -41,7 +41,7 @@ def make_reference(family: Family, config: Any, head: str | None, model_type: st
     settings = kind.config_class(attn_implementation="eager", **classes, **family.config_to_hf(config))
     model = kind(settings).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (one for one in model.parameters() if one.requires_grad):
             # Fresh biases are all 0 and fresh norm scales all 1: swapped or dropped ones would not be noticed. Nor would rows of
             # padding that are 0.
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))

@@ -34,6 +34,7 @@ from jaxft.models.contract import (
 )
 from jaxft.models.families import (
     albert,
+    bart,
     bert,
     deberta_v2,
     distilbert,
@@ -42,6 +43,7 @@ from jaxft.models.families import (
     gemma3_text,
     gpt2,
     llama,
+    marian,
     mistral,
     modernbert,
     mpnet,
@@ -79,6 +81,7 @@ from jaxft.trees import leaves_of
 FAMILIES: tuple[Family, ...] = (
     *(
         albert,
+        bart,
         bert,
         deberta_v2,
         distilbert,
@@ -87,6 +90,7 @@ FAMILIES: tuple[Family, ...] = (
         gemma3_text,
         gpt2,
         llama,
+        marian,
         mistral,
         modernbert,
         mpnet,

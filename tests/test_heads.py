@@ -236,7 +236,7 @@ def test_architectures_of_other_libraries_and_of_both_heads(tmp_path: Path) -> N
     assert jaxft.load(edit(source, ("architectures",), model_type="bert")).model.head == "masked_lm"
 
 
-@pytest.mark.parametrize("name", ["deberta", "canine", "luke", "xlm", "llama4", "gpt_neo", "bart"])
+@pytest.mark.parametrize("name", ["deberta", "canine", "luke", "xlm", "llama4", "gpt_neo", "blenderbot"])
 def test_other_families_are_no_slips(name: str) -> None:
     with pytest.raises(jaxft.UserError) as caught:
         models.family(name)

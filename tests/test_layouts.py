@@ -203,7 +203,11 @@ def trained(
     module = tasks.task(task)
     config = dataclasses.replace(tiny_config(family), num_hidden_layers=2)
     if heads is not None:
-        names = [name for name in ("num_attention_heads", "num_key_value_heads") if getattr(config, name, None)]
+        names = [
+            name
+            for name in ("num_attention_heads", "num_key_value_heads", "num_decoder_heads")
+            if getattr(config, name, None)
+        ]
         config = dataclasses.replace(config, **dict.fromkeys(names, heads))
     if models.family(family).HEADS[module.Task.head].classes:
         config = with_classes(config, 3)

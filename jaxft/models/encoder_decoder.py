@@ -66,6 +66,8 @@ class Seq2SeqConfig(Protocol):
     @property
     def head_size(self) -> int: ...
     @property
+    def decoder_head_size(self) -> int: ...
+    @property
     def limit(self) -> int | None: ...
     @property
     def pad_token_id(self) -> int | None: ...
@@ -349,15 +351,15 @@ class EncoderDecoder(nn.Module, Generic[C]):
 
 def facts(config: Seq2SeqConfig) -> Facts:
     """What the rest of jaxft may know of an encoder-decoder."""
-    size = config.head_size
     encoder = (
         config.num_hidden_layers,
         config.hidden_size,
         config.num_attention_heads,
         config.num_attention_heads,
-        size,
+        config.head_size,
     )
-    decoder = (config.num_decoder_layers, config.hidden_size, config.decoder_heads, config.decoder_heads, size)
+    heads = (config.decoder_heads, config.decoder_heads, config.decoder_head_size)
+    decoder = (config.num_decoder_layers, config.hidden_size, *heads)
     stacks = (Stack("encoder", *encoder), Stack("decoder", *decoder, causal=True, axis="target", looks_at="length"))
     return Facts(
         inputs(config.vocab_size, config.pad_token_id, config.limit),

@@ -196,12 +196,17 @@ class Vocabulary(nn.Module):
     """The logical axis of the tokens that it sees."""
     soft_cap: float | None = None
     """Logits l become soft_cap tanh(l / soft_cap)."""
+    fixed_bias: bool = False
+    """A bias, one row [1, V], is added as it was read and never trained."""
 
     @nn.compact
     def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
         (d, v), dtype = (self.width, self.vocabulary), self.compute.param_dtype
         bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
+        if self.fixed_bias:
+            row = declare(self, "fixed_bias", nn.initializers.zeros, (None, "vocab"), (1, v), dtype)
+            bias = jax.lax.stop_gradient(row[0])
         table = seen.table if self.tied else declare(self, "kernel", self.initial, ("embed", "vocab"), (d, v), dtype).T
         assert table is not None
         if seen.targets is not None and self.compute.vocab_tile is not None:

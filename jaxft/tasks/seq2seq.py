@@ -22,6 +22,7 @@ from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.tokenizer_checks import check_targets
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Model
@@ -167,6 +168,7 @@ def encode(
         sources = tokenizer.encode([options.prefix + str(row.values[0]) for row in chunk])
         wanted = None
         if len(chunk[0].values) > 1:
+            check_targets(tokenizer.folder)
             wanted = [ids for ids, _, _ in tokenizer.encode([str(row.values[1]) for row in chunk])]
         for number, (ids, types, dropped) in enumerate(sources):
             if end is not None and ids[-1:] != [end] and len(ids) != tokenizer.max_length:

@@ -95,7 +95,7 @@ def test_their_tokenizers_are_taken_as_they_are(name: str, tmp_path: Path) -> No
     ("stated", "message"),
     [
         ({"model_type": "modernbert-decoder"}, "model family 'modernbert-decoder' is not supported; there are: albert, "),
-        ({"model_type": "t5"}, "model family 't5' is not supported; there are: albert, "),
+        ({"model_type": "blenderbot"}, "model family 'blenderbot' is not supported; there are: albert, "),
         ({"model_type": "nomic-bert"}, "; did you mean 'nomic_bert'?"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_sources_and_targets_end_as_texts_of_the_tokenizer_do(folder: Path) -> N
     assert cut == [*(rot[:-1] * 9)[:5], 1]
     with pytest.raises(UserError, match="max_target_length=6 is above"):
         encoded(folder, "red", "rot", length=4)
+
+
+def test_targets_of_another_language_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Their code would be that of the sources."""
+    shutil.copytree(folder / "tok", tmp_path / "tok")
+    path = tmp_path / "tok" / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    for target in ("de_DE", None):
+        path.write_text(json.dumps(said | {"src_lang": "en_XX", "tgt_lang": target}))
+        with pytest.raises(UserError, match=r"src_lang='en_XX', tgt_lang=.*: targets would be given"):
+            encoded(tmp_path, "red", "rot")
+    path.write_text(json.dumps(said | {"src_lang": "en_XX", "tgt_lang": "en_XX"}))
+    assert encoded(tmp_path, "red", "rot")["target"].size
 
 
 def test_the_decoder_sees_targets_one_place_later() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxft.data.processors.tokenizer_classes import Kind, Settings
 from jaxft.errors import UserError
+from jaxft.files import present, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -79,3 +80,15 @@ def _growth(tree: object) -> float:
     plain = pattern.get("String") if isinstance(pattern, dict) else None
     # A regular expression may match nothing, before each letter.
     return max(1, len(content) / len(plain)) if isinstance(plain, str) and plain else 1 + len(content)
+
+
+def check_targets(folder: Path) -> None:
+    """Raises UserError for a tokenizer that puts a language's code beside texts: that of sources is all that its files say of ids."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json_object(path) if present(path) else {}
+    source, target = settings.get("src_lang"), settings.get("tgt_lang")
+    if source is not None and source != target:
+        raise UserError(
+            f"{path}: src_lang={source!r}, tgt_lang={target!r}: targets would be given the code of the source's language, which is not "
+            "supported; give a tokenizer without codes"
+        )

@@ -94,6 +94,11 @@ class Config:
         return self.num_attention_heads
 
     @property
+    def decoder_head_size(self) -> int:
+        """Width of a head of the decoder's."""
+        return self.head_size
+
+    @property
     def limit(self) -> int | None:
         """Tokens that a row may have: any number."""
         return None
