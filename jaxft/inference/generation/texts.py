@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxft.config.generation import TOKENS, GenerationConfig
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
+from jaxft.data.processors.continued import text_after, without_ends
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference.predict import Served
@@ -131,8 +132,7 @@ class Writer:
                     f"prompt {number} has {len(ids)} tokens, and the model reads {facts.limit} of a source: shorten it"
                 )
             return ids
-        while ids and ids[-1] in self.config.eos_token_id:  # which some tokenizers put after every text
-            ids.pop()
+        ids = without_ends(ids, self.config.eos_token_id)
         if not ids:
             start = self._tokenizer.special.begin
             if start is None:
@@ -202,13 +202,7 @@ class Writer:
             alone = self._tokenizer.decode(list(tokens))
             assert isinstance(alone, str)
             return alone
-        # Tokens by themselves would lose the blank that they begin with, in vocabularies that write it so.
-        both, before = self._tokenizer.decode([*prompt, *tokens]), self._tokenizer.decode(list(prompt))
-        assert isinstance(both, str)
-        assert isinstance(before, str)
-        found = both.removeprefix(before) if both.startswith(before) else self._tokenizer.decode(list(tokens))
-        assert isinstance(found, str)
-        return found
+        return text_after(self._tokenizer, prompt, tokens)
 
     def _held_back(self, text: str) -> int:
         """How many of the last letters are not certain yet."""

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int32, PRNGKeyArray, PyTree
 
 from jaxft.config.generation import GenerationConfig
 from jaxft.errors import UserError
+from jaxft.models.adapters import Adapted, base_of, merged
 from jaxft.models.caches import Cache, init_cache
 from jaxft.models.contract import Model, Output
 from jaxft.models.decoding.beams import best_of, search
@@ -228,15 +229,24 @@ def write(
     sources: Int32[Array, "B S"],
     real: Bool[Array, "B S"],
 ) -> Int32[Array, "B N"]:
-    """What an encoder-decoder writes of each source, -1 behind the end; within a program, of rows that may be spread over a mesh.
+    """What an encoder-decoder writes of each source, or a decoder after each prompt, -1 behind the end; within a program, of rows that may
+    be spread over a mesh.
 
     Args:
-      sources: ids.
+      sources: ids; prompts are padded in front.
       real: which places hold a token.
-      config: how tokens are chosen, not drawn.
+      config: how tokens are chosen, not drawn. Decoders have no beams here.
     """
+    if isinstance(model, Adapted):
+        model, params = base_of(model), merged(params, model.alpha)
     rows, start = sources.shape[0], start_of(model, config)
-    assert start is not None  # an encoder-decoder has one
+    if start is None:
+        assert config.num_beams == 1
+        first, room = sources.shape[1], ((0, 0), (0, config.max_new_tokens))
+        keys = jax.random.split(jax.random.key(0), rows)
+        begun = _read(model, first, params, jnp.pad(sources, room), jnp.pad(real, room), ~real.any(-1), keys)
+        state = advance(model, config, params, begun, first + config.max_new_tokens)
+        return jnp.where(state.there, state.tokens, -1)[:, first:]
     width = 1 + config.max_new_tokens
     tokens = jnp.zeros((rows, width), jnp.int32).at[:, 0].set(start)
     there = jnp.zeros((rows, width), bool).at[:, 0].set(True)
