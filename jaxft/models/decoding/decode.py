@@ -107,11 +107,13 @@ def begin(
     *,
     seed: int = 0,
     rows: int | None = None,
+    width: int | None = None,
 ) -> State:
     """Reads prompts, all but their last tokens; see :func:`generate`.
 
     Args:
       rows: to have so many, the rest of them done; as compiled before, perhaps. None: as many as prompts.
+      width: places of prompts, of a decoder; None: :func:`width_of` them.
     """
     if not writes(model):
         raise UserError(
@@ -128,7 +130,7 @@ def begin(
         sources = _padded(prompts, rows, _width_of_sources(model, prompts, config), left=False)
         begun = _padded([[start]] * rows, rows, 1, room=config.max_new_tokens)
         return _read_sources(model, params, *sources, *begun, done, keys)
-    width = _width(model, prompts, config)
+    width = width_of(model, prompts, config) if width is None else width
     return _read(model, width, params, *_padded(prompts, rows, width, room=config.max_new_tokens), done, keys)
 
 
@@ -138,7 +140,7 @@ def start_of(model: Model, config: GenerationConfig) -> int | None:
     return model.facts.start if said is None or model.facts.start is None else said
 
 
-def _width(model: Model, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
+def width_of(model: Model, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
     """Places of prompts, of few numbers: programs are compiled for each."""
     longest, limit = max(map(len, prompts)), model.facts.limit
     if limit is not None and longest + config.max_new_tokens > limit:
