@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from reported import Rows, report
 
-from jaxft.inference.generation import GenerationConfig, generate
+from jaxft.inference.generation import Draft, GenerationConfig, generate, generate_with_draft
 from jaxft.layers import Compute
 from jaxft.machine.platform import set_up_jax
 from jaxft.models.families import llama
@@ -51,6 +51,21 @@ def _ours(rows: int, new: int) -> Callable[[], list[list[int]]]:
     model = llama.Model(_SHAPE, "causal_lm", Compute())
     params = jax.block_until_ready(init_params(model, 0))
     return lambda: generate(model, params, _prompts(rows), GenerationConfig(max_new_tokens=new)).tokens
+
+
+def _drafted(rows: int, new: int, count: int, *, perfect: bool) -> Callable[[], list[list[int]]]:
+    """With a draft of the first third of the layers, of the same weights; ``perfect``: the others add nothing, so that it is always right."""
+    set_up_jax(str(_CACHE))
+    model = llama.Model(_SHAPE, "causal_lm", Compute())
+    third = _SHAPE.num_hidden_layers // 3
+    small = llama.Model(dataclasses.replace(_SHAPE, num_hidden_layers=third), "causal_lm", Compute())
+    params = init_params(model, 0)
+    if perfect:
+        params = silenced(params, third)
+    first = {**params, "layers": jax.tree.map(lambda leaf: leaf[:third], params["layers"])}
+    draft = Draft(small, jax.block_until_ready(first), count)
+    config = GenerationConfig(max_new_tokens=new)
+    return lambda: generate_with_draft(model, params, draft, _prompts(rows), config).tokens
 
 
 def _theirs(rows: int, new: int, how: str) -> Callable[[], list[list[int]]]:

@@ -177,13 +177,11 @@ def _proposed(
         last, seen = (jax.lax.dynamic_slice_in_dim(one, at - 1, 1, 1) for one in (tokens, there))
         logits, cache = after(small, params, last, seen, cache)
         scores = _scores(logits[:, -1], tokens, there, at - first, at, config)
-        if config.do_sample:
-            chosen = _drawn(state.keys, at - first, 0, scores)
-        else:
-            chosen = scores.argmax(-1).astype(jnp.int32)
+        drawn = config.do_sample
+        chosen = _drawn(state.keys, at - first, 0, scores) if drawn else scores.argmax(-1).astype(jnp.int32)
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, at))
         there = jax.lax.dynamic_update_slice(there, ~state.done[:, None], (0, at))
-        return (tokens, there, cache), (chosen, jax.nn.softmax(scores, -1) if config.do_sample else None)
+        return (tokens, there, cache), (chosen, jax.nn.softmax(scores, -1) if drawn else None)
 
     (_, _, cache), (chosen, chances) = jax.lax.scan(step, (state.tokens, state.there, cache), jnp.arange(count))
     return chosen.T, None if chances is None else chances.swapaxes(0, 1), cache
