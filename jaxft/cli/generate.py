@@ -130,8 +130,16 @@ def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
     config = GenerationConfig(**{**found, **asked})
     draft = None if options.draft is None else open_model(options.draft, overrides, note)
     count = _DRAFT_TOKENS if options.draft_tokens is None else options.draft_tokens
-    how = {"stop": options.stop, "seed": options.seed, "chat": options.chat, "system": options.system}
-    return Writer(served, config, **how, draft=draft, draft_tokens=count)
+    return Writer(
+        served,
+        config,
+        stop=options.stop,
+        seed=options.seed,
+        chat=options.chat,
+        system=options.system,
+        draft=draft,
+        draft_tokens=count,
+    )
 
 
 def _prompts(reference: str, overrides: list[str], chat: bool) -> Iterator[Prompt]:

@@ -18,7 +18,7 @@ from jaxft.config.tasks.chat import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.chat import REPLY, ChatTemplate, Message, check_messages
+from jaxft.data.processors.chat import REPLY, ChatTemplate, check_messages
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.replies import Asked, Replies
 from jaxft.data.sources.rows import Row
@@ -63,7 +63,7 @@ class Task(causal_lm.Task):
         """The last reply of conversations, and replies to prompts."""
         template = ChatTemplate(tokenizer.folder)
 
-        def prompt(messages: list[Message], wanted: str | None) -> Prompt:
+        def prompt(messages: list[dict[str, str]], wanted: str | None) -> Prompt:
             ((ids, _),) = tokenizer.plain([template.text(messages, reply=True)])
             return Prompt(ids, messages[-1]["content"] if messages else "", wanted)
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jaxft.config.tasks.seq2seq import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
+from jaxft.data.processors.continued import Decoding
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
@@ -50,11 +50,6 @@ LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = False
 ROW_OPTIONS = ("target", "prefix", "max_target_length")
 PROBLEM: str | None = None
-
-
-@runtime_checkable
-class _Decoding(Protocol):
-    def decode(self, ids: Sequence[object]) -> str | list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class Task(TokenTask):
 
     def _texts(self, outputs: Arrays, first: int | None = None) -> Iterator[tuple[int, str]]:
         """The number of each row with what was written of it, or of the ``first`` rows alone."""
-        assert isinstance(self.tokenizer, _Decoding)  # a tokenizer read of a model's folder
+        assert isinstance(self.tokenizer, Decoding)  # a tokenizer read of a model's folder
         for number, ids, weight in zip(outputs["row"], outputs["written"], outputs["weights"], strict=True):
             if weight > 0 and (first is None or number < first):
                 yield int(number), str(self.tokenizer.decode(ids[ids >= 0].tolist()))

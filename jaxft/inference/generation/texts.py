@@ -21,7 +21,7 @@ from jaxft.errors import UserError
 from jaxft.inference.predict import Served
 from jaxft.models.decoding.by_layer import apart
 from jaxft.models.decoding.decode import Generated, State, advance, begin, made_of, searched, writes
-from jaxft.models.decoding.speculative import Draft, begin_with_draft, check_draft, speculate
+from jaxft.models.decoding.speculative import Draft, Speculation, begin_with_draft, check_draft, speculate
 
 _LOOK = 16
 """Tokens that are made between two looks for strings that end a text, or between two pieces that are shown."""
@@ -185,31 +185,36 @@ class Writer:
     def _parts(self, prompts: Sequence[Sequence[int]], rows: int, each: int) -> Iterator[tuple[State, int]]:
         """The state after so many tokens each, until all rows are done, with the place of the first token that was made. A state is used
         up by the next."""
-        model, draft = self._served.model, self._draft
-        given = (prompts, self.config)
+        model, params, seed = self._served.model, self._served.params, self._seed
+        begun: Speculation | None = None
         with self._mesh():
-            if draft is None:
-                state = begin(model, self._served.params, *given, seed=self._seed, rows=rows)
+            if self._draft is None:
+                state = begin(model, params, prompts, self.config, seed=seed, rows=rows)
             else:
-                both = begin_with_draft(model, self._served.params, draft, *given, seed=self._seed, rows=rows)
-                state = both.state
+                begun = begin_with_draft(model, params, self._draft, prompts, self.config, seed=seed, rows=rows)
+                state = begun.state
         first = int(state.at)
         last = first + self.config.max_new_tokens
         for until in (*range(first + each, last, each), last):
             with self._mesh():
-                if draft is None:
+                if begun is None:
                     state = advance(model, self.config, self._params, state, until)
                 else:
-                    at, rounds = int(both.state.at), int(both.rounds)
-                    both = speculate(
-                        model, draft.model, draft.tokens, self.config, self._params, self._draft_params, both, until
-                    )
-                    state = both.state
-                    self._places += int(state.at) - at
-                    self._rounds += int(both.rounds) - rounds
+                    begun = self._speculated(begun, until)
+                    state = begun.state
             yield state, first
             if bool(state.done.all()):
                 return
+
+    def _speculated(self, begun: Speculation, until: int) -> Speculation:
+        assert self._draft is not None
+        small, _, count = self._draft
+        at, rounds = int(begun.state.at), int(begun.rounds)
+        model, given = self._served.model, (self._params, self._draft_params)
+        found = speculate(model, small, count, self.config, *given, begun, until)
+        self._places += int(found.state.at) - at
+        self._rounds += int(found.rounds) - rounds
+        return found
 
     def _batch(self, prompts: Sequence[Sequence[int]], rows: int) -> list[Continuation]:
         if self.config.num_beams > 1:

@@ -166,12 +166,16 @@ def speculate(
     return jax.lax.while_loop(lambda made: (made.state.at < end) & ~made.state.done.all(), turn, begun)
 
 
+_Reading = tuple[Array, Array, Cache]
+"""Tokens, which places hold one, and what has been read of them."""
+
+
 def _proposed(
     small: Model, params: PyTree[Array], state: State, cache: Cache, first: int, count: int, config: GenerationConfig
 ) -> tuple[Int32[Array, "B K"], Float[Array, "B K V"] | None, Cache]:
     """What the small model goes on with, by which probabilities it was drawn (None: it was not), and its cache."""
 
-    def step(carried: tuple[Array, Array, Cache], ahead: Array) -> tuple[tuple[Array, Array, Cache], object]:
+    def step(carried: _Reading, ahead: Array) -> tuple[_Reading, tuple[Array, Array | None]]:
         tokens, there, cache = carried
         at = state.at + ahead
         last, seen = (jax.lax.dynamic_slice_in_dim(one, at - 1, 1, 1) for one in (tokens, there))
