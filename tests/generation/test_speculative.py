@@ -58,6 +58,7 @@ def test_greedy_tokens_are_those_without_a_draft(settings: dict[str, Any], count
     assert len({len(row) for row in alone.tokens}) > 1 or not settings
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_model_is_always_right() -> None:
     model, params = made(2, 0)
     config = GenerationConfig(max_new_tokens=24)
@@ -67,6 +68,7 @@ def test_a_draft_that_is_the_model_is_always_right() -> None:
     assert (int(found.state.at) - first, int(found.rounds)) == (24, 4)
 
 
+@pytest.mark.slow
 def test_drawn_tokens_depend_on_their_prompt_alone() -> None:
     model, params = made(3, 0)
     small, _ = made(1, 0)
@@ -93,7 +95,7 @@ def chances_of(model: Any, params: Any, prompt: list[int], length: int) -> np.nd
 def test_drawn_texts_have_the_distribution_of_the_model() -> None:
     model, params = made(2, 0, vocabulary=5)
     small, weights = made(1, 7, vocabulary=5)
-    prompt, draws, length = [1, 2, 0], 20_000, 3
+    prompt, draws, length = [1, 2, 0], 8_000, 3
     config = GenerationConfig(max_new_tokens=length, do_sample=True)
     begun = begin_with_draft(model, params, Draft(small, weights, 2), [prompt], config)
     first = int(begun.state.at)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny import refusal, rows, run, write_decoder_tokenizer
+
+from jaxft.config import LogConfig
+from jaxft.reporting.sinks import open_sinks
 
 Capture = pytest.CaptureFixture[str]
 ARCH = (
@@ -29,7 +33,27 @@ def settings(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", [(), pytest.param(("mesh.data=4", "mesh.tensor=2"), marks=pytest.mark.slow)])
+def test_a_file_of_samples_is_cut_to_the_step_that_a_run_goes_on_from(tmp_path: Path, capsys: Capture) -> None:
+    def write(start: int, *steps: int, **config: Any) -> list[Any]:
+        said = LogConfig(progress="off", **config)
+        with open_sinks(tmp_path, said, start_step=start, total_steps=9, run_config={}) as sinks:
+            for step in steps:
+                sinks.samples(step, [{"prompt": "the\nred\x1b[2J cat", "text": f"sings {step}", "wanted": "x"}])
+        return [json.loads(line)["text"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+
+    assert write(0, 2, 4, prompts=("a",)) == ["sings 2", "sings 4"]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[:2]] == [
+        ["prompt", "|", "text", "|", "wanted"],
+        ["the", "red\N{REPLACEMENT CHARACTER}[2J", "cat", "|", "sings", "2", "|", "x"],
+    ]
+    whole = (tmp_path / "samples.jsonl").read_bytes()
+    assert write(2, 4, samples=1) == ["sings 2", "sings 4"]
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole
+    assert write(2) == ["sings 2"]  # nobody asks for samples any more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(), ("mesh.data=4", "mesh.tensor=2")])
 def test_prompts_are_gone_on_with_at_every_evaluation(mesh: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
     asked = ["log.prompts=[the cat, the, 'the old house']", "log.sample_tokens=5", "log.tensorboard=true"]
     usual = settings(tmp_path, *mesh)
