@@ -3,12 +3,15 @@
 Contenders take turns in one process; medians of tokens a second over whole calls (the prompt is short), and the seconds to the first token
 of a process whose programs were compiled before.
 
-    python benchmarks/generation.py [--rows 1] [--new 128] [--turns 5] [--contenders jaxft eager static] [--json FILE]
+    python benchmarks/generation.py [--rows 1] [--new 128] [--turns 5] [--contenders jaxft eager static draft] [--json FILE]
+
+``draft`` proposes tokens with the first layers of the same weights (``--draft-layers``, ``--draft-tokens``, ``--later``).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -22,7 +25,7 @@ import jax
 import numpy as np
 from reported import Rows, report
 
-from jaxft.inference.generation import GenerationConfig, generate
+from jaxft.inference.generation import Draft, GenerationConfig, generate, generate_with_draft
 from jaxft.layers import Compute
 from jaxft.machine.platform import set_up_jax
 from jaxft.models.families import llama
@@ -46,11 +49,35 @@ def _prompts(rows: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(5, _SHAPE.vocab_size, (rows, _PROMPT)).tolist()
 
 
-def _ours(rows: int, new: int) -> Callable[[], list[list[int]]]:
+def _ours(options: argparse.Namespace, new: int) -> Callable[[], list[list[int]]]:
     set_up_jax(str(_CACHE))
     model = llama.Model(_SHAPE, "causal_lm", Compute())
-    params = jax.block_until_ready(init_params(model, 0))
-    return lambda: generate(model, params, _prompts(rows), GenerationConfig(max_new_tokens=new)).tokens
+    params = _params(model, options)
+    return lambda: generate(model, params, _prompts(options.rows), GenerationConfig(max_new_tokens=new)).tokens
+
+
+def _drafted(options: argparse.Namespace) -> Callable[[], list[list[int]]]:
+    set_up_jax(str(_CACHE))
+    model = llama.Model(_SHAPE, "causal_lm", Compute())
+    small = llama.Model(dataclasses.replace(_SHAPE, num_hidden_layers=options.draft_layers), "causal_lm", Compute())
+    params = _params(model, options)
+    first = {**params, "layers": jax.tree.map(lambda leaf: leaf[: options.draft_layers], params["layers"])}
+    draft = Draft(small, jax.block_until_ready(first), options.draft_tokens)
+    config = GenerationConfig(max_new_tokens=options.new)
+    return lambda: generate_with_draft(model, params, draft, _prompts(options.rows), config).tokens
+
+
+def _params(model: Any, options: argparse.Namespace) -> Any:
+    """Random weights; what the layers behind the draft's add to the residual stream is scaled: the less, the oftener it is right."""
+    params, layers = init_params(model, 0), options.draft_layers
+    if options.later == 1:
+        return jax.block_until_ready(params)
+
+    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return leaf.at[layers:].multiply(options.later) if "'out'" in name or "'down'" in name else leaf
+
+    return jax.block_until_ready(jax.tree_util.tree_map_with_path(scaled, params))
 
 
 def _theirs(rows: int, new: int, how: str) -> Callable[[], list[list[int]]]:
@@ -84,7 +111,11 @@ def _theirs(rows: int, new: int, how: str) -> Callable[[], list[list[int]]]:
 
 def compare(options: argparse.Namespace) -> Rows:
     made = {
-        name: _ours(options.rows, options.new) if name == "jaxft" else _theirs(options.rows, options.new, name)
+        name: _ours(options, options.new)
+        if name == "jaxft"
+        else _drafted(options)
+        if name == "draft"
+        else _theirs(options.rows, options.new, name)
         for name in options.contenders
     }
     said = {name: call() for name, call in made.items()}  # compiles
@@ -102,7 +133,7 @@ def compare(options: argparse.Namespace) -> Rows:
         }
         for name, spent in times.items()
     ]
-    if "jaxft" in made:
+    if "jaxft" in made and "draft" not in made:
         child = [sys.executable, __file__, "--first", "--rows", str(options.rows), "--new", str(options.new)]
         told = subprocess.run(child, capture_output=True, text=True, check=True).stdout
         rows.append({"what": "jaxft: first token", "seconds": float(told.split()[-1])})
@@ -111,7 +142,7 @@ def compare(options: argparse.Namespace) -> Rows:
 
 def _first(options: argparse.Namespace) -> None:
     """Seconds from the call to the first token, in a process whose programs lie in the cache."""
-    call = _ours(options.rows, 1)
+    call = _ours(options, 1)
     began = time.perf_counter()
     call()
     print(time.perf_counter() - began)
@@ -136,7 +167,16 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--contenders", nargs="+", default=["jaxft", "eager"], choices=["jaxft", "eager", "static"])
+    parser.add_argument(
+        "--contenders", nargs="+", default=["jaxft", "eager"], choices=["jaxft", "eager", "static", "draft"]
+    )
+    parser.add_argument(
+        "--draft-layers", type=int, default=_SHAPE.num_hidden_layers // 3, help="the first ones of the model"
+    )
+    parser.add_argument("--draft-tokens", type=int, default=5)
+    parser.add_argument(
+        "--later", type=float, default=1.0, help="scale of what the other layers add (with jaxft and draft alone)"
+    )
     parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()

@@ -75,12 +75,12 @@ def test_text_holds_the_right_numbers() -> None:
 
 @pytest.mark.parametrize("labels", [("日本語", "한국어", "plain"), ("", "two\nlines", "x" * 200)])
 def test_odd_labels_keep_the_table_aligned(labels: tuple[str, ...]) -> None:
-    from jaxft.reporting.report import _cells
+    from jaxft.reporting.cells import cells_of
 
     text = report_text(metrics_of(CONFUSION, labels), labels, [])
-    assert len({_cells(line) for line in text.splitlines()[3:7]}) == 1
-    assert len({_cells(line) for line in text.splitlines()[-3:]}) == 1
-    assert max(map(_cells, text.splitlines())) <= 100
+    assert len({cells_of(line) for line in text.splitlines()[3:7]}) == 1
+    assert len({cells_of(line) for line in text.splitlines()[-3:]}) == 1
+    assert max(map(cells_of, text.splitlines())) <= 100
 
 
 def test_labels_that_abbreviate_alike_get_numbers() -> None:

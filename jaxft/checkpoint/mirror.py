@@ -29,6 +29,7 @@ _NEEDED = (
         "log.jsonl",
         "log.jsonl.damaged",
         "timing.jsonl",
+        "samples.jsonl",
         "goodput.json",
         "metrics.json",
         "metrics_test.json",

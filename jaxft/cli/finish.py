@@ -75,9 +75,11 @@ def _report(
     from jaxft.reporting.card import report_markdown
     from jaxft.reporting.plots import lacking
     from jaxft.reporting.report import report_text, write_report
+    from jaxft.reporting.samples_text import last_samples
     from jaxft.reporting.sinks import read_log
 
     log, labels, written = read_log(out / "log.jsonl"), ready.targets.labels, list[Path]()
+    samples = last_samples(out) if ready.sampler is not None else []
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, 120)
     for split, metrics in scores.items():
         print("" if split == "eval" else f"\n{split}, with the parameters of step {result.best_step}:")
@@ -85,7 +87,7 @@ def _report(
         written += write_report(out, metrics, labels, log if split == "eval" else [], split=split)
     if "test" not in scores and (out / "metrics_test.json").exists():
         print(f"\nwarning: {out / 'metrics_test.json'} is of an earlier part of this run, which had a test")
-    write_atomic(out / "report.md", report_markdown(card_of(ready, result, scores, seconds), written))
+    write_atomic(out / "report.md", report_markdown(card_of(ready, result, scores, seconds), written, samples))
     peak = peak_bytes() / 2**30
     print(f"\nbest step {result.best_step} of {result.step}; trained in {seconds:.1f} s; peak memory {peak:.2f} GiB")
     for path in (*written, out / "report.md"):

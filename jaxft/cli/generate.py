@@ -36,6 +36,7 @@ _SETTINGS = {
         "with beams: true ends at as many texts as beams, never once none can become better (false)",
     ),
 }
+_DRAFT_TOKENS = 5
 _DRAWS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -65,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="prompts are what a user says, or lists of messages, written by the model's chat template",
     )
+    parser.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that proposes tokens")
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="K", help=f"tokens that it proposes at once (default: {_DRAFT_TOKENS})"
+    )
     parser.add_argument("--system", help="with --chat: what conversations begin with")
     for name, (kind, text) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -83,10 +88,20 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--batch-size must be at least 1")
     if options.system is not None and not options.chat:
         raise UserError("--system is for conversations; give --chat too")
+    if options.draft_tokens is not None and options.draft is None:
+        raise UserError("--draft-tokens is of a draft; give --draft too")
     set_up_jax("~/.cache/jaxft/xla")
     writer = _writer(options, overrides)
     if len(options.prompt) == 1 and not options.out:
-        return _stream(writer, options.prompt[0])
+        _stream(writer, options.prompt[0])
+    else:
+        _answer(writer, options, inputs, overrides)
+    if (said := writer.draft_text()) is not None:
+        print(said, file=sys.stderr)
+    return 0
+
+
+def _answer(writer: Writer, options: argparse.Namespace, inputs: list[str], overrides: list[str]) -> None:
     prompts = list(_prompts(inputs[0], overrides, options.chat)) if inputs else options.prompt
     if options.out:
         from jaxft.files import file_written_whole
@@ -95,7 +110,6 @@ def run(options: argparse.Namespace) -> int:
             _write(writer, prompts, options.batch_size, file)
     else:
         _write(writer, prompts, options.batch_size, sys.stdout)
-    return 0
 
 
 def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
@@ -114,7 +128,18 @@ def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
     elif any(name in asked for name in _DRAWS):
         asked["do_sample"] = True
     config = GenerationConfig(**{**found, **asked})
-    return Writer(served, config, stop=options.stop, seed=options.seed, chat=options.chat, system=options.system)
+    draft = None if options.draft is None else open_model(options.draft, overrides, note)
+    count = _DRAFT_TOKENS if options.draft_tokens is None else options.draft_tokens
+    return Writer(
+        served,
+        config,
+        stop=options.stop,
+        seed=options.seed,
+        chat=options.chat,
+        system=options.system,
+        draft=draft,
+        draft_tokens=count,
+    )
 
 
 def _prompts(reference: str, overrides: list[str], chat: bool) -> Iterator[Prompt]:
@@ -138,14 +163,13 @@ def _prompts(reference: str, overrides: list[str], chat: bool) -> Iterator[Promp
             raise UserError(f"{row.where}: a prompt must be a text")
 
 
-def _stream(writer: Writer, prompt: str) -> int:
+def _stream(writer: Writer, prompt: str) -> None:
     for piece in writer.stream(prompt):
         if isinstance(piece, str):
             print(piece, end="", flush=True)
         elif piece.finish == "length":
             print(f"\n(ended after {piece.tokens} tokens; --max-new-tokens)", file=sys.stderr)
     print()
-    return 0
 
 
 def _write(writer: Writer, prompts: list[Prompt], batch_size: int, file: IO[str]) -> None:

@@ -97,9 +97,12 @@ def _of_training(config: RunConfig) -> list[_Rule]:
 
 
 def _of_evaluation(config: RunConfig) -> list[_Rule]:
-    ev, stored = config.eval, config.checkpoint
+    ev, stored, log = config.eval, config.checkpoint, config.log
     return [
         _within("eval.batch_size", ev.batch_size, MOST_ROWS),
+        _Rule(log.samples >= 0, "log.samples", log.samples, "must not be negative"),
+        _Rule(log.sample_tokens > 0, "log.sample_tokens", log.sample_tokens, "must be at least 1"),
+        _Rule(all(log.prompts), "log.prompts", list(log.prompts), "has one without text"),
         _Rule(ev.every is None or ev.every > 0, "eval.every", ev.every, "must be at least 1"),
         _Rule(ev.stride is None or ev.stride >= 0, "eval.stride", ev.stride, "must not be negative"),
         _Rule(ev.patience is None or ev.patience > 0, "eval.patience", ev.patience, "must be at least 1"),

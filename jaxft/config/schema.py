@@ -322,6 +322,13 @@ class LogConfig:
     """Weights & Biases project name (needs the ``wandb`` package)."""
     progress: Literal["auto", "on", "off"] = "auto"
     """Live progress bar; ``auto``: when the console is a terminal."""
+    samples: int = 0
+    """Held-out rows, the first ones, that the model writes its text of at each evaluation, to be read: replies of conversations, texts from
+    texts. They are shown, kept in ``OUT/samples.jsonl``, and the last ones stand in the report."""
+    prompts: tuple[str, ...] = ()
+    """Prompts that it goes on with besides; of conversations, what a user says."""
+    sample_tokens: int = 64
+    """Tokens of a sample at most; the texts of ``seq2seq`` are those that evaluation scores, as long as ``task.generation`` says."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 
 import yaml
 
+from jaxft.files import JsonObject
 from jaxft.reporting.scores import Known, headline
 
 _PIPELINES = {
@@ -83,11 +84,18 @@ def card_text(card: Card) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def report_markdown(card: Card, pictures: Sequence[Path]) -> str:
-    """``report.md`` of a run: what the card says, with the pictures that lie beside it."""
+def report_markdown(card: Card, pictures: Sequence[Path], samples: Sequence[JsonObject] = ()) -> str:
+    """``report.md`` of a run: what the card says, with the pictures that lie beside it, and what the model wrote last."""
     shown = "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures if path.suffix == ".png")
-    parts = [f"# {plain(card.name)}", _summary(card), *_sections(card, shown)]
+    parts = [f"# {plain(card.name)}", _summary(card), *_sections(card, shown), *_written(samples)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _written(samples: Sequence[JsonObject]) -> Iterator[str]:
+    if samples:
+        names = [name for name in ("prompt", "text", "wanted") if any(name in one for one in samples)]
+        yield f"## What it wrote at step {samples[0]['step']}"
+        yield "\n".join(_table(names, [[plain(str(one.get(name, ""))) for name in names] for one in samples]))
 
 
 def plain(text: str) -> str:

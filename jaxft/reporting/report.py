@@ -6,12 +6,12 @@ import json
 import math
 import os
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from jaxft.files import write_atomic
+from jaxft.reporting.cells import cells_of, fit
 from jaxft.reporting.plots import (
     Series,
     chart,
@@ -137,7 +137,7 @@ def report_text(
     if len(known.get("sources", {})) > 1:
         parts.append(sources_text(known["sources"], width))
     if "thresholds" in known and "positive" not in known:  # that of the second of two classes is said in one line
-        parts.append(thresholds_text(known["thresholds"], width, _fit))
+        parts.append(thresholds_text(known["thresholds"], width, fit))
     if "confusion" in known:
         parts.append(_confusion_text(known["confusion"], names, width))
     parts += _curves(log, width, wanted, blocks)
@@ -191,33 +191,18 @@ def _no_score_text(metrics: Mapping[str, object]) -> str:
     return "Scores that are n/a are NaN: of nothing that could be predicted, or of a model that gives no numbers."
 
 
-def _cells(text: str) -> int:
-    """Columns that a text takes in a terminal: East Asian wide characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _fit(text: str, cells: int, align: str = "<") -> str:
-    """``text`` cut or padded to exactly ``cells`` columns."""
-    if _cells(text) > cells:
-        while text and _cells(text) > cells - 1:
-            text = text[:-1]
-        text += "…"
-    padding = " " * (cells - _cells(text))
-    return text + padding if align == "<" else padding + text
-
-
 def _class_table(rows: Sequence[Mapping[str, float]], names: Sequence[str], width: int) -> str:
-    first = min(max(map(_cells, ("class", *names))), max(width - 41, 8))
+    first = min(max(map(cells_of, ("class", *names))), max(width - 41, 8))
     order = range(len(names))
     remark = ""
     if len(names) > _MOST_TABLE_CLASSES:
         order = sorted(order, key=lambda i: (rows[i]["f1"], -rows[i]["rows"]))[:_MOST_CONFUSION_CLASSES]
         remark = f"\nThe {len(order)} classes with the lowest F1 of {len(names)}, those of most rows first; all are in metrics.json."
-    lines = [f"{_fit('class', first)}  precision    recall        F1      rows"]
+    lines = [f"{fit('class', first)}  precision    recall        F1      rows"]
     for i in order:
         row = rows[i]
         scores = "".join(f"{row[name]:>10.4f}" for name in ("precision", "recall", "f1"))
-        lines.append(f"{_fit(names[i], first)} {scores}{row['rows']:>10,}")
+        lines.append(f"{fit(names[i], first)} {scores}{row['rows']:>10,}")
     return "\n".join(lines) + remark
 
 
@@ -234,10 +219,10 @@ def _confusion_table(confusion: Sequence[Sequence[int]], names: Sequence[str], w
     Columns too narrow for names that can be told apart carry class numbers, and then the rows carry both.
     """
     count, digits = len(names), max(len(str(cell)) for row in confusion for cell in row)
-    longest = max(map(_cells, names))
+    longest = max(map(cells_of, names))
     narrow = max(digits, len(str(count - 1)) + 1) + 2
     column = min((width - min(longest, 18)) // count, max(longest, digits) + 2)
-    heads = [_fit(name, max(column - 2, 1)) for name in names]
+    heads = [fit(name, max(column - 2, 1)) for name in names]
     rows = list(names)
     readable = column >= narrow and (column - 2 >= min(longest, 6)) and len(set(heads)) == count
     if not readable:
@@ -245,17 +230,17 @@ def _confusion_table(confusion: Sequence[Sequence[int]], names: Sequence[str], w
         heads = [f"#{i}" for i in range(count)]
         rows = [f"#{i} {name}" for i, name in enumerate(names)]
     room = width - count * column
-    first = min(max(map(_cells, rows)), room)
+    first = min(max(map(cells_of, rows)), room)
     if first < min(8, longest):
         return ""
     lines = ["true \\ predicted" if first >= 16 else "Rows: true. Columns: predicted."]
-    header = "".join(_fit(head.strip(), column, ">") for head in heads)
+    header = "".join(fit(head.strip(), column, ">") for head in heads)
     if first >= 16:
-        lines = [_fit(lines[0], first) + header]
+        lines = [fit(lines[0], first) + header]
     else:
         lines.append(" " * first + header)
     for name, row in zip(rows, confusion, strict=True):
-        lines.append(_fit(name, first) + "".join(f"{cell:>{column}}" for cell in row))
+        lines.append(fit(name, first) + "".join(f"{cell:>{column}}" for cell in row))
     return "\n".join(lines)
 
 
@@ -265,11 +250,11 @@ def _confusion_list(confusion: Sequence[Sequence[int]], names: Sequence[str], wi
         return "No row was taken for another class."
     shown = sorted(wrong)[:_SHOWN_CONFUSIONS]
     room = max((width - 40) // 2, 8)
-    first, second = (min(max(_cells(names[entry[k]]) for entry in shown), room) for k in (1, 2))
+    first, second = (min(max(cells_of(names[entry[k]]) for entry in shown), room) for k in (1, 2))
     lines = [f"Most frequent confusions ({len(shown)} of {len(wrong)} pairs of classes):"]
     for negative, i, j in shown:
         share = 100 * -negative / sum(confusion[i])
-        lines.append(f"{-negative:>8,}  {_fit(names[i], first)}  taken for  {_fit(names[j], second)} {share:>6.1f}%")
+        lines.append(f"{-negative:>8,}  {fit(names[i], first)}  taken for  {fit(names[j], second)} {share:>6.1f}%")
     lines[0] += " rows, true, predicted, share of the true class"
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from jaxft.config import LogConfig
 from jaxft.errors import not_written
 from jaxft.files import JsonObject
 from jaxft.reporting.records import LineFile, read_log, to_json
+from jaxft.reporting.samples_text import SAMPLES, samples_text
 from jaxft.reporting.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
@@ -45,12 +46,13 @@ class Sinks:
         self,
         log: LineFile,
         timing: LineFile,
+        samples: LineFile | None,
         trackers: list[Tracker],
         bar: tqdm | None,
         total_steps: int,
         say: Callable[[str], None],
     ) -> None:
-        self._log, self._timing, self._trackers, self._say = log, timing, trackers, say
+        self._log, self._timing, self._samples, self._trackers, self._say = log, timing, samples, trackers, say
         self._bar, self._total_steps = bar, total_steps
         self._speeds: tuple[int, dict[str, float]] = (-1, {})
         self._postfix: dict[str, str] = {}
@@ -67,6 +69,19 @@ class Sinks:
         if kind == "train" and "loss" in plain:
             self._postfix["loss"] = _shown("loss", plain["loss"])
         self.note("\n".join(_console_lines(step, self._total_steps, kind, plain, speeds)))
+
+    def samples(self, step: int, samples: Sequence[JsonObject]) -> None:
+        """Records texts that the model has written: ``prompt``, ``text`` and, if a row says so, what is ``wanted``."""
+        if self._samples is None or not samples:
+            return
+        for one in samples:
+            self._samples.append({"step": step, **one})
+        shown = "\n".join(
+            f"{name}: {one[name]}  " if name in one else "" for one in samples for name in ("prompt", "text", "wanted")
+        )
+        for tracker in self._trackers:
+            tracker.text(step, "samples", shown)
+        self.note(samples_text(samples, _WIDTH))
 
     def timing(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records speeds and waiting times; the console shows them with the next train log of the same step."""
@@ -94,8 +109,8 @@ class Sinks:
 
     def sync(self) -> None:
         """Puts the log on the disk. To be called before each checkpoint: no line up to it can then be lost."""
-        self._log.sync()
-        self._timing.sync()
+        for file in self._files():
+            file.sync()
 
     def written(self) -> JsonObject:
         """What ``log.jsonl`` should hold from now on, for a checkpoint to keep (:func:`jaxft.reporting.records.log_said`)."""
@@ -109,8 +124,11 @@ class Sinks:
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
             tracker.close()
-        self._log.close()
-        self._timing.close()
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[LineFile]:
+        return [self._log, self._timing, *([] if self._samples is None else [self._samples])]
 
     def _track(self, step: int, group: str, values: Mapping[str, float | int]) -> None:
         for tracker in self._trackers:
@@ -132,6 +150,9 @@ class Silent(Sinks):
         """Opens nothing."""
 
     def log(self, step: int, kind: Kind, values: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, samples: Sequence[JsonObject]) -> None:
         """Nothing."""
 
     def timing(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -187,12 +208,17 @@ def open_sinks(
             log = LineFile(out / "log.jsonl", start_step)
             undo.callback(log.close)
             timing = LineFile(out / "timing.jsonl", start_step)
+            undo.callback(timing.close)
+            kept = out / SAMPLES
+            # What a run wrote before it was told to write no more is cut, too.
+            wanted = bool(config.samples or config.prompts) or kept.exists()
+            samples = LineFile(kept, start_step) if wanted else None
         except OSError as error:
             raise not_written(error.filename or out, error) from error
         undo.pop_all()
-    wanted = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
-    bar = _open_bar(start_step, total_steps) if wanted else None
-    sinks = Sinks(log, timing, trackers, bar, total_steps, say)
+    live = config.progress == "on" or (config.progress == "auto" and sys.stderr.isatty())
+    bar = _open_bar(start_step, total_steps) if live else None
+    sinks = Sinks(log, timing, samples, trackers, bar, total_steps, say)
     for line in (*log.warnings, *(line for line in timing.warnings if start_step)):
         sinks.note(line)
     return sinks

@@ -19,6 +19,9 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         """Records values under names like ``train/loss``."""
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Records a text, if it can be shown."""
+
     def close(self) -> None:
         """Writes what is pending."""
 
@@ -52,6 +55,9 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def text(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, text, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -79,6 +85,9 @@ class _Wandb:
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         # W&B leaves out steps that it already has; the values that it keeps are the same ones.
         self._run.log(dict(values), step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Nothing: of a run's texts, W&B has no table that could be gone on with."""
 
     def close(self) -> None:
         self._run.finish()

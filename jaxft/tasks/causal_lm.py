@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxft.config import RunConfig
+from jaxft.config import LogConfig, RunConfig
 from jaxft.config.tasks.causal_lm import Config
 from jaxft.data.corpus.order import uniforms
 from jaxft.data.examples import Encoded, Split
+from jaxft.data.processors.continued import without_ends
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
-from jaxft.models.contract import Facts
+from jaxft.models.contract import Facts, Model
 from jaxft.tasks._infilling import Infilling, infilling
 from jaxft.tasks._passages import stretches_before
+from jaxft.tasks._samples import Prompt, follows
 from jaxft.tasks._tokens import LONG_TEXTS, PACKING, PROBLEM, TokenTask, columns, encode_all, fields, study
-from jaxft.tasks.contract import Array, Batch, Passage, Targets
+from jaxft.tasks.contract import Array, Batch, Passage, Sampler, Targets
 
 __all__ = [
     "LONG_TEXTS",
@@ -76,6 +79,19 @@ class Task(TokenTask):
         for start, stop, first, last in stretches_before(len(seen) - 1, length, stride):
             places = np.arange(start, stop)
             yield Passage(seen[start:stop], seen[start + 1 : stop + 1], (places >= first) & (places < last))
+
+    def sampler(
+        self, config: LogConfig, model: Model, mesh: Mesh, tokenizer: TextProcessor, rows: Sequence[Sequence[object]]
+    ) -> Sampler:
+        """What follows prompts."""
+        if rows:
+            raise UserError(f"log.samples={config.samples}: this task goes on with prompts; give log.prompts instead")
+        ends = (tokenizer.special.end, tokenizer.special.separator)
+        prompts = [
+            Prompt(without_ends(ids, ends), text)
+            for text, (ids, _, _) in zip(config.prompts, tokenizer.encode(config.prompts), strict=True)
+        ]
+        return follows(prompts, config, model, mesh, tokenizer)
 
     def learnable(self, split: Split) -> int:
         """How many tokens have a token before them in their text."""

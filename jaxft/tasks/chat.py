@@ -6,26 +6,28 @@ each reply and what ends it (:mod:`jaxft.data.processors.replies`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxft.config import RunConfig
+from jaxft.config import LogConfig, RunConfig
 from jaxft.config.tasks.chat import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.chat import check_messages
+from jaxft.data.processors.chat import REPLY, ChatTemplate, check_messages
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.replies import Asked, Replies
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
-from jaxft.models.contract import Facts
+from jaxft.models.contract import Facts, Model
 from jaxft.tasks import causal_lm
+from jaxft.tasks._samples import Prompt, follows
 from jaxft.tasks._tokens import PACKING, PROBLEM, ROW_OPTIONS, study
-from jaxft.tasks.contract import Array, Batch, LongTexts, Targets
+from jaxft.tasks.contract import Array, Batch, LongTexts, Sampler, Targets
 
 __all__ = [
     "LONG_TEXTS",
@@ -54,6 +56,23 @@ class Task(causal_lm.Task):
         prepared = super().prepare(batch, key)
         following = jnp.pad(batch[_REPLIES][:, 1:], ((0, 0), (0, 1)))
         return prepared | {"target_weights": prepared["target_weights"] * following}
+
+    def sampler(
+        self, config: LogConfig, model: Model, mesh: Mesh, tokenizer: TextProcessor, rows: Sequence[Sequence[object]]
+    ) -> Sampler:
+        """The last reply of conversations, and replies to prompts."""
+        template = ChatTemplate(tokenizer.folder)
+
+        def prompt(messages: list[dict[str, str]], wanted: str | None) -> Prompt:
+            ((ids, _),) = tokenizer.plain([template.text(messages, reply=True)])
+            return Prompt(ids, messages[-1]["content"] if messages else "", wanted)
+
+        asked = [prompt([{"role": "user", "content": text}], None) for text in config.prompts]
+        for number, row in enumerate(rows, 1):
+            messages = check_messages(row[0], f"held-out row {number}")
+            last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == REPLY), None)
+            asked.append(prompt(messages[:last], None if last is None else messages[last]["content"]))
+        return follows(asked, config, model, mesh, tokenizer)
 
     def learnable(self, split: Split) -> int:
         """How many tokens are of replies."""

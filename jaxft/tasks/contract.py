@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxft.config import DataConfig, RunConfig, TaskConfig
+from jaxft.config import DataConfig, LogConfig, RunConfig, TaskConfig
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
@@ -50,6 +51,9 @@ __all__ = [
     "Reporting",
     "Row",
     "RunConfig",
+    "Sample",
+    "Sampler",
+    "Sampling",
     "ScoringRows",
     "Split",
     "Sums",
@@ -228,6 +232,43 @@ class Writing(Protocol):
     def written(self, model: Model, params: Params, batch: Batch) -> Batch:
         """What is written of each row of a prepared batch, in a program: arrays [B, ...] with ``weights`` [B], beside those of
         :meth:`Task.outputs`."""
+        ...
+
+
+class Sample(NamedTuple):
+    """A text that shows what a model writes."""
+
+    prompt: str
+    """What it was written after, or of."""
+    text: str
+    wanted: str | None = None
+    """What a row says that it should be."""
+
+
+Sampler = Callable[[Params, Arrays], Sequence[Sample]]
+"""From parameters, and what :meth:`Task.outputs` and :meth:`Writing.written` gave of all held-out batches, to samples; called on every
+process at once."""
+
+
+class Sampling(Protocol):
+    """What a task has besides if a run can show what its model writes (``log.samples``, ``log.prompts``)."""
+
+    def sampler(
+        self,
+        config: LogConfig,
+        model: Model,
+        mesh: Mesh,
+        tokenizer: TextProcessor,
+        rows: Sequence[Sequence[object]],
+    ) -> Sampler:
+        """What writes a run's samples.
+
+        Args:
+          rows: the values of held-out rows that samples are wanted of, the first ``log.samples``.
+
+        Raises:
+          UserError: there can be no such samples.
+        """
         ...
 
 

@@ -9,18 +9,19 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxft.config import RunConfig
+from jaxft.config import LogConfig, RunConfig
 from jaxft.config.generation import GenerationConfig
 from jaxft.config.tasks.seq2seq import Config
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
+from jaxft.data.processors.continued import Decoding
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.tokenizer_checks import check_targets
 from jaxft.data.sources.rows import Row
@@ -29,7 +30,7 @@ from jaxft.models.contract import Facts, Model
 from jaxft.models.decoding import write
 from jaxft.tasks._tokens import TokenTask, study, token_cross_entropy
 from jaxft.tasks._written import check_scores, metrics_of, text_scores
-from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sums, Targets
+from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sample, Sampler, Sums, Targets
 from jaxft.trees import Params
 
 __all__ = [
@@ -50,11 +51,6 @@ LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = False
 ROW_OPTIONS = ("target", "prefix", "max_target_length")
 PROBLEM: str | None = None
-
-
-@runtime_checkable
-class _Decoding(Protocol):
-    def decode(self, ids: Sequence[object]) -> str | list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -114,12 +110,35 @@ class Task(TokenTask):
         """Those of the loss, and how near the written texts are to those that are wanted."""
         if not self.scores:
             return {**self.score(sums)}
-        assert isinstance(self.tokenizer, _Decoding)  # a tokenizer read of a model's folder
-        real = outputs["weights"] > 0
-        ids, numbers = outputs["written"][real], outputs["row"][real]
-        texts = [str(self.tokenizer.decode([i for i in row if i >= 0])) for row in ids.tolist()]
-        wanted = [str(rows[number][1]) for number in numbers.tolist()]
-        return {**text_scores(self.scores, texts, wanted), **self.score(sums)}
+        texts = dict(self._texts(outputs))
+        wanted = [str(rows[number][1]) for number in texts]
+        return {**text_scores(self.scores, list(texts.values()), wanted), **self.score(sums)}
+
+    def sampler(
+        self, config: LogConfig, model: Model, mesh: Mesh, tokenizer: TextProcessor, rows: Sequence[Sequence[object]]
+    ) -> Sampler:
+        """Texts that evaluation has written."""
+        del model, mesh, tokenizer
+        if config.prompts:
+            raise UserError(
+                "log.prompts: this task shows what evaluation writes of held-out rows; give log.samples instead"
+            )
+        if not self.scores:
+            raise UserError(f"log.samples={config.samples}: evaluation writes no texts here; set task.generate=true")
+
+        def sampler(params: Params, outputs: Arrays) -> list[Sample]:
+            del params
+            texts = dict(self._texts(outputs, len(rows)))
+            return [Sample(str(row[0]), texts[i], str(row[1])) for i, row in enumerate(rows)]
+
+        return sampler
+
+    def _texts(self, outputs: Arrays, first: int | None = None) -> Iterator[tuple[int, str]]:
+        """The number of each row with what was written of it, or of the ``first`` rows alone."""
+        assert isinstance(self.tokenizer, Decoding)  # a tokenizer read of a model's folder
+        for number, ids, weight in zip(outputs["row"], outputs["written"], outputs["weights"], strict=True):
+            if weight > 0 and (first is None or number < first):
+                yield int(number), str(self.tokenizer.decode(ids[ids >= 0].tolist()))
 
     def learnable(self, split: Split) -> int:
         """How many tokens targets have."""

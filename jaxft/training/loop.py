@@ -27,7 +27,7 @@ from jaxft.training.goodput import Goodput, Lap, Profile, lap_of, timed
 from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.progress import Progress
-from jaxft.training.scoring import evaluate
+from jaxft.training.scoring import evaluate, evaluated, samples_of
 from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
 from jaxft.training.start import run_meta, started
 from jaxft.training.state import TrainState
@@ -405,7 +405,8 @@ def _evaluate(
     setup: Setup, programs: Programs, sinks: Sinks, state: TrainState, step: int, chosen: str | None
 ) -> Mapping[str, object]:
     """Scores the held-out rows and logs it; ``chosen`` names the metric that the best checkpoint is chosen by."""
-    metrics = evaluate(setup, programs, state.best_params)
+    found = evaluated(setup, programs, state.best_params)
+    metrics = found.metrics
     if chosen is not None and not np.isfinite(tasks.scalar(metrics, chosen)):
         sinks.note(
             f"warning: {chosen} of the held-out rows is {metrics[chosen]} at step {step}: not taken for the best"
@@ -415,4 +416,5 @@ def _evaluate(
         "eval",
         {name: tasks.scalar(metrics, name) for name in sorted(setup.task.metrics, key=lambda name: name != "loss")},
     )
+    sinks.samples(step, samples_of(setup, state.best_params, found))
     return metrics

@@ -109,7 +109,7 @@ def open_rows(
     if train is None:
         train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
         targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels), rows=len(train))
-    kept = scores_rows(module.Task) or hasattr(module.Task, "wrongness")
+    kept = scores_rows(module.Task) or hasattr(module.Task, "wrongness") or config.log.samples > 0
 
     def held_out(name: str, part: list[Row] | Cache) -> HeldOut:
         if isinstance(part, Cache):

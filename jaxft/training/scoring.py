@@ -10,6 +10,7 @@ import numpy as np
 from jaxft import tasks
 from jaxft.data.loader import stream, to_global
 from jaxft.data.sources.rows import Row
+from jaxft.files import JsonObject
 from jaxft.tasks.contract import Arrays, Batch, Sums
 from jaxft.training.packing import examples_of
 from jaxft.training.programs import Programs
@@ -49,3 +50,9 @@ def evaluated(setup: Setup, programs: Programs, params: Params, *, test: bool = 
 def evaluate(setup: Setup, programs: Programs, params: Params, *, test: bool = False) -> Mapping[str, object]:
     """Metrics of ``params`` on the held-out rows, or on those of the test."""
     return evaluated(setup, programs, params, test=test).metrics
+
+
+def samples_of(setup: Setup, params: Params, found: Evaluation) -> list[JsonObject]:
+    """Texts that ``params`` write, to be read: records of ``samples.jsonl`` without their step."""
+    samples = [] if setup.sampler is None else setup.sampler(params, found.outputs)
+    return [{name: value for name, value in one._asdict().items() if value is not None} for one in samples]

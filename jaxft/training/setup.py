@@ -34,6 +34,7 @@ from jaxft.models import adapters, reinit
 from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
 from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules
+from jaxft.tasks.contract import Sampler
 from jaxft.training.batch_shapes import buckets_of, check_batch_shapes, check_lengths, check_packed_batches
 from jaxft.training.corpora import Streams, open_streams
 from jaxft.training.optim import make_schedule
@@ -46,6 +47,7 @@ from jaxft.training.packing import (
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 from jaxft.training.rows_said import report_data
+from jaxft.training.samples import open_sampler
 from jaxft.trees import Params, leaves_of, map_paths
 
 
@@ -88,6 +90,8 @@ class Setup(Recipe):
     test: Examples | None = None
     """Rows that are scored once, at the end; None: none."""
     test_scored: tuple[Row, ...] = ()
+    sampler: Sampler | None = None
+    """What writes texts to be read at each evaluation; None: nothing does."""
 
     def train_batches(self, seed: int) -> Batches:
         """Training batches, shuffled by ``seed``."""
@@ -203,6 +207,7 @@ def prepare(
         scored=found.eval.rows if found else (),
         test=held[1] if len(held) > 1 else None,
         test_scored=found.test.rows if found and found.test else (),
+        sampler=open_sampler(recipe, tokenizer, found.eval.rows if found else ()),
     )
 
 

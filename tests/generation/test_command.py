@@ -134,6 +134,49 @@ def test_what_cannot_be_is_one_line(decoder: Path, arguments: list[str], said: s
     assert said in refusal(capsys, "generate", decoder, *arguments)
 
 
+@pytest.fixture(scope="module")
+def draft(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of the decoder's layers."""
+    from jaxft.inference.load import load
+
+    folder = tmp_path_factory.mktemp("draft")
+    model, params, _ = load(str(decoder))
+    small = llama.Model(dataclasses.replace(model.config, num_hidden_layers=1), "causal_lm", Compute())
+    first = {**params, "layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+    export_folder(folder / "model", {}, llama, small, first, tokenizer_folder=decoder)
+    return folder / "model"
+
+
+def test_a_draft_changes_no_text(decoder: Path, draft: Path, capsys: Capture) -> None:
+    prompts = [word for text in PROMPTS for word in ("--prompt", text)]
+    code, alone, err = run(capsys, "generate", decoder, *prompts)
+    assert code == 0, err
+    code, out, err = run(capsys, "generate", decoder, *prompts, "--draft", draft, "--draft-tokens", 3)
+    assert (code, out) == (0, alone), err
+    assert re.search(r"draft: \d\.\d\d tokens were kept each time that the model read 3 proposals", err)
+    code, out, err = run(capsys, "generate", decoder, *prompts[:2], "--draft", draft)
+    assert (code, out) == (0, json.loads(alone.splitlines()[0])["text"] + "\n"), err
+
+
+def test_drafts_that_cannot_be_are_one_line(decoder: Path, draft: Path, tmp_path: Path, capsys: Capture) -> None:
+    def told(*arguments: object) -> str:
+        return refusal(capsys, "generate", decoder, "--prompt", "a", *arguments)
+
+    assert "give --draft too" in told("--draft-tokens", 3)
+    assert "draft tokens 0: must be from 1 to 64" in told("--draft", draft, "--draft-tokens", 0)
+    assert "num_beams=2: beams are searched without a draft" in told("--draft", draft, "--num-beams", 2)
+    assert "and 36 more are beyond what model and draft can read of 35" in told(
+        "--draft", draft, "--max-new-tokens", 36
+    )
+    other = shutil.copytree(draft, tmp_path / "other")
+    tree = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["cat"], vocabulary["red"] = vocabulary["red"], vocabulary["cat"]
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    (other / SUMS).unlink()
+    assert "the same ids would be other texts" in told("--draft", other)
+
+
 def test_settings_of_a_folder_are_followed_or_said(tmp_path: Path) -> None:
     path, notes = tmp_path / "generation_config.json", list[str]()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))

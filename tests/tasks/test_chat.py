@@ -151,6 +151,7 @@ def test_train_export_and_answer(folder: Path, packing: str, tmp_path: Path, cap
         "intermediate_size: 32, max_position_embeddings: 32}", f"data.tokenizer={folder}",
         "data.max_length=24", f"data.packing={packing}", "train.batch_size=8", "train.epochs=2", "log.progress=off",
         "train.compilation_cache=null", "eval.batch_size=8", "optim.learning_rate=1e-2", f"train.out={tmp_path / 'out'}",
+        "log.samples=2", "log.prompts=[the cat]", "log.sample_tokens=4",
     ]  # fmt: skip
     code, out, err = run(capsys, "train", *settings)
     assert code == 0, err
@@ -163,6 +164,11 @@ def test_train_export_and_answer(folder: Path, packing: str, tmp_path: Path, cap
     assert (model / "chat_template.jinja").read_text() == PLAIN
     code, alone, err = run(capsys, "generate", model, "--chat", "--prompt", "the cat", "--max-new-tokens", 4)
     assert code == 0, err
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()][-3:]
+    assert (samples[0]["prompt"], samples[0]["text"] + "\n", "wanted" in samples[0]) == ("the cat", alone, False)
+    assert [(one["prompt"][:4], one["wanted"] in ("a animal", "a thing")) for one in samples[1:]] == [
+        ("the ", True)
+    ] * 2
     asked = [{"role": "user", "content": "the cat"}]
     (tmp_path / "asked.jsonl").write_text(json.dumps({"text": asked}) + "\n" + json.dumps({"text": "the cat"}) + "\n")
     code, out, err = run(capsys, "generate", model, tmp_path / "asked.jsonl", "--chat", "--max-new-tokens", 4)

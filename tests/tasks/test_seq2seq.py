@@ -149,7 +149,7 @@ def settings(folder: Path, out: Path) -> list[str]:
         f"data.tokenizer={folder / 'tok'}", f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}",
         "data.max_length=16", "data.buckets=[16]", "train.batch_size=32", "train.steps=240", "eval.batch_size=16", "eval.every=240",
         "optim.learning_rate=5e-3", "optim.warmup_steps=10", "train.compilation_cache=null",
-        f"train.out={out}", "mesh.data=4", "mesh.tensor=2",
+        f"train.out={out}", "mesh.data=4", "mesh.tensor=2", "log.samples=3",
     ]  # fmt: skip
 
 
@@ -160,6 +160,10 @@ def test_train_evaluate_export_and_write(folder: Path, tmp_path: Path, capsys: p
     assert scores["chrf"] > 60
     assert scores["accuracy"] > 0.8
     assert set(scores["scored_by"]) == {"rouge", "bleu", "chrf"}
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(one["prompt"], one["wanted"]) for one in samples] == [
+        (row["text"], row["target"]) for row in map(json.loads, (folder / "eval.jsonl").read_text().splitlines()[:3])
+    ]
     export = tmp_path / "run" / "export"
     assert json.loads((export / "generation_config.json").read_text())["num_beams"] == 2
     code, out, err = run(capsys, "generate", export, folder / "eval.jsonl")

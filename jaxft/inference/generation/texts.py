@@ -15,11 +15,13 @@ from jaxtyping import PyTree
 
 from jaxft.config.generation import TOKENS, GenerationConfig
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
+from jaxft.data.processors.continued import text_after, without_ends
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference.predict import Served
 from jaxft.models.decoding.by_layer import apart
 from jaxft.models.decoding.decode import Generated, State, advance, begin, made_of, searched, writes
+from jaxft.models.decoding.speculative import Draft, Speculation, begin_with_draft, check_draft, speculate
 
 _LOOK = 16
 """Tokens that are made between two looks for strings that end a text, or between two pieces that are shown."""
@@ -49,6 +51,8 @@ class Writer:
       seed: of draws.
       chat: whether prompts are conversations, written by the model's chat template: a text is the message of a user.
       system: what conversations begin with that do not say it themselves.
+      draft: a smaller model, of the same tokens, that proposes them.
+      draft_tokens: how many it proposes at once.
 
     Raises:
       UserError: the model makes no texts, or has no chat template.
@@ -63,6 +67,8 @@ class Writer:
         seed: int = 0,
         chat: bool = False,
         system: str | None = None,
+        draft: Served | None = None,
+        draft_tokens: int = 5,
     ) -> None:
         if not writes(served.model):
             raise UserError(
@@ -87,6 +93,27 @@ class Writer:
             end = special.separator if special.end is None else special.end
             ends = () if end is None else (end,)
         self.config = dataclasses.replace(config, eos_token_id=ends)
+        self._draft = None if draft is None else self._drafting(draft, draft_tokens)
+        self._rounds = self._places = 0
+
+    def draft_text(self) -> str | None:
+        """How good the proposals of the draft were; None: there was none."""
+        if self._draft is None or not self._rounds:
+            return None
+        each = self._places / self._rounds
+        return f"draft: {each:.2f} tokens were kept each time that the model read {self._draft.tokens} proposals"
+
+    def _drafting(self, served: Served, count: int) -> Draft:
+        draft = Draft(served.model, served.params, count)
+        check_draft(self._served.model, draft, self.config)
+        if not writes(draft.model):
+            raise UserError(f"the draft has the head {draft.model.head}, which makes no texts")
+        if served.tokenizer.digest() != self._served.tokenizer.digest():
+            raise UserError(
+                f"the draft's tokenizer ({served.tokenizer.folder}) is not the model's ({self._served.tokenizer.folder}): the same ids "
+                "would be other texts; take a draft with the same one"
+            )
+        return draft
 
     def write(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[Continuation]:
         """What follows each prompt, in their order; prompts of similar length are computed together, ``batch_size`` at once."""
@@ -106,9 +133,8 @@ class Writer:
             (whole,) = self._batch([ids], 1)
             yield from (whole.text, whole) if whole.text else (whole,)
             return
-        begun, first = self._begun([ids], 1)
         made = Generated([[]], [False])
-        for state in self._parts(begun, first):
+        for state, first in self._parts([ids], 1, _LOOK):
             made = made_of(state, first, self.config)
             text, over = self._text(ids, made, 0)
             # What may still become another letter, or a string that ends the text, waits.
@@ -131,46 +157,73 @@ class Writer:
                     f"prompt {number} has {len(ids)} tokens, and the model reads {facts.limit} of a source: shorten it"
                 )
             return ids
-        while ids and ids[-1] in self.config.eos_token_id:  # which some tokenizers put after every text
-            ids.pop()
+        ids = without_ends(ids, self.config.eos_token_id)
         if not ids:
             start = self._tokenizer.special.begin
             if start is None:
                 raise UserError(f"prompt {number} has no tokens; begin with some text")
             return [start]
-        limit = facts.limit
+        limit = self._limit
         if limit is not None and len(ids) + self.config.max_new_tokens > limit:
             room = limit - len(ids)
+            whose = "the model's limit" if self._draft is None else "what model and draft can read"
             what = f"set --max-new-tokens to {room} or less, or shorten it" if room > 0 else "shorten it"
             raise UserError(
-                f"prompt {number} has {len(ids)} tokens, and {self.config.max_new_tokens} more are beyond the model's limit of "
-                f"{limit}; {what}"
+                f"prompt {number} has {len(ids)} tokens, and {self.config.max_new_tokens} more are beyond {whose} of {limit}; "
+                f"{what}"
             )
         return ids
 
-    def _begun(self, prompts: Sequence[Sequence[int]], rows: int) -> tuple[State, int]:
-        with self._mesh():
-            state = begin(self._served.model, self._served.params, prompts, self.config, seed=self._seed, rows=rows)
-        return state, int(state.at)
+    @property
+    def _limit(self) -> int | None:
+        """Tokens of a prompt and a text together, at most. A draft's proposals may go beyond the text, and are read, too."""
+        if self._draft is None:
+            return self._served.model.facts.limit
+        limits = [one.facts.limit for one in (self._served.model, self._draft.model) if one.facts.limit is not None]
+        return min(limits) - self._draft.tokens if limits else None
 
-    def _parts(self, state: State, first: int, each: int = _LOOK) -> Iterator[State]:
-        """The state after so many tokens each, until all rows are done; one that was given is used up by the next."""
+    def _parts(self, prompts: Sequence[Sequence[int]], rows: int, each: int) -> Iterator[tuple[State, int]]:
+        """The state after so many tokens each, until all rows are done, with the place of the first token that was made. A state is used
+        up by the next."""
+        model, params, seed = self._served.model, self._served.params, self._seed
+        begun: Speculation | None = None
+        with self._mesh():
+            if self._draft is None:
+                state = begin(model, params, prompts, self.config, seed=seed, rows=rows)
+            else:
+                begun = begin_with_draft(model, params, self._draft, prompts, self.config, seed=seed, rows=rows)
+                state = begun.state
+        first = int(state.at)
         last = first + self.config.max_new_tokens
         for until in (*range(first + each, last, each), last):
             with self._mesh():
-                state = advance(self._served.model, self.config, self._params, state, until)
-            yield state
+                if begun is None:
+                    state = advance(model, self.config, self._params, state, until)
+                else:
+                    begun = self._speculated(begun, until)
+                    state = begun.state
+            yield state, first
             if bool(state.done.all()):
                 return
 
+    def _speculated(self, begun: Speculation, until: int) -> Speculation:
+        assert self._draft is not None
+        small, _, count = self._draft
+        at, rounds = int(begun.state.at), int(begun.rounds)
+        model, given = self._served.model, (self._params, self._draft_params)
+        found = speculate(model, small, count, self.config, *given, begun, until)
+        self._places += int(found.state.at) - at
+        self._rounds += int(found.rounds) - rounds
+        return found
+
     def _batch(self, prompts: Sequence[Sequence[int]], rows: int) -> list[Continuation]:
-        begun, first = self._begun(prompts, rows)
         if self.config.num_beams > 1:
             with self._mesh():
+                begun = begin(self._served.model, self._served.params, prompts, self.config, seed=self._seed, rows=rows)
                 made = searched(self._served.model, self.config, self._params, begun)
             return [self._continuation(ids, made, row) for row, ids in enumerate(prompts)]
         made = Generated([], [])
-        for state in self._parts(begun, first, _LOOK if self._stop else self.config.max_new_tokens):
+        for state, first in self._parts(prompts, rows, _LOOK if self._stop else self.config.max_new_tokens):
             made = made_of(state, first, self.config)
             if all(self._text(ids, made, row)[1] for row, ids in enumerate(prompts)):
                 break
@@ -202,13 +255,7 @@ class Writer:
             alone = self._tokenizer.decode(list(tokens))
             assert isinstance(alone, str)
             return alone
-        # Tokens by themselves would lose the blank that they begin with, in vocabularies that write it so.
-        both, before = self._tokenizer.decode([*prompt, *tokens]), self._tokenizer.decode(list(prompt))
-        assert isinstance(both, str)
-        assert isinstance(before, str)
-        found = both.removeprefix(before) if both.startswith(before) else self._tokenizer.decode(list(tokens))
-        assert isinstance(found, str)
-        return found
+        return text_after(self._tokenizer, prompt, tokens)
 
     def _held_back(self, text: str) -> int:
         """How many of the last letters are not certain yet."""
@@ -219,6 +266,11 @@ class Writer:
     @cached_property
     def _params(self) -> PyTree[jax.Array]:
         return apart(self._served.model, self._served.params)
+
+    @cached_property
+    def _draft_params(self) -> PyTree[jax.Array]:
+        assert self._draft is not None
+        return apart(self._draft.model, self._draft.params)
 
     def _mesh(self) -> jax.set_mesh | nullcontext[None]:
         mesh = self._served.devices.mesh

@@ -2,5 +2,6 @@
 
 from jaxft.config.generation import GenerationConfig
 from jaxft.models.decoding.decode import Generated, generate, write, writes
+from jaxft.models.decoding.speculative import Draft, generate_with_draft
 
-__all__ = ["Generated", "GenerationConfig", "generate", "write", "writes"]
+__all__ = ["Draft", "Generated", "GenerationConfig", "generate", "generate_with_draft", "write", "writes"]

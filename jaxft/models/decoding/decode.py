@@ -107,11 +107,13 @@ def begin(
     *,
     seed: int = 0,
     rows: int | None = None,
+    width: int | None = None,
 ) -> State:
     """Reads prompts, all but their last tokens; see :func:`generate`.
 
     Args:
       rows: to have so many, the rest of them done; as compiled before, perhaps. None: as many as prompts.
+      width: places of prompts, of a decoder; None: :func:`width_of` them.
     """
     if not writes(model):
         raise UserError(
@@ -128,7 +130,7 @@ def begin(
         sources = _padded(prompts, rows, _width_of_sources(model, prompts, config), left=False)
         begun = _padded([[start]] * rows, rows, 1, room=config.max_new_tokens)
         return _read_sources(model, params, *sources, *begun, done, keys)
-    width = _width(model, prompts, config)
+    width = width_of(model, prompts, config) if width is None else width
     return _read(model, width, params, *_padded(prompts, rows, width, room=config.max_new_tokens), done, keys)
 
 
@@ -138,7 +140,7 @@ def start_of(model: Model, config: GenerationConfig) -> int | None:
     return model.facts.start if said is None or model.facts.start is None else said
 
 
-def _width(model: Model, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
+def width_of(model: Model, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
     """Places of prompts, of few numbers: programs are compiled for each."""
     longest, limit = max(map(len, prompts)), model.facts.limit
     if limit is not None and longest + config.max_new_tokens > limit:
@@ -229,16 +231,23 @@ def write(
     sources: Int32[Array, "B S"],
     real: Bool[Array, "B S"],
 ) -> Int32[Array, "B N"]:
-    """What an encoder-decoder writes of each source, -1 behind the end; within a program, of rows that may be spread over a mesh.
+    """What an encoder-decoder writes of each source, or a decoder after each prompt, -1 behind the end; within a program, of rows that may
+    be spread over a mesh.
 
     Args:
-      sources: ids.
+      sources: ids; prompts are padded in front.
       real: which places hold a token.
-      config: how tokens are chosen, not drawn.
+      config: how tokens are chosen, not drawn. Decoders have no beams here.
     """
     model, params = unadapted(model, params)
     rows, start = sources.shape[0], start_of(model, config)
-    assert start is not None  # an encoder-decoder has one
+    if start is None:
+        assert config.num_beams == 1
+        first, room = sources.shape[1], ((0, 0), (0, config.max_new_tokens))
+        keys = jax.random.split(jax.random.key(0), rows)
+        begun = _read(model, first, params, jnp.pad(sources, room), jnp.pad(real, room), ~real.any(-1), keys)
+        state = advance(model, config, params, begun, first + config.max_new_tokens)
+        return jnp.where(state.there, state.tokens, -1)[:, first:]
     width = 1 + config.max_new_tokens
     tokens = jnp.zeros((rows, width), jnp.int32).at[:, 0].set(start)
     there = jnp.zeros((rows, width), bool).at[:, 0].set(True)
