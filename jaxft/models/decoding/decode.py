@@ -89,6 +89,7 @@ def generate(
     return made_of(advance(model, config, params, state, first + config.max_new_tokens), first, config)
 
 
+@functools.lru_cache(maxsize=16)
 def writes(model: Model) -> bool:
     """Whether a model is a decoder that gives each token of its vocabulary a logit."""
     vocabulary, token = model.facts.inputs["tokens"].count, jax.ShapeDtypeStruct((1, 1), jnp.int32)
