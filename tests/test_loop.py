@@ -41,6 +41,7 @@ from jaxft.training.diagnosis import not_finite
 from jaxft.training.loop import Result
 from jaxft.training.programs import Programs, compile_programs
 from jaxft.training.progress import Progress
+from jaxft.training.scoring import Evaluation
 from jaxft.training.setup import Setup, Times
 from jaxft.trees import paths_of
 
@@ -324,12 +325,14 @@ FALLING = (3.0, float("nan"), 2.0, 1.0, 1.0, float("inf"), 0.5)
 
 def scripted(patch: pytest.MonkeyPatch, metric: str, sign: int, already: int = 0) -> None:
     """Held-out rows are scored as ever, but the value of ``metric`` follows FALLING."""
-    real, count = loop.evaluate, iter(range(already, 100))
+    real, count = loop.evaluated, iter(range(already, 100))
 
-    def evaluate(setup: Setup, programs: Programs, params: Any) -> dict[str, Any]:
-        return {**real(setup, programs, params), metric: sign * FALLING[next(count)]}
+    def evaluated(setup: Setup, programs: Programs, params: Any) -> Evaluation:
+        found = real(setup, programs, params)
+        return found._replace(metrics={**found.metrics, metric: sign * FALLING[next(count)]})
 
-    patch.setattr(loop, "evaluate", evaluate)
+    patch.setattr(loop, "evaluated", evaluated)
+    patch.setattr(loop, "evaluate", lambda *run: evaluated(*run).metrics)
 
 
 @pytest.mark.sampled(3)
