@@ -137,11 +137,11 @@ def test_strangers_are_not_taken_for_processes() -> None:
     first = Peers(0, HOSTS, 30.0, lambda line, code: None)
     first.listen(offer)
     for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": 1, "key": "guessed"}\n', b"\xff\n", b""):
-        with socket.create_connection(("127.0.0.1", offer.said()["port"]), timeout=10) as line:
-            with suppress(OSError):  # it may have closed before all of it was read, or even sent
-                line.sendall(said)
-                line.shutdown(socket.SHUT_WR)
-                assert line.recv(1) == b""
+        # It may have closed before all of it was read, or even sent.
+        with socket.create_connection(("127.0.0.1", offer.said()["port"]), timeout=10) as line, suppress(OSError):
+            line.sendall(said)
+            line.shutdown(socket.SHUT_WR)
+            assert line.recv(1) == b""
     assert not any(line.connection for line in first._lines.values())
     first.close()
 
