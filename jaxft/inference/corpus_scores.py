@@ -36,7 +36,7 @@ class Sums:
     correct: int = 0
 
     def plus(self, other: Sums) -> Sums:
-        """Both together."""
+        """The sum of the two."""
         size = None if self.size is None or other.size is None else self.size + other.size
         return Sums(
             self.documents + other.documents,

@@ -103,7 +103,7 @@ class Harness:
         return f"jaxft-{self._tokenizer.digest()}"
 
     def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation), the continuation's log-probability, and whether each of its tokens is the most probable one.
+        """For each (context, continuation), the continuation's log-probability, and whether each of its tokens is the most probable one.
         A context that is too long loses its beginning."""
         del disable_tqdm
         pairs = [self._pair(*map(str, request.args)) for request in requests]

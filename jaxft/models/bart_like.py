@@ -42,13 +42,13 @@ class BartLikeConfig:
     vocab_size: int = 50265
     hidden_size: int = 1024
     num_hidden_layers: int = 12
-    """Of the encoder."""
+    """Layers of the encoder."""
     num_decoder_layers: int = 12
     num_attention_heads: int = 16
-    """Of the encoder."""
+    """Heads of the encoder's layers."""
     num_decoder_heads: int = 16
     intermediate_size: int = 4096
-    """Of the encoder."""
+    """Width of the encoder's MLPs."""
     decoder_intermediate_size: int = 4096
     hidden_act: str = "gelu"
     max_position_embeddings: int = 1024
@@ -98,7 +98,7 @@ class BartLikeConfig:
 
     @property
     def head_size(self) -> int:
-        """Of the encoder."""
+        """Width of a head of the encoder's."""
         return self.hidden_size // self.num_attention_heads
 
     @property

@@ -45,7 +45,7 @@ SEQ2SEQ_LM = "seq2seq_lm"
 """The head that gives each place of the target a logit for every token."""
 
 State = tuple[Array, Array, Array | None, Array | None]
-"""Of one decoder layer: keys and values of target tokens, and those of the source."""
+"""Keys and values of target tokens, and of the source, of one decoder layer."""
 
 
 class Seq2SeqConfig(Protocol):

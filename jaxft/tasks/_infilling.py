@@ -38,7 +38,7 @@ class Infilling:
     """Tokens that are put between the parts."""
 
     def said(self) -> list[object]:
-        """As plain JSON."""
+        """What it does, as plain JSON."""
         return ["fill_in_the_middle", self.rate, self.prefix, self.middle, self.suffix]
 
     def __call__(self, tokens: Int32[np.ndarray, " n"], draws: Iterator[float]) -> Int32[np.ndarray, " m"]:

@@ -52,7 +52,7 @@ PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ("prompt", "reference")
 PROBLEM: str | None = None
 _SUFFIXES = ("logp", "tokens")
-"""Of the columns that ``jaxft score`` adds for each reply."""
+"""Endings of the columns that ``jaxft score`` adds for each reply."""
 
 
 class _Pairs(NamedTuple):

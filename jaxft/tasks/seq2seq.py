@@ -86,7 +86,10 @@ class Task(TokenTask):
         if not self.smoothing:
             return super().sums(forward, batch, key)
         output = forward(batch, key)
-        assert output.logits is not None  # a score in tiles knows no mean over the vocabulary
+        if output.logits is None:  # a score in tiles knows no mean over the vocabulary
+            raise UserError(
+                f"task.label_smoothing={self.smoothing:g} needs the logits of the whole vocabulary: leave out model.vocab_tile, or this"
+            )
         logits, targets, weights = output.logits.astype(jnp.float32), batch["targets"], batch["target_weights"]
         loss = token_cross_entropy(logits, targets)
         everywhere = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
@@ -107,7 +110,7 @@ class Task(TokenTask):
         return {"written": made, "row": batch["row"], "weights": batch["weights"]}
 
     def score_rows(self, sums: Arrays, outputs: Arrays, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        """Those of the loss, and how near the written texts are to those that are wanted."""
+        """Scores of the loss, and how near the written texts are to those that are wanted."""
         if not self.scores:
             return {**self.score(sums)}
         texts = dict(self._texts(outputs))

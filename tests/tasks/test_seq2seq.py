@@ -88,6 +88,18 @@ def test_the_decoder_sees_targets_one_place_later() -> None:
     assert made["target_weights"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
+def test_label_smoothing_and_a_loss_in_tiles_are_one_line() -> None:
+    from jaxft.layers import TokenScore
+    from jaxft.models.contract import Output
+
+    ones = jax.numpy.ones((1, 2))
+    batch = {"targets": jax.numpy.ones((1, 2), jax.numpy.int32), "target_weights": ones, "weights": ones[:, 0]}
+    in_tiles = Output(ones[..., None], score=TokenScore(ones, batch["targets"], ones))
+    assert float(Task().sums(lambda batch, key: in_tiles, batch, None)["loss"]) == 2
+    with pytest.raises(UserError, match=r"task\.label_smoothing=0\.1 needs the logits of the whole vocabulary"):
+        Task(smoothing=0.1).sums(lambda batch, key: in_tiles, batch, None)
+
+
 def test_texts_are_scored_as_the_fields_packages_score_them() -> None:
     from rouge_score import rouge_scorer
     from sacrebleu.metrics import BLEU, CHRF

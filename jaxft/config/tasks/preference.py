@@ -15,9 +15,9 @@ class Config(TaskConfig):
     """What is learnt of pairs of replies, one better than the other."""
 
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """Of the margin m, by how much more the model prefers the better reply than the reference does, in nats. ``sigmoid``: -log sigmoid(beta
-    m) (DPO, Rafailov et al. 2023). ``hinge``: max(0, 1 - beta m) (SLiC, Zhao et al. 2023). ``ipo``: (m - 1 / (2 beta))^2, of the means over
-    the tokens of each reply (IPO, Azar et al. 2023)."""
+    """What is lost by the margin m, by how much more the model prefers the better reply than the reference does, in nats. ``sigmoid``:
+    -log sigmoid(beta m) (DPO, Rafailov et al. 2023). ``hinge``: max(0, 1 - beta m) (SLiC, Zhao et al. 2023). ``ipo``:
+    (m - 1 / (2 beta))^2, of the means over the tokens of each reply (IPO, Azar et al. 2023)."""
     beta: float = 0.1
     """How much a nat counts: the larger, the nearer the model stays to the reference."""
     label_smoothing: float = 0.0

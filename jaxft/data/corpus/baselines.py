@@ -40,7 +40,7 @@ class Counted:
     """[4] what is taken off counts of 0, 1, 2, 3 or more."""
 
     def probabilities(self, contexts: np.ndarray, tokens: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """Those of tokens after contexts; ``lower`` are those that less specific contexts give."""
+        """Probabilities of tokens after contexts; ``lower`` are those that less specific contexts give."""
         place, known = _found(self.contexts, contexts)
         at, there = _found(self.keys, contexts * self.width + tokens)
         counts = np.where(there, self.counts[at], 0)

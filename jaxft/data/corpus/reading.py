@@ -34,7 +34,7 @@ class Rewriting(Protocol):
         ...
 
     def said(self) -> list[object]:
-        """As plain JSON: equal where it does the same."""
+        """What it does, as plain JSON: equal where it does the same."""
         ...
 
     def __call__(self, tokens: Int32[np.ndarray, " n"], draws: Iterator[float]) -> Int32[np.ndarray, " m"]:

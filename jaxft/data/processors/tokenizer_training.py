@@ -63,12 +63,12 @@ class Wanted(NamedTuple):
 
     @property
     def no_text(self) -> list[str]:
-        """All tokens that are not text."""
+        """Tokens that are not text."""
         return [*dict.fromkeys(self.special.values()), *self.extra]
 
     @property
     def extra(self) -> list[str]:
-        """Those without a name."""
+        """Special tokens without a name."""
         return [f"<extra_id_{number}>" for number in range(self.sentinels)]
 
 

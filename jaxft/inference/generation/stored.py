@@ -74,7 +74,7 @@ def stored_generation(folder: Path, note: Note, *, two_sides: bool = False) -> J
 
 
 def _lengths(tree: dict[str, object], path: Path) -> JsonObject:
-    """Of whole texts, the first token of which is none of the new ones."""
+    """Numbers of new tokens, from lengths of whole texts, whose first token is none of these."""
     found: JsonObject = {}
     for theirs, ours, least in (("max_length", "max_new_tokens", 2), ("min_length", "min_new_tokens", 0)):
         said = tree.get(theirs)

@@ -29,7 +29,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        """Of a process that is alone: whether it was asked to stop."""
+        """Whether a process that is alone was asked to stop."""
 
     def ask(self) -> None:
         """Asks for a stop; may be called by a signal's handler."""

@@ -98,7 +98,7 @@ def begin_with_draft(
     seed: int = 0,
     rows: int | None = None,
 ) -> Speculation:
-    """Both read the prompts, all but their last tokens; see :func:`~jaxft.models.decoding.decode.begin`."""
+    """The state after both models have read the prompts, all but their last tokens; see :func:`~jaxft.models.decoding.decode.begin`."""
     check_draft(model, draft, config)
     # Proposals may be read up to K places behind the last token that is wanted.
     longer = dataclasses.replace(config, max_new_tokens=config.max_new_tokens + draft.tokens)
@@ -230,5 +230,5 @@ def _drawn(keys: PRNGKeyArray, made: Array, which: int, scores: Float[Array, "B 
 
 
 def _key(key: PRNGKeyArray, made: Array, which: int) -> PRNGKeyArray:
-    """Of a row's key, that of a token's proposal (0), of whether it is kept (1), or of what takes its place (2)."""
+    """The key, made of a row's, of a token's proposal (0), of whether it is kept (1), or of what takes its place (2)."""
     return jax.random.fold_in(jax.random.fold_in(key, made), which)

@@ -43,7 +43,7 @@ class Config:
     vocab_size: int = 32128
     hidden_size: int = 512
     num_hidden_layers: int = 6
-    """Of the encoder."""
+    """Layers of the encoder."""
     num_decoder_layers: int = 6
     num_attention_heads: int = 8
     head_size: int = 64
