@@ -30,7 +30,7 @@ import numpy as np
 from jaxft import models
 from jaxft.files import write_atomic
 from jaxft.layers import Compute
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.initial import init_params
 from jaxft.trees import paths_of
 

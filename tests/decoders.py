@@ -21,7 +21,8 @@ from jaxft.hub.source import make_config, open_source
 from jaxft.inference.generation import GenerationConfig, generate
 from jaxft.inference.load import load
 from jaxft.layers import Compute
-from jaxft.models.contract import example_batch, model_type_of
+from jaxft.models.contract import model_type_of
+from jaxft.models.example import example_batch
 from jaxft.models.layer_types import GLOBAL, LOCAL
 from jaxft.tasks.causal_lm import Task
 

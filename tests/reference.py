@@ -15,7 +15,8 @@ import pytest
 from jaxft.hub.convert import import_params
 from jaxft.hub.source import open_folder
 from jaxft.layers import Compute
-from jaxft.models.contract import Family, architecture_of, classes_of, example_batch
+from jaxft.models.contract import Family, architecture_of, classes_of
+from jaxft.models.example import example_batch
 from jaxft.models.initial import shapes_and_axes
 from jaxft.tasks.classification import cross_entropy
 from jaxft.trees import paths_of

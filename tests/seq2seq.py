@@ -17,8 +17,9 @@ from jaxft.config.generation import GenerationConfig
 from jaxft.hub.convert import export_tensors
 from jaxft.hub.source import open_source
 from jaxft.inference.load import load
-from jaxft.models.contract import example_batch, model_type_of
+from jaxft.models.contract import model_type_of
 from jaxft.models.decoding.decode import generate
+from jaxft.models.example import example_batch
 from jaxft.tasks.seq2seq import Task
 
 HEAD = "seq2seq_lm"

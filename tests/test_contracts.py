@@ -22,16 +22,8 @@ from jaxft.data.packing import CLASSES, Packed, pack
 from jaxft.data.processors.contract import SpecialIds, TextProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
-from jaxft.models.contract import (
-    Facts,
-    Family,
-    architecture_of,
-    architectures,
-    example_batch,
-    head_of,
-    head_of_class,
-    with_classes,
-)
+from jaxft.models.contract import Facts, Family, architecture_of, architectures, head_of, head_of_class, with_classes
+from jaxft.models.example import example_batch
 from jaxft.models.families import (
     albert,
     bart,

@@ -16,7 +16,7 @@ import tiny
 
 import jaxft
 from jaxft import models
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.initial import init_params
 
 DOCS = Path(__file__).parents[1] / "docs"

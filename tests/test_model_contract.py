@@ -17,7 +17,7 @@ from jaxft.config import MeshConfig
 from jaxft.hub.convert import export_tensors, import_params
 from jaxft.hub.weights import open_weights, write_safetensors
 from jaxft.layers import Compute
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, make_mesh, shardings_of
 from jaxft.trees import of_layers, paths_of
@@ -111,7 +111,8 @@ def _gradient(family: str, config: Any, compute: Compute) -> Any:
     model: Any = models.family(family).Model(config, None, compute)
     params, batch = init_params(model, 0), example_batch(model.facts, 3)
     # A random cotangent: the sum of squares of a normalised vector has no gradient to speak of.
-    weights = np.random.default_rng(0).normal(size=(*batch["tokens"].shape, config.hidden_size)).astype(np.float32)
+    hidden = jax.eval_shape(lambda p: model.apply({"params": p}, **batch).hidden, params)
+    weights = np.random.default_rng(0).normal(size=hidden.shape).astype(np.float32)
 
     def loss(p: Any) -> Any:
         return (model.apply({"params": p}, **batch, key=jax.random.key(3)).hidden * weights).sum()

@@ -18,7 +18,8 @@ from jaxtyping import jaxtyped
 from jaxft import layers, models
 from jaxft.attention import MaskSpec
 from jaxft.layers import Compute
-from jaxft.models.contract import Features, Output, example_batch
+from jaxft.models.contract import Features, Output
+from jaxft.models.example import example_batch
 from jaxft.models.initial import shapes_and_axes
 
 FUNCTIONS = [

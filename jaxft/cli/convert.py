@@ -323,7 +323,7 @@ def _check(target: Path, got: _Opened, options: argparse.Namespace) -> int:
     """Compares what was written with the source, and says what was compared with what."""
     from jaxft.errors import UserError
     from jaxft.hub import parity
-    from jaxft.models.contract import example_batch
+    from jaxft.models.example import example_batch
 
     batch = example_batch(got.model.facts, rows=4)
     try:
@@ -360,12 +360,12 @@ def _against_source(
     theirs = parity.outputs_of_reference(source, batch)
     ours = parity.outputs(*_written(target, got, options), batch)
     print(f"compared: {opened.folder} as transformers reads it, with {target} as each reads it")
-    differences = parity.compare(ours, theirs, batch["mask"], "jaxft")
+    differences = parity.compare(ours, theirs, parity.seen_in(batch), "jaxft")
     if options.to == "hf":
         again = parity.outputs_of_reference(parity.load_reference(target, names), batch)
-        differences += parity.compare(again, theirs, batch["mask"], "transformers")
+        differences += parity.compare(again, theirs, parity.seen_in(batch), "transformers")
         made = {name: value for name, value in again.items() if name not in theirs}
-        differences += parity.compare(ours, made, batch["mask"], "jaxft")
+        differences += parity.compare(ours, made, parity.seen_in(batch), "jaxft")
     else:
         made = {}
     if source.made_up:
@@ -396,7 +396,7 @@ def _against_target(target: Path, got: _Opened, options: argparse.Namespace, bat
         f"compared: {options.source} as jaxft reads it, since transformers cannot, with {target} as transformers reads it"
     )
     theirs = parity.outputs_of_reference(reference, batch)
-    return parity.compare(parity.outputs(got.model, wide, batch), theirs, batch["mask"], "jaxft")
+    return parity.compare(parity.outputs(got.model, wide, batch), theirs, parity.seen_in(batch), "jaxft")
 
 
 def _written(target: Path, got: _Opened, options: argparse.Namespace) -> tuple[Model, PyTree[Array]]:

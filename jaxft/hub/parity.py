@@ -85,6 +85,29 @@ def load_reference(folder: Path, architecture: str, *, rounded_to: str | None = 
     return Reference(model.eval(), tuple(sorted(report["missing_keys"])))
 
 
+_INPUTS = {
+    "tokens": "input_ids",
+    "mask": "attention_mask",
+    "types": "token_type_ids",
+    "decoder_tokens": "decoder_input_ids",
+    "decoder_mask": "decoder_attention_mask",
+    "pixels": "pixel_values",
+    "frames": "input_features",
+}
+
+
+def _as_theirs(name: str, value: np.ndarray) -> np.ndarray:
+    """An input as the reference takes it: ids in 64 bits, channels and bins of frequency before all places."""
+    if name in ("pixels", "frames"):
+        return np.ascontiguousarray(np.moveaxis(value, -1, 1))
+    return value.astype(np.int64)
+
+
+def seen_in(batch: dict[str, np.ndarray]) -> np.ndarray | None:
+    """[B, S] which places of the last layer are no padding; None: none is."""
+    return batch.get("decoder_mask", batch.get("mask"))
+
+
 def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What :func:`outputs` gives, computed by `transformers`; without what depends on made-up parameters.
 
@@ -93,22 +116,19 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
     """
     import torch
 
-    inputs = {
-        "input_ids": torch.tensor(batch["tokens"].astype(np.int64)),
-        "attention_mask": torch.tensor(batch["mask"].astype(np.int64)),
-    }
-    if "types" in batch:
-        inputs["token_type_ids"] = torch.tensor(batch["types"].astype(np.int64))
+    inputs = {_INPUTS[name]: torch.tensor(_as_theirs(name, value)) for name, value in batch.items()}
     if type(reference.model).__name__.endswith(
         "ForMultipleChoice"
     ):  # [rows, choices, length]: each row a question of its own
         inputs = {name: value[:, None] for name, value in inputs.items()}
     with torch.no_grad():
         out = reference.model(**inputs, output_hidden_states=True)
-    found = {"hidden states": out.hidden_states[-1].numpy()}
+    states = out.decoder_hidden_states if "decoder_hidden_states" in out else out.hidden_states
+    found = {"hidden states": states[-1].numpy()}
     if getattr(out, "logits", None) is not None:
         # What has one number for each token has no axis of classes there.
-        found["logits"] = (out.logits[..., None] if out.logits.shape == batch["tokens"].shape else out.logits).numpy()
+        one_each = "tokens" in batch and out.logits.shape == batch["tokens"].shape
+        found["logits"] = (out.logits[..., None] if one_each else out.logits).numpy()
     elif getattr(out, "start_logits", None) is not None:
         found["logits"] = torch.stack([out.start_logits, out.end_logits], -1).numpy()
     elif getattr(out, "sop_logits", None) is not None:
@@ -145,14 +165,16 @@ def _apply(model: Model, params: Params, batch: dict[str, np.ndarray]) -> Output
     return model.apply({"params": params}, **batch)
 
 
-def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], mask: np.ndarray, by: str) -> list[Difference]:
-    """Differences of the arrays that both have, padding ([B, S] ``mask``) left out; ``by`` says who computed ours."""
+def compare(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], mask: np.ndarray | None, by: str
+) -> list[Difference]:
+    """Differences of the arrays that both have, padding left out (:func:`seen_in`); ``by`` says who computed ours."""
     return [difference(f"{name} ({by})", ours[name], theirs[name], mask) for name in theirs if name in ours]
 
 
-def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> Difference:
+def difference(name: str, ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray | None) -> Difference:
     """Compares two arrays; [B, S, ...] ones only where ``mask`` [B, S] is set. NaN and infinity equal themselves."""
-    if ours.ndim == 3:
+    if ours.ndim == 3 and mask is not None:
         ours, theirs = ours[mask.astype(bool)], theirs[mask.astype(bool)]
     same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     apart = np.abs(np.where(same, 0.0, ours) - np.where(same, 0.0, theirs))

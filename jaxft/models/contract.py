@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, 
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jaxtyping import Float, Float32, Integer, PRNGKeyArray, Shaped
 
-from jaxft.data.batch import Field, Fields, HostBatch
+from jaxft.data.batch import Field, Fields
 from jaxft.errors import UserError, nearest
 from jaxft.layers import Compute, Labelled, TokenScore
 from jaxft.models.caches import Cache
@@ -122,6 +121,10 @@ class Stack:
         return pairs / length**2
 
 
+Modality: TypeAlias = Literal["text", "image", "audio"]
+"""What rows are, before they are arrays."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything that the rest of jaxft may know of a model."""
@@ -133,11 +136,18 @@ class Facts:
     """Tokens that a row may have; None: any number."""
     start: int | None = None
     """What every target of an encoder-decoder begins with; None: the model has one side."""
+    processor: Modality = "text"
+    """What its rows are made of: tokens, ``pixels`` [B, height, width, channels], or ``frames`` of sound [B, T, bins]."""
+
+    @property
+    def reads(self) -> str:
+        """The input that no call can do without."""
+        return {"text": "tokens", "image": "pixels", "audio": "frames"}[self.processor]
 
     @property
     def vocabulary(self) -> int | None:
         """Rows of the table of tokens."""
-        return self.inputs["tokens"].count if "tokens" in self.inputs else None
+        return next((self.inputs[name].count for name in ("tokens", "decoder_tokens") if name in self.inputs), None)
 
     @property
     def causal(self) -> bool:
@@ -396,24 +406,3 @@ def classes_of(config: FamilyConfig) -> int | None:
 def with_classes(config: C, count: int) -> C:
     """The Config with another number of classes."""
     return dataclasses.replace(config, num_labels=count)
-
-
-def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> HostBatch:
-    """Random tokens, targets and types if the model takes them, and ragged padding: the first row is full, the last has one token."""
-    rng = np.random.default_rng(seed)
-    length = length if facts.limit is None else min(length, facts.limit)
-    lengths = np.linspace(length, 1, rows).astype(int)
-    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
-    vocabulary = facts.vocabulary or 1
-    batch = {
-        "tokens": rng.integers(min(5, vocabulary - 1), vocabulary, (rows, length)).astype(np.int32) * mask,
-        "mask": mask,
-    }
-    if "decoder_tokens" in facts.inputs:
-        short = max(1, length // 2)
-        decoder_mask = (np.arange(short) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
-        tokens = rng.integers(min(5, vocabulary - 1), vocabulary, (rows, short)).astype(np.int32)
-        batch |= {"decoder_tokens": tokens * decoder_mask, "decoder_mask": decoder_mask}
-    if "types" in facts.inputs:
-        batch["types"] = (rng.integers(0, facts.inputs["types"].count or 1, (rows, length)) * mask).astype(np.int32)
-    return batch

@@ -16,7 +16,7 @@ from jaxft.errors import UserError
 from jaxft.hub.source import make_config, open_source
 from jaxft.inference.load import load
 from jaxft.layers import Compute
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.families import albert
 from jaxft.models.initial import init_params, shapes_and_axes
 

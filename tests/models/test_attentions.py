@@ -11,7 +11,7 @@ import pytest
 from reference import close, make_reference, ours_of, torch_inputs
 
 from jaxft import models
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

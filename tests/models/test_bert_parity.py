@@ -18,7 +18,8 @@ from jaxft.hub.pretrained import load_params
 from jaxft.hub.source import open_folder, open_source
 from jaxft.inference.load import load
 from jaxft.layers import ACTIVATIONS, Compute
-from jaxft.models.contract import architecture_of, example_batch
+from jaxft.models.contract import architecture_of
+from jaxft.models.example import example_batch
 from jaxft.models.families import bert
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.tasks.classification import cross_entropy

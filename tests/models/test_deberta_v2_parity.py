@@ -18,8 +18,8 @@ from jaxft.errors import UserError
 from jaxft.hub.source import make_config
 from jaxft.inference.load import load
 from jaxft.layers import Compute
-from jaxft.models.contract import example_batch
 from jaxft.models.disentangled import Ranges
+from jaxft.models.example import example_batch
 from jaxft.models.families import deberta_v2
 from jaxft.models.initial import init_params
 

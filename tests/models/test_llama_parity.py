@@ -19,7 +19,8 @@ from jaxft.hub.convert import export_tensors
 from jaxft.hub.pretrained import export_folder, load_params
 from jaxft.hub.source import open_source
 from jaxft.layers import Compute, Rotary
-from jaxft.models.contract import architecture_of, example_batch
+from jaxft.models.contract import architecture_of
+from jaxft.models.example import example_batch
 from jaxft.models.families import llama
 from jaxft.tasks.causal_lm import Task
 from jaxft.training.step import apply_model

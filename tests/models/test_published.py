@@ -18,7 +18,7 @@ from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.processors.tokenizer_classes import GENERIC, class_of
 from jaxft.inference.load import load
 from jaxft.layers import Rotary
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.families import modernbert
 
 torch = pytest.importorskip("torch")

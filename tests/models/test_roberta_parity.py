@@ -15,7 +15,8 @@ from reference import close, compare, compare_choices, compare_spans, make_refer
 from jaxft.errors import UserError
 from jaxft.inference.load import load
 from jaxft.layers import Compute
-from jaxft.models.contract import architecture_of, example_batch
+from jaxft.models.contract import architecture_of
+from jaxft.models.example import example_batch
 from jaxft.models.families import roberta
 from jaxft.models.initial import init_params
 

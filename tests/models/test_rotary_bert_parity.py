@@ -18,7 +18,7 @@ from jaxft.errors import UserError
 from jaxft.hub.source import fresh_config, make_config
 from jaxft.inference.load import load
 from jaxft.layers import Compute, Rotary
-from jaxft.models.contract import example_batch
+from jaxft.models.example import example_batch
 from jaxft.models.families import rotary_bert
 from jaxft.models.initial import init_params
 

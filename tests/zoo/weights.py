@@ -111,7 +111,7 @@ def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> st
     """None where all agree within the tolerance, else what does not."""
     from jaxft.errors import UserError
     from jaxft.hub import parity
-    from jaxft.models.contract import example_batch
+    from jaxft.models.example import example_batch
     from zoo import folders
 
     target = folder.with_name(folder.name + ".converted")

@@ -92,7 +92,7 @@ def generate(
 @functools.lru_cache(maxsize=16)
 def writes(model: Model) -> bool:
     """Whether a model is a decoder that gives each token of its vocabulary a logit."""
-    vocabulary, token = model.facts.inputs["tokens"].count, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    vocabulary, token = model.facts.vocabulary, jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if model.head is None or not model.facts.writes:
         return False
     shapes = shapes_and_axes(model)[0]

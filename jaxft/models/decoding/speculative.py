@@ -78,7 +78,7 @@ def check_draft(model: Model, draft: Draft, config: GenerationConfig) -> None:
         raise UserError("a draft proposes tokens of decoders; encoder-decoders write without one")
     if config.num_beams > 1:
         raise UserError(f"num_beams={config.num_beams}: beams are searched without a draft; leave out one of the two")
-    ours, theirs = model.facts.inputs["tokens"].count, draft.model.facts.inputs["tokens"].count
+    ours, theirs = model.facts.vocabulary, draft.model.facts.vocabulary
     if ours != theirs:
         raise UserError(f"the draft has a vocabulary of {theirs} tokens, the model one of {ours}: they need the same")
     if not 1 <= draft.tokens <= _MOST:

@@ -1,0 +1,43 @@
+"""Batches that a model can be called with, whatever it reads: for its shapes, its proof of parity and its tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxft.data.batch import HostBatch
+from jaxft.models.contract import Facts
+
+
+def smallest_batch(facts: Facts) -> HostBatch:
+    """A batch of one row that a model can be initialised with."""
+    field = facts.inputs[facts.reads]
+    sizes = (axis if isinstance(axis, int) else 2 for axis in field.axes[1:])
+    return {facts.reads: np.zeros((1, *sizes), field.dtype)}
+
+
+def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> HostBatch:
+    """Random inputs: tokens with types if the model takes them, and ragged padding (the first row is full, the last has one token);
+    pixels or frames of sound; and targets so far, if the model has two sides."""
+    rng = np.random.default_rng(seed)
+    length = length if facts.limit is None else min(length, facts.limit)
+    lengths = np.linspace(length, 1, rows).astype(int)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    vocabulary = facts.vocabulary or 1
+
+    def ids(seen: np.ndarray) -> np.ndarray:
+        return rng.integers(min(5, vocabulary - 1), vocabulary, seen.shape).astype(np.int32) * seen
+
+    if facts.processor == "text":
+        batch = {"tokens": ids(mask), "mask": mask}
+    else:
+        batch = {
+            name: rng.normal(size=(rows, *value.shape[1:])).astype(value.dtype)
+            for name, value in smallest_batch(facts).items()
+        }
+    if "decoder_tokens" in facts.inputs:
+        short = max(1, length // 2)
+        decoder_mask = (np.arange(short) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
+        batch |= {"decoder_tokens": ids(decoder_mask), "decoder_mask": decoder_mask}
+    if "types" in facts.inputs:
+        batch["types"] = (rng.integers(0, facts.inputs["types"].count or 1, (rows, length)) * mask).astype(np.int32)
+    return batch
