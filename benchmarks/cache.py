@@ -63,13 +63,14 @@ def write(folder: Path, rows: int, case: str) -> None:
     from jaxft.config import load_config
     from jaxft.data.cache import write_cache
     from jaxft.data.examples import Encoded
+    from jaxft.training.processors import processor_of
     from jaxft.training.rows import made_of
-    from jaxft.training.setup import open_tokenizer, settled
+    from jaxft.training.setup import settled
 
     config = load_config(None, arguments_of(folder, rows, case))
     module = tasks.task(config.task.name)
     config = settled(config, module)
-    tokenizer = open_tokenizer(config, None)
+    tokenizer = processor_of(config, None)
 
     def encoded() -> Iterator[Encoded]:
         rng, types = np.random.default_rng(0), np.zeros(24, np.int32)

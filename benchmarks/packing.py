@@ -85,15 +85,15 @@ def torch_step(options: argparse.Namespace, kind: str) -> Step:
 
     from jaxft import tasks
     from jaxft.hub.source import resolve_folder
+    from jaxft.training.processors import processor_of
     from jaxft.training.recipe import open_start
     from jaxft.training.rows import open_rows
-    from jaxft.training.setup import open_tokenizer
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     config = config_of(options, kind)
     source = open_start(config, lambda line: None)
-    found = open_rows(config, tasks.task("classification"), open_tokenizer(config, source), source, lambda line: None)
+    found = open_rows(config, tasks.task("classification"), processor_of(config, source), source, lambda line: None)
     folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels).train()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)

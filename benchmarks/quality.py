@@ -52,15 +52,15 @@ def train_torch(run: str, overrides: list[str], seed: int) -> dict[str, float]:
     from jaxft import tasks
     from jaxft.config import load_config
     from jaxft.hub.source import resolve_folder
+    from jaxft.training.processors import processor_of
     from jaxft.training.recipe import open_start
     from jaxft.training.rows import open_rows
-    from jaxft.training.setup import open_tokenizer
 
     config: Any = load_config(run, overrides)
     check(config)
     torch.set_num_threads(os.cpu_count() or 1)
     source = open_start(config, lambda line: None)
-    found = open_rows(config, tasks.task("classification"), open_tokenizer(config, source), source, lambda line: None)
+    found = open_rows(config, tasks.task("classification"), processor_of(config, source), source, lambda line: None)
     transformers.set_seed(seed)
     folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)

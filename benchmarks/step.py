@@ -171,8 +171,8 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     from jaxft.models.initial import init_params
     from jaxft.parallel.sharding import jitted, make_mesh
     from jaxft.training.flops import model_flops
+    from jaxft.training.processors import stand_in_tokenizer
     from jaxft.training.recipe import make_recipe, planned_targets
-    from jaxft.training.setup import stand_in_tokenizer
 
     config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
     arch = config.model.arch

@@ -52,15 +52,15 @@ def of_optuna(options: argparse.Namespace) -> dict[str, Any]:
     from jaxft import tasks
     from jaxft.config import load_config
     from jaxft.hub.source import resolve_folder
+    from jaxft.training.processors import processor_of
     from jaxft.training.recipe import open_start
     from jaxft.training.rows import open_rows
-    from jaxft.training.setup import open_tokenizer
 
     config: Any = load_config(options.run, settings(options))
     check(config)
     torch.set_num_threads(os.cpu_count() or 1)
     source = open_start(config, lambda line: None)
-    found = open_rows(config, tasks.task("classification"), open_tokenizer(config, source), source, lambda line: None)
+    found = open_rows(config, tasks.task("classification"), processor_of(config, source), source, lambda line: None)
     folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     (held_out,) = (part.split for part in found.held_out)

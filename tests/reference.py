@@ -113,6 +113,46 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
     _compare_gradients(family, theirs, config, head, gradient, folder)
 
 
+def torch_pixels(batch: Mapping[str, np.ndarray]) -> Any:
+    """Images as the reference takes them: channels first."""
+    return pytest.importorskip("torch").tensor(batch["pixels"].transpose(0, 3, 1, 2).copy())
+
+
+def compare_images(family: Family, config: Any, head: str | None, model_type: str, folder: Path) -> None:
+    """Holds all states, vectors or logits, loss and the gradient of every parameter of a model of images against the reference's."""
+    torch = pytest.importorskip("torch")
+    theirs = make_reference(family, config, head, model_type)
+    model, params = ours_of(family, theirs, config, head, folder / "values")
+    batch, rng = example_batch(family.facts(config), 3), np.random.default_rng(1)
+    out = theirs(torch_pixels(batch), output_hidden_states=True, output_attentions=True)
+    vectors = ("last_hidden_state", "pooler_output") if head is None else ("logits",)
+    expected = [getattr(out, name) for name in vectors]
+    # Logits have labels. Vectors have a random cotangent: the sum of squares of what is normalised has no gradient to speak of.
+    labels = rng.integers(0, classes_of(config) or 1, 3)
+    weights = [rng.normal(size=tuple(one.shape)).astype(np.float32) for one in expected]
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        out = model.apply({"params": params}, **batch, hidden_states=True, attentions=True)
+        if head is not None:
+            return mean_loss(out.logits, labels), (out, [out.logits])
+        found = [out.hidden, out.pooled]
+        return jnp.stack([(one * weight).sum() for one, weight in zip(found, weights, strict=True)]).sum(), (out, found)
+
+    (loss, (ours, found)), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    of_vectors = [(one * torch.tensor(weight)).sum() for one, weight in zip(expected, weights, strict=True)]
+    of_labels = torch.nn.functional.cross_entropy
+    wanted = torch.stack(of_vectors).sum() if head is None else of_labels(expected[0], torch.tensor(labels))
+    wanted.backward()
+    for name, one, other in zip(vectors, found, expected, strict=True):
+        close(one, other, name)
+    close(loss, wanted, "loss")
+    for i, state in enumerate(out.hidden_states):
+        close(ours.hidden_states[i], state, f"state {i}")
+    for i, looked in enumerate(out.attentions):
+        close(ours.attentions[i], looked, f"attention {i}")
+    _compare_gradients(family, theirs, config, head, gradient, folder)
+
+
 def compare_head(family: Family, config: Any, head: str, model_type: str, folder: Path) -> None:
     """Holds a head against the reference's, as its outputs are compared."""
     of_head = {
@@ -206,7 +246,7 @@ def compare_choices(family: Family, config: Any, model_type: str, folder: Path, 
     _compare_gradients(family, theirs, config, head, gradient, folder)
 
 
-def _compare_gradients(family: Family, theirs: Any, config: Any, head: str, gradient: Any, folder: Path) -> None:
+def _compare_gradients(family: Family, theirs: Any, config: Any, head: str | None, gradient: Any, folder: Path) -> None:
     """Holds our gradients against those of the reference, laid out as ours by the same table."""
     torch = pytest.importorskip("torch")
     with torch.no_grad():

@@ -19,7 +19,8 @@ from jaxft.data.batch import Shape, collate, text_fields, text_shape
 from jaxft.data.cache import Cache, open_cache, write_cache
 from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.packing import CLASSES, Packed, pack
-from jaxft.data.processors.contract import SpecialIds, TextProcessor
+from jaxft.data.processors.contract import Processor, SpecialIds, TextProcessor
+from jaxft.data.processors.image import ImageProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, head_of, head_of_class, with_classes
@@ -29,6 +30,8 @@ from jaxft.models.families import (
     bart,
     bert,
     deberta_v2,
+    deit,
+    dinov2,
     distilbert,
     electra,
     gemma2,
@@ -46,6 +49,7 @@ from jaxft.models.families import (
     rotary_bert,
     smollm3,
     t5,
+    vit,
 )
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
@@ -56,6 +60,7 @@ from jaxft.tasks import (
     chat,
     classification,
     embedding,
+    image_classification,
     masked_lm,
     multi_label,
     multiple_choice,
@@ -67,7 +72,7 @@ from jaxft.tasks import (
     span_corruption,
     token_classification,
 )
-from jaxft.training.setup import stand_in_tokenizer
+from jaxft.training.processors import stand_in_processor
 from jaxft.trees import leaves_of
 
 FAMILIES: tuple[Family, ...] = (
@@ -76,6 +81,8 @@ FAMILIES: tuple[Family, ...] = (
         bart,
         bert,
         deberta_v2,
+        deit,
+        dinov2,
         distilbert,
         electra,
         gemma2,
@@ -88,7 +95,7 @@ FAMILIES: tuple[Family, ...] = (
         mpnet,
         olmo2,
     ),
-    *(qwen2, qwen3, roberta, rotary_bert, smollm3, t5),
+    *(qwen2, qwen3, roberta, rotary_bert, smollm3, t5, vit),
 )
 TASKS: tuple[TaskModule, ...] = (
     *(
@@ -96,6 +103,7 @@ TASKS: tuple[TaskModule, ...] = (
         chat,
         classification,
         embedding,
+        image_classification,
         masked_lm,
         multi_label,
         multiple_choice,
@@ -106,7 +114,8 @@ TASKS: tuple[TaskModule, ...] = (
     *(reranking, seq2seq, span_corruption, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
-PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
+PROCESSORS: tuple[type[Processor], ...] = (Tokenizer, ImageProcessor)
+TEXT_PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
 HEADS = [(name, head) for name in models.families() for head in models.family(name).HEADS]
 
 
@@ -171,8 +180,9 @@ def test_facts_are_those_of_the_model(family: str) -> None:
             leaf.first_layer + (leaf.layers or 0) for path, leaf in leaves.items() if path.startswith(f"{stack.path}/")
         }
         assert ends == {stack.own}
-    assert facts.vocabulary is not None
-    assert any(names.axes[0] == "vocab" and names.shape[0] == facts.vocabulary for names in leaves.values())
+    assert (facts.vocabulary is None) == (facts.processor != "text")
+    if facts.vocabulary is not None:
+        assert any(names.axes[0] == "vocab" and names.shape[0] == facts.vocabulary for names in leaves.values())
 
 
 @pytest.mark.parametrize(("family", "head"), [(f, h) for f, h in HEADS if models.family(f).HEADS[h].classes])
@@ -183,8 +193,9 @@ def test_classes_are_of_what_the_head_says(family: str, head: str) -> None:
     out = jax.eval_shape(
         lambda params, batch: model.apply({"params": params}, **batch), shapes_and_axes(model)[0], batch
     )
-    rows, length = batch["tokens"].shape
-    assert out.logits.shape == ((rows, 7) if module.HEADS[head].classes == "rows" else (rows, length, 7))
+    rows = len(batch[model.facts.reads])
+    places = () if module.HEADS[head].classes == "rows" else batch["tokens"].shape[1:]
+    assert out.logits.shape == (rows, *places, 7)
     assert out.logits.dtype == np.float32
 
 
@@ -196,7 +207,7 @@ def made(name: str) -> Any:
         task_options(name)(name=name),
         Targets(("O", "B-a")[: 1 if name in ("regression", "reranking") else 2], (3, 1)),
         Facts({}, ()),
-        stand_in_tokenizer(),
+        stand_in_processor(tasks.task(name)),
     )
 
 
@@ -212,14 +223,16 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
 def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
     options = task_options(name)(name=name)
     fields = tasks.task(name).fields(RunConfig(task=options), 9)
-    shape = Shape(2, (("length", 5), (CLASSES, 2), *tasks.sizes_of(options).items()))
+    image = dict.fromkeys(("height", "width", "channels"), 3)
+    shape = Shape(2, (("length", 5), (CLASSES, 2), *image.items(), *tasks.sizes_of(options).items()))
     empty = collate([], fields, shape)
     assert empty.keys() == fields.keys()
     for field, value in empty.items():
         assert (value.shape, value.dtype) == (fields[field].shape(shape), np.dtype(fields[field].dtype))
         assert (value == fields[field].fill).all()
         assert value.shape[0] == 2
-    assert (empty["tokens"] == 9).all()
+    if "tokens" in empty:
+        assert (empty["tokens"] == 9).all()
     assert not empty["weights"].any()
     assert float(made(name).weight(made(name).prepare(jax.device_put(empty), jax.random.key(0)))) == 0
 
@@ -251,7 +264,7 @@ def test_examples_are_alike_wherever_they_lie(kind: type[Examples], tmp_path: Pa
     assert sorted(batch["tokens"][batch["mask"] == 1].tolist()) == [0, 0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("kind", TEXT_PROCESSORS)
 def test_a_processor_names_its_files_and_no_token_that_they_do_not(kind: Any, tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path / "words")
     found: TextProcessor = kind(tmp_path / "words")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from kinds import TEXTS
 from safetensors.numpy import load_file
 from tiny import WORDS, rows, run, write_csv, write_tokenizer
 
@@ -23,7 +24,7 @@ from jaxft.machine.platform import COMPILE_ENV
 from jaxft.models.contract import Stack
 
 Capture = pytest.CaptureFixture[str]
-FAMILIES = models.families()
+FAMILIES = TEXTS
 
 
 def task_of(family: str) -> str:

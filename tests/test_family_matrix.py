@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from kinds import KINDS, tiny_config
+from kinds import KINDS, TEXTS, family_of, reads_text, tiny_config
 from tasks.test_packed_texts import ROOM, batch_of, texts_of
 from test_layouts import batches
 
@@ -19,8 +19,8 @@ from jaxft.data.packing import pack
 from jaxft.errors import UserError
 from jaxft.models.initial import init_params
 from jaxft.parallel.sharding import batch_sharding, jitted, make_mesh, replicated
+from jaxft.training.processors import stand_in_tokenizer
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe
-from jaxft.training.setup import stand_in_tokenizer
 from jaxft.trees import paths_of
 
 ROWS = 16
@@ -36,7 +36,7 @@ USES: dict[str, dict[str, Any]] = {
     "packed": {"packed": True},
     "2x2x2 mesh": {"mesh": MeshConfig(2, 2, 2)},
 }
-FAMILIES = tuple(dict.fromkeys((*models.families(), *KINDS)))
+FAMILIES = (*TEXTS, *(kind for kind in KINDS if reads_text(kind)))
 HEADS_OF = {
     "tokens": "token_classification",
     "questions": "question_answering",
@@ -50,7 +50,7 @@ LACKING = {
     # Nor has it such classes of these.
     "gemma2": ("questions", *DECODERS),
     **dict.fromkeys(("gemma3_text", "olmo2"), ("questions", "tokens", *DECODERS)),
-    **dict.fromkeys(("rotary_bert", *KINDS), ("questions", "multiple choice")),
+    **dict.fromkeys(("rotary_bert", "gte", "eurobert"), ("questions", "multiple choice")),
 }
 REFUSED = {(family, use) for family, uses in LACKING.items() for use in uses}
 """What a family cannot be used for."""
@@ -60,7 +60,7 @@ def recipe_of(family: str, use: str) -> Recipe:
     """The recipe of a run on random weights."""
     how = USES[use]
     name = how.get("task", "classification")
-    owner = "rotary_bert" if family in KINDS else family
+    owner = family_of(family)
     arch = dict(to_tree(dataclasses.replace(tiny_config(family), num_hidden_layers=2)))
     arch.pop("num_labels", None)
     config = RunConfig(
@@ -97,7 +97,7 @@ def test_a_step_learns_or_says_why_not(family: str, use: str) -> None:
         with pytest.raises(UserError) as refused:
             recipe_of(family, use)
         wanted = HEADS_OF[use]
-        owner = "rotary_bert" if family in KINDS else family
+        owner = family_of(family)
         assert f"task.name={wanted}: {owner} has no head {wanted!r}, only: " in str(refused.value)
         return
     recipe = recipe_of(family, use)
@@ -124,7 +124,7 @@ def test_all_that_the_reference_has_a_class_for_works() -> None:
     suffixes = {module.HEADS[name].suffix for module in map(models.family, models.families()) for name in HEADS_OF.values()
                 if name in module.HEADS}  # fmt: skip
     for family, use in REFUSED:
-        module = models.family("rotary_bert" if family in KINDS else family)
+        module = models.family(family_of(family))
         named = {models.family("bert").HEADS[HEADS_OF[use]].suffix} & suffixes
         assert not [
             stem + one for stem in module.MODEL_TYPES.values() for one in named if hasattr(transformers, stem + one)

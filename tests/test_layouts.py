@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from kinds import KINDS, tiny_config
+from kinds import KINDS, reads, tiny_config
 
 from jaxft import models, tasks
 from jaxft.config import MeshConfig, OptimConfig, RunConfig
@@ -30,6 +30,7 @@ ROWS, LENGTH = 16, 12
 # Made as a run would, with what a tokenizer and labelled rows would say.
 MADE = {
     "classification": lambda module: module.Task(("a", "b", "c")),
+    "image_classification": lambda module: module.Task(("a", "b", "c"), 0.1, mixup=0.5, cutmix=0.5),
     "masked_lm": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "causal_lm": lambda module: module.Task(),
     "chat": lambda module: module.Task(),
@@ -48,7 +49,8 @@ CASES = [
     (family, name)
     for family in (*models.families(), *KINDS)
     for name in tasks.tasks()
-    if tasks.task(name).Task.head in models.family(family).HEADS
+    if reads(family) == tasks.modality_of(tasks.task(name))
+    and tasks.task(name).Task.head in models.family(family).HEADS
 ]
 # (mesh, micro-batches, how layers are computed). Two ways of tensor parallelism are the most that TINY's key heads allow;
 # "tensor8" is of a variant with eight.
@@ -76,6 +78,7 @@ ONCE = {
     ("bert", "multiple_choice"),
     ("t5", "seq2seq"),
     ("llama", "preference"),
+    ("vit", "image_classification"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -87,7 +90,7 @@ def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout of some shows that they are split as well. BERT and Llama, and
     their tasks, take turns on the layouts."""
-    if task in ("seq2seq", "span_corruption"):
+    if task in ("seq2seq", "span_corruption", "image_classification"):
         return (family, task) in ONCE and layout == "2x2x2"
     if family not in ("bert", "llama") or task not in TURNS:
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
@@ -118,7 +121,24 @@ IN_PARTS = [
 ]
 
 
+def image_batches(family: str) -> list[dict[str, np.ndarray]]:
+    """Pictures of noise; of the last batch three rows only fill it up."""
+    rng, (_, *size) = np.random.default_rng(0), models.family(family).facts(tiny_config(family)).inputs["pixels"].axes
+    weights = [np.ones(ROWS, np.float32) for _ in range(5)]
+    weights[-1][-3:] = 0
+    return [
+        {
+            "pixels": rng.integers(0, 256, (ROWS, *map(int, size)), np.uint8),
+            "labels": rng.integers(0, 3, ROWS).astype(np.int32),
+            "weights": one,
+        }
+        for one in weights
+    ]
+
+
 def batches(task: str) -> list[dict[str, np.ndarray]]:
+    if task == "image_classification":
+        return image_batches("vit")
     rng, made = np.random.default_rng(0), []
     for step in range(5):
         lengths = rng.integers(3, LENGTH + 1, ROWS)
@@ -238,7 +258,7 @@ def trained(
         fields = module.fields(RunConfig(task=task_options(task)(name=task)), 0)
         fields = packed_fields(fields) if task in ("causal_lm", "chat") else fields
         places_of = {name: batch_sharding(mesh, DEFAULT_RULES, field.axes) for name, field in fields.items()}
-        for batch in batches(task):
+        for batch in image_batches(family) if task == "image_classification" else batches(task):
             placed = {name: jax.device_put(batch[name], to) for name, to in places_of.items() if name in batch}
             state, metrics = step(state, placed, seed)
             log.append(jax.device_get(metrics))
@@ -270,7 +290,7 @@ def test_same_course_on_every_layout(family: str, task: str, layout: str) -> Non
 def test_micro_batches_on_a_mesh_are_one_batch(family: str, task: str) -> None:
     # Dropout draws anew in each micro-batch; without it, four are one.
     fields = dataclasses.fields(models.family(family).Config)
-    off = {f.name: 0.0 for f in fields if "dropout" in f.name and f.default is not None}
+    off = {f.name: 0.0 for f in fields if "drop" in f.name and f.default is not None}
     tiny = models.family(family).TINY
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.family(family), "TINY", dataclasses.replace(tiny, **off))

@@ -579,7 +579,7 @@ def with_tokenizer(ready: Ready, folder: Path, change: tuple[str, str] = ("", ""
     """The same run with a tokenizer in a folder of its own, with a change of its text."""
     text = (write_tokenizer(folder) / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace(*change) if change[0] else text)
-    return Ready(dataclasses.replace(ready.setup, tokenizer=Tokenizer(folder, 12, model_type="bert")), ready.programs)
+    return Ready(dataclasses.replace(ready.setup, processor=Tokenizer(folder, 12, model_type="bert")), ready.programs)
 
 
 def test_a_tokenizer_that_has_changed_is_said(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from jaxft.hub.peft import not_storable, write_adapter
 from jaxft.hub.pretrained import export_folder
 from jaxft.layers import Compute
 from jaxft.models import adapters
+from jaxft.models.example import example_batch
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.training.loop import fit
 from jaxft.training.programs import compile_programs
@@ -43,6 +44,13 @@ def model_of(family: str) -> Any:
     return models.family(family).Model(config, None, Compute(layers="scanned"))
 
 
+def read_by(model: Any) -> dict[str, Any]:
+    """What a model reads and nothing else."""
+    reads = model.facts.reads
+    given = jnp.arange(12).reshape(2, 6) if reads == "tokens" else example_batch(model.facts, 2)[reads]
+    return {reads: given}
+
+
 def filled(tree: Any) -> Any:
     """Random numbers everywhere, zeros of B included."""
     return map_paths(
@@ -55,9 +63,9 @@ def test_fresh_adapters_change_nothing(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
     assert isinstance(model, adapters.Adapted)
     params = init_params(model, 0)
-    tokens = jnp.arange(12).reshape(2, 6)
-    ours = model.apply({"params": params}, tokens).hidden
-    np.testing.assert_array_equal(ours, model.base.apply({"params": branch(params, "base")}, tokens).hidden)
+    batch = read_by(model)
+    ours = model.apply({"params": params}, **batch).hidden
+    np.testing.assert_array_equal(ours, model.base.apply({"params": branch(params, "base")}, **batch).hidden)
     thin = paths_of(params["lora"])
     assert all(np.any(np.asarray(leaf) != 0) == path.endswith("/a") for path, leaf in thin.items())
 
@@ -67,13 +75,13 @@ def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
     model = adapters.adapted(model_of(family), ALL)
     assert isinstance(model, adapters.Adapted)
     params = filled(shapes_and_axes(model)[0])
-    tokens = jnp.arange(12).reshape(2, 6)
+    batch = read_by(model)
 
     def loss(params: Any) -> jax.Array:
-        return (model.apply({"params": params}, tokens).hidden ** 2).sum()
+        return (model.apply({"params": params}, **batch).hidden ** 2).sum()
 
     def loss_of_merged(base: Any) -> jax.Array:
-        return (model.base.apply({"params": base}, tokens).hidden ** 2).sum()
+        return (model.base.apply({"params": base}, **batch).hidden ** 2).sum()
 
     merged = adapters.merged(params, model.alpha)
     gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)

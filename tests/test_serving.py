@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxft.inference.predict import chunks
+from jaxft.inference.chunks import chunks
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])

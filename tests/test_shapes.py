@@ -33,7 +33,9 @@ FUNCTIONS = [
 MODULES = (
     *(("jaxft.layers", name) for name in ("Embed", "FromHeads", "LayerNorm", "Linear", "Projection", "RMSNorm")),
     *(("jaxft.models.blocks", name) for name in ("RotaryAttention", "GatedMlp")),
+    *(("jaxft.models.vision", name) for name in ("Embeddings", "ImageClasses", "LayerScale", "Mlp", "Patches")),
     *(("jaxft.models.heads", name) for name in ("PooledClasses", "FirstTokenClasses", "TokenClasses")),
+    *(("jaxft.models.vision", name) for name in ("Embeddings", "ImageClasses", "LayerScale", "Mlp", "Patches")),
     *(("jaxft.models.heads", name) for name in ("TransformedClasses", "MaskedLm")),
     *((f"jaxft.models.families.{name}", "Model") for name in models.families()),
 )
@@ -121,7 +123,8 @@ def test_models_keep_to_the_shapes_that_signatures_state(
             check_fields(output.score)
 
     jax.eval_shape(forward, shapes_and_axes(model)[0], batch, jax.random.key(0))
-    assert {"apply_stack", "attend", "subkey", "Embed", "Linear", "affine", "Model"} <= called
+    assert {"apply_stack", "attend", "subkey", "Linear", "affine", "Model"} <= called
+    assert ({"text": "Embed", "image": "Patches"}[model.facts.processor]) in called
 
 
 def test_a_wrong_shape_is_caught(called: set[str]) -> None:

@@ -13,8 +13,9 @@ from jaxft import tasks
 from jaxft.config import load_config
 from jaxft.errors import UserError
 from jaxft.training.caching import build_caches
+from jaxft.training.processors import processor_of
 from jaxft.training.rows import Rows, open_rows
-from jaxft.training.setup import open_tokenizer, settled
+from jaxft.training.setup import settled
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def opened(home: Path, *more: str) -> tuple[Rows, list[str]]:
         "model.family=bert", f"data.tokenizer={home / 'tokenizer'}", f"data.train={home / 'train.json'}", *more
     ])  # fmt: skip
     module, notes = tasks.task(config.task.name), list[str]()
-    found = open_rows(settled(config, module), module, open_tokenizer(config, None), None, notes.append)
+    found = open_rows(settled(config, module), module, processor_of(config, None), None, notes.append)
     return found, [note.replace(f"{home}/", "") for note in notes]
 
 

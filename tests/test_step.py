@@ -20,7 +20,7 @@ from jaxft.tasks import Targets
 from jaxft.tasks.classification import Task, cross_entropy, make_task
 from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule, update_count
-from jaxft.training.setup import stand_in_tokenizer
+from jaxft.training.processors import stand_in_tokenizer
 from jaxft.training.state import TrainState, init_state
 from jaxft.training.step import make_eval_step, make_train_step
 from jaxft.trees import paths_of

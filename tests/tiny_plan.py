@@ -14,8 +14,8 @@ import pytest
 from jaxft.config import load_config
 from jaxft.parallel.sharding import make_mesh
 from jaxft.tasks import Targets
+from jaxft.training.processors import stand_in_tokenizer
 from jaxft.training.recipe import Recipe, make_recipe
-from jaxft.training.setup import stand_in_tokenizer
 
 LLAMA = {
     "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8,

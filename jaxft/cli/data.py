@@ -47,39 +47,48 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(*split_run_file(options.run_file, options.overrides))
     set_up_jax(None)
     from jaxft import tasks
-    from jaxft.data.lengths import advice, lengths_text
+    from jaxft.data.lengths import advice, counted, lengths_text
+    from jaxft.data.processors.opened import as_text
+    from jaxft.data.processors.tokenizer import Tokenizer
+    from jaxft.data.rendering import has_lengths
     from jaxft.training.batch_shapes import buckets_of
     from jaxft.training.corpora import open_streams
+    from jaxft.training.processors import processor_of
     from jaxft.training.recipe import open_start, planned_targets
     from jaxft.training.rows import open_rows
-    from jaxft.training.setup import open_tokenizer, settled
+    from jaxft.training.setup import settled
 
     module = tasks.task(config.task.name)
     config = settled(config, module)
     source = open_start(config, _say)
-    tokenizer = open_tokenizer(config, source)
-    folder = tokenizer.folder if source is None else source.folder
+    processor = processor_of(config, source)
+    folder = processor.folder if source is None else source.folder
     config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, _say))
-    if (streams := open_streams(config, module, tokenizer, print)) is not None:
-        return corpus.show_rows(streams.train, tokenizer, options.rows, config.train.seed)
-    found = open_rows(config, module, tokenizer, source, print)
+    if (streams := open_streams(config, module, processor, print)) is not None:
+        return corpus.show_rows(streams.train, as_text(processor), options.rows, config.train.seed)
+    found = open_rows(config, module, processor, source, print)
     for split, rows in found.splits:
-        print(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+        texts = has_lengths(split)
+        print(
+            f"{split.name}: {lengths_text(split, config.data.max_length, rows) if texts else counted(len(split), rows)}"
+        )
     facts, _ = planned_targets(config, source)
     for line in _labels(found):
         print(line)
     buckets = buckets_of(config)
-    _lengths(config, found.train, buckets)
-    if tasks.texts_of_row(config.task) == 1 and (
-        hint := advice(found.train, config.data.max_length, buckets, facts.limit)
-    ):
-        print(hint)
+    if has_lengths(found.train):
+        _lengths(config, found.train, buckets)
+        if tasks.texts_of_row(config.task) == 1 and (
+            hint := advice(found.train, config.data.max_length, buckets, facts.limit)
+        ):
+            print(hint)
     _duplicates(found)
-    task = module.make_task(config.task, found.targets, facts, tokenizer)
+    task = module.make_task(config.task, found.targets, facts, processor)
     for split, _ in found.splits:
         for line in tasks.remarks(task, split):
             print(line)
-    _rows(found, tokenizer, options.rows)
+    if isinstance(processor, Tokenizer):
+        _rows(found, processor, options.rows)
     return 0
 
 

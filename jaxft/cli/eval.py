@@ -13,7 +13,7 @@ from jaxft.cli.console import THRESHOLD_HELP, threshold
 if TYPE_CHECKING:
     from jaxft.config import RunConfig
     from jaxft.data.cache import Cache
-    from jaxft.data.processors.contract import TextProcessor
+    from jaxft.data.processors.contract import Processor
     from jaxft.data.sources.rows import Row
     from jaxft.inference.predict import Served
     from jaxft.tasks.contract import Exhaustive, Judging, TaskModule
@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.examples import make_split
     from jaxft.data.lengths import counted
     from jaxft.data.loader import Batches, make_buckets, stream
+    from jaxft.data.rendering import has_lengths
     from jaxft.inference.corpus_scores import check_task
     from jaxft.inference.predict import open_model
     from jaxft.reporting.plots import lacking
@@ -72,12 +73,12 @@ def run(options: argparse.Namespace) -> int:
     key = f"data.{options.split}"
     if folders := corpora(key, getattr(served.config.data, options.split)):
         return _score_corpora(options, served, check_task(task, served.model.head, f"{key}={folders[0]}"), folders)
-    config, tokenizer, labels = settled(served.config_for(module), module), served.tokenizer, served.labels
+    config, processor, labels = settled(served.config_for(module), module), served.processor, served.labels
     if options.rows and not hasattr(task, "judged"):
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
     name = options.split
     refuse_other_labels(config.data.labels, labels, "the model's labels are")
-    found = _rows(name, config, module, tokenizer, labels)
+    found = _rows(name, config, module, processor, labels)
     if isinstance(found, Cache) and options.rows:
         raise UserError(
             f"--rows: data.{name}={found.folder} is a token cache, which holds no texts; name the rows, or leave it out"
@@ -89,19 +90,22 @@ def run(options: argparse.Namespace) -> int:
     if isinstance(found, Cache):
         split, count, rows = found, found.rows, []
     else:
-        encoded = module.encode(found, tokenizer, tasks.Targets(labels), config)
-        split, count, rows = make_split(name, encoded, module.fields(config, tokenizer.pad_id)), len(found), found
+        encoded = module.encode(found, processor, tasks.Targets(labels), config)
+        stored = tasks.stored_fields(module, config, processor)
+        split, count, rows = make_split(name, encoded, stored), len(found), found
     served.devices.check_batch("eval.batch_size", config.eval.batch_size)
-    step = served.devices.compiled(make_eval_step(served.model, task), split.fields)
-    longest = (tokenizer.max_length or config.data.max_length) * tasks.texts_of_row(config.task)
+    longest = (processor.max_length or config.data.max_length) * tasks.texts_of_row(config.task)
     buckets = make_buckets(None, longest)
-    batches = Batches(split, config.eval.batch_size, buckets, None)
+    rendering = tasks.rendering_of(module, config, processor)
+    batches = Batches(split, config.eval.batch_size, buckets, None, rendering=rendering)
+    step = served.devices.compiled(make_eval_step(served.model, task), batches.fields)
     parts = (
         step(served.params, batch) for batch in stream(batches, 0, batches.steps_per_epoch, config.data.read_ahead)
     )
     sums, outputs = tasks.collected(parts)
     metrics = tasks.reported(task, tasks.scores(task, sums, outputs, rows), outputs, test=name == "test")
-    print(f"{name}: {counted(len(split), count)}, {split.truncated} truncated to {tokenizer.max_length} tokens")
+    cut = f", {split.truncated} truncated to {processor.max_length} tokens" if has_lengths(split) else ""
+    print(f"{name}: {counted(len(split), count)}{cut}")
     for line in tasks.remarks(task, split):
         print(line)
     print(report_text(metrics, labels, [], min(shutil.get_terminal_size((100, 24)).columns, 120)))
@@ -142,7 +146,7 @@ def _score_corpora(options: argparse.Namespace, served: Served, task: Exhaustive
 
 
 def _rows(
-    name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, labels: tuple[str, ...]
+    name: str, config: RunConfig, module: TaskModule, processor: Processor, labels: tuple[str, ...]
 ) -> list[Row] | Cache:
     """The rows of a split: those that are named, or those that a run held out of its training rows.
 
@@ -155,7 +159,7 @@ def _rows(
 
     data = config.data
     if getattr(data, name) is not None:
-        return rows_of_split(name, config, module, tokenizer, labels, _say, others="the model has")
+        return rows_of_split(name, config, module, processor, labels, _say, others="the model has")
     if data.train is None or f"data.{name}_fraction" not in shares_of(data):
         hint = " (or data.test_fraction, of a run that held them out)" if name == "test" else ""
         raise UserError(f"data.{name} is not set; name the labelled rows, for instance data.{name}=my.csv{hint}")

@@ -178,7 +178,7 @@ def _write_export(ready: Setup, params: PyTree[Array], beside: Mapping[str, str]
             _family(ready),
             adapters.base_of(ready.model),
             params,
-            tokenizer=ready.tokenizer,
+            tokenizer=ready.processor,
             labels=ready.targets.labels,
             # A task of another package that has labels and does not say what for gives each text one of them.
             problem_type=ready.targets.problem or (SINGLE_LABEL if ready.targets.labels else None),

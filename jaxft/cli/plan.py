@@ -135,14 +135,15 @@ def _note(text: str) -> None:
 
 def _recipe(config: RunConfig, mesh: Mesh, platform: str) -> Recipe:
     """The run's recipe, without reading its rows: how many labels there are changes next to nothing."""
+    from jaxft import tasks
     from jaxft.training.batch_shapes import check_lengths
+    from jaxft.training.processors import stand_in_processor
     from jaxft.training.recipe import make_recipe, open_start, planned_targets
-    from jaxft.training.setup import stand_in_tokenizer
 
     source = open_start(config, _note)
     facts, targets = planned_targets(config, source)
-    tokenizer = stand_in_tokenizer(facts.vocabulary or 0)
-    recipe = make_recipe(config, mesh, source, targets, tokenizer, config.train.steps or 1000, platform)
+    processor = stand_in_processor(tasks.task(config.task.name), facts.vocabulary or 0, facts.inputs)
+    recipe = make_recipe(config, mesh, source, targets, processor, config.train.steps or 1000, platform)
     check_lengths(config, facts.limit)
     return recipe
 

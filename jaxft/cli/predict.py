@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from jaxft.config.ranges import MOST_ROWS
+    from jaxft.data.sources.media import is_media
     from jaxft.data.sources.write import is_table
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
     overrides = [item for item in options.inputs if item not in inputs]
     if inputs and " " in inputs[0] and not Path(inputs[0]).exists():
         raise UserError(f"there is no file {inputs[0]!r}; to give a text on the command line: --text {inputs[0]!r}")
-    if bool(inputs) == bool(options.text) or len(inputs) > 1:
-        raise UserError("give one INPUT (a file, or - for standard input) or --text")
+    several = len(inputs) > 1 and not all(is_media(item) for item in inputs)
+    if bool(inputs) == bool(options.text) or several:
+        raise UserError("give one INPUT (a file, or - for standard input), several images, or --text")
     if options.pair and len(options.pair) != len(options.text):
         raise UserError(f"{len(options.text)} --text and {len(options.pair)} --pair: give one --pair for each --text")
     if options.batch_size < 1 or (options.top is not None and options.top < 1):
@@ -76,7 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))
     answers = make_answerer(served, options.batch_size, threshold=options.threshold, top=options.top)
-    rows = _rows_of(inputs[0], served) if inputs else _texts(options.text, options.pair)
+    if options.text and served.model.facts.processor != "text":
+        raise UserError(f"--text: {options.model} reads no texts but {served.model.facts.processor}s; name files")
+    rows = _rows_of(tuple(inputs), served) if inputs else _texts(options.text, options.pair)
     if options.out:
         with file_written_whole(Path(options.out)) as file:
             counts = _answer(rows, answers, served, options, file)
@@ -124,23 +128,32 @@ def _texts(texts: list[str], pairs: list[str]) -> Iterator[_Input]:
     yield from map(_Input, zip(texts, pairs, strict=True) if pairs else ((text,) for text in texts), repeat({}))
 
 
-def _rows_of(reference: str, served: Served) -> Iterator[_Input]:
-    from jaxft.data.row_rules import check_texts
+def _rows_of(references: tuple[str, ...], served: Served) -> Iterator[_Input]:
+    from jaxft.data.row_rules import check_texts, is_broken
     from jaxft.data.sources.read import column_names, form_of, iter_rows
     from jaxft.data.sources.rows import Carried
 
     data = served.config.data
     form = form_of(data, lambda text: print(text, file=sys.stderr))
-    names = column_names(reference, data.text, form)
     wanted = [column for column in served.task()[0].columns(served.config_for(served.task()[0])) if column.is_text]
+    media = [i for i, column in enumerate(wanted) if column.kind in ("image", "sound")]
+    names = column_names(references[0], wanted[0].wanted if media else data.text, form)
     wanted = wanted if names else wanted[:1]  # plain lines hold one text each
     columns = tuple(column.name for column in wanted)
     others = [Carried(name) for name in names if name not in columns]
+    reference, broken = references[0] if len(references) == 1 else references, 0
     for row in iter_rows(reference, (*(column.wanted for column in wanted), *others), form):
         check_texts(row, wanted)
-        values = dict(zip((*columns, *others), row.values, strict=True))
-        texts = row.values[: len(columns)]
-        yield _Input(texts, {name: values[name] for name in names}, columns if names else ("text", "pair"), row.where)
+        if data.broken_files == "skip" and any(is_broken(row.values[i], row.where) for i in media):
+            broken += 1
+            continue
+        # What a file holds is not said again.
+        said = [row.where if isinstance(value, bytes) else value for value in row.values]
+        values = dict(zip((*columns, *others), said, strict=True))
+        texts, called = row.values[: len(columns)], columns if names or media else ("text", "pair")
+        yield _Input(texts, {name: values[name] for name in names}, called, row.where)
+    if broken:
+        print(f"{broken} files cannot be read and are left out", file=sys.stderr)
 
 
 def _answer(
@@ -150,7 +163,7 @@ def _answer(
     from jaxft.data.sources.rows import Row
     from jaxft.data.sources.write import is_table, row_writer
     from jaxft.files import is_unicode
-    from jaxft.inference.predict import chunks
+    from jaxft.inference.chunks import chunks
 
     counts, table = _Counts(), is_table(options.out)
     write = row_writer(options.out, file, ascii_only=not is_unicode(file))
@@ -169,6 +182,7 @@ def _answer(
 def _table_row(row: _Input, answer: Answer) -> dict[str, object]:
     """The row's columns, then what is said of it."""
     given = row.columns or dict(zip(row.names, row.texts, strict=False))
+    given = {name: row.where if isinstance(value, bytes) else value for name, value in given.items()}
     given = {name: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for name, v in given.items()}
     return {**_beside(given, answer.cells), **answer.cells}
 
@@ -186,7 +200,13 @@ def _beside(given: Mapping[str, object], said: Iterable[str]) -> dict[str, objec
 
 def _record(row: _Input, answer: Answer, served: Served) -> dict[str, object]:
     """One JSON object: what is said of the row, its label if it has one, and its other columns."""
-    said = {"text": row.texts[0], **({"pair": row.texts[1]} if len(row.texts) == 2 else {}), **answer.record}
+    image = served.model.facts.processor == "image"
+    first = row.where if isinstance(row.texts[0], bytes) else row.texts[0]
+    said = {
+        "image" if image else "text": first,
+        **({"pair": row.texts[1]} if len(row.texts) == 2 else {}),
+        **answer.record,
+    }
     label = served.config.data.label
     if label in row.columns:
         said["true"] = _as_given(row.columns[label])

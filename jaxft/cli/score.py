@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--batch-size {options.batch_size}: must lie in 1..{MOST_ROWS}")
     _check_paths(options)
     set_up_jax("~/.cache/jaxft/xla")
-    from jaxft.inference.predict import chunks, open_model
+    from jaxft.inference.chunks import chunks
+    from jaxft.inference.predict import open_model
     from jaxft.inference.scoring import make_scorer
 
     served = open_model(options.model, options.overrides, _say)

@@ -131,6 +131,10 @@ class DataConfig:
     """Column of the (first) text."""
     text_pair: str | None = None
     """Column of the second text of a pair."""
+    image: str = "image"
+    """Column of images: paths of files (beside the file that names them), or what such files hold."""
+    broken_files: Literal["refuse", "skip"] = "refuse"
+    """What becomes of rows whose image cannot be decoded: an error that names the first one, or they are left out and counted."""
     label: str = "label"
     """Column of the label. Ignored by ``predict``."""
     labels: tuple[str, ...] | dict[str, str] | None = None
@@ -142,7 +146,8 @@ class DataConfig:
     Several labels may become one; rows of a label that is null are left out and counted (of several labels, such a one is taken off
     its rows). Labels that it does not name stay as they are."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer. None: the one beside ``model.init``."""
+    """Folder or hub id of the tokenizer, or of the preprocessor_config.json that says how images are made. None: what lies beside
+    ``model.init``."""
     max_length: int = 128
     """Tokens kept per row, special tokens included. Longer rows are cut as ``long_texts`` says, counted and reported."""
     long_texts: Literal["auto", "truncate", "split", "windows"] = "auto"

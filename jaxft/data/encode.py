@@ -14,7 +14,7 @@ from jaxft.data.labels import label_text
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.row_rules import RowRules
 from jaxft.data.sources.read import Reference, Row, form_of, iter_rows, shown
-from jaxft.data.sources.rows import Added, Group, Listed
+from jaxft.data.sources.rows import Added, Binary, Group, Listed
 from jaxft.errors import UserError
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the tokenizer's threads busy
@@ -27,10 +27,11 @@ class Column(NamedTuple):
     """A column of the data that a task reads."""
 
     name: str
-    kind: Literal["text", "words", "messages", "texts", "label", "labels", "number", "numbers"]
+    kind: Literal["text", "words", "messages", "texts", "image", "sound", "label", "labels", "number", "numbers"]
     """``text``: a text. ``words``: a text, or a list of words. ``messages``: a list of mappings, which the task checks itself.
-    ``texts``: more texts, one or a list, that the task checks itself. ``label``: one value, of few that there are. ``labels``: a list of
-    values, or of stretches of characters with a label each. ``number``: one number. ``numbers``: a list of them."""
+    ``texts``: more texts, one or a list, that the task checks itself. ``image``, ``sound``: a file, or the path of one.
+    ``label``: one value, of few that there are. ``labels``: a list of values, or of stretches of characters with a label each.
+    ``number``: one number. ``numbers``: a list of them."""
     added_by: str | None = None
     """What to do where rows do not have it, if it is a column that something adds to them."""
 
@@ -39,12 +40,14 @@ class Column(NamedTuple):
         """How a source is asked for it."""
         if self.added_by is not None:
             return Added(self.name, self.added_by)
+        if self.kind in ("image", "sound"):
+            return Binary(self.name)
         return Listed(self.name) if self.kind in ("words", "messages", "texts", "labels", "numbers") else self.name
 
     @property
     def is_text(self) -> bool:
         """Whether it is what the model reads."""
-        return self.kind in ("text", "words", "messages")
+        return self.kind in ("text", "words", "messages", "image", "sound")
 
 
 def text_columns(config: DataConfig) -> tuple[Column, ...]:

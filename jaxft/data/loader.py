@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.data.apart import keep_apart
-from jaxft.data.batch import Fields, HostBatch, Shape, collate
+from jaxft.data.batch import Example, Fields, HostBatch, Shape, collate
 from jaxft.data.examples import Examples
+from jaxft.data.rendering import Rendering, lengths_of, rng_of
 from jaxft.parallel.sharding import AxisRules, batch_sharding
 
 _WINDOW = 50  # batches per window: wide enough for tight buckets, narrow enough to stay a good shuffle
@@ -43,11 +44,22 @@ class Batches:
     """(first, last + 1): which rows of each batch this process makes; None: all."""
     left_out: tuple[tuple[int, int], ...] = ()
     """(step, count): so many batches are left out before that of a step, which all later ones move up by."""
+    rendering: Rendering | None = None
+    """What examples are made by when they are wanted; None: they are stored as batches hold them."""
 
     def __post_init__(self) -> None:
-        longest = int(self.split.sizes("length").max())
+        longest = int(self._lengths.max())
         if longest > self.buckets[-1]:
             raise ValueError(f"{self.split.name}: a row of {longest} tokens is beyond {self.buckets}")
+
+    @property
+    def fields(self) -> Fields:
+        """Fields of a batch."""
+        return self.split.fields if self.rendering is None else self.rendering.fields
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return lengths_of(self.split)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,39 +72,53 @@ class Batches:
 
     def __getitem__(self, step: int) -> HostBatch:
         first, last = self.part or (0, self.batch_size)
-        shape = replace(self.shape_of(int(step)), rows=last - first)
-        return collate([self.split[i] for i in self.rows_of(int(step))[first:last]], self.split.fields, shape)
+        shape, epoch = replace(self.shape_of(int(step)), rows=last - first), self._place(int(step))[0]
+        return collate([self._example(i, epoch) for i in self.rows_of(int(step))[first:last]], self.fields, shape)
+
+    def _example(self, row: int, epoch: int) -> Example:
+        stored = self.split[row]
+        if self.rendering is None:
+            return stored
+        return self.rendering.rendered(stored, None if self.seed is None else rng_of(self.seed, epoch, int(row)))
 
     def shape_of(self, step: int) -> Shape:
         """The padded shape of the global batch of a step."""
-        longest = int(self.split.sizes("length")[self.rows_of(step)].max())
+        longest = int(self._lengths[self.rows_of(step)].max())
         return self._shape(bucket_of(longest, self.buckets))
 
     def rows_of(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of a step; fewer than ``batch_size`` in an epoch's last batch."""
-        moved = sum(count for first, count in self.left_out if step >= first)
-        epoch, index = divmod(step + moved, self.steps_per_epoch)
+        epoch, index = self._place(step)
         if self.seed is None:
             return _by_length(self)[index * self.batch_size : (index + 1) * self.batch_size]
         window, within = divmod(index, _WINDOW)
         return _window(self, epoch, window)[within]
 
+    def _place(self, step: int) -> tuple[int, int]:
+        """(epoch, batch of it) of a step."""
+        moved = sum(count for first, count in self.left_out if step >= first)
+        return divmod(step + moved, self.steps_per_epoch)
+
     def shapes(self) -> tuple[Shape, ...]:
         """The shapes that batches of this split can have."""
-        lengths = self.split.sizes("length")
+        lengths = self._lengths
         shortest, longest = (bucket_of(int(size), self.buckets) for size in (lengths.min(), lengths.max()))
         return tuple(self._shape(length) for length in self.buckets if shortest <= length <= longest)
 
     def _shape(self, length: int) -> Shape:
-        return Shape(self.batch_size, (("length", length), *self._other_sizes[length]))
+        named = any("length" in field.axes for field in self.fields.values())
+        fixed = () if self.rendering is None else tuple(self.rendering.sizes.items())
+        own = (("length", length),) if named else ()
+        return Shape(self.batch_size, (*own, *self._other_sizes[length], *fixed))
 
     @functools.cached_property
     def _other_sizes(self) -> dict[int, tuple[tuple[str, int], ...]]:
         """Axes besides ``length`` by bucket, with the most that any row has which fits there: rows that are short along one axis are often
         short along the others."""
-        axes = dict.fromkeys(axis for field in self.split.fields.values() for axis in field.axes[1:])
+        fixed = {} if self.rendering is None else self.rendering.sizes
+        axes = dict.fromkeys(axis for field in self.fields.values() for axis in field.axes[1:] if axis not in fixed)
         others = [(axis, self.split.sizes(axis)) for axis in axes if isinstance(axis, str) and axis != "length"]
-        lengths = self.split.sizes("length")
+        lengths = self._lengths
         return {
             bucket: tuple((axis, int(sizes.max(initial=1, where=lengths <= bucket))) for axis, sizes in others)
             for bucket in self.buckets
@@ -106,7 +132,7 @@ def _shuffled(rows: int, seed: int) -> grain.MapDataset[int]:
 
 @functools.lru_cache(maxsize=2)
 def _by_length(batches: Batches) -> np.ndarray:
-    return np.argsort(batches.split.sizes("length"), kind="stable")
+    return np.argsort(lengths_of(batches.split), kind="stable")
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,7 +146,7 @@ def _window(batches: Batches, epoch: int, window: int) -> list[np.ndarray]:
     rng = np.random.default_rng([seed, epoch, window])
     # A stable sort keeps the shuffled order among equal lengths. The short batch, if any, is cut at a random place: were it
     # always the longest rows, the epoch would end with the hardest ones.
-    members = members[np.argsort(batches.split.sizes("length")[members], kind="stable")]
+    members = members[np.argsort(lengths_of(batches.split)[members], kind="stable")]
     full, rest = divmod(len(members), size)
     sizes = [size] * full + ([rest] if rest else [])
     if rest:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jaxft.config import DataConfig
 from jaxft.data.labels import MOST_LABEL, label_text
+from jaxft.data.processors.image import decoded
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 
@@ -22,12 +23,20 @@ class RowRules:
     def __init__(self, config: DataConfig, columns: Sequence[Column], shown: str) -> None:
         self._config, self._shown = config, shown
         self._texts = tuple(column for column in columns if column.is_text)
-        read = ("text", "words", "messages", "texts")  # what the model reads; the task itself looks at further texts
+        read = (
+            "text",
+            "words",
+            "messages",
+            "texts",
+            "image",
+            "sound",
+        )  # what the model reads; the task itself looks at further texts
         self._labels = [(i, column.name, column.kind) for i, column in enumerate(columns) if column.kind not in read]
         # A task whose rows have several labels renames them itself.
         self._map = label_map(config.label_map) if any(kind == "label" for _, _, kind in self._labels) else {}
         self._mapped = dict.fromkeys(self._map, 0)
-        self._rows = self._kept = self._without_text = self._without_label = 0
+        self._media = [i for i, column in enumerate(columns) if column.kind in ("image", "sound")]
+        self._rows = self._kept = self._without_text = self._without_label = self._broken = 0
         self._any_text = False
 
     def kept(self, row: Row) -> Row | None:
@@ -42,6 +51,9 @@ class RowRules:
             self._without_text += 1
             return None
         check_texts(row, self._texts, cure="remove the row, or leave such rows out with data.missing_text=skip")
+        if self._config.broken_files == "skip" and any(is_broken(row.values[i], row.where) for i in self._media):
+            self._broken += 1
+            return None
         for i, name, kind in self._labels:
             value = row.values[i]
             if value is None or (not isinstance(value, list) and label_text(value) == ""):
@@ -93,10 +105,22 @@ class RowRules:
         for count, what in ((self._without_text, "text"), (self._without_label, "label")):
             if count:
                 yield f"{count} of {self._rows} rows have no {what} and are left out"
+        if self._broken:
+            yield f"{self._broken} of {self._rows} rows have a file that cannot be read and are left out"
         dropped = {label: self._mapped[label] for label, to in self._map.items() if to is None and self._mapped[label]}
         if dropped:
             said = listed(f"{label!r} ({count})" for label, count in dropped.items())
             yield f"{sum(dropped.values())} of {self._rows} rows are left out by data.label_map: {said}"
+
+
+def is_broken(value: object, where: str) -> bool:
+    """Whether a cell holds no image that can be decoded, nor the path of one."""
+    assert isinstance(value, bytes | str)
+    try:
+        decoded(value, "L", where)
+    except UserError:
+        return True
+    return False
 
 
 def label_map(declared: Mapping[str, str | None] | None) -> dict[str, str | None]:
@@ -118,7 +142,7 @@ def label_map(declared: Mapping[str, str | None] | None) -> dict[str, str | None
 
 def _holds_text(value: object) -> bool:
     """Whether a cell has something to read: a text that is not blank, or words."""
-    return bool(value) if isinstance(value, list) else not _is_missing(value) and bool(str(value).strip())
+    return bool(value) if isinstance(value, list | bytes) else not _is_missing(value) and bool(str(value).strip())
 
 
 def _is_missing(value: object) -> bool:
@@ -133,6 +157,10 @@ def check_texts(row: Row, columns: Sequence[Column], cure: str = "every row need
                 f"{row.where}: column {column.name!r} holds no text ({'null' if value is None else value}); {cure}"
             )
         if column.kind == "messages":
+            continue
+        if column.kind in ("image", "sound"):
+            if not value or not isinstance(value, str | bytes):
+                raise UserError(f"{row.where}: column {column.name!r} holds no {column.kind}; {cure}")
             continue
         words = column.kind == "words" and isinstance(value, list) and all(isinstance(one, str) for one in value)
         if not isinstance(value, str) and not words:

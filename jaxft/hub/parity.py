@@ -152,8 +152,10 @@ def outputs_of_reference(reference: Reference, batch: dict[str, np.ndarray]) -> 
 def outputs(model: Model, params: Params, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hidden states [B, S, D], and logits or the pooled vector [B, D] if the model has them, computed by us in float32."""
     ours = _apply(model.clone(compute=Compute()), params, batch)
+    # What the reference gives of images is not normalised.
+    hidden = ours.hidden if ours.hidden_states is None else ours.hidden_states[-1]
     named = {
-        "hidden states": ours.hidden,
+        "hidden states": hidden,
         "logits": ours.logits,
         "pooled": None if ours.logits is not None else ours.pooled,
     }
@@ -162,7 +164,8 @@ def outputs(model: Model, params: Params, batch: dict[str, np.ndarray]) -> dict[
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(model: Model, params: Params, batch: dict[str, np.ndarray]) -> Output:
-    return model.apply({"params": params}, **batch)
+    more = {} if "tokens" in model.facts.inputs else {"hidden_states": True}
+    return model.apply({"params": params}, **batch, **more)
 
 
 def compare(

@@ -34,7 +34,7 @@ from jaxft.hub.weights.numbers import QUANTISATION_KEYS, name_non_finite
 from jaxft.hub.weights.part import Part
 from jaxft.models.contract import Family, Model, architecture_of, classes_of, model_type_of
 from jaxft.models.initial import init_some, shapes_and_axes, spread
-from jaxft.models.layout import Layout
+from jaxft.models.layout import Layout, Rule
 from jaxft.parallel.sharding import shardings_of
 from jaxft.trees import Params, Shapes, Tree, leaves_of, nested, paths_of
 
@@ -120,7 +120,8 @@ def _seen(source: Source, model: Model, weights: Weights, shapes: Shapes, fresh_
     foreign = [] if source.foreign is None else [name for name in names if not name.startswith(layout.prefix)]
     deeper = _deeper_layers(names, layout, shapes) if source.changes else []
     spared = tuple(glob.escape(name) for name in (*foreign, *deeper))
-    layout = dataclasses.replace(layout, leftovers=(*layout.leftovers, *spared))
+    rules = _of_stored_grids(layout, source, model) if source.changes else layout.rules
+    layout = dataclasses.replace(layout, rules=rules, leftovers=(*layout.leftovers, *spared))
     return _Seen(
         Part(weights, without=hidden) if hidden else weights,
         layout,
@@ -128,6 +129,12 @@ def _seen(source: Source, model: Model, weights: Weights, shapes: Shapes, fresh_
         tuple(names[name] for name in deeper),
         whole=not fresh_head and model.head == source.head,
     )
+
+
+def _of_stored_grids(layout: Layout, source: Source, model: Model) -> tuple[Rule, ...]:
+    """The rows of the weight table; those of positions in two dimensions say how many the folder has of them."""
+    there = {rule.theirs: rule.grid for rule in source.family.hf_layout(source.stored, model.head).rules}
+    return tuple(dataclasses.replace(rule, stored=there.get(rule.theirs)) for rule in layout.rules)
 
 
 def _completed(
@@ -154,6 +161,9 @@ def _completed(
         initial = jax.jit(init_some, static_argnums=(0, 1))(model, got.fresh, jax.random.key(seed))
         flat |= {p: v if not placed else spread(v, placed[p]) for p, v in initial.items()}
         note(f"initialised afresh: {', '.join(got.fresh)}")
+    for rule in seen.layout.rules:
+        if rule.resampled:
+            note(f"{rule.theirs} is resampled from {rule.stored} to {rule.grid} places")
     for wanted, read in got.substituted:
         note(f"{read} is read for {wanted}")
     left = [name for name in (*seen.hidden, *got.unused) if name not in seen.quiet]
@@ -196,10 +206,11 @@ def check_changes(source: Source, head: str | None, note: Note) -> None:
     if not changes:
         return
     kept = head if head == source.head else None  # another head is made afresh, as the changes want it
-    stored = _layer_shapes(source.family.Model(source.stored, kept))
-    wanted = _layer_shapes(source.family.Model(source.config, kept))
+    family = source.family
+    stored, wanted = (_layer_shapes(family, family.Model(config, kept)) for config in (source.stored, source.config))
     if stored[1] != wanted[1]:
-        guilty = [key for key in changes if _layer_shapes(_changed(source, key, kept))[1] != stored[1]] or list(changes)
+        guilty = [key for key in changes if _layer_shapes(family, _changed(source, key, kept))[1] != stored[1]]
+        guilty = guilty or list(changes)
         was, asked = to_tree(source.stored), to_tree(source.config)
         told = ", ".join(f"{key}={asked[key]} (there: {was[key]})" for key in guilty)
         raise UserError(f"{source.folder}: the weights contradict {told}; leave it out")
@@ -220,9 +231,11 @@ def _changed(source: Source, key: str, head: str | None) -> Model:
     return source.family.Model(config, head)
 
 
-def _layer_shapes(model: Model) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """How many layers each stack of a model has, and the shape of each parameter, of layers that of one."""
-    leaves = leaves_of(*shapes_and_axes(model))
+def _layer_shapes(family: Family, model: Model) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """How many layers each stack of a model has, and the shape of each parameter that must be as it is stored, of layers that of one."""
+    rules = family.hf_layout(model.config, model.head).rules
+    resampled = {path for rule in rules if rule.grid is not None for path in rule.paths}
+    leaves = {path: leaf for path, leaf in leaves_of(*shapes_and_axes(model)).items() if path not in resampled}
     depths = {
         stack.path: max(leaf.layers or 0 for path, leaf in leaves.items() if path.startswith(f"{stack.path}/"))
         for stack in model.facts.stacks

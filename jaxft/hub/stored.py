@@ -68,6 +68,9 @@ class Stored:
         stored = self._read_rows(name, rows)
         if not is_finite(stored) and name not in self._non_finite:
             self._non_finite.append(name)
+        grid, there = self.rule.grid, self.rule.stored
+        if self.rule.resampled and grid is not None and there is not None:
+            stored = grid.resampled(stored, there)
         return self.rule.arrangement(len(shape)).to_ours(stored, shape)
 
     def _read_rows(self, name: str, rows: tuple[int, int] | None) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 from jax import Array
 from jaxtyping import PyTree
 
-from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary, has_tokenizer
+from jaxft.data.processors.opened import has_processor, open_processor
+from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.data.thresholds import beside
 from jaxft.errors import UserError, nearest
 from jaxft.hub.pretrained import check_changes, export_folder, load_params
@@ -28,8 +29,9 @@ class Loaded:
     model: Model
     """A Linen module: ``model.apply({"params": params}, **inputs)`` is an :class:`~jaxft.models.contract.Output`."""
     params: PyTree[Array]
-    tokenizer: Tokenizer | None
-    """None: the folder has no tokenizer files."""
+    tokenizer: Any
+    """Tokenizer, or :class:`~jaxft.data.processors.image.ImageProcessor` of a model that reads images; None: the folder has no files of
+    one."""
     labels: tuple[str, ...] | None
     source: Source
 
@@ -130,14 +132,17 @@ def load(
         source = dataclasses.replace(source, hf_config=hf_config, labels=None)
     model = source.family.Model(source.config, wanted, Compute() if compute is None else compute)
     params = load_params(source, model, note, fresh_head=fresh)
-    tokenizer = None
-    if has_tokenizer(source.folder):
-        facts = model.facts
-        tokenizer = Tokenizer(source.folder, max_length or facts.limit, facts.inputs, source.family_name)
-        check_vocabulary(tokenizer, facts.inputs)
+    processor, facts = None, model.facts
+    if not has_processor(source.folder, facts.inputs):
+        what = "preprocessor_config.json" if facts.processor == "image" else "tokenizer files"
+        note(f"{source.folder} has no {what}: the {'processor' if facts.processor == 'image' else 'tokenizer'} is None")
+    elif facts.processor == "text":
+        processor = Tokenizer(source.folder, max_length or facts.limit, facts.inputs, source.family_name)
+        check_vocabulary(processor, facts.inputs)
     else:
-        note(f"{source.folder} has no tokenizer files: the tokenizer is None")
-    return Loaded(model, params, tokenizer, source.labels if labels is None else tuple(labels), source)
+        stored = source.family.facts(source.stored).inputs if source.changes else None
+        processor = open_processor(source.folder, None, facts.inputs, source.family_name, stored)
+    return Loaded(model, params, processor, source.labels if labels is None else tuple(labels), source)
 
 
 def _class_count(labels: Sequence[str], arch: Mapping[str, object]) -> int:

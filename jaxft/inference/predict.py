@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +21,13 @@ from jaxft.config import RunConfig, TaskConfig, load_config, run_config
 from jaxft.config.read import stored_tree
 from jaxft.config.stored import RunMeta, as_today, checked_meta, said_by, wrong_best
 from jaxft.config.tasks import task_options
-from jaxft.data.batch import collate, text_shape
+from jaxft.data.batch import Fields, Shape, collate, text_shape
 from jaxft.data.examples import Encoded
 from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
-from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabulary, has_tokenizer
+from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.opened import as_text, fresh_processor, has_processor, open_processor, reads_images
+from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabulary
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.files import JsonObject
@@ -53,7 +53,6 @@ from jaxft.training.step import forward_of
 
 BEST = "best"
 """A threshold that is not given, but stored with the model."""
-T = TypeVar("T")
 Answers = Callable[[Sequence[Row]], list[tuple[Answer, bool]]]
 """Answers to rows in their order, each with whether something of the row was cut off."""
 Predict = Callable[[Sequence[Row]], list[list[tuple[Encoded, dict[str, np.ndarray]]]]]
@@ -75,7 +74,8 @@ class Served:
     family_name: str
     model: Model
     params: PyTree[Array]
-    tokenizer: Tokenizer
+    processor: Processor
+    """Tokenizer, or what makes images."""
     labels: tuple[str, ...]
     """Label names in the order of class ids; empty where the head has no classes."""
     hf_config: dict[str, object]
@@ -84,6 +84,15 @@ class Served:
     """Called with a line for what had to be guessed."""
     folder: Path
     """Where its weights are."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a model that reads texts.
+
+        Raises:
+          UserError: it reads something else.
+        """
+        return as_text(self.processor)
 
     def module(self) -> tasks.TaskModule:
         """The module of the task that the model's head is for.
@@ -108,7 +117,7 @@ class Served:
 
     def config_for(self, module: TaskModule) -> RunConfig:
         """The configuration with the task's options: the run's, or the usual ones if no run of this task made the model."""
-        name, folder, note = self.config.task.name, Path(self.tokenizer.folder), self.note
+        name, folder, note = self.config.task.name, Path(self.processor.folder), self.note
         of_run = tasks.task(name) is module
         options = tasks.adopted(self.config.task, folder, note) if of_run else _options_of(module, folder, note)
         return dataclasses.replace(self.config, task=options)
@@ -128,7 +137,7 @@ class Served:
             unweighted: JsonObject = {"class_weights": "none"}
             options = dataclasses.replace(options, **unweighted)
         targets = tasks.Targets(self.labels, problem=tasks.problem_of(module))
-        made: Any = module.make_task(options, targets, self.model.facts, self.tokenizer)
+        made: Any = module.make_task(options, targets, self.model.facts, self.processor)
         for name, value in changes.items():
             if value is None:
                 continue
@@ -185,7 +194,8 @@ def _from_folder(
     if head is not None and source.family.HEADS[head].classes and not labels:
         labels = tuple(f"LABEL_{i}" for i in range(classes_of(source.config) or 0))
     folder = source.folder if config.data.tokenizer is None else resolve_folder(config.data.tokenizer)
-    if stated_length and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
+    texts = model.facts.processor == "text"
+    if stated_length and texts and (stated := Tokenizer(folder, model_type=source.family_name).stated_length):
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=stated))
     hf_config = source.hf_config
     return _served(config, source.family_name, model, params, folder, labels, hf_config, devices, note, source.folder)
@@ -222,7 +232,7 @@ def restored(
     _warn_of_wrong_best(meta["config"], note)
     model = family.Model(arch, meta["head"], _compute(config, devices_asked_for(overrides)))
     named = any(override.startswith("data.tokenizer=") for override in overrides)
-    tokenizer = _tokenizer_of(folder, meta, config, note, named=named)
+    tokenizer = _tokenizer_of(folder, meta, config, model.facts.inputs, note, named=named)
     if config.model.lora.rank is not None:
         whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
         params = adapters.merged(whole, config.model.lora.alpha)
@@ -235,8 +245,9 @@ def restored(
     return config, meta["family"], model, params, tokenizer, tuple(meta["labels"]), hf_config
 
 
-def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, note: Note, *, named: bool) -> Path:
-    """The tokenizer's folder of a checkpoint: as ``named`` by the user, where the run had it, or what the run named then."""
+def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, inputs: Fields, note: Note, *, named: bool) -> Path:
+    """The folder of a checkpoint's tokenizer, or of what makes images: as ``named`` by the user, where the run had it, or what the run
+    named then."""
     if named and config.data.tokenizer is not None:
         found: Path | None = resolve_folder(config.data.tokenizer)
     else:
@@ -248,10 +259,12 @@ def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, note: Note, *,
         note(f"{meta['tokenizer']} is gone; the tokenizer of {reference} is used")
         found = resolve_folder(reference)
     then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
-    if then is not None and has_tokenizer(found) and Tokenizer(found, model_type=meta["family"]).digest() != then:
-        note(
-            f"warning: {found}: the tokenizer has changed since the run: it gives other ids than the model was trained on"
-        )
+    there = then is not None and has_processor(found, inputs)
+    if there and open_processor(found, None, inputs, meta["family"]).digest() != then:
+        what = "the tokenizer has changed since the run: it gives other ids"
+        if reads_images(inputs):
+            what = "what makes images has changed since the run: it gives other pixels"
+        note(f"warning: {found}: {what} than the model was trained on")
     return found
 
 
@@ -294,12 +307,16 @@ def _served(
     note: Note,
     folder: Path,
 ) -> Served:
-    limit = model.facts.limit
-    length = config.data.max_length
-    tokenizer = Tokenizer(tokenizer_folder, length if limit is None else min(length, limit), model_type=family)
-    check_vocabulary(tokenizer, model.facts.inputs, paired=config.data.text_pair is not None)
+    facts, length = model.facts, config.data.max_length
+    length = length if facts.limit is None else min(length, facts.limit)
+    if config.model.init is None and not has_processor(tokenizer_folder, facts.inputs) and reads_images(facts.inputs):
+        processor = fresh_processor(tokenizer_folder, facts.inputs)  # of a run from random weights
+    else:
+        processor = open_processor(tokenizer_folder, length, facts.inputs, family)
+    if isinstance(processor, Tokenizer):
+        check_vocabulary(processor, facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")
-    return Served(config, family, model, params, tokenizer, labels, hf_config, devices, _once(note), folder)
+    return Served(config, family, model, params, processor, labels, hf_config, devices, _once(note), folder)
 
 
 def make_answerer(served: Served, batch_size: int, **changes: object) -> Answers:
@@ -333,10 +350,11 @@ def make_predictor(served: Served, batch_size: int, **changes: object) -> tuple[
         instead = "jaxft generate writes its texts" if served.model.facts.writes else "jaxft eval scores it"
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; {instead}")
     task = cast(Answering, made)
-    config, tokenizer = settled(served.config_for(module), module), served.tokenizer
-    fields, ways = module.fields(config, tokenizer.pad_id), served.devices.batch_ways
+    config, processor = settled(served.config_for(module), module), served.processor
+    fields, ways = module.fields(config, processor.pad_id), served.devices.batch_ways
+    rendering = tasks.rendering_of(module, config, processor)
     served.devices.check_batch("--batch-size", batch_size)
-    buckets = make_buckets(None, (tokenizer.max_length or 512) * tasks.texts_of_row(config.task))
+    buckets = make_buckets(None, (processor.max_length or 512) * tasks.texts_of_row(config.task))
 
     def asked(params: PyTree[Array], batch: Batch) -> Batch:
         return task.predictions(forward_of(served.model, params), batch)
@@ -344,66 +362,30 @@ def make_predictor(served: Served, batch_size: int, **changes: object) -> tuple[
     predictions = served.devices.compiled(asked, fields)
 
     def computed(encoded: Sequence[Encoded]) -> list[dict[str, np.ndarray]]:
-        lengths = [len(one.example["tokens"]) for one in encoded]
+        lengths = [len(one.example["tokens"]) if rendering is None else 1 for one in encoded]
         order, found = sorted(range(len(encoded)), key=lengths.__getitem__), {}
-        there = {name: f for name, f in fields.items() if f.value is not None or name in encoded[0].example}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             size = min(batch_size, -(-(1 << (len(chosen) - 1).bit_length()) // ways) * ways)
             shape = text_shape(size, bucket_of(lengths[chosen[-1]], buckets))
-            made = jax.device_get(
-                predictions(served.params, collate([encoded[i].example for i in chosen], there, shape))
-            )
+            examples = [encoded[i].example for i in chosen]
+            if rendering is not None:
+                shape = Shape(size, tuple(rendering.sizes.items()))
+                examples = [rendering.rendered(one, None) for one in examples]
+            there = {name: f for name, f in fields.items() if f.value is not None or name in examples[0]}
+            made = jax.device_get(predictions(served.params, collate(examples, there, shape)))
             found |= {i: {name: value[k] for name, value in made.items()} for k, i in enumerate(chosen)}
         return [found[i] for i in range(len(encoded))]
 
     def predict(rows: Sequence[Row]) -> list[list[tuple[Encoded, dict[str, np.ndarray]]]]:
         if not rows:
             return []
-        check_types(tokenizer, served.model.facts.inputs, paired=len(rows[0].values) == 2)
-        encoded = list(module.encode(rows, tokenizer, None, config))
+        if isinstance(processor, Tokenizer):
+            check_types(processor, served.model.facts.inputs, paired=len(rows[0].values) == 2)
+        encoded = list(module.encode(rows, processor, None, config))
         parts: list[list[tuple[Encoded, dict[str, np.ndarray]]]] = [[] for _ in rows]
         for one, outputs in zip(encoded, computed(encoded), strict=True):
             parts[one.row].append((one, outputs))
         return parts
 
     return task, predict
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to ``size`` items, in order; a slow producer (a pipe, a person) is not waited for: what is there is given."""
-    todo: queue.Queue[T | _End] = queue.Queue(maxsize=4 * size)
-
-    def produce() -> None:
-        try:
-            for item in items:
-                todo.put(item)
-            todo.put(_End())
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            todo.put(_End(error))
-
-    threading.Thread(target=produce, daemon=True).start()
-    while True:
-        chunk: list[T] = []
-        item = todo.get()
-        while not isinstance(item, _End):
-            chunk.append(item)
-            if len(chunk) == size:
-                break
-            try:
-                item = todo.get_nowait()
-            except queue.Empty:
-                break
-        if chunk:
-            yield chunk
-        if isinstance(item, _End):
-            if item.error is not None:
-                raise item.error
-            return
-
-
-@dataclass(frozen=True)
-class _End:
-    """What follows the last item: nothing, or why there is no other one."""
-
-    error: BaseException | None = None

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType
-from jaxtyping import Integer, PRNGKeyArray
+from jaxtyping import PRNGKeyArray, Shaped
 
 from jaxft.errors import UserError, nearest
 
@@ -16,6 +16,7 @@ Array = jax.Array
 
 _THEIRS = {
     "input_ids": "tokens",
+    "pixel_values": "pixels",
     "attention_mask": "mask",
     "token_type_ids": "types",
     "position_ids": "positions",
@@ -28,7 +29,7 @@ _THEIRS = {
 
 def checked_call(
     module: nn.Module,
-    tokens: Integer[Array | np.ndarray, "B S"],
+    given: Shaped[Array | np.ndarray, "*shape"],
     key: PRNGKeyArray | None,
     unknown: Mapping[str, object],
     names: Sequence[str],
@@ -36,6 +37,7 @@ def checked_call(
     """The dropout key of a model's call: ``key``, or what Linen was given as ``rngs={"dropout": ...}``; None: no dropout.
 
     Args:
+      given: what the model reads: tokens, say.
       unknown: keyword arguments that the model does not have. names: those that it has.
 
     Raises:
@@ -43,7 +45,7 @@ def checked_call(
     """
     for name in unknown:
         raise UserError(f"{type(module).__module__}.Model takes no {name}=: {_instead(name, names)}")
-    _refuse_explicit(tokens)
+    _refuse_explicit(given)
     if not module.has_rng("dropout"):
         return key
     if key is not None:
@@ -59,9 +61,9 @@ def _instead(name: str, names: Sequence[str]) -> str:
     return nearest(name, names)
 
 
-def _refuse_explicit(tokens: Array | np.ndarray) -> None:
+def _refuse_explicit(given: Array | np.ndarray) -> None:
     """Where axes are explicit, look-ups, products and attention would each have to be told where their results lie."""
-    meshes = (jax.typeof(tokens).sharding.mesh, jax.sharding.get_abstract_mesh())
+    meshes = (jax.typeof(given).sharding.mesh, jax.sharding.get_abstract_mesh())
     for mesh in meshes:
         if not mesh.empty and mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
             axes = ", ".join(mesh.axis_names)

@@ -123,6 +123,21 @@ def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[B
     return halves < keep, np.float32(65536 / keep)
 
 
+ALWAYS = 1 << 16
+"""How often :func:`drop_rows` keeps a row that it always keeps."""
+
+
+def drop_rows(x: Float[Array, "*shape"], kept: Integer[Array, ""], key: PRNGKeyArray) -> Float[Array, "*shape"]:
+    """Zeroes rows, whole, and scales the rest by how many there are (stochastic depth, Huang et al. 2016).
+
+    Args:
+      kept: how often a row is kept, in parts of :data:`ALWAYS`; an array, so that layers of a scan may differ.
+    """
+    drawn = jax.random.bits(key, (len(x), *(1,) * (x.ndim - 1)), jnp.uint32) >> 16
+    scale = (ALWAYS / kept.astype(jnp.float32)).astype(x.dtype)
+    return jnp.where(drawn < kept, x * scale, jnp.zeros_like(x))
+
+
 def subkey(key: PRNGKeyArray | None, index: int | Integer[Array, ""]) -> PRNGKeyArray | None:
     """The ``index``-th independent key below ``key``; None stays None (deterministic evaluation)."""
     return None if key is None else jax.random.fold_in(key, index)

@@ -11,7 +11,7 @@ _HEADS = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What the reference calls attention with rotary positions and a gated MLP, by layer."""
+    """What the reference calls attention and MLP, by layer."""
 
     layer: str
     """Name of one layer, for instance ``model.layers.{layer}``."""
@@ -19,10 +19,10 @@ class BlockNames:
     """Names of queries, keys and values; one name: a tensor that holds them all, as rows."""
     out: str
     wide: tuple[str, ...]
-    """Names of the MLP's first two maps; one name: a tensor that holds both, as rows."""
+    """Names of the MLP's maps before the last one; one name for two: a tensor that holds both, as rows."""
     down: str
-    order: tuple[str, str] = ("gate", "up")
-    """Which of these two comes first."""
+    order: tuple[str, ...] = ("gate", "up")
+    """Which of these two comes first; ``("up",)``: the MLP is not gated."""
     heads_apart: tuple[str, ...] = ()
     """What some files call queries, keys and values where they do not hold them together."""
     wide_apart: tuple[str, ...] = ()

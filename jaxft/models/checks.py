@@ -17,15 +17,10 @@ MOST_PARAMETERS = 1 << 42
 """Parameters of a model: above any that has been trained."""
 
 
-class _Tokens(Protocol):
+class _Config(Protocol):
     """A Config, as far as every family has its fields."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
 
 
 def check_layers(count: int) -> None:
@@ -43,12 +38,12 @@ def check_parameters(count: int) -> None:
 
 
 def check_fields(
-    config: _Tokens, sizes: tuple[str, ...], rates: tuple[str, ...] = (), activations: tuple[str, ...] = ()
+    config: _Config, sizes: tuple[str, ...], rates: tuple[str, ...] = (), activations: tuple[str, ...] = ()
 ) -> None:
     """Refuses fields out of range; None is a default that the Config knows.
 
     Args:
-      config: with fields ``vocab_size`` and ``pad_token_id`` besides those named.
+      config: with the fields named; ``pad_token_id``, if it has one, must be an id of its ``vocab_size``.
       sizes: fields that must be 1 or more.
       rates: fields of dropout rates.
       activations: fields that name an activation.
@@ -66,8 +61,9 @@ def check_fields(
     for name in sizes:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"model.arch: {name}={getattr(config, name)} must be at least 1")
-    if config.pad_token_id is not None and not -config.vocab_size <= config.pad_token_id < config.vocab_size:
-        raise UserError(f"model.arch: pad_token_id={config.pad_token_id} is not among {config.vocab_size} tokens")
+    padding, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
+    if padding is not None and tokens is not None and not -tokens <= padding < tokens:
+        raise UserError(f"model.arch: pad_token_id={padding} is not among {tokens} tokens")
     for name in rates:
         if not 0.0 <= (getattr(config, name) or 0.0) < 1.0:
             raise UserError(f"model.arch: {name}={getattr(config, name)} must lie in 0..1")

@@ -102,6 +102,8 @@ class Stack:
     """The axis of a batch whose tokens go through them."""
     looks_at: str | None = None
     """The axis of a batch that each layer looks at besides; None: none."""
+    tokens: int | None = None
+    """Tokens that a row has in them, where no axis of a batch says so (patches of images of one size)."""
 
     @property
     def own(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -26,7 +27,7 @@ def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
     Raises:
       UserError: it would have more parameters than any model.
     """
-    example = smallest_batch(model.facts)
+    example = smallest(model)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
     quick = initialisable(model, layers="scanned")
     with no_mesh():  # the example is too small to be split
@@ -61,9 +62,14 @@ def initialisable(model: M, layers: Literal["unrolled", "scanned"] | None = None
     return model.clone(compute=dataclasses.replace(how, attention="xla"))
 
 
+def smallest(model: Model) -> dict[str, jax.Array]:
+    """What a model can be initialised with."""
+    return {name: jnp.asarray(value) for name, value in smallest_batch(model.facts).items()}
+
+
 def _init(model: Model, key: jax.Array) -> Params:
     with no_mesh():  # the example is too small to be split
-        return unlabel(initialisable(model).init(key, **smallest_batch(model.facts))["params"])[0]
+        return unlabel(initialisable(model).init(key, **smallest(model))["params"])[0]
 
 
 def spread(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Shaped
 
+from jaxft.models.grids import Grid
 from jaxft.models.patterns import Pattern, parsed, unchanged
 
 _CHUNK = 1 << 20  # elements looked at together: what is made on the way stays small beside the tensor
@@ -67,6 +68,15 @@ class Rule:
     """How many layers of ours have one number there, and are told apart by ``{inner}`` in its name."""
     turned: bool = False
     """Their tensor, a matrix, is the transpose of what the pattern says, and several of ours are its columns (`Conv1D`)."""
+    grid: Grid | None = None
+    """It is a table of positions in two dimensions, as large as this."""
+    stored: Grid | None = None
+    """How large the table in the file is, which is resampled where that is another size; None: as ``grid``."""
+
+    @property
+    def resampled(self) -> bool:
+        """Whether what is read is not yet what is wanted."""
+        return self.grid is not None and self.stored is not None and self.grid != self.stored
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -117,6 +127,8 @@ class Rule:
 
     def in_file(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of their tensor in a file, from that of :meth:`parts`."""
+        if self.resampled and self.stored is not None:
+            return (shape[0], self.stored.places, *shape[2:])
         return shape[::-1] if self.turned else shape
 
     def parts(self, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, int]]]:

@@ -38,6 +38,11 @@ DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("predicted", ()),
     ("target", ()),
     ("texts", ()),
+    ("height", ()),
+    ("width", ()),
+    ("channels", ()),
+    ("frames", ()),
+    ("bins", ()),
     ("act_embed", ()),
     ("act_heads", ("tensor",)),
     ("act_kv_heads", ("tensor",)),
@@ -52,6 +57,7 @@ DEFAULT_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pooled", ()),
     ("positions", ()),
     ("types", ()),
+    ("channels", ()),
     ("classes", ()),
     ("norm", ()),
 )
@@ -314,7 +320,19 @@ def check_split(
 
 
 # Logical names that only parameters have.
-_PARAMETER_NAMES = ("layers", "embed", "heads", "kv_heads", "mlp", "vocab", "pooled", "positions", "types", "classes")
+_PARAMETER_NAMES = (
+    "layers",
+    "embed",
+    "heads",
+    "kv_heads",
+    "mlp",
+    "vocab",
+    "pooled",
+    "positions",
+    "types",
+    "channels",
+    "classes",
+)
 
 
 def path_text(path: tuple[object, ...]) -> str:

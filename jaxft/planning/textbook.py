@@ -75,7 +75,8 @@ def _local_tokens(recipe: Recipe, rows: int, length: int) -> float:
 def _tokens_of(recipe: Recipe, rows: int, length: int, stack: Stack) -> float:
     """Tokens per device that go through a stack."""
     rules, sizes = recipe.model.compute.rules, dict(recipe.shape(rows, length).sizes)
-    return rows * sizes.get(stack.axis, 1) / ways(recipe.mesh, rules, "batch") / ways(recipe.mesh, rules, stack.axis)
+    count = sizes.get(stack.axis, 1) if stack.tokens is None else stack.tokens
+    return rows * count / ways(recipe.mesh, rules, "batch") / ways(recipe.mesh, rules, stack.axis)
 
 
 def _of_tensor(recipe: Recipe, rows: int, length: int) -> float:

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from jaxft.config import TaskConfig
+from jaxft.config import RunConfig, TaskConfig
 from jaxft.config.outside import outside_module
+from jaxft.data.batch import Fields
 from jaxft.data.corpus.reading import Rewriting
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor, TextProcessor
+from jaxft.data.rendering import Rendering
 from jaxft.errors import UserError, nearest
+from jaxft.models.contract import Modality
 from jaxft.tasks._scores import collected, is_better, mistakes, remarks, reported, scalar, scores, scores_rows
 from jaxft.tasks.contract import Note, Targets, Task, TaskModule
 
@@ -27,14 +30,17 @@ __all__ = [
     "is_better",
     "metric_of",
     "mistakes",
+    "modality_of",
     "problem_of",
     "remarks",
+    "rendering_of",
     "reported",
     "rewriting",
     "scalar",
     "scores",
     "scores_rows",
     "sizes_of",
+    "stored_fields",
     "task",
     "task_of_head",
     "tasks",
@@ -70,6 +76,24 @@ def texts_of_row(options: TaskConfig) -> int:
     ``texts_of_row(options)``."""
     made = getattr(task(options.name), "texts_of_row", None)
     return 1 if made is None else made(options)
+
+
+def modality_of(module: TaskModule) -> Modality:
+    """What its rows are made of: texts, if the module does not say ``PROCESSOR``."""
+    return getattr(module, "PROCESSOR", "text")
+
+
+def rendering_of(module: TaskModule, config: RunConfig, processor: Processor) -> Rendering | None:
+    """What a task's examples are made by when they are wanted, if its module defines ``rendering(config, processor)``; None: rows are
+    stored as batches hold them."""
+    made = getattr(module, "rendering", None)
+    return None if made is None else made(config, processor)
+
+
+def stored_fields(module: TaskModule, config: RunConfig, processor: Processor) -> Fields:
+    """The fields that a task's rows are stored with, each alone."""
+    rendering = rendering_of(module, config, processor)
+    return module.fields(config, processor.pad_id) if rendering is None else rendering.stored
 
 
 def adopted(options: TaskConfig, folder: Path, note: Note) -> TaskConfig:

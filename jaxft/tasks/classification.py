@@ -113,7 +113,16 @@ class Task:
 
     def weight(self, batch: Batch) -> Array:
         """The total weight of a batch: what the summed loss is divided by."""
-        return _row_weights(batch, self.class_weights).sum()
+        return self.row_weights(batch).sum()
+
+    def row_weights(self, batch: Batch) -> Array:
+        """[B] what each row counts ([B, E] of packed ones)."""
+        return of_labels(batch["weights"], batch["labels"], self.class_weights)
+
+    def losses(self, logits: Array, batch: Batch) -> Array:
+        """[B] the loss of each row ([B E] of packed ones)."""
+        labels = by_text(batch["labels"])
+        return cross_entropy(logits, labels, self.label_smoothing, self.class_weights, self.focal_gamma)
 
     def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
         """``loss``, ``weight`` (scalars), ``true``, ``predicted`` and ``correct`` [C] rows per class summed over a batch.
@@ -122,7 +131,7 @@ class Task:
         batch) add nothing.
         """
         logits, labels = logits_by_text(forward(batch, key)), by_text(batch["labels"])
-        loss = cross_entropy(logits, labels, self.label_smoothing, self.class_weights, self.focal_gamma)
+        loss = self.losses(logits, batch)
         count = by_text(batch["weights"])
         true, predicted = (jax.nn.one_hot(ids, len(self.labels)) for ids in (labels, self._predicted(logits)))
         counted = true * count[:, None]
@@ -321,10 +330,9 @@ def cross_entropy(
     return -(target * scale * focal(logp, gamma)).sum(-1)
 
 
-def _row_weights(batch: Batch, class_weights: tuple[float, ...] | None) -> Array:
-    if class_weights is None:
-        return batch["weights"]
-    return batch["weights"] * jnp.asarray(class_weights, jnp.float32)[batch["labels"]]
+def of_labels(weights: Array, labels: Array, class_weights: tuple[float, ...] | None) -> Array:
+    """Weights of rows times those of their classes."""
+    return weights if class_weights is None else weights * jnp.asarray(class_weights, jnp.float32)[labels]
 
 
 def _rounded(probability: np.floating) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,57 +17,21 @@ from jaxft.config import DataConfig, LogConfig, RunConfig, TaskConfig
 from jaxft.data.batch import Field, Fields, text_fields
 from jaxft.data.encode import Column, encode_texts, label_column, text_columns
 from jaxft.data.examples import Encoded, Split
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor, TextProcessor
 from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Facts, Model, Output
 from jaxft.trees import Params
 
 Array = jax.Array
+P = TypeVar("P", bound=Processor, contravariant=True)
+"""What makes arrays of a task's rows: a tokenizer, or what makes images."""
 
-__all__ = [
-    "Accompanied",
-    "Answer",
-    "Answering",
-    "Arrays",
-    "Batch",
-    "Biased",
-    "Column",
-    "Comparing",
-    "DataConfig",
-    "Deciding",
-    "Encoded",
-    "Exhaustive",
-    "Facts",
-    "Field",
-    "Fields",
-    "Forward",
-    "Grading",
-    "Judging",
-    "Note",
-    "Output",
-    "Partial",
-    "Passage",
-    "Remarking",
-    "Reporting",
-    "Row",
-    "RunConfig",
-    "Sample",
-    "Sampler",
-    "Sampling",
-    "ScoringRows",
-    "Split",
-    "Sums",
-    "Targets",
-    "Task",
-    "TaskConfig",
-    "TaskModule",
-    "TextProcessor",
-    "Writing",
-    "encode_texts",
-    "label_column",
-    "text_columns",
-    "text_fields",
-]
+__all__ = ["Accompanied", "Answer", "Answering", "Arrays", "Batch", "Biased", "Column", "Comparing"]
+__all__ += ["DataConfig", "Deciding", "Encoded", "Exhaustive", "Facts", "Field", "Fields", "Forward", "Grading"]
+__all__ += ["Judging", "Mixing", "Note", "Output", "Partial", "Passage", "Remarking", "Reporting", "Row"]
+__all__ += ["RunConfig", "Sample", "Sampler", "Sampling", "ScoringRows", "Split", "Sums", "Targets", "Task"]
+__all__ += ["TaskConfig", "TaskModule", "TextProcessor", "Writing", "encode_texts", "label_column"]
+__all__ += ["text_columns", "text_fields"]
 """What a task from outside of jaxft is made of (docs/api.md)."""
 Batch = dict[str, Array]
 Sums = dict[str, Array]
@@ -295,6 +259,14 @@ class Comparing(Protocol):
         ...
 
 
+class Mixing(Protocol):
+    """What a task has besides if rows of a training batch are mixed with each other, after :meth:`Task.prepare`."""
+
+    def mixed(self, batch: Batch, key: Array) -> Batch:
+        """A prepared training batch, whole, with its rows mixed."""
+        ...
+
+
 class Partial(Protocol):
     """What a task has besides if there are parameters of its head's model that its loss never reads."""
 
@@ -355,8 +327,9 @@ class Remarking(Protocol):
         ...
 
 
-class TaskModule(Protocol):
-    """A module of ``jaxft.tasks``, or of another package. Its options are a class of ``jaxft/config/tasks``, or its ``Config``."""
+class TaskModule(Protocol[P]):
+    """A module of ``jaxft.tasks``, or of another package. Its options are a class of ``jaxft/config/tasks``, or its ``Config``. One whose
+    rows are no texts says ``PROCESSOR`` (``"image"``), and is given what makes their arrays as its tokenizer."""
 
     @property
     def Task(self) -> Any:
@@ -400,7 +373,7 @@ class TaskModule(Protocol):
         ...
 
     def encode(
-        self, rows: Iterable[Row], tokenizer: TextProcessor, targets: Targets | None, config: RunConfig
+        self, rows: Iterable[Row], tokenizer: P, targets: Targets | None, config: RunConfig, /
     ) -> Iterator[Encoded]:
         """The examples of rows, in their order; of rows without labels where ``targets`` is None. Rows are read as examples are
         asked for: they need not be in memory."""
@@ -410,6 +383,6 @@ class TaskModule(Protocol):
         """The fields of its batches, of one text a row."""
         ...
 
-    def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> _Task:
+    def make_task(self, options: Any, targets: Targets, facts: Facts, tokenizer: P, /) -> _Task:
         """The task of a run; ``options`` are of its own type."""
         ...

@@ -21,16 +21,18 @@ from jaxft.data.encode import checked_rows
 from jaxft.data.examples import Split
 from jaxft.data.held_out import Strata
 from jaxft.data.lengths import lengths_text
-from jaxft.data.processors.contract import TextProcessor
-from jaxft.data.processors.tokenizer import check_vocabulary
+from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.rendering import has_lengths
 from jaxft.data.sources.read import Reference, Row, files_of, shown
 from jaxft.errors import UserError
 from jaxft.files import JsonObject, refuse_existing
 from jaxft.hub.source import Note, Source
 from jaxft.tasks import TaskModule
+from jaxft.training.processors import processor_of
 from jaxft.training.recipe import open_start
 from jaxft.training.rows import cached, counts_of, label_index, made_of, shares_of, stored_targets
-from jaxft.training.setup import open_tokenizer, settled
+from jaxft.training.setup import settled
 
 _SECONDS_BETWEEN_WORDS = 5.0
 _SPLITS = ("train", "eval", "test")
@@ -62,10 +64,10 @@ def build_caches(config: RunConfig, out: Path, note: Note) -> tuple[Path, ...]:
             raise UserError(f"{key}={shown(reference)} is a token cache already; name the rows themselves")
     _make_room(out, [out / name for name in _SPLITS], note)
     source = open_start(config, note)
-    tokenizer = open_tokenizer(config, source)
-    if source is not None:
-        check_vocabulary(tokenizer, source.family.facts(source.config).inputs, paired=config.data.text_pair is not None)
-    build = _Build(config, module, tokenizer, source, note)
+    processor = processor_of(config, source)
+    if source is not None and isinstance(processor, Tokenizer):
+        check_vocabulary(processor, source.family.facts(source.config).inputs, paired=config.data.text_pair is not None)
+    build = _Build(config, module, processor, source, note)
     parts = build.parts()
     folders = {name: out / name for name in parts}
     try:
@@ -95,9 +97,11 @@ def _make_room(out: Path, folders: Sequence[Path], note: Note) -> None:
 class _Rows:
     """Rows of a source, read anew each time that they are asked for."""
 
-    def __init__(self, reference: Reference, read: Callable[[Reference, Note], Iterator[Row]], note: Note) -> None:
-        self.reference, self._read, self._note = reference, read, note
-        self.files = _identity(reference)
+    def __init__(
+        self, reference: Reference, read: Callable[[Reference, Note], Iterator[Row]], note: Note, *, media: bool
+    ) -> None:
+        self.reference, self._read, self._note, self._media = reference, read, note, media
+        self.files = _identity(reference, media=media)
 
     def __iter__(self) -> Iterator[Row]:
         note, self._note = self._note, lambda text: None  # what is found out about files is said once
@@ -106,7 +110,9 @@ class _Rows:
     def chosen(self, mask: np.ndarray | None) -> Iterator[Row]:
         """The rows for which a mask [rows] is true; None: every row."""
         yield from self if mask is None else compress(self, mask)
-        if (now := _identity(self.reference, hashed=False)) != [one | {"sha256": None} for one in self.files]:
+        if (now := _identity(self.reference, hashed=False, media=self._media)) != [
+            one | {"sha256": None} for one in self.files
+        ]:
             changed = next((a["path"] for a, b in zip(self.files, now, strict=False) if a["size"] != b["size"]), "")
             raise UserError(f"{shown(self.reference)}: {changed} has changed while it was read; build the cache again")
 
@@ -115,9 +121,9 @@ class _Build:
     """What the caches of one run have in common."""
 
     def __init__(
-        self, config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
+        self, config: RunConfig, module: TaskModule, processor: Processor, source: Source | None, note: Note
     ) -> None:
-        self._config, self._module, self._tokenizer, self._source, self._note = config, module, tokenizer, source, note
+        self._config, self._module, self._processor, self._source, self._note = config, module, processor, source, note
         self._columns = module.columns(config)
 
     def parts(self) -> dict[str, _Part]:
@@ -154,31 +160,38 @@ class _Build:
                 "data.train=-: standard input can be read once only, and a cache needs it twice; name a file"
             )
         data, columns = self._config.data, self._columns
-        return _Rows(reference, lambda one, note: checked_rows(one, data, columns, note, grouped=True), self._note)
+        media = any(column.kind in ("image", "sound") for column in columns)
+
+        def read(one: Reference, note: Note) -> Iterator[Row]:
+            return checked_rows(one, data, columns, note, grouped=True)
+
+        return _Rows(reference, read, self._note, media=media)
 
     def write(self, folder: Path, part: _Part) -> None:
         """Writes one cache."""
         rows, mask = part
         total = None if mask is None else int(mask.sum())
-        config, module, tokenizer = self._config, self._module, self._tokenizer
-        fields = module.fields(config, tokenizer.pad_id)
+        config, module, processor = self._config, self._module, self._processor
+        fields = tasks.stored_fields(module, config, processor)
         pace = _Pace(folder.name, total, self._note)
-        encoded = module.encode(pace.counted(rows.chosen(mask)), tokenizer, self.targets, config)
+        encoded = module.encode(pace.counted(rows.chosen(mask)), processor, self.targets, config)
 
         def about(split: Split) -> dict[str, object]:
             targets = dataclasses.replace(self.targets, counts=counts_of(split, self.targets.labels), rows=len(split))
             return {
                 "rows": pace.rows,
                 "targets": dataclasses.asdict(targets),
-                "tokenizer": str(tokenizer.folder),
+                "tokenizer": str(processor.folder),
                 "source": {"reference": shown(rows.reference), "files": rows.files, "held_out_of_it": mask is not None},
                 "versions": {name: version(name) for name in ("jaxft", "tokenizers")},
             }
 
-        made = made_of(config, module, tokenizer)
-        write_cache(folder, encoded, fields, made, about, {"tokens": tokenizer.vocab_size - 1})
+        made = made_of(config, module, processor)
+        most = {"tokens": processor.vocab_size - 1} if isinstance(processor, Tokenizer) else {"image": 255}
+        write_cache(folder, encoded, fields, made, about, most)
         cache = open_cache(folder, folder.name, fields)
-        self._note(f"{folder.name}: {lengths_text(cache, config.data.max_length, cache.rows)}")
+        if has_lengths(cache):
+            self._note(f"{folder.name}: {lengths_text(cache, config.data.max_length, cache.rows)}")
         size = sum(path.stat().st_size for path in folder.iterdir())
         self._note(f"{folder}: {cache.rows} rows, {size / 2**20:.1f} MiB, {pace.speed():,.0f} rows/s")
 
@@ -212,11 +225,11 @@ class _Pace:
         return self.rows / max(time.monotonic() - self._began, 1e-9)
 
 
-def _identity(reference: Reference, *, hashed: bool = True) -> list[dict[str, object]]:
+def _identity(reference: Reference, *, hashed: bool = True, media: bool = False) -> list[dict[str, object]]:
     """Path, size and hash of the files that a source is read from."""
     return [
         {"path": str(path), "size": path.stat().st_size, "sha256": _sha256(path) if hashed else None}
-        for path in files_of(reference)
+        for path in files_of(reference, media=media)
     ]
 
 

@@ -17,7 +17,8 @@ from jaxft.data.corpus.mixture import Mixture, make_mixture
 from jaxft.data.corpus.reading import BestFit, Concatenated, Rows
 from jaxft.data.corpus.store import Corpus, corpus_of, open_corpus
 from jaxft.data.packing import packed_fields
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor, TextProcessor
+from jaxft.data.processors.opened import as_text
 from jaxft.data.sources.read import Reference, shown
 from jaxft.errors import UserError, listed
 from jaxft.hub.source import Note
@@ -61,7 +62,7 @@ def corpora(key: str, reference: Reference | None) -> list[Path]:
     return found
 
 
-def open_streams(config: RunConfig, module: TaskModule, tokenizer: TextProcessor, note: Note) -> Streams | None:
+def open_streams(config: RunConfig, module: TaskModule, processor: Processor, note: Note) -> Streams | None:
     """The corpora of a run; None: it reads rows.
 
     Raises:
@@ -76,6 +77,7 @@ def open_streams(config: RunConfig, module: TaskModule, tokenizer: TextProcessor
                 f"{what}: is for corpora (jaxft data build), and data.train={shown(data.train or '')} is none"
             )
         return None
+    tokenizer = as_text(processor)
     if set(packed_fields(module.fields(config, tokenizer.pad_id))) != _FIELDS:
         raise UserError(
             f"data.train={shown(data.train or '')}: a corpus has texts alone, and {config.task.name} needs more; name rows"

@@ -20,7 +20,7 @@ from jaxft.config import ModelConfig, RunConfig
 from jaxft.data.batch import Fields, Shape, shaped
 from jaxft.data.labels import declared_labels
 from jaxft.data.packing import CLASSES, packed_fields
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor
 from jaxft.errors import UserError
 from jaxft.hub.pretrained import check_changes
 from jaxft.hub.source import REGRESSION, Note, Source, fresh_config, open_source, refuse_other_problem
@@ -48,6 +48,8 @@ from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tun
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import Batch, Gradient, Step, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
+
+_AXES_OF_IMAGES = ("height", "width", "channels")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class Recipe:
     def shape(self, rows: int, length: int) -> Shape:
         """The shape of a batch of so many rows of so many tokens."""
         axes = dict.fromkeys(axis for field in self.fields.values() for axis in field.axes[1:] if isinstance(axis, str))
-        known = {"length": length, CLASSES: len(self.targets.labels), **tasks.sizes_of(self.config.task)}
+        fixed = self.model.facts.inputs[self.model.facts.reads].axes[1:]
+        sizes = {axis: size for axis, size in zip(_AXES_OF_IMAGES, fixed, strict=False) if isinstance(size, int)}
+        known = {**sizes, "length": length, CLASSES: len(self.targets.labels), **tasks.sizes_of(self.config.task)}
         return Shape(rows, tuple((axis, known[axis]) for axis in axes))
 
     def seed(self) -> jax.ShapeDtypeStruct:
@@ -202,7 +206,7 @@ def make_recipe(
     mesh: Mesh,
     source: Source | None,
     targets: Targets,
-    tokenizer: TextProcessor,
+    processor: Processor,
     total_steps: int,
     platform: str,
     *,
@@ -224,7 +228,7 @@ def make_recipe(
     module = tasks.task(config.task.name)
     compute = make_compute(config.model, platform, rules, device_kind(mesh))
     family_name, base = _make_model(config, source, module.Task.head, targets.labels, compute)
-    task = module.make_task(config.task, targets, base.facts, tokenizer)
+    task = module.make_task(config.task, targets, base.facts, processor)
     tasks.metric_of(task, config.eval.metric)
     model = adapters.adapted(base, config.model.lora)
     shapes, axes = shapes_and_axes(model)
@@ -238,7 +242,7 @@ def make_recipe(
     values = tunable_of(config.optim, total_steps, total_steps) if tunable else None
     optimizer = _optimizer(config, freeze, schedule, shapes, axes, values)
     shardings = shardings_of(mesh, rules, shapes, axes)
-    fields = module.fields(config, tokenizer.pad_id)
+    fields = module.fields(config, processor.pad_id)
     if config.data.packing in ("best_fit", "concatenated"):
         fields = packed_fields(fields)
         _check_tells_texts_apart(config, base, fields, family_name)

@@ -96,7 +96,7 @@ def check_goes_on(setup: Setup, meta: RunMeta, step: int, seed: int, out: Path) 
         what = f"{setup.config.data.train} (or its tokenizer) has changed"
         give = "the rows it was trained on, wherever they lie,"
         if _other_tokenizer(setup, meta):
-            what = f"the tokenizer in {setup.tokenizer.folder} gives other ids than the one it was begun with"
+            what = f"the tokenizer in {setup.processor.folder} gives other ids than the one it was begun with"
             give = "that tokenizer (data.tokenizer)"
         raise UserError(
             f"{out} holds a run on other rows: {what}; give {give} to go on with it, or another train.out to begin anew"
@@ -116,7 +116,7 @@ def _are(examples: Examples, digest: str) -> bool:
 
 def _other_tokenizer(setup: Setup, meta: RunMeta) -> bool:
     """Whether the tokenizer means something else than when the checkpoint was made; earlier versions' do not say."""
-    return meta.get("tokenizer_digest") not in (None, setup.tokenizer.digest())
+    return meta.get("tokenizer_digest") not in (None, setup.processor.digest())
 
 
 def _check_model(setup: Setup, meta: RunMeta, out: Path) -> None:
@@ -162,7 +162,7 @@ def changes_said(setup: Setup, meta: RunMeta, step: int, seed: int) -> Iterator[
             yield f"{key} was {was}, now {now}: the training rows are the same"
     if _other_tokenizer(setup, meta):
         yield (
-            f"warning: {setup.tokenizer.folder}: the tokenizer has changed since this run was begun: the training rows have "
+            f"warning: {setup.processor.folder}: the tokenizer has changed since this run was begun: the training rows have "
             "the same ids, other texts may not"
         )
     before = steps_of(run_config(stored_config(meta)), setup.train)

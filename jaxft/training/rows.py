@@ -19,14 +19,14 @@ from jaxft.data.examples import Split, make_split
 from jaxft.data.held_out import hold_out
 from jaxft.data.labels import declared_labels, label_text
 from jaxft.data.packing import CLASSES
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor
 from jaxft.data.sources.listing import suffix_of
 from jaxft.data.sources.read import Reference, Row, shown
 from jaxft.errors import UserError, listed
 from jaxft.files import fits
 from jaxft.hub.source import Note, Source
 from jaxft.machine import buckets
-from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows
+from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows, stored_fields
 
 _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
@@ -68,9 +68,7 @@ class Rows(NamedTuple):
         return (self.train, self.count), *((part.split, part.count) for part in self.held_out)
 
 
-def open_rows(
-    config: RunConfig, module: TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
-) -> Rows:
+def open_rows(config: RunConfig, module: TaskModule, processor: Processor, source: Source | None, note: Note) -> Rows:
     """The training rows and those that are scored, each from where the configuration says.
 
     Args:
@@ -83,10 +81,10 @@ def open_rows(
     data = config.data
     if data.train is None:
         raise UserError("data.train is not set; name a file, for instance data.train=my.csv")
-    fields, columns = module.fields(config, tokenizer.pad_id), module.columns(config)
+    fields, columns = stored_fields(module, config, processor), module.columns(config)
     kept, taken = cached("data.train", data.train), dict[str, list[Row]]()
     if kept is not None:
-        train = _opened(kept, "train", config, module, tokenizer)
+        train = _opened(kept, "train", config, module, processor)
         targets, rows = targets_of(train), list[Row]()
         refuse_other_labels(data.labels, targets.labels, f"{kept}: its labels are")
         if shares := [key.removesuffix("_fraction") for key in shares_of(data)]:
@@ -100,21 +98,21 @@ def open_rows(
         targets, train = module.study(rows, config, stored_targets(config, source, module), note), None
         rows, taken = divided(rows, config, columns, note)
     held = {
-        name: rows_of_split(name, config, module, tokenizer, targets.labels, note) if here is None else here
+        name: rows_of_split(name, config, module, processor, targets.labels, note) if here is None else here
         for name, here in {"eval": taken.get("eval"), "test": taken.get("test")}.items()
         if here is not None or getattr(data, name) is not None
     }
     if data.split_group is not None:
         _warn_of_groups({"train": rows} | {name: part for name, part in held.items() if isinstance(part, list)}, note)
     if train is None:
-        train = make_split("train", module.encode(rows, tokenizer, targets, config), fields)
+        train = make_split("train", module.encode(rows, processor, targets, config), fields)
         targets = dataclasses.replace(targets, counts=counts_of(train, targets.labels), rows=len(train))
     kept = scores_rows(module.Task) or hasattr(module.Task, "wrongness") or config.log.samples > 0
 
     def held_out(name: str, part: list[Row] | Cache) -> HeldOut:
         if isinstance(part, Cache):
             return HeldOut(part, part.rows)
-        split = make_split(name, module.encode(part, tokenizer, targets, config), fields)
+        split = make_split(name, module.encode(part, processor, targets, config), fields)
         return HeldOut(split, len(part), tuple(part) if kept else ())
 
     parts = {name: held_out(name, part) for name, part in held.items()}
@@ -146,7 +144,7 @@ def rows_of_split(
     name: str,
     config: RunConfig,
     module: TaskModule,
-    tokenizer: TextProcessor,
+    processor: Processor,
     labels: tuple[str, ...],
     note: Note,
     *,
@@ -161,7 +159,7 @@ def rows_of_split(
     reference, data = getattr(config.data, name), config.data
     kept = cached(f"data.{name}", reference)
     if kept is not None:
-        return open_held_out(kept, name, config, module, tokenizer, labels, others or "the training rows have")
+        return open_held_out(kept, name, config, module, processor, labels, others or "the training rows have")
     return read_rows(reference, data, module.columns(config), note, grouped=others is None)
 
 
@@ -242,8 +240,8 @@ def _place(reference: str) -> Path:
     return Path(reference).expanduser()
 
 
-def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> Cache:
-    said, wanted = read_manifest(folder), made_of(config, module, tokenizer)
+def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, processor: Processor) -> Cache:
+    said, wanted = read_manifest(folder), made_of(config, module, processor)
     # Options that the version which wrote it did not have yet had the value that is now their default.
     usual = {
         **{f"task.{key}": value for key, value in to_tree(type(config.task)()).items()},
@@ -254,10 +252,10 @@ def _opened(folder: Path, name: str, config: RunConfig, module: TaskModule, toke
         raise UserError(f"{folder}: does not say what its rows were encoded for; {AGAIN}")
     was = said["about"]["tokenizer"]
     other = (
-        f"a token cache made with another tokenizer (that of {was} then, {tokenizer.folder} now, which gives other ids)"
+        f"a token cache made with another tokenizer (that of {was} then, {processor.folder} now, which gives other ids)"
     )
     check_made(folder, made, wanted, {"tokenizer": other})
-    return open_cache(folder, name, module.fields(config, tokenizer.pad_id))
+    return open_cache(folder, name, stored_fields(module, config, processor))
 
 
 def open_held_out(
@@ -265,7 +263,7 @@ def open_held_out(
     name: str,
     config: RunConfig,
     module: TaskModule,
-    tokenizer: TextProcessor,
+    processor: Processor,
     labels: tuple[str, ...],
     others: str,
 ) -> Cache:
@@ -283,7 +281,7 @@ def open_held_out(
         raise UserError(
             f"data.{name}={folder} is a token cache, which holds no texts, and scores of {config.task.name} compare texts; name the rows"
         )
-    cache = _opened(folder, name, config, module, tokenizer)
+    cache = _opened(folder, name, config, module, processor)
     found = targets_of(cache).labels
     if found != labels:
         raise UserError(
@@ -316,7 +314,7 @@ def targets_of(cache: Cache) -> Targets:
     return Targets(tuple(said["labels"]), tuple(said["counts"]), said["problem"], len(cache))
 
 
-def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> dict[str, object]:
+def made_of(config: RunConfig, module: TaskModule, processor: Processor) -> dict[str, object]:
     """What encoded rows depend on besides the texts themselves, by dotted name."""
     options, data = to_tree(config.task), to_tree(config.data)
     # A module of another package need not say which of its options these are.
@@ -324,6 +322,6 @@ def made_of(config: RunConfig, module: TaskModule, tokenizer: TextProcessor) -> 
     return {
         **{f"task.{name}": options[name] for name in dict.fromkeys(names)},
         **{f"data.{name}": value for name, value in data.items() if name not in _NOT_OF_ROWS},
-        "data.max_length": tokenizer.max_length,
-        "tokenizer": tokenizer.digest(),
+        "data.max_length": processor.max_length,
+        "tokenizer": processor.digest(),
     }

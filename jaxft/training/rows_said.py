@@ -5,7 +5,8 @@ from __future__ import annotations
 from jaxft.config import RunConfig
 from jaxft.data.cache import Cache
 from jaxft.data.duplicates import duplicates
-from jaxft.data.lengths import lengths_text
+from jaxft.data.lengths import counted, lengths_text
+from jaxft.data.rendering import has_lengths
 from jaxft.errors import listed
 from jaxft.hub.source import Note
 from jaxft.training.rows import Rows
@@ -14,7 +15,10 @@ from jaxft.training.rows import Rows
 def report_data(found: Rows, config: RunConfig, note: Note) -> None:
     """Says lengths and labels of the splits, and warns of what they have in common."""
     for split, rows in found.splits:
-        note(f"{split.name}: {lengths_text(split, config.data.max_length, rows)}")
+        texts = has_lengths(split)
+        note(
+            f"{split.name}: {lengths_text(split, config.data.max_length, rows) if texts else counted(len(split), rows)}"
+        )
     _warn_of_duplicates(found, note)
     targets = found.targets
     if not targets.labels:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from jaxft.config import RunConfig
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.opened import as_text
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.parallel.sharding import ways
@@ -19,7 +20,7 @@ def asked(config: RunConfig) -> bool:
     return bool(config.log.samples or config.log.prompts)
 
 
-def open_sampler(recipe: Recipe, tokenizer: TextProcessor, rows: Sequence[Row]) -> Sampler | None:
+def open_sampler(recipe: Recipe, processor: Processor, rows: Sequence[Row]) -> Sampler | None:
     """What writes a run's samples; None: nobody asks for any.
 
     Args:
@@ -39,4 +40,4 @@ def open_sampler(recipe: Recipe, tokenizer: TextProcessor, rows: Sequence[Row]) 
     if ways(recipe.mesh, recipe.model.compute.rules, "length") > 1:
         raise UserError(f"{key}: texts are not written on a mesh with mesh.context={config.mesh.context}; leave it out")
     chosen = [row.values for row in rows[: log.samples]]
-    return cast(Sampling, recipe.task).sampler(log, recipe.model, recipe.mesh, tokenizer, chosen)
+    return cast(Sampling, recipe.task).sampler(log, recipe.model, recipe.mesh, as_text(processor), chosen)

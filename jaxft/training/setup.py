@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +20,13 @@ from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
 from jaxft.data.loader import Batches, local_rows
-from jaxft.data.processors.contract import SpecialIds, TextProcessor
+from jaxft.data.processors.contract import Processor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.rendering import Rendering, has_lengths
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 from jaxft.hub.pretrained import load_params
-from jaxft.hub.source import REGRESSION, Note, Source, fresh_config, resolve_folder
+from jaxft.hub.source import REGRESSION, Note, Source, fresh_config
 from jaxft.machine import processes
 from jaxft.models import adapters, reinit
 from jaxft.models.contract import Facts, Model
@@ -44,6 +42,7 @@ from jaxft.training.packing import (
     packed,
     rows_of_batch,
 )
+from jaxft.training.processors import processor_of, stand_in_processor
 from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 from jaxft.training.rows_said import report_data
@@ -79,7 +78,10 @@ class Setup(Recipe):
     source: Source | None
     """Where weights come from; None: random ones."""
     fresh_head: bool
-    tokenizer: Tokenizer
+    processor: Processor
+    """Tokenizer, or what makes images."""
+    rendering: Rendering | None
+    """What examples are made by when they are wanted; None: rows are stored as batches hold them."""
     train: Examples
     held_out: Examples
     buckets: tuple[int, ...]
@@ -109,7 +111,7 @@ class Setup(Recipe):
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
         kind = StreamBatches if isinstance(split, Stream) else Batches
-        return kind(split, rows, self.buckets, seed, part)
+        return kind(split, rows, self.buckets, seed, part, rendering=self.rendering)
 
     def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
@@ -147,7 +149,7 @@ def prepare(
     times: Times,
     *,
     open_start: Callable[[RunConfig, Note], Source | None] = open_start,
-    open_rows: Callable[[RunConfig, tasks.TaskModule, TextProcessor, Source | None, Note], Rows] = open_rows,
+    open_rows: Callable[[RunConfig, tasks.TaskModule, Processor, Source | None, Note], Rows] = open_rows,
     tunable: bool = False,
 ) -> Setup:
     """Reads data, config.json and tokenizer, and decides labels, head, shapes, schedule; weights are read later.
@@ -166,12 +168,12 @@ def prepare(
     config = settled(config, module)
     with times.part("weights"):
         source = open_start(config, note)
-        tokenizer = open_tokenizer(config, source)
-        folder = tokenizer.folder if source is None else source.folder
+        processor = processor_of(config, source)
+        folder = processor.folder if source is None else source.folder
         config = dataclasses.replace(config, task=tasks.adopted(config.task, folder, note))
     with times.part("data"):
-        streams = open_streams(config, module, tokenizer, note)
-        found = open_rows(config, module, tokenizer, source, note) if streams is None else None
+        streams = open_streams(config, module, processor, note)
+        found = open_rows(config, module, processor, source, note) if streams is None else None
     targets = tasks.Targets() if found is None else found.targets
     fresh_head = _fresh_head(config, source, module, targets, note)
     texts: tuple[Split, ...] = ()
@@ -186,10 +188,11 @@ def prepare(
 
     total = steps_of(config, train)
     platform = mesh.devices.flat[0].platform
-    recipe = make_recipe(config, mesh, source, targets, tokenizer, total, platform, tunable=tunable)
+    recipe = make_recipe(config, mesh, source, targets, processor, total, platform, tunable=tunable)
     facts = recipe.model.facts
     check_lengths(config, facts.limit)
-    check_vocabulary(tokenizer, facts.inputs, paired=config.data.text_pair is not None)
+    if isinstance(processor, Tokenizer):
+        check_vocabulary(processor, facts.inputs, paired=config.data.text_pair is not None)
     if texts:
         _check_learnable(recipe.task, texts[0], texts[1:], config, note)
     for line in (line for split in texts for line in tasks.remarks(recipe.task, split)):
@@ -198,7 +201,8 @@ def prepare(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
         source=source,
         fresh_head=fresh_head,
-        tokenizer=tokenizer,
+        processor=processor,
+        rendering=tasks.rendering_of(module, config, processor),
         train=train,
         held_out=held[0],
         buckets=buckets_of(config),
@@ -207,7 +211,7 @@ def prepare(
         scored=found.eval.rows if found else (),
         test=held[1] if len(held) > 1 else None,
         test_scored=found.test.rows if found and found.test else (),
-        sampler=open_sampler(recipe, tokenizer, found.eval.rows if found else ()),
+        sampler=open_sampler(recipe, processor, found.eval.rows if found else ()),
     )
 
 
@@ -258,14 +262,7 @@ def stand_in_task(config: RunConfig) -> tasks.Task:
     # Weights are given by the names of labels, which are not known yet.
     known = {"class_weights": "none"} if hasattr(config.task, "class_weights") else {}
     options, facts = dataclasses.replace(config.task, **known), Facts({}, ())
-    return module.make_task(options, assumed_targets(config, labels), facts, stand_in_tokenizer())
-
-
-def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:
-    """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
-    special = SpecialIds(pad=0, mask=3, end=2)
-    made = SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
-    return cast(TextProcessor, made)
+    return module.make_task(options, assumed_targets(config, labels), facts, stand_in_processor(module))
 
 
 def files_beside(task: tasks.Task, model: Model, config: RunConfig) -> Mapping[str, str]:
@@ -274,12 +271,13 @@ def files_beside(task: tasks.Task, model: Model, config: RunConfig) -> Mapping[s
     return {} if made is None else made(model.facts.stacks[-1].width, config.data.max_length)
 
 
-def files_of_run(config: RunConfig, model: Model, tokenizer: TextProcessor | None) -> Mapping[str, str]:
-    """The same of a run of which there is the configuration alone, a model of its checkpoint, and its tokenizer if that can be read."""
+def files_of_run(config: RunConfig, model: Model, processor: Processor | None) -> Mapping[str, str]:
+    """The same of a run of which there is the configuration alone, a model of its checkpoint, and its processor if that can be read."""
     module = tasks.task(config.task.name)
     if module.Task.head != model.head or not hasattr(module.Task, "files"):
         return {}
-    task = module.make_task(config.task, tasks.Targets(), model.facts, tokenizer or stand_in_tokenizer())
+    stand_in = stand_in_processor(module, inputs=model.facts.inputs)
+    task = module.make_task(config.task, tasks.Targets(), model.facts, processor or stand_in)
     return files_beside(task, model, config)
 
 
@@ -337,22 +335,6 @@ def steps_of(config: RunConfig, train: Examples) -> int:
     return max(1, round(found))
 
 
-def open_tokenizer(config: RunConfig, source: Source | None) -> Tokenizer:
-    """The tokenizer of a run: the one named, or the one beside its weights.
-
-    Raises:
-      UserError: neither is there.
-    """
-    if config.data.tokenizer is not None:
-        folder: Path = resolve_folder(config.data.tokenizer)
-    elif source is not None:
-        folder = source.folder
-    else:
-        raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
-    name = config.model.family if source is None else source.family_name
-    return Tokenizer(folder, config.data.max_length, model_type=name)
-
-
 def _fresh_head(
     config: RunConfig, source: Source | None, module: tasks.TaskModule, targets: tasks.Targets, note: Note
 ) -> bool:
@@ -401,7 +383,7 @@ def _any_learnable(task: tasks.Task, split: Split) -> bool:
 
 
 def _advise(train: Split, config: RunConfig, source: Source | None, note: Note) -> None:
-    if tasks.texts_of_row(config.task) > 1:
+    if tasks.texts_of_row(config.task) > 1 or not has_lengths(train):
         return  # lengths of rows say little of those of their texts
     limit = source.family.facts(source.config).limit if source is not None else None
     buckets = buckets_of(config) if config.data.packing == "none" else ()

@@ -63,7 +63,7 @@ def run_meta(setup: Setup, out: Path, seed: int) -> RunMeta:
         "train_rows": setup.train.digest(),
         "eval_rows": setup.held_out.digest(),
         "hf_config": {} if source is None else source.hf_config,
-        **checkpoint.tokenizer_place(setup.tokenizer.folder, out),
-        "tokenizer_digest": setup.tokenizer.digest(),
+        **checkpoint.tokenizer_place(setup.processor.folder, out),
+        "tokenizer_digest": setup.processor.digest(),
         "max_length": setup.config.data.max_length,
     }

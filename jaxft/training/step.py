@@ -27,6 +27,7 @@ of the summed loss divided by ``weight``, a scalar."""
 Step = Callable[[TrainState[jax.Array], Batch, ArrayLike], tuple[TrainState[jax.Array], Sums]]
 
 _PREPARE = 0x7A5C  # the task's stream of random numbers, apart from that of dropout
+_MIX = 0x3D1B  # and that of what only training does to a batch
 
 
 def apply_model(model: Model, params: Params, batch: Batch, key: jax.Array | None) -> Output:
@@ -124,7 +125,7 @@ def make_train_step(
                 "learning_rate": jnp.asarray(schedule(count), jnp.float32),
                 "skipped": new_state.skipped,
                 "streak": new_state.streak,
-                "tokens": batch["mask"].sum(),
+                "tokens": batch["mask" if "mask" in batch else "weights"].sum(),
             }
         )
         return new_state, metrics
@@ -140,6 +141,8 @@ def prepared(task: Task, batch: Batch, seed: ArrayLike, step: ArrayLike) -> tupl
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
+    mixed: Callable[[Batch, jax.Array], Batch] | None = getattr(task, "mixed", None)
+    batch = batch if mixed is None else mixed(batch, jax.random.fold_in(key, _MIX))
     return batch, key, jnp.maximum(task.weight(batch), 1e-30)
 
 

@@ -32,8 +32,9 @@ from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.training.batch_shapes import buckets_of
 from jaxft.training.caching import build_caches
+from jaxft.training.processors import processor_of
 from jaxft.training.rows import Rows, open_rows
-from jaxft.training.setup import open_tokenizer, settled
+from jaxft.training.setup import settled
 
 Capture = pytest.CaptureFixture[str]
 FIELDS: Fields = {
@@ -300,7 +301,7 @@ def config_of(home: Path, *more: str, tags: bool = False) -> RunConfig:
 
 def opened(config: RunConfig) -> Rows:
     module = tasks.task(config.task.name)
-    return open_rows(settled(config, module), module, open_tokenizer(config, None), None, lambda text: None)
+    return open_rows(settled(config, module), module, processor_of(config, None), None, lambda text: None)
 
 
 def on_caches(config: RunConfig, folders: tuple[Path, ...]) -> RunConfig:
@@ -362,7 +363,7 @@ def test_rows_are_read_once_more_and_no_row_is_kept(home: Path, tmp_path: Path) 
     # What a task studies and encodes comes row by row: of a list, it would show at once.
     module = tasks.task("classification")
     config = settled(config_of(home), module)
-    tokenizer, asked = open_tokenizer(config, None), []
+    tokenizer, asked = processor_of(config, None), []
 
     def rows() -> Iterator[Any]:
         for i in range(5000):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kinds import TEXTS
 from reference import close, make_reference, ours_of, torch_inputs
 
 from jaxft import models
@@ -49,7 +50,7 @@ def test_probabilities_equal_the_reference(family: str, changes: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in models.families()]
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in TEXTS]
 )
 def test_packed_texts_look_at_their_own_alone(family: str) -> None:
     from jaxft.layers import Compute

@@ -48,6 +48,16 @@ class Processor(Protocol):
         """The names that its files may have."""
         ...
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens kept per row; None: all, or there are no tokens."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with. Nothing sees it: 0 where there is no such token."""
+        ...
+
     def digest(self) -> str:
         """A hash of what it means: equal where it gives the same arrays."""
         ...
@@ -59,11 +69,6 @@ class Processor(Protocol):
 
 class TextProcessor(Processor, Protocol):
     """Text to token ids."""
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens kept per row; None: all."""
-        ...
 
     @property
     def vocab_size(self) -> int:
@@ -78,11 +83,6 @@ class TextProcessor(Processor, Protocol):
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of all tokens that are not text; the unknown token stands for a word."""
-        ...
-
-    @property
-    def pad_id(self) -> int:
-        """What rows are padded with. Nothing sees it: 0 where there is no such token."""
         ...
 
     def pieces(self, ids: Integer[np.ndarray, " S"]) -> list[str]:

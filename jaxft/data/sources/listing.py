@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.data.sources.lines import MOST_RECORD, PACKED, Lines, read_lines, too_long
-from jaxft.data.sources.rows import Row, column_positions
+from jaxft.data.sources.media import media_in
+from jaxft.data.sources.rows import Binary, Row, column_positions
 from jaxft.errors import UserError
 from jaxft.files import find_file
 from jaxft.machine import buckets
@@ -24,7 +25,9 @@ class Listing:
 
     files: tuple[Path, ...] = ()
     classes: tuple[Path, ...] = ()
-    """Folders with a text per .txt file; their names are the labels."""
+    """Folders with a text per .txt file, or with images or sounds where these are wanted; their names are the labels."""
+    media: tuple[Path, ...] = ()
+    """Images or sounds, each a row of its own, those of ``classes`` among them."""
 
 
 def suffix_of(name: str | Path) -> str:
@@ -45,11 +48,18 @@ def unknown_format(name: str, accepted: str) -> UserError:
     return UserError(f"{name!r}: the suffix does not tell the format of the rows{cure}; accepted: {accepted}")
 
 
-def listed(reference: str, formats: set[str], accepted: str, note: Callable[[str], None]) -> list[Listing]:
+def listed(
+    reference: str,
+    formats: set[str],
+    accepted: str,
+    note: Callable[[str], None],
+    media: frozenset[str] = frozenset(),
+) -> list[Listing]:
     """What a path or pattern names, in sorted order.
 
     Args:
       formats: suffixes that can be read; ``accepted``: what messages say of them.
+      media: suffixes of images or sounds, where these are wanted.
 
     Raises:
       UserError: nothing is there, or a folder that is none of the forms.
@@ -62,18 +72,18 @@ def listed(reference: str, formats: set[str], accepted: str, note: Callable[[str
     if path.exists() or not glob.has_magic(reference):
         if "," in reference and not path.exists():
             raise UserError(f"data file {reference!r} does not exist; for several files write [{reference}]")
-        if not path.exists() and suffix_of(path) not in formats and path.parts[:1] != ("configs",):
+        if not path.exists() and suffix_of(path) not in formats | media and path.parts[:1] != ("configs",):
             raise unknown_format(reference, accepted)
-        return [_listing(find_file(reference, "data file"), formats, note)]
+        return [_listing(find_file(reference, "data file"), formats, note, media)]
     found = sorted(glob.glob(str(path), recursive=True))
     if not found:
         raise UserError(f"{reference!r}: no file matches this pattern (looked in {Path.cwd()})")
-    return [_listing(Path(one), formats, note) for one in found]
+    return [_listing(Path(one), formats, note, media) for one in found]
 
 
-def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> Listing:
+def _listing(path: Path, formats: set[str], note: Callable[[str], None], media: frozenset[str]) -> Listing:
     if not path.is_dir():
-        return Listing(files=(path,))
+        return Listing(media=(path,)) if suffix_of(path) in media else Listing(files=(path,))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise UserError(f"{path}: is a folder of the datasets library; write hf:{path}")
     if (path / "dataset_info.json").is_file():
@@ -91,6 +101,8 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
     tables = [file for file in files if suffix_of(file) in formats - {".txt", ".json"}]  # .json may be about the others
     texts = [file for file in files if suffix_of(file) == ".txt"]
     folders = [entry for entry in entries if entry.is_dir()]
+    if media and not tables:
+        return _media_listing(path, entries, media, note)
     kinds = sorted({suffix_of(file) for file in tables})
     if len(kinds) > 1:
         patterns = ", ".join(f"{path}/*{kind}" for kind in kinds)
@@ -114,6 +126,34 @@ def _listing(path: Path, formats: set[str], note: Callable[[str], None]) -> List
     if others := [entry.name for entry in entries if entry not in read and entry.name != "_SUCCESS"]:
         note(f"{path}: not read: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
     return Listing(classes=tuple(classes)) if classes else Listing(files=tuple(tables or texts))
+
+
+def _media_listing(path: Path, entries: list[Path], media: frozenset[str], note: Callable[[str], None]) -> Listing:
+    """What a folder without tables holds of images or sounds: files, and class folders."""
+    files = [entry for entry in entries if entry.is_file() and suffix_of(entry) in media]
+    inside = {entry: media_in(entry) for entry in entries if entry.is_dir()}
+    classes = tuple(folder for folder, found in inside.items() if found)
+    if not files and not classes:
+        deeper = next(
+            (folder for folder in inside if any(media_in(one) for one in folder.iterdir() if one.is_dir())), None
+        )
+        hint = f"; did you mean {deeper}?" if deeper else ""
+        raise UserError(f"{path}: holds no image or sound ({', '.join(sorted(media))}), and no folders of these{hint}")
+    read = {*files, *classes}
+    if others := [entry.name for entry in entries if entry not in read]:
+        note(f"{path}: not read: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
+    return Listing(media=(*files, *(file for folder in classes for file in inside[folder])), classes=classes)
+
+
+def iter_media(listing: Listing, columns: tuple[str, ...]) -> Iterator[Row]:
+    """A row per image or sound: its path, and the name of its class folder as column ``label``."""
+    folders = set(listing.classes)
+    labelled = bool(folders) and all(file.parent in folders for file in listing.media)
+    present = (*(str(column) for column in columns if isinstance(column, Binary)), *(("label",) if labelled else ()))
+    positions = column_positions(present, columns, str(listing.media[0].parent))
+    for file in listing.media:
+        values = (str(file), file.parent.name)
+        yield Row(tuple(values[position] for position in positions), str(file))
 
 
 def _texts_in(folder: Path) -> list[Path]:

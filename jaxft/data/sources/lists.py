@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxft.data.sources.rows import Value, plain_value
+from jaxft.data.sources.rows import Binary, Value, plain_value
 from jaxft.errors import UserError
 
 Names: TypeAlias = "Callable[[int], str] | Mapping[str, Names] | None"
@@ -53,7 +53,7 @@ def library_value(value: object, column: str, names: Names, where: str) -> Value
     Raises:
       UserError: it is nothing that a column can hold, or a class id has no name.
     """
-    return plain_value(_python(value, column, names, where), column, where)
+    return plain_value(value if isinstance(column, Binary) else _python(value, column, names, where), column, where)
 
 
 def _python(value: Any, column: str, names: Names, where: str) -> object:

@@ -23,10 +23,21 @@ from jaxft.config import DataConfig
 from jaxft.data.sources.conll import SUFFIXES, iter_conll
 from jaxft.data.sources.json_lists import iter_json
 from jaxft.data.sources.lines import check_ratio, refuse_foreign
-from jaxft.data.sources.listing import iter_classes, listed, suffix_of, unknown_format
+from jaxft.data.sources.listing import Listing, iter_classes, iter_media, listed, suffix_of, unknown_format
 from jaxft.data.sources.lists import Names, library_value, names_in, names_in_parquet, shortest
+from jaxft.data.sources.media import MEDIA, beside
 from jaxft.data.sources.parquet_footer import group_sizes
-from jaxft.data.sources.rows import ALL, Listed, MissingColumn, Row, Value, column_positions, iter_jsonl, iter_txt
+from jaxft.data.sources.rows import (
+    ALL,
+    Binary,
+    Listed,
+    MissingColumn,
+    Row,
+    Value,
+    column_positions,
+    iter_jsonl,
+    iter_txt,
+)
 from jaxft.data.sources.table import Form, iter_table
 from jaxft.data.sources.tfds_features import refuse_foreign_features
 from jaxft.errors import UserError, nearest
@@ -93,38 +104,66 @@ def iter_rows(reference: Reference, columns: tuple[str, ...], form: Form | None 
         return _iter_tfds(reference, columns)
     if reference.startswith("hf:"):
         return _iter_hf(reference, columns)
-    listings = listed(reference, set(_READERS), _ACCEPTED, form.note)
-    for path in (path for listing in listings for path in listing.files):
-        if suffix_of(path) not in _READERS:
-            raise unknown_format(str(path), _ACCEPTED)
-    parts = [
-        part
-        for listing in listings
-        for part in (
-            *(_READERS[suffix_of(path)](path, columns, form) for path in listing.files),
-            *([iter_classes(listing.classes, columns)] if listing.classes else []),
-        )
-    ]
+    listings = _listings(reference, columns, form.note)
+    parts = [part for listing in listings for part in _parts(listing, columns, form)]
     return parts[0] if len(parts) == 1 else chain.from_iterable(parts)
 
 
-def files_of(reference: Reference) -> list[Path]:
+def _listings(reference: str, columns: tuple[str, ...], note: Callable[[str], None]) -> list[Listing]:
+    media = MEDIA if any(isinstance(column, Binary) for column in columns) else frozenset[str]()
+    accepted = f"{_ACCEPTED}; images and sounds, and folders of these" if media else _ACCEPTED
+    listings = listed(reference, set(_READERS), accepted, note, media)
+    for path in (path for listing in listings for path in listing.files):
+        if suffix_of(path) not in _READERS:
+            raise unknown_format(str(path), accepted)
+    return listings
+
+
+def _parts(listing: Listing, columns: tuple[str, ...], form: Form) -> Iterator[Iterator[Row]]:
+    """The rows of each file, and those of class folders."""
+    for path in listing.files:
+        yield _named_files(_READERS[suffix_of(path)](path, columns, form), columns, path.parent)
+    if listing.media:
+        yield iter_media(listing, columns)
+    elif listing.classes:
+        yield iter_classes(listing.classes, columns)
+
+
+def _named_files(rows: Iterator[Row], columns: tuple[str, ...], folder: Path) -> Iterator[Row]:
+    """The same rows; paths of images and sounds are those beside the file that names them."""
+    places = [i for i, column in enumerate(columns) if isinstance(column, Binary)]
+    if not places:
+        return rows
+    return (
+        dataclasses.replace(
+            row, values=tuple(beside(v, folder) if i in places else v for i, v in enumerate(row.values))
+        )
+        for row in rows
+    )
+
+
+def files_of(reference: Reference, *, media: bool = False) -> list[Path]:
     """The files that rows are read from, in order; of ``hf:`` and ``tfds:`` all that lie in the folder.
+
+    Args:
+      media: whether images or sounds are wanted, which folders may hold.
 
     Raises:
       UserError: there is nothing to read there.
     """
     if not isinstance(reference, str):
-        return [path for one in reference for path in files_of(one)]
+        return [path for one in reference for path in files_of(one, media=media)]
     if reference.startswith("hf:"):
         folder = Path(reference.removeprefix("hf:")).expanduser()
         return _inside(folder if folder.is_dir() else Path(str(folder).rpartition(":")[0]))
     if match := _TFDS.fullmatch(reference):
         tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
         return _inside(Path(_tfds_builder(tfds, match["name"], reference).data_path))
-    listings = listed(reference, set(_READERS), _ACCEPTED, lambda text: None)
+    listings = listed(reference, set(_READERS), _ACCEPTED, lambda text: None, MEDIA if media else frozenset())
     return [
-        path for one in listings for path in (*one.files, *(text for kind in one.classes for text in _inside(kind)))
+        path
+        for one in listings
+        for path in (*one.files, *one.media, *(text for kind in one.classes for text in _inside(kind)))
     ]
 
 
@@ -141,7 +180,7 @@ def column_names(reference: str, column: str, form: Form) -> tuple[str, ...]:
     Raises:
       UserError: there is nothing to read there.
     """
-    if reference == "-" or suffix_of(reference) == ".txt":
+    if reference == "-" or suffix_of(reference) in {".txt", *MEDIA}:
         return ()
     try:
         next(iter(iter_rows(reference, (column, ALL), dataclasses.replace(form, note=lambda _: None))), None)
@@ -317,6 +356,9 @@ def _iter_hf(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{reference}: the data set is empty: no rows in {empty}") from error
     dataset = _hf_split(dataset, split, reference)
     column_positions(dataset.column_names, columns, reference)
+    for column in columns:
+        if isinstance(column, Binary) and getattr(dataset.features[column], "decode", False):
+            dataset = dataset.cast_column(column, type(dataset.features[column])(decode=False))
     names = [names_in(dataset.features[column], library.ClassLabel) for column in columns]
     for number, record in enumerate(dataset.select_columns(list(columns)).with_format(None)):
         yield _library_row(record, columns, names, f"{reference} row {number}")

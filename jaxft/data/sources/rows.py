@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxft.data.sources.lines import Lines, decoded, read_lines
+from jaxft.data.sources.media import media_value
 from jaxft.errors import UserError, listed, nearest
 
 Scalar = str | int | float | bool | None
-Value = Scalar | list[Scalar] | list[dict[str, Scalar]]
+Value = Scalar | bytes | list[Scalar] | list[dict[str, Scalar]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,11 @@ class Listed(str):
 
     A cell is then a plain value, a list of plain values that are there, or a list of mappings to plain values.
     """
+
+
+class Binary(str):
+    """The name of a column whose cells are images or sounds: the path of a file (beside the file that names it, if it is no absolute
+    one), or what such a file holds."""
 
 
 ALL = "\0"
@@ -237,6 +243,8 @@ def plain_value(value: object, name: str, where: str) -> Value:
     Raises:
       UserError: anything else.
     """
+    if isinstance(name, Binary):
+        return media_value(value, name, where)
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxft import tasks
 from jaxft.config import RunConfig, to_tree
 from jaxft.data.batch import Shape
-from jaxft.data.processors.contract import TextProcessor
+from jaxft.data.processors.contract import Processor
 from jaxft.files import JsonObject
 from jaxft.hub.source import Note, Source
 from jaxft.hub.weights import Weights
@@ -173,10 +173,10 @@ class Workbench:
         return self._sources[key]
 
     def _open(
-        self, config: RunConfig, module: tasks.TaskModule, tokenizer: TextProcessor, source: Source | None, note: Note
+        self, config: RunConfig, module: tasks.TaskModule, processor: Processor, source: Source | None, note: Note
     ) -> Rows:
         tree = to_tree(config)
         key = json.dumps([tree["task"], tree["data"], tree["model"]["init"], tree["model"]["head"]])
         if key not in self._rows:
-            self._rows[key] = open_rows(config, module, tokenizer, source, note)
+            self._rows[key] = open_rows(config, module, processor, source, note)
         return self._rows[key]

@@ -1,0 +1,68 @@
+"""What turns rows into arrays, opened from a model folder: whichever kind the model's inputs ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxft.data.batch import Fields
+from jaxft.data.processors import image
+from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
+from jaxft.errors import UserError
+
+
+def reads_images(inputs: Fields) -> bool:
+    """Whether a model of these inputs reads images."""
+    return "pixels" in inputs
+
+
+def has_processor(folder: Path, inputs: Fields) -> bool:
+    """Whether a folder has the files that a model of these inputs needs."""
+    return image.has_processor(folder) if reads_images(inputs) else has_tokenizer(folder)
+
+
+def open_processor(
+    folder: Path, max_length: int | None, inputs: Fields, model_type: str | None, stored: Fields | None = None
+) -> Processor:
+    """What a folder says of how rows become arrays.
+
+    Args:
+      max_length: tokens kept per text; None: all.
+      inputs: of the model's forward pass.
+      model_type: of the model, for tokenizers whose files do not say what they are.
+      stored: inputs of the model as its folder has it, where those were changed on request: images then follow.
+
+    Raises:
+      UserError: the files are not there, or cannot be read.
+    """
+    if reads_images(inputs):
+        before = None if stored is None else _image_size(stored)
+        return image.open_processor(folder, *_image_size(inputs), before)
+    return Tokenizer(folder, max_length, model_type=model_type)
+
+
+def fresh_processor(folder: Path, inputs: Fields) -> Processor:
+    """That of a model of random weights, where no folder says how its images are made.
+
+    Raises:
+      UserError: the model reads texts, which need a tokenizer.
+    """
+    if not reads_images(inputs):
+        raise UserError("data.tokenizer is not set, and there is no model.init to take it from")
+    return image.fresh_processor(folder, *_image_size(inputs))
+
+
+def as_text(processor: Processor) -> Tokenizer:
+    """The processor, if it reads texts.
+
+    Raises:
+      UserError: it reads something else.
+    """
+    if not isinstance(processor, Tokenizer):
+        raise UserError(f"the model ({processor.folder}) reads no texts, which this needs")
+    return processor
+
+
+def _image_size(inputs: Fields) -> tuple[int, int, int]:
+    height, width, channels = (axis for axis in inputs["pixels"].axes[1:] if isinstance(axis, int))
+    return height, width, channels
