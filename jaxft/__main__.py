@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "score a model on labelled text",
     "predict": "label text from a file, standard input or the command line",
     "generate": "go on with texts",
+    "transcribe": "write what recordings of speech say",
     "score": "add to rows how probable their replies are under a model",
     "mine": "find hard negatives for pairs of texts with a trained embedding model",
     "data": "what a run's loader will see: lengths, labels, duplicates, rows as tokens; build: tokenise texts once, to pre-train on",

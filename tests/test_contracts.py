@@ -180,7 +180,7 @@ def test_facts_are_those_of_the_model(family: str) -> None:
             leaf.first_layer + (leaf.layers or 0) for path, leaf in leaves.items() if path.startswith(f"{stack.path}/")
         }
         assert ends == {stack.own}
-    assert (facts.vocabulary is None) == (facts.processor != "text")
+    assert (facts.vocabulary is None) == (facts.processor == "image")
     if facts.vocabulary is not None:
         assert any(names.axes[0] == "vocab" and names.shape[0] == facts.vocabulary for names in leaves.values())
 

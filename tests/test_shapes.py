@@ -34,6 +34,8 @@ MODULES = (
     *(("jaxft.layers", name) for name in ("Embed", "FromHeads", "LayerNorm", "Linear", "Projection", "RMSNorm")),
     *(("jaxft.models.blocks", name) for name in ("RotaryAttention", "GatedMlp")),
     *(("jaxft.models.vision", name) for name in ("Embeddings", "ImageClasses", "LayerScale", "Mlp", "Patches")),
+    ("jaxft.models.families.whisper", "Convolution"),
+    ("jaxft.models.families.whisper", "Places"),
     *(("jaxft.models.heads", name) for name in ("PooledClasses", "FirstTokenClasses", "TokenClasses")),
     *(("jaxft.models.vision", name) for name in ("Embeddings", "ImageClasses", "LayerScale", "Mlp", "Patches")),
     *(("jaxft.models.heads", name) for name in ("TransformedClasses", "MaskedLm")),
@@ -113,7 +115,7 @@ def test_models_keep_to_the_shapes_that_signatures_state(
     model: Any = module.Model(module.TINY, head, how)
     batch = jax.tree.map(jnp.asarray, example_batch(model.facts, 2, length=8))
     if how.vocab_tile is not None and "targets" in model.facts.inputs:
-        batch["targets"] = batch["tokens"]
+        batch["targets"] = batch["tokens" if "tokens" in batch else "decoder_tokens"]
 
     def forward(params: Any, batch: Any, key: Any) -> None:
         output = model.apply({"params": params}, **batch, key=key, hidden_states=True)
@@ -124,7 +126,7 @@ def test_models_keep_to_the_shapes_that_signatures_state(
 
     jax.eval_shape(forward, shapes_and_axes(model)[0], batch, jax.random.key(0))
     assert {"apply_stack", "attend", "subkey", "Linear", "affine", "Model"} <= called
-    assert ({"text": "Embed", "image": "Patches"}[model.facts.processor]) in called
+    assert ({"text": "Embed", "image": "Patches", "audio": "Convolution"}[model.facts.processor]) in called
 
 
 def test_a_wrong_shape_is_caught(called: set[str]) -> None:

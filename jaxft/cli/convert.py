@@ -59,12 +59,13 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         _check_possible(options)
     set_up_jax(None)
-    from jaxft.data.processors.tokenizer import has_tokenizer
+    from jaxft.data.processors.opened import has_processor
 
     with ExitStack() as opened:
         got = _open(options, opened)
-        if not has_tokenizer(got.tokenizer_folder):
-            print(f"{got.tokenizer_folder} has no tokenizer files: none are written")
+        if not has_processor(got.tokenizer_folder, got.model.facts.inputs):
+            what = "tokenizer files" if got.model.facts.processor == "text" else "preprocessor_config.json"
+            print(f"{got.tokenizer_folder} has no {what}: none are written")
         if options.to == "hf":
             _write_folder(target, got, options.dtype, shard_bytes)
         else:
@@ -259,7 +260,7 @@ def _write_checkpoint(target: Path, got: _Opened, dtype: str | None) -> None:
 
     from jaxft import checkpoint
     from jaxft.config import RunConfig, to_tree
-    from jaxft.data.processors.tokenizer_files import copy_files
+    from jaxft.data.processors.opened import copy_processor
 
     meta = {
         "config": to_tree(RunConfig()),
@@ -273,7 +274,7 @@ def _write_checkpoint(target: Path, got: _Opened, dtype: str | None) -> None:
     }
     with TemporaryDirectory() as folder:
         if got.tokenizer is None:
-            copy_files(got.tokenizer_folder, Path(folder))
+            copy_processor(got.tokenizer_folder, Path(folder), got.model.facts.inputs)
         else:
             got.tokenizer.save(Path(folder))
         files = {f"tokenizer/{path.name}": path for path in sorted(Path(folder).iterdir())}

@@ -144,7 +144,7 @@ def _rows_of(references: tuple[str, ...], served: Served) -> Iterator[_Input]:
     reference, broken = references[0] if len(references) == 1 else references, 0
     for row in iter_rows(reference, (*(column.wanted for column in wanted), *others), form):
         check_texts(row, wanted)
-        if data.broken_files == "skip" and any(is_broken(row.values[i], row.where) for i in media):
+        if data.broken_files == "skip" and any(is_broken(row.values[i], wanted[i].kind, row.where) for i in media):
             broken += 1
             continue
         # What a file holds is not said again.

@@ -133,8 +133,10 @@ class DataConfig:
     """Column of the second text of a pair."""
     image: str = "image"
     """Column of images: paths of files (beside the file that names them), or what such files hold."""
+    audio: str = "audio"
+    """Column of sounds, likewise."""
     broken_files: Literal["refuse", "skip"] = "refuse"
-    """What becomes of rows whose image cannot be decoded: an error that names the first one, or they are left out and counted."""
+    """What becomes of rows whose image or sound cannot be decoded: an error that names the first one, or they are left out and counted."""
     label: str = "label"
     """Column of the label. Ignored by ``predict``."""
     labels: tuple[str, ...] | dict[str, str] | None = None

@@ -43,8 +43,9 @@ def duplicates(train: Split, held_out: Split) -> Duplicates:
 def _keys(split: Split) -> Iterator[bytes]:
     for number in range(len(split)):
         example = split[number]
-        if "image" in example:  # the bytes of its file
-            yield hashlib.blake2b(np.ascontiguousarray(example["image"]).data, digest_size=16).digest()
+        file = next((example[name] for name in ("image", "audio") if name in example), None)
+        if file is not None:
+            yield hashlib.blake2b(np.ascontiguousarray(file).data, digest_size=16).digest()
             continue
         found = hashlib.blake2b(np.ascontiguousarray(example["tokens"], np.int32).data, digest_size=16)
         if "types" in example:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from jaxft.config import DataConfig
 from jaxft.data.labels import MOST_LABEL, label_text
 from jaxft.data.processors.image import decoded
+from jaxft.data.processors.sound import read_sound
+from jaxft.data.sources.media import file_of
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 
@@ -35,7 +37,7 @@ class RowRules:
         # A task whose rows have several labels renames them itself.
         self._map = label_map(config.label_map) if any(kind == "label" for _, _, kind in self._labels) else {}
         self._mapped = dict.fromkeys(self._map, 0)
-        self._media = [i for i, column in enumerate(columns) if column.kind in ("image", "sound")]
+        self._media = [(i, column.kind) for i, column in enumerate(columns) if column.kind in ("image", "sound")]
         self._rows = self._kept = self._without_text = self._without_label = self._broken = 0
         self._any_text = False
 
@@ -51,7 +53,9 @@ class RowRules:
             self._without_text += 1
             return None
         check_texts(row, self._texts, cure="remove the row, or leave such rows out with data.missing_text=skip")
-        if self._config.broken_files == "skip" and any(is_broken(row.values[i], row.where) for i in self._media):
+        if self._config.broken_files == "skip" and any(
+            is_broken(row.values[i], kind, row.where) for i, kind in self._media
+        ):
             self._broken += 1
             return None
         for i, name, kind in self._labels:
@@ -113,11 +117,14 @@ class RowRules:
             yield f"{sum(dropped.values())} of {self._rows} rows are left out by data.label_map: {said}"
 
 
-def is_broken(value: object, where: str) -> bool:
-    """Whether a cell holds no image that can be decoded, nor the path of one."""
+def is_broken(value: object, kind: str, where: str) -> bool:
+    """Whether a cell holds no image or sound that can be decoded, nor the path of one."""
     assert isinstance(value, bytes | str)
     try:
-        decoded(value, "L", where)
+        if kind == "image":
+            decoded(value, "L", where)
+        else:
+            read_sound(file_of(value, where), where)
     except UserError:
         return True
     return False

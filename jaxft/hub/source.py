@@ -17,6 +17,7 @@ import jax
 from jaxft import files, models
 from jaxft.config import decode
 from jaxft.data.labels import MOST_LABEL
+from jaxft.data.processors import image
 from jaxft.errors import UserError
 from jaxft.files import package_folder
 from jaxft.hub.sums import check_sums
@@ -27,8 +28,10 @@ from jaxft.hub.weights.prefixed import WithoutPrefix
 from jaxft.machine import buckets
 from jaxft.machine.processes import is_first
 from jaxft.models.contract import (
+    IMAGE_SIZE,
     MODEL_TYPE,
     TIED,
+    Facts,
     Family,
     architecture_of,
     architectures,
@@ -160,7 +163,12 @@ class Source:
 
 
 def open_source(
-    reference: str | Path, note: Note, *, family: str | None = None, arch: dict[str, object] | None = None
+    reference: str | Path,
+    note: Note,
+    *,
+    family: str | None = None,
+    arch: dict[str, object] | None = None,
+    as_shown: bool = False,
 ) -> Source:
     """Reads a model folder's config.json and the names and shapes of its weights.
 
@@ -169,6 +177,7 @@ def open_source(
       note: called with a line for everything that had to be guessed or corrected.
       family: module of ``jaxft.models``; None: what config.json says.
       arch: changes to the family's Config.
+      as_shown: a model of images reads them in the size that the folder's preprocessor_config.json makes.
     """
     folder = resolve_folder(reference)
     if not jax.distributed.is_initialized() or is_first():  # of several processes one reads all of it
@@ -196,7 +205,10 @@ def open_source(
         _compare_counts(hf_config, rows, note)
         if labels is not None and len(labels) != rows:
             labels = None
-    changes = arch or {}
+    changes = {
+        **(_size_shown(folder, module.facts(make_config(module, tree)), note) if as_shown else {}),
+        **(arch or {}),
+    }
     return Source(
         folder=folder,
         hf_config=hf_config,
@@ -210,6 +222,21 @@ def open_source(
         changes=changes,
         wrapper=wrapper,
     )
+
+
+def _size_shown(folder: Path, facts: Facts, note: Note) -> dict[str, object]:
+    """The change that a model of images needs to read them as its folder makes them; none if it does already. DINOv2's are made for larger
+    images than they are shown."""
+    if facts.processor != "image" or not image.has_processor(folder):
+        return {}
+    stored, shown = facts.inputs[facts.reads].axes[1:3], image.size_made(folder)
+    if shown is None or shown == stored:
+        return {}
+    height, width = shown
+    note(
+        f"images are shown in {height}x{width} pixels, as {folder / image.FILE} says; the model was made for {stored[0]}x{stored[1]}"
+    )
+    return {IMAGE_SIZE: height if height == width else shown}
 
 
 def _compare_counts(hf_config: Mapping[str, object], rows: object, note: Note) -> None:

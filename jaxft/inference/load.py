@@ -121,7 +121,7 @@ def load(
     """
     if labels is not None:
         arch = {**arch, "num_labels": _class_count(labels, arch)}
-    source = open_source(reference, note, family=family, arch=arch)
+    source = open_source(reference, note, family=family, arch=arch, as_shown=True)
     wanted = source.stored_head() if head == "stored" else head
     if wanted not in source.family.HEADS:
         raise UserError(f"head={wanted!r}: {nearest(str(wanted), [name for name in source.family.HEADS if name])}")

@@ -186,7 +186,7 @@ def open_model(reference: str, overrides: list[str], note: Note, *, head: str | 
 def _from_folder(
     reference: str, config: RunConfig, note: Note, head: str | None, devices: Devices, *, stated_length: bool = False
 ) -> Served:
-    source = open_source(reference, note, family=config.model.family)
+    source = open_source(reference, note, family=config.model.family, as_shown=True)
     head = source.stored_head() if head == "stored" else head
     model = source.family.Model(source.config, head, _compute(config, devices))
     params = load_params(source, model, note, mesh=devices.mesh)
@@ -345,10 +345,11 @@ def make_predictor(served: Served, batch_size: int, **changes: object) -> tuple[
     Examples are sorted by length into padded batches of at most ``batch_size``; one program is compiled per padded shape, when
     it is first needed. Arguments and errors are those of :func:`make_answerer`.
     """
-    module, made = served.task(**changes)
-    if not hasattr(made, "predictions"):
-        instead = "jaxft generate writes its texts" if served.model.facts.writes else "jaxft eval scores it"
+    if not hasattr(served.module().Task, "predictions"):
+        writes = "jaxft transcribe" if served.model.facts.processor == "audio" else "jaxft generate"
+        instead = f"{writes} writes its texts" if served.model.facts.writes else "jaxft eval scores it"
         raise UserError(f"jaxft predict has no answers of a model for {served.model.head}; {instead}")
+    module, made = served.task(**changes)
     task = cast(Answering, made)
     config, processor = settled(served.config_for(module), module), served.processor
     fields, ways = module.fields(config, processor.pad_id), served.devices.batch_ways

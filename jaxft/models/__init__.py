@@ -52,7 +52,7 @@ def family(name: str) -> Family:
         others = [one for one in known if len(one) >= len(name) and not one.startswith((f"{name}_", f"{name}-"))]
         near = get_close_matches(name.lower(), others, n=1, cutoff=0.8)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"model family {name!r} is not supported; there are: {', '.join(known)}{guess}")
+        raise UserError(f"model family {name!r} is not supported; there are: {', '.join(families())}{guess}")
     return _module(found)
 
 

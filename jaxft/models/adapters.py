@@ -24,7 +24,8 @@ from jaxft.config import LoraConfig
 from jaxft.errors import UserError
 from jaxft.layers import Compute, Labelled, labelled, unlabel
 from jaxft.models.contract import Facts, Model, Output
-from jaxft.models.initial import initialisable, shapes_and_axes, smallest
+from jaxft.models.example import smallest_batch
+from jaxft.models.initial import initialisable, shapes_and_axes
 from jaxft.parallel.sharding import jitted
 from jaxft.trees import Leaf, Params, Shardings, Tree, branch, leaves_of, map_paths, nested, paths_of
 
@@ -170,7 +171,7 @@ def with_adapters(model: Adapted, base_params: Params, seed: int, shardings: Sha
 
 def _init_adapters(model: Adapted, key: Array) -> Params:
     # The model's own parameters are not computed: nothing asks for them.
-    return branch(unlabel(initialisable(model).init(key, **smallest(model))["params"])[0], "lora")
+    return branch(unlabel(initialisable(model).init(key, **smallest_batch(model.facts))["params"])[0], "lora")
 
 
 def _init(key: Array, leaf: Leaf, rank: int, dtype: str) -> dict[str, Labelled]:

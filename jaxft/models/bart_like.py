@@ -22,7 +22,8 @@ from jaxft.errors import UserError
 from jaxft.layers import ACTIVATIONS, Compute, Embed, LayerNorm, Linear, dropout, subkey
 from jaxft.models import encoder_decoder
 from jaxft.models.checks import check_fields
-from jaxft.models.encoder_decoder import Attention, State
+from jaxft.models.cross_attention import Attention
+from jaxft.models.encoder_decoder import State
 from jaxft.models.heads import Vocabulary, normal
 
 Array = jax.Array
@@ -70,6 +71,8 @@ class BartLikeConfig:
 
     EMBEDDING_NORMS: ClassVar[bool] = True
     """What goes into the first layer of a side is normalised."""
+    KEY_BIASES: ClassVar[bool] = True
+    """Maps to keys have a bias, as those to queries and values."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads")
@@ -164,9 +167,8 @@ class Layer(nn.Module):
         c, initial = self.config, normal(self.config)
         encodes = self.side == "encoder"
         heads, size = (c.num_attention_heads, c.head_size) if encodes else (c.decoder_heads, c.decoder_head_size)
-        return Attention(
-            heads, size, self.compute, initial, initial, initial, c.attention_dropout, biased=True, name=name
-        )
+        how = (self.compute, initial, initial, initial, c.attention_dropout)
+        return Attention(heads, size, *how, biased=True, key_biased=c.KEY_BIASES, name=name)
 
     def _mlp(self, x: Float[Array, "B S D"], key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
         c, how, d = self.config, self.compute, self.config.hidden_size
@@ -220,7 +222,8 @@ class BartLikeModel(encoder_decoder.EncoderDecoder[C], Generic[C]):
         return LayerNorm(EPS, self.compute, name=f"{side}_norm")(x) if self.config.pre_norms else x
 
 
-def vocabulary(config: BartLikeConfig, compute: Compute, name: str) -> Vocabulary:
+def vocabulary(config: BartLikeConfig, compute: Compute, name: str, fixed_bias: bool = True) -> Vocabulary:
     """The head of texts."""
     c, tied = config, config.tie_word_embeddings
-    return Vocabulary(c.hidden_size, c.vocab_size, tied, compute, normal(c), fixed_bias=True, axis="target", name=name)
+    sizes = (c.hidden_size, c.vocab_size, tied)
+    return Vocabulary(*sizes, compute, normal(c), fixed_bias=fixed_bias, axis="target", name=name)

@@ -35,12 +35,16 @@ _SIDES = ("encoder", "decoder")
 
 
 def config_from_hf(
-    config: type[BartLikeConfig], hf: Mapping[str, object], always: Mapping[str, object]
+    config: type[BartLikeConfig],
+    hf: Mapping[str, object],
+    always: Mapping[str, object],
+    names: Mapping[str, str] = NAMES,
 ) -> dict[str, object]:
     """The fields of a Config that a reference config.json (of v4 or v5) states; absent ones keep our defaults, which are the reference's.
 
     Args:
       always: keys of files from before v4 that the reference ignores, and the value with which they say what is computed.
+      names: fields, and what config.json calls them.
 
     Raises:
       UserError: a decoder or an encoder alone, another order of norms or kind of positions, or one setting that has two names there, and
@@ -54,20 +58,20 @@ def config_from_hf(
                 f"config.json: {name}={hf[name]!r} is not supported: the reference computes {usual!r} whatever the file says; remove "
                 "the key if the model was trained so"
             )
-    found = {ours: hf[theirs] for ours, theirs in NAMES.items() if theirs in hf}
+    found = {ours: hf[theirs] for ours, theirs in names.items() if theirs in hf}
     for name in _ALSO:
         if hf.get(name) is not None and found.setdefault(name, hf[name]) != hf[name]:
             raise UserError(
-                f"config.json: {name}={hf[name]!r} and {NAMES[name]}={found[name]!r} are one setting: remove one"
+                f"config.json: {name}={hf[name]!r} and {names[name]}={found[name]!r} are one setting: remove one"
             )
     if found.get("decoder_start_token_id") is None:
         found["decoder_start_token_id"] = config.decoder_start_token_id
     return found
 
 
-def config_to_hf(config: BartLikeConfig) -> dict[str, object]:
+def config_to_hf(config: BartLikeConfig, names: Mapping[str, str] = NAMES) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type, label names and architecture."""
-    return {theirs: getattr(config, ours) for ours, theirs in NAMES.items()} | {"is_encoder_decoder": True}
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()} | {"is_encoder_decoder": True}
 
 
 def config_of_weights(weights: Tensors) -> dict[str, object]:
@@ -104,7 +108,7 @@ def hf_layout(config: BartLikeConfig, head: tuple[Rule, ...], *, learned_positio
     spares = (*(tables if config.tie_word_embeddings else ()), *((HEAD_TABLE,) if config.tie_word_embeddings else ()))
     rules = [Rule("embed/embedding", f"model.{TABLE}", copies=copies, spares=spares)]
     for side in _SIDES:
-        rules += _side_rules(config, side, learned_positions)
+        rules += side_rules(config, side, learned_positions)
     positions = () if learned_positions else tuple(f"model.{side}.embed_positions.weight" for side in _SIDES)
     leftovers = (
         HEAD_TABLE,
@@ -118,7 +122,7 @@ def hf_layout(config: BartLikeConfig, head: tuple[Rule, ...], *, learned_positio
     return Layout((*rules, *head), "model.", (), leftovers, ("head/*",))
 
 
-def _side_rules(config: BartLikeConfig, side: str, learned_positions: bool) -> tuple[Rule, ...]:
+def side_rules(config: BartLikeConfig, side: str, learned_positions: bool = True) -> tuple[Rule, ...]:
     """The rows of the weight table of one side."""
     at = f"model.{side}.layers.{{layer}}"
     attentions = {"attention": "self_attn"} | ({"cross": "encoder_attn"} if side == "decoder" else {})
@@ -127,7 +131,8 @@ def _side_rules(config: BartLikeConfig, side: str, learned_positions: bool) -> t
         for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
             path, tensor = f"{side}/{ours}/{name}", f"{at}.{theirs}.{letter}_proj"
             rules += [Rule(f"{path}/kernel", f"{tensor}.weight", "(n h) d -> d n h")]
-            rules += [Rule(f"{path}/bias", f"{tensor}.bias", "(n h) -> n h")]
+            if config.KEY_BIASES or name != "key":
+                rules += [Rule(f"{path}/bias", f"{tensor}.bias", "(n h) -> n h")]
         rules += [Rule(f"{side}/{ours}/out/kernel", f"{at}.{theirs}.out_proj.weight", "d (n h) -> n h d")]
         rules += [Rule(f"{side}/{ours}/out/bias", f"{at}.{theirs}.out_proj.bias")]
         norm = "norm" if ours == "attention" else "cross_norm"

@@ -396,6 +396,10 @@ TIED = "tie_word_embeddings"
 """The field of a Config, where its family has the choice, that makes the table of tokens the vocabulary matrix too."""
 
 
+IMAGE_SIZE = "image_size"
+"""The field of a Config, where its family reads images, that says how high and wide they are."""
+
+
 MODEL_TYPE = "model_type"
 """The field of a Config, where the kinds of model in its family differ in their maths, that says which one it is of."""
 

@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Integer, PRNGKeyArray, Shaped
 
-from jaxft.attention import MaskSpec, attend
+from jaxft.attention import MaskSpec
 from jaxft.data.batch import Field, Fields
 from jaxft.errors import UserError
 from jaxft.layers import (
     Compute,
     Embed,
-    FromHeads,
-    Initializer,
-    Projection,
     TokenScore,
     apply_stack,
     checked_call,
-    project,
-    project_together,
     stacked_params,
     subkey,
     usual_promotion,
 )
-from jaxft.models.blocks import KeysAndValues
 from jaxft.models.caches import Cache, Memory
 from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
 
@@ -46,6 +41,24 @@ SEQ2SEQ_LM = "seq2seq_lm"
 
 State = tuple[Array, Array, Array | None, Array | None]
 """Keys and values of target tokens, and of the source, of one decoder layer."""
+
+
+class Source(NamedTuple):
+    """What an encoder has read."""
+
+    memory: Float[Array, "R S D"] | None
+    """What it made of it; None: a cache has the keys and values."""
+    there: Bool[Array, "R S"]
+    """Which places hold something."""
+
+
+class Target(NamedTuple):
+    """Texts so far; arguments of a model's call."""
+
+    tokens: Integer[Array, "B T"] | None
+    mask: Shaped[Array, "B T"] | None
+    positions: Integer[Array, "B T"] | None
+    segments: Integer[Array, "B T"] | None
 
 
 class Seq2SeqConfig(Protocol):
@@ -76,98 +89,6 @@ class Seq2SeqConfig(Protocol):
 
 
 C = TypeVar("C", bound=Seq2SeqConfig)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of tokens to each other, or to what an encoder has read: [B, S, D] to [B, S, D]; and keys and values."""
-
-    heads: int
-    head_size: int
-    compute: Compute
-    initial: Initializer
-    """Initialiser of keys and values."""
-    query_initial: Initializer
-    out_initial: Initializer
-    rate: float = 0.0
-    """Dropout of probabilities."""
-    biased: bool = False
-    scale: float | None = None
-    """What products of queries and keys are multiplied with; None: 1 / sqrt(head size)."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: MaskSpec,
-        key: PRNGKeyArray | None,
-        bias: Float[Array, "1 N T _"] | None = None,
-        *,
-        past: KeysAndValues | None = None,
-        memory: Float[Array, "R S D"] | KeysAndValues | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
-        """(the result, keys and values of what is looked at).
-
-        Args:
-          mask: which key each token may see.
-          key: dropout key; None: no dropout.
-          bias: added to the logits.
-          past: keys and values of a cache with room for these, which stand at place ``mask.first``.
-          memory: what an encoder has read, or its keys and values; each of its R rows is of B / R neighbouring ones. None: tokens look at
-            each other.
-        """
-        rules, names, h = self.compute.rules, ("embed", "heads", None), self.head_size
-
-        def projection(name: str, initial: Initializer) -> tuple[Array, Array | None]:
-            shape = (x.shape[-1], self.heads, h)
-            return Projection(shape, names, self.compute, initial, self.biased, name=name)()
-
-        def placed(y: Array, length: str) -> Array:
-            return rules.constrain(y, "batch", "act_heads", length, None)
-
-        query, seen = projection("query", self.query_initial), "target" if memory is not None else "length"
-        if memory is None:
-            parts = [query, projection("key", self.initial), projection("value", self.initial)]
-            q, k, v = (placed(y, seen) for y in project_together(x, parts, names, self.compute))
-            new = (k, v)
-        else:
-            q = placed(project(x, query, names, self.compute, False), seen)
-            if isinstance(memory, tuple):
-                k, v = memory
-            else:
-                parts = [projection(name, self.initial) for name in ("key", "value")]
-                k, v = (placed(y, "length") for y in project_together(memory, parts, names, self.compute))
-            new = (k, v)
-        if past is not None:
-            new = (k.astype(past[0].dtype), v.astype(past[1].dtype))
-            k, v = (jax.lax.dynamic_update_slice_in_dim(*pair, mask.first, 2) for pair in zip(past, new, strict=True))
-        several = q.shape[0] // k.shape[0]
-        mixed = attend(_beside(q, several), k, v, mask, self.compute, self.rate, key, scale=self.scale, bias=bias)
-        out = FromHeads(
-            (self.heads, h, x.shape[-1]),
-            ("heads", None, "embed"),
-            self.compute,
-            self.out_initial,
-            self.biased,
-            name="out",
-        )
-        return out(_apart(mixed, several)), new
-
-
-def _beside(q: Float[Array, "B N T H"], several: int) -> Float[Array, "R N _ H"]:
-    """Queries of rows that see the same keys, as queries of one row."""
-    if several == 1:
-        return q
-    b, n, t, h = q.shape
-    return q.reshape(b // several, several, n, t, h).transpose(0, 2, 1, 3, 4).reshape(b // several, n, several * t, h)
-
-
-def _apart(mixed: Float[Array, "R N _ H"], several: int) -> Float[Array, "B N T H"]:
-    """The inverse of :func:`_beside`."""
-    if several == 1:
-        return mixed
-    r, n, all_of_them, h = mixed.shape
-    apart = mixed.reshape(r, n, several, all_of_them // several, h).transpose(0, 2, 1, 3, 4)
-    return apart.reshape(r * several, n, all_of_them // several, h)
 
 
 class EncoderDecoder(nn.Module, Generic[C]):
@@ -254,24 +175,31 @@ class EncoderDecoder(nn.Module, Generic[C]):
           UserError: an argument that there is not, two keys, or a mesh of explicit axes; more tokens than the model has positions; no
             source, neither as tokens nor in a cache.
         """
-        anything = tokens if tokens is not None else decoder_tokens
-        if anything is None or (tokens is None and (cache is None or cache.memory is None)):
-            raise UserError("an encoder-decoder needs a source: give tokens, or a cache of which it has read some")
-        key = checked_call(self, anything, key, unknown, (*self.facts.inputs, *_OPTIONS))
-        head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
-        table, memory = self.table(), None
+        key = self._admitted(tokens, decoder_tokens, cache, key, unknown)
+        table, source = self.table(), None
         if tokens is not None:
             memory = self._read(table, tokens, mask, positions, segments, subkey(key, 0))
             read = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        else:
-            assert cache is not None
-            assert cache.memory is not None
-            read = cache.memory.mask
-        if decoder_tokens is None:
-            decoder_tokens = jnp.full((read.shape[0], 1), self.config.decoder_start_token_id, jnp.int32)
-        places = (decoder_tokens, decoder_mask, decoder_positions)
-        seen = (memory, read, segments, decoder_segments)
-        return self._written(table, head, places, seen, targets, subkey(key, 1), hidden_states, cache)
+            source = Source(memory, read)
+        target = Target(decoder_tokens, decoder_mask, decoder_positions, decoder_segments)
+        apart = None if decoder_segments is None else (decoder_segments, segments)
+        return self._answered(table, source, target, apart, targets, subkey(key, 1), hidden_states, cache)
+
+    def _admitted(
+        self,
+        source: Array | np.ndarray | None,
+        decoder_tokens: Array | None,
+        cache: Cache | None,
+        key: PRNGKeyArray | None,
+        unknown: Mapping[str, object],
+    ) -> PRNGKeyArray | None:
+        """The dropout key of a call, which is one that can be answered."""
+        anything = source if source is not None else decoder_tokens
+        if anything is None or (source is None and (cache is None or cache.memory is None)):
+            raise UserError(
+                f"an encoder-decoder needs a source: give {self.facts.reads}, or a cache of which it has read some"
+            )
+        return checked_call(self, anything, key, unknown, (*self.facts.inputs, *_OPTIONS))
 
     def _read(
         self,
@@ -288,26 +216,58 @@ class EncoderDecoder(nn.Module, Generic[C]):
             raise UserError(f"source of {s} tokens is beyond the model's limit of {c.limit} positions")
         positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-        x = self.embedded(table, "encoder", tokens, positions, subkey(key, 0))
+        return self.encoded(self.embedded(table, "encoder", tokens, positions, subkey(key, 0)), spec, key)
+
+    def encoded(self, x: Float[Array, "B S D"], spec: MaskSpec, key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
+        """What the encoder's layers make of what goes into the first."""
+        layers, s = self.config.num_hidden_layers, x.shape[1]
         layer, bias = self.layer("encoder"), self.bias("encoder", 0, s, s)
         example = (x[:1], None, MaskSpec(), None)
-        layers = stacked_params(self, "encoder", layer, c.num_hidden_layers, *example)
-        x, _, _ = apply_stack(layer, layers, c.num_hidden_layers, x, subkey(key, 1), spec, bias)
+        stacked = stacked_params(self, "encoder", layer, layers, *example)
+        x, _, _ = apply_stack(layer, stacked, layers, x, subkey(key, 1), spec, bias)
         return self.normed("encoder", x, subkey(key, 2))
 
-    def _written(
+    def _answered(
         self,
         table: Embed,
-        head: Head,
-        places: tuple[Array, Array | None, Array | None],
-        seen: tuple[Array | None, Bool[Array, "R S"], Array | None, Array | None],
+        source: Source | None,
+        target: Target,
+        apart: tuple[Array, Array | None] | None,
         targets: Array | None,
         key: PRNGKeyArray | None,
         hidden_states: bool,
         cache: Cache | None,
     ) -> Output:
-        """What the decoder and the head make of targets so far."""
-        c, (tokens, mask, positions), (memory, read, segments, own_segments) = self.config, places, seen
+        """What the decoder and the head make of targets so far.
+
+        Args:
+          source: what the encoder has read; None: the cache has it.
+          apart: segments of targets, and of the sources that they see. None: a target sees all of its row's source.
+        """
+        head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
+        if source is None:
+            assert cache is not None
+            assert cache.memory is not None
+            source = Source(None, cache.memory.mask)
+        if target.tokens is None:
+            begun = jnp.full((source.there.shape[0], 1), self.config.decoder_start_token_id, jnp.int32)
+            target = target._replace(tokens=begun)
+        return self._written(table, head, target, source, apart, targets, key, hidden_states, cache)
+
+    def _written(
+        self,
+        table: Embed,
+        head: Head,
+        target: Target,
+        source: Source,
+        apart: tuple[Array, Array | None] | None,
+        targets: Array | None,
+        key: PRNGKeyArray | None,
+        hidden_states: bool,
+        cache: Cache | None,
+    ) -> Output:
+        c, (tokens, mask, positions, own_segments), (memory, read) = self.config, target, source
+        assert tokens is not None
         b, t = tokens.shape
         if positions is None and cache is None and c.limit is not None and t > c.limit:
             raise UserError(f"target of {t} tokens is beyond the model's limit of {c.limit} positions")
@@ -319,7 +279,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
         else:
             raise UserError("a cache is of one target a row: no decoder_segments with it")
         first, length = (0, t) if cache is None else (cache.filled, cache.length)
-        source = MaskSpec(read, own_segments, key_segments=segments if own_segments is not None else None)
+        crossed = MaskSpec(read) if apart is None else MaskSpec(read, apart[0], key_segments=apart[1])
         x = self.embedded(table, "decoder", tokens, positions, subkey(key, 0))
         layer, bias = self.layer("decoder"), self.bias("decoder", first, t, length)
         example_memory = jnp.zeros_like(x[:1]) if memory is None else memory[:1]
@@ -330,7 +290,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
             known = cache.memory if memory is None else None  # a source that is given is another one
             of_source = (None, None) if known is None else (known.keys, known.values)
             past = (cache.keys, cache.values, of_source[0], of_source[1])
-        stack = (layer, layers, c.num_decoder_layers, x, subkey(key, 1), spec, bias, memory, source)
+        stack = (layer, layers, c.num_decoder_layers, x, subkey(key, 1), spec, bias, memory, crossed)
         x, states, new = apply_stack(*stack, keep=hidden_states, state=past)
         hidden = self.normed("decoder", x, subkey(key, 2))
         if cache is not None and new is not None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data.batch import HostBatch
 from jaxft.models.contract import Facts
 
 
-def smallest_batch(facts: Facts) -> HostBatch:
-    """A batch of one row that a model can be initialised with."""
+def smallest_shapes(facts: Facts) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of one row that a model can be initialised with."""
     field = facts.inputs[facts.reads]
     sizes = (axis if isinstance(axis, int) else 2 for axis in field.axes[1:])
-    return {facts.reads: np.zeros((1, *sizes), field.dtype)}
+    return {facts.reads: jax.ShapeDtypeStruct((1, *sizes), np.dtype(field.dtype))}
+
+
+def smallest_batch(facts: Facts) -> dict[str, jax.Array]:
+    """Such a batch, which costs nothing where it is traced: images may be large."""
+    return {name: jnp.zeros(one.shape, one.dtype) for name, one in smallest_shapes(facts).items()}
 
 
 def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> HostBatch:
@@ -31,8 +38,8 @@ def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> H
         batch = {"tokens": ids(mask), "mask": mask}
     else:
         batch = {
-            name: rng.normal(size=(rows, *value.shape[1:])).astype(value.dtype)
-            for name, value in smallest_batch(facts).items()
+            name: rng.normal(size=(rows, *one.shape[1:])).astype(one.dtype)
+            for name, one in smallest_shapes(facts).items()
         }
     if "decoder_tokens" in facts.inputs:
         short = max(1, length // 2)

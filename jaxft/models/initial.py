@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -14,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.layers import unlabel
 from jaxft.models.checks import check_parameters
 from jaxft.models.contract import Model
-from jaxft.models.example import smallest_batch
+from jaxft.models.example import smallest_batch, smallest_shapes
 from jaxft.parallel.sharding import no_mesh
 from jaxft.trees import Axes, Params, Shapes, Shardings, paths_of
 
@@ -27,11 +26,12 @@ def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
     Raises:
       UserError: it would have more parameters than any model.
     """
-    example = smallest(model)
+    example = smallest_shapes(model.facts)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
     quick = initialisable(model, layers="scanned")
     with no_mesh():  # the example is too small to be split
-        shapes, axes = unlabel(jax.eval_shape(lambda key: quick.init(key, **example)["params"], jax.random.key(0)))
+        made = jax.eval_shape(lambda key, batch: quick.init(key, **batch)["params"], jax.random.key(0), example)
+        shapes, axes = unlabel(made)
     check_parameters(sum(leaf.size for leaf in jax.tree.leaves(shapes)))
     return shapes, axes
 
@@ -62,14 +62,9 @@ def initialisable(model: M, layers: Literal["unrolled", "scanned"] | None = None
     return model.clone(compute=dataclasses.replace(how, attention="xla"))
 
 
-def smallest(model: Model) -> dict[str, jax.Array]:
-    """What a model can be initialised with."""
-    return {name: jnp.asarray(value) for name, value in smallest_batch(model.facts).items()}
-
-
 def _init(model: Model, key: jax.Array) -> Params:
     with no_mesh():  # the example is too small to be split
-        return unlabel(initialisable(model).init(key, **smallest(model))["params"])[0]
+        return unlabel(initialisable(model).init(key, **smallest_batch(model.facts))["params"])[0]
 
 
 def spread(value: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -8,12 +8,17 @@ from typing import NamedTuple, TypedDict, cast
 from jaxft.files import JsonObject
 
 SHOWN = (
+    ("wer", "WER"),
+    ("cer", "CER"),
+    ("wer_normalized", "WER normalized"),
+    ("cer_normalized", "CER normalized"),
     ("rougeL", "ROUGE-L"),
     ("rouge1", "ROUGE-1"),
     ("rouge2", "ROUGE-2"),
     ("bleu", "BLEU"),
     ("chrf", "chrF"),
     ("accuracy", "accuracy"),
+    ("top5_accuracy", "top-5 accuracy"),
     ("exact_match", "exact match"),
     ("macro_f1", "macro F1"),
     ("micro_f1", "micro F1"),

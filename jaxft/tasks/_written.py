@@ -15,14 +15,22 @@ METRICS: dict[str, tuple[str, ...]] = {
     "rouge": ("rougeL", "rouge1", "rouge2", "rougeLsum"),
     "bleu": ("bleu",),
     "chrf": ("chrf",),
+    "wer": ("wer", "cer", "wer_normalized", "cer_normalized"),
 }
-"""The numbers of each kind of score; all are shares or points of 100, and more is better."""
-_PACKAGES = {"rouge": "rouge_score.rouge_scorer", "bleu": "sacrebleu.metrics", "chrf": "sacrebleu.metrics"}
+"""The numbers of each kind of score, in points of 100."""
+_ERRORS = ("wer",)
+"""Of which less is better."""
+_PACKAGES = {
+    "rouge": "rouge_score.rouge_scorer",
+    "bleu": "sacrebleu.metrics",
+    "chrf": "sacrebleu.metrics",
+    "wer": "jiwer",
+}
 
 
 def metrics_of(scores: Sequence[str]) -> dict[str, Direction]:
     """The scalars that texts are scored by, and which way is better."""
-    return {metric: "max" for score in scores for metric in METRICS[score]}
+    return {metric: "min" if score in _ERRORS else "max" for score in scores for metric in METRICS[score]}
 
 
 def check_scores(scores: Sequence[str]) -> None:
@@ -35,7 +43,8 @@ def text_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[
     """The scores of texts against what was wanted, 0 to 100, and by which rules (``scored_by``).
 
     ROUGE with the Porter stemmer, on letters a to z and digits, sentences of ``rougeLsum`` apart by line breaks; the mean over texts of
-    F-measures. BLEU and chrF as sacrebleu computes them over the whole, with its signatures.
+    F-measures. BLEU and chrF as sacrebleu computes them over the whole, with its signatures. Errors of words (WER) and characters (CER) as
+    jiwer counts them over the whole, of what is written and of what is left of it without case, marks and what stands in brackets.
     """
     if not written:
         return dict.fromkeys(metrics_of(scores), math.nan)
@@ -48,6 +57,9 @@ def text_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[
             each = [scorer.score(right, text) for right, text in zip(wanted, written, strict=True)]
             found |= {name: 100 * sum(one[name].fmeasure for one in each) / len(each) for name in METRICS["rouge"]}
             said[score] = f"rouge-score {version('rouge-score')}, stemmer"
+        elif score == "wer":
+            found |= _errors(module, written, wanted)
+            said[score] = f"jiwer {version('jiwer')}; normalized as Whisper's BasicTextNormalizer does"
         else:
             metric = module.BLEU() if score == "bleu" else module.CHRF()
             found[score] = metric.corpus_score(list(written), [list(wanted)]).score
@@ -55,12 +67,29 @@ def text_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[
     return found | {"scored_by": said}
 
 
+def _errors(module: ModuleType, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    plain = BasicTextNormalizer()
+    found = {}
+    for suffix, change in (("", str), ("_normalized", plain)):
+        # A transcript of nothing has no words that could be wrong.
+        pairs = [(change(right).strip(), change(text).strip()) for right, text in zip(wanted, written, strict=True)]
+        pairs = [pair for pair in pairs if pair[0]]
+        for name in ("wer", "cer"):
+            rate = (
+                getattr(module, name)([right for right, _ in pairs], [text for _, text in pairs]) if pairs else math.nan
+            )
+            found[f"{name}{suffix}"] = 100 * rate
+    return {name: found[name] for name in METRICS["wer"]}
+
+
 def _module(score: str) -> ModuleType:
     name = _PACKAGES[score]
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.partition(".")[0].replace("_", "-")
+        package, extra = name.partition(".")[0].replace("_", "-"), "audio" if score in _ERRORS else "texts"
         raise UserError(
-            f"task.scores: {score} needs {package}, which is not installed: pip install 'jaxft[texts]', or leave it out"
+            f"task.scores: {score} needs {package}, which is not installed: pip install 'jaxft[{extra}]', or leave it out"
         ) from error

@@ -52,10 +52,13 @@ def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
         traced = jax.make_jaxpr(forward)(recipe.shapes, shapes, key)
     dense, attention = _counted(traced.jaxpr)
     seen, whole, sizes = 0.0, 0.0, dict(shape.sizes)
+    stacks = recipe.model.facts.stacks
+    fixed = {stack.axis: stack.tokens for stack in stacks if stack.tokens is not None}
+    lengths = {**sizes, **fixed}  # of images and sounds: as many in every row
     # Of stacks of several kinds, each counts by what its layers would cost if all was seen.
-    for stack in recipe.model.facts.stacks:
-        length, cost = sizes.get(stack.axis, 1), stack.layers * stack.heads * stack.head_size
-        beside = 0 if stack.looks_at is None else sizes.get(stack.looks_at, 1) * length
+    for stack in stacks:
+        length, cost = lengths.get(stack.axis, 1), stack.layers * stack.heads * stack.head_size
+        beside = 0 if stack.looks_at is None else lengths.get(stack.looks_at, 1) * length
         seen += cost * (length**2 * stack.seen(length) + beside)
         whole += cost * (length**2 + beside)
     share = seen / whole

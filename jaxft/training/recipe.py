@@ -49,7 +49,7 @@ from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import Batch, Gradient, Step, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
 
-_AXES_OF_IMAGES = ("height", "width", "channels")
+_AXES_OF_IMAGES, _AXES_OF_SOUND = ("height", "width", "channels"), ("frames", "bins")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Recipe:
         """The shape of a batch of so many rows of so many tokens."""
         axes = dict.fromkeys(axis for field in self.fields.values() for axis in field.axes[1:] if isinstance(axis, str))
         fixed = self.model.facts.inputs[self.model.facts.reads].axes[1:]
-        sizes = {axis: size for axis, size in zip(_AXES_OF_IMAGES, fixed, strict=False) if isinstance(size, int)}
+        named = _AXES_OF_SOUND if self.model.facts.processor == "audio" else _AXES_OF_IMAGES
+        sizes = {axis: size for axis, size in zip(named, fixed, strict=False) if isinstance(size, int)}
         known = {**sizes, "length": length, CLASSES: len(self.targets.labels), **tasks.sizes_of(self.config.task)}
         return Shape(rows, tuple((axis, known[axis]) for axis in axes))
 
@@ -166,7 +167,7 @@ def open_start(config: RunConfig, note: Note) -> Source | None:
     """
     if config.model.init is None:
         return None
-    source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch)
+    source = open_source(config.model.init, note, family=config.model.family, arch=config.model.arch, as_shown=True)
     module, fresh = tasks.task(config.task.name), config.model.head == "fresh"
     head = module.Task.head
     if not fresh:

@@ -26,6 +26,7 @@ from jaxft.models.example import example_batch
 from jaxft.models.grids import Grid
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, make_mesh, shardings_of
+from jaxft.trees import paths_of
 
 torch = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
@@ -74,7 +75,7 @@ def test_values_and_gradients_equal_the_reference(kind: str, head: str | None, t
     compare_images(models.family(kind), still(kind, num_hidden_layers=2, num_labels=5), head, kind, tmp_path)
 
 
-@pytest.mark.sampled(40)
+@pytest.mark.sampled(80)
 @pytest.mark.parametrize("number", range(20))
 @pytest.mark.parametrize("kind", VALUES)
 def test_random_configs_equal_the_reference(kind: str, number: int, tmp_path: Path) -> None:
@@ -322,6 +323,18 @@ def test_configs_that_no_model_can_have_are_refused(kind: str, arch: dict[str, A
         make_config(module, tiny | arch)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_shapes_of_a_model_of_huge_images_take_no_memory(tmp_path: Path) -> None:
+    model: Any = models.family("vit").Model(still("vit", image_size=1 << 20, patch_size=1 << 10), None)
+    shapes, _ = shapes_and_axes(model)
+    assert paths_of(shapes)["embed/position_table"].shape == (1, 1 + (1 << 20), 32)
+    made = make_reference(models.family("vit"), still("vit"), None, "vit")
+    made.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text()) | {"image_size": 1 << 20}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=r"mis-shaped: embeddings.position_embeddings is \[1, 17, 32\], expected \[1, "):
+        jaxft.load(tmp_path, note=lambda _: None)
 
 
 def test_kinds_of_dinov2_have_their_own_defaults_and_keys() -> None:

@@ -133,6 +133,36 @@ def test_a_model_learns_colours_and_answers_as_the_reference_does(
         np.testing.assert_allclose(said, logits.softmax(-1), rtol=0, atol=3e-6)
 
 
+def test_images_are_shown_in_the_size_that_the_folder_makes(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
+    from PIL import Image
+
+    folder = shutil.copytree(trained / "run/export", tmp_path / "smaller")
+    (folder / "SHA256SUMS").unlink()
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(said | {"size": {"height": 8, "width": 8}}))
+    file = trained / "rows/green/00.png"
+    _, out, err = run(capsys, "predict", folder, file)
+    assert "images are shown in 8x8 pixels" in err
+    model = transformers.ViTForImageClassification.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with torch.no_grad():
+        pixels = processor(Image.open(file), return_tensors="pt")
+        logits = model(**pixels, interpolate_pos_encoding=True).logits[0]
+    ours = json.loads(out)["probabilities"]
+    np.testing.assert_allclose(
+        [ours[model.config.id2label[i]] for i in range(3)], logits.softmax(-1), rtol=0, atol=3e-6
+    )
+    assert run(capsys, "convert", folder, tmp_path / "kept", "--to", "jaxft")[0] == 0
+    assert (tmp_path / "kept/tokenizer/preprocessor_config.json").is_file()
+    _, again, _ = run(capsys, "predict", trained / "run/export", file)
+    assert run(capsys, "convert", trained / "run/export", tmp_path / "same", "--to", "jaxft")[0] == 0
+    _, same, _ = run(capsys, "predict", tmp_path / "same", file)
+    assert same == again
+
+
 def test_files_folders_and_tables_are_answered(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -151,6 +151,23 @@ def has_processor(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def size_made(folder: Path) -> tuple[int, int] | None:
+    """(height, width) of the images that a folder's file makes; None: of any.
+
+    Raises:
+      UserError: the file says something that is not supported.
+    """
+    path = folder / FILE
+    said = read_json_object(path)
+    key = "crop_size" if said.get("do_center_crop", False) else "size"
+    if key == "size" and not said.get("do_resize", True):
+        return None
+    found = _size(said, key, path)
+    return (
+        (found, found) if isinstance(found, int) and key == "crop_size" else found if isinstance(found, tuple) else None
+    )
+
+
 def open_processor(
     folder: Path, height: int, width: int, channels: int, before: tuple[int, int, int] | None = None
 ) -> ImageProcessor:

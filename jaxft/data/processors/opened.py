@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from jaxft.data.batch import Fields
-from jaxft.data.processors import image
+from jaxft.data.processors import image, speech
 from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.speech import SpeechProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
+from jaxft.data.processors.tokenizer_files import copy_files
 from jaxft.errors import UserError
 
 
@@ -16,8 +19,15 @@ def reads_images(inputs: Fields) -> bool:
     return "pixels" in inputs
 
 
+def hears(inputs: Fields) -> bool:
+    """Whether a model of these inputs hears frames of sound."""
+    return "frames" in inputs
+
+
 def has_processor(folder: Path, inputs: Fields) -> bool:
     """Whether a folder has the files that a model of these inputs needs."""
+    if hears(inputs):
+        return speech.has_processor(folder)
     return image.has_processor(folder) if reads_images(inputs) else has_tokenizer(folder)
 
 
@@ -38,7 +48,19 @@ def open_processor(
     if reads_images(inputs):
         before = None if stored is None else _image_size(stored)
         return image.open_processor(folder, *_image_size(inputs), before)
+    if hears(inputs):
+        frames, bins = (axis for axis in inputs["frames"].axes[1:] if isinstance(axis, int))
+        return speech.open_processor(folder, max_length, frames, bins, model_type)
     return Tokenizer(folder, max_length, model_type=model_type)
+
+
+def copy_processor(source: Path, target: Path, inputs: Fields) -> None:
+    """Copies the files that a model of these inputs needs, unread."""
+    if not reads_images(inputs):
+        copy_files(source, target)
+    for name in (image.FILE, speech.SETTINGS) if reads_images(inputs) or hears(inputs) else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def fresh_processor(folder: Path, inputs: Fields) -> Processor:
@@ -58,6 +80,8 @@ def as_text(processor: Processor) -> Tokenizer:
     Raises:
       UserError: it reads something else.
     """
+    if isinstance(processor, SpeechProcessor):
+        return processor.tokenizer
     if not isinstance(processor, Tokenizer):
         raise UserError(f"the model ({processor.folder}) reads no texts, which this needs")
     return processor

@@ -91,9 +91,9 @@ def generate(
 
 @functools.lru_cache(maxsize=16)
 def writes(model: Model) -> bool:
-    """Whether a model is a decoder that gives each token of its vocabulary a logit."""
+    """Whether a model is a decoder of texts that gives each token of its vocabulary a logit."""
     vocabulary, token = model.facts.vocabulary, jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    if model.head is None or not model.facts.writes:
+    if model.head is None or not model.facts.writes or model.facts.processor != "text":
         return False
     shapes = shapes_and_axes(model)[0]
     logits = jax.eval_shape(lambda params, ids: model.apply({"params": params}, ids).logits, shapes, token)

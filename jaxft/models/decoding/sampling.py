@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32, PRNGKeyArray
 
 from jaxft.config.generation import GenerationConfig
+from jaxft.config.speech import SpeechGeneration
+from jaxft.models.decoding.timestamps import timed
 
 Array = jax.Array
 _NEVER = -jnp.inf
@@ -70,6 +72,8 @@ def allowed(
     if config.begin_suppress_tokens:
         without = scores.at[:, jnp.array(config.begin_suppress_tokens)].set(_NEVER)
         scores = jnp.where(made == begins, without, scores)
+    if isinstance(config, SpeechGeneration) and config.timestamps is not None:
+        scores = timed(scores, tokens, made, at, config.timestamps)
     return scores
 
 

@@ -25,7 +25,8 @@ from jaxft.models import encoder_decoder
 from jaxft.models.blocks import GatedMlp
 from jaxft.models.checks import check_fields
 from jaxft.models.contract import Head
-from jaxft.models.encoder_decoder import SEQ2SEQ_LM, Attention, State
+from jaxft.models.cross_attention import Attention
+from jaxft.models.encoder_decoder import SEQ2SEQ_LM, State
 from jaxft.models.heads import Vocabulary
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
 
