@@ -51,11 +51,18 @@ SIZES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0}
         | {"max_relative_positions": -1, "layer_norm_eps": 1e-7},
     ),
+    "vit": ("vit", "ViT", dict(zip(BERT, (768, 12, 12, 3072), strict=True)) | {"image_size": 224, "patch_size": 16}),
+    "fashion": (
+        "vit",
+        "ViT",
+        dict(zip(BERT, (128, 4, 4, 256), strict=True)) | {"image_size": 28, "patch_size": 7, "num_channels": 1},
+    ),
     "tiny-bert": ("bert", "Bert", dict(zip(BERT, (32, 2, 2, 64), strict=True))),
     "tiny-llama": ("llama", "Llama", dict(zip(LLAMA, (32, 2, 4, 64, 2, 512), strict=True))),
 }
 """Family, its name in the reference, and what config.json says. smollm: SmolLM-135M (Allal et al. 2025); modernbert: ModernBERT-base
-(Warner et al. 2024); deberta: DeBERTa-v3-base (He et al. 2021)."""
+(Warner et al. 2024); deberta: DeBERTa-v3-base (He et al. 2021); vit: ViT-B/16 (Dosovitskiy et al. 2021), fashion: that of
+configs/runs/fashion_mnist.yaml, both with ``--length 1``, so that what is counted as tokens is images."""
 CONTENDERS = (
     *("torch-float32", "torch-bf16-autocast", "torch-bf16-compile"),
     *("jaxft-float32", "jaxft-bf16-operands", "jaxft-bf16-activations", "jaxft-auto"),
@@ -89,6 +96,9 @@ def config_of(size: str, dropout: float, length: int) -> dict[str, Any]:
     family, _, arch = SIZES[size]
     if family == "llama":
         return arch | {"max_position_embeddings": max(2048, length), "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+    if family == "vit":
+        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        return {"num_channels": 3, **arch, **rates, "num_labels": LABELS}
     arch = {"vocab_size": 30522, **arch, "num_labels": LABELS}
     if family == "modernbert":
         return arch | {"attention_dropout": dropout, "embedding_dropout": dropout, "mlp_dropout": dropout}
@@ -100,7 +110,8 @@ def overrides_of(size: str, rows: int, length: int, dropout: float, kind: str = 
     """The step as a configuration: ``key=value`` arguments of ``jaxft plan`` and ``jaxft train``."""
     family = SIZES[size][0]
     operands, activations = TYPES[kind]
-    task = ["task.name=causal_lm", "eval.metric=loss"] if family == "llama" else []
+    tasks = {"llama": ["task.name=causal_lm", "eval.metric=loss"], "vit": ["task.name=image_classification"]}
+    task = tasks.get(family, [])
     return [
         *task,
         f"model.family={family}",
@@ -124,6 +135,14 @@ def data(vocabulary: int, rows: int, length: int) -> tuple[Any, Any]:
     return rng.integers(5, min(vocabulary, 30000), (rows, length)), rng.integers(0, LABELS, rows)
 
 
+def pictures(arch: dict[str, Any], rows: int) -> Any:
+    """[B, H, W, C] uint8 of noise."""
+    import numpy as np
+
+    side, channels = arch["image_size"], arch["num_channels"]
+    return np.random.default_rng(0).integers(0, 256, (rows, side, side, channels), np.uint8)
+
+
 def torch_step(kind: str, options: argparse.Namespace) -> Made:
     import torch
     import transformers
@@ -132,7 +151,9 @@ def torch_step(kind: str, options: argparse.Namespace) -> Made:
     gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     device = "cuda" if gpu else "cpu"
     (family, stem, _), arch = SIZES[options.size], config_of(options.size, options.dropout, options.length)
-    tokens, labels = (torch.tensor(x, device=device) for x in data(arch["vocab_size"], options.rows, options.length))
+    vocabulary = arch.get("vocab_size", 2)
+    tokens, labels = (torch.tensor(x, device=device) for x in data(vocabulary, options.rows, options.length))
+    given = {"input_ids": tokens}
     library: Any = transformers
     if family == "llama":
         model = library.LlamaForCausalLM(library.LlamaConfig(**arch, use_cache=False, attn_implementation="sdpa"))
@@ -140,16 +161,20 @@ def torch_step(kind: str, options: argparse.Namespace) -> Made:
     else:
         how = {} if family == "deberta_v2" else {"attn_implementation": "sdpa"}  # it has one of its own alone
         config = getattr(library, f"{stem}Config")(**arch, **how)
-        model = getattr(library, f"{stem}ForSequenceClassification")(config)
+        model = getattr(library, f"{stem}For{'Image' if family == 'vit' else 'Sequence'}Classification")(config)
     model = model.to(device).train()
     run: Any = torch.compile(model, backend=options.compiler) if kind == "torch-bf16-compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
     # On a GPU without a mask: torch then takes its quickest kernels; nothing is padding.
-    mask = {} if gpu else {"attention_mask": torch.ones_like(tokens)}
+    if family == "vit":  # normalised, as both sides do at each step
+        raw = torch.tensor(pictures(arch, options.rows), device=device).permute(0, 3, 1, 2)
+        given = {"pixel_values": (raw.float() / 255 - 0.5) / 0.5}
+    elif not gpu:
+        given["attention_mask"] = torch.ones_like(tokens)
 
     def step() -> Any:
         with torch.autocast(device, torch.bfloat16, enabled="bf16" in kind):
-            loss = run(input_ids=tokens, labels=labels, **mask).loss
+            loss = run(labels=labels, **given).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -164,24 +189,27 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     import jax
     import numpy as np
 
+    from jaxft import tasks
     from jaxft.config import load_config
-    from jaxft.data.batch import text_shape
     from jaxft.machine.chips import peak_of
     from jaxft.machine.memory import device_bytes, release_freed
     from jaxft.models.initial import init_params
     from jaxft.parallel.sharding import jitted, make_mesh
     from jaxft.training.flops import model_flops
-    from jaxft.training.processors import stand_in_tokenizer
+    from jaxft.training.processors import stand_in_processor
     from jaxft.training.recipe import make_recipe, planned_targets
 
     config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
     arch = config.model.arch
-    _, targets = planned_targets(config, None)
-    mesh, tokenizer = make_mesh(config.mesh), stand_in_tokenizer(arch["vocab_size"])
-    recipe = make_recipe(config, mesh, None, targets, tokenizer, 1000, jax.default_backend())
-    shape = text_shape(options.rows, options.length)
-    tokens, labels = data(arch["vocab_size"], options.rows, options.length)
+    facts, targets = planned_targets(config, None)
+    mesh, vocabulary = make_mesh(config.mesh), arch.get("vocab_size", 2)
+    processor = stand_in_processor(tasks.task(config.task.name), vocabulary, facts.inputs)
+    recipe = make_recipe(config, mesh, None, targets, processor, 1000, jax.default_backend())
+    shape = recipe.shape(options.rows, options.length)
+    tokens, labels = data(vocabulary, options.rows, options.length)
     given = {"tokens": tokens, "labels": labels, "types": np.zeros_like(tokens)}
+    if "pixels" in facts.inputs:
+        given["pixels"] = pictures(arch, options.rows)
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, recipe.state)
         start = jitted(recipe.start, mesh, places, donate_argnums=0)

@@ -31,7 +31,7 @@ def completed(*words: str) -> set[str]:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes_commands_options_keys_and_values() -> None:
     assert completed("jaxft", "") == set(COMMANDS)
-    assert completed("jaxft", "tr") == {"train"}
+    assert completed("jaxft", "tr") == {"train", "transcribe"}
     assert completed("jaxft", "plan", "--") == {"--help", "--topology", "--fit", "--llo", "--analytic", "--json"}
     assert completed("jaxft", "train", "run.yaml", "optim.l") == {"optim.learning_rate=", "optim.layer_decay="}
     assert completed("jaxft", "train", "") == {f"{key}=" for key in KEYS}

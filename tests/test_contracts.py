@@ -21,6 +21,7 @@ from jaxft.data.examples import Encoded, Examples, Split, make_split
 from jaxft.data.packing import CLASSES, Packed, pack
 from jaxft.data.processors.contract import Processor, SpecialIds, TextProcessor
 from jaxft.data.processors.image import ImageProcessor
+from jaxft.data.processors.speech import SpeechProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Family, architecture_of, architectures, head_of, head_of_class, with_classes
@@ -50,6 +51,7 @@ from jaxft.models.families import (
     smollm3,
     t5,
     vit,
+    whisper,
 )
 from jaxft.models.initial import shapes_and_axes
 from jaxft.models.layout import Layout
@@ -70,6 +72,7 @@ from jaxft.tasks import (
     reranking,
     seq2seq,
     span_corruption,
+    speech_to_text,
     token_classification,
 )
 from jaxft.training.processors import stand_in_processor
@@ -95,7 +98,7 @@ FAMILIES: tuple[Family, ...] = (
         mpnet,
         olmo2,
     ),
-    *(qwen2, qwen3, roberta, rotary_bert, smollm3, t5, vit),
+    *(qwen2, qwen3, roberta, rotary_bert, smollm3, t5, vit, whisper),
 )
 TASKS: tuple[TaskModule, ...] = (
     *(
@@ -111,10 +114,10 @@ TASKS: tuple[TaskModule, ...] = (
         question_answering,
         regression,
     ),
-    *(reranking, seq2seq, span_corruption, token_classification),
+    *(reranking, seq2seq, span_corruption, speech_to_text, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
-PROCESSORS: tuple[type[Processor], ...] = (Tokenizer, ImageProcessor)
+PROCESSORS: tuple[type[Processor], ...] = (Tokenizer, ImageProcessor, SpeechProcessor)
 TEXT_PROCESSORS: tuple[type[TextProcessor], ...] = (Tokenizer,)
 HEADS = [(name, head) for name in models.families() for head in models.family(name).HEADS]
 

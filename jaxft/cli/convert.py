@@ -59,13 +59,12 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         _check_possible(options)
     set_up_jax(None)
-    from jaxft.data.processors.opened import has_processor
+    from jaxft.data.processors.opened import FILES, has_processor
 
     with ExitStack() as opened:
         got = _open(options, opened)
         if not has_processor(got.tokenizer_folder, got.model.facts.inputs):
-            what = "tokenizer files" if got.model.facts.processor == "text" else "preprocessor_config.json"
-            print(f"{got.tokenizer_folder} has no {what}: none are written")
+            print(f"{got.tokenizer_folder} has no {FILES[got.model.facts.processor]}: none are written")
         if options.to == "hf":
             _write_folder(target, got, options.dtype, shard_bytes)
         else:

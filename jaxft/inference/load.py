@@ -11,7 +11,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import PyTree
 
-from jaxft.data.processors.opened import has_processor, open_processor
+from jaxft.data.processors.opened import FILES, has_processor, open_processor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.data.thresholds import beside
 from jaxft.errors import UserError, nearest
@@ -134,8 +134,8 @@ def load(
     params = load_params(source, model, note, fresh_head=fresh)
     processor, facts = None, model.facts
     if not has_processor(source.folder, facts.inputs):
-        what = "preprocessor_config.json" if facts.processor == "image" else "tokenizer files"
-        note(f"{source.folder} has no {what}: the {'processor' if facts.processor == 'image' else 'tokenizer'} is None")
+        what = "tokenizer" if facts.processor == "text" else "processor"
+        note(f"{source.folder} has no {FILES[facts.processor]}: the {what} is None")
     elif facts.processor == "text":
         processor = Tokenizer(source.folder, max_length or facts.limit, facts.inputs, source.family_name)
         check_vocabulary(processor, facts.inputs)

@@ -10,7 +10,10 @@ from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.batch import Field, Fields
 from jaxft.data.processors.contract import Processor, SpecialIds, TextProcessor
+from jaxft.data.processors.log_mel import LogMel
 from jaxft.data.processors.opened import fresh_processor, open_processor
+from jaxft.data.processors.speech import SpeechProcessor
+from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.hub.source import Source, resolve_folder
 from jaxft.training.recipe import planned_targets
@@ -65,6 +68,8 @@ def stand_in_processor(module: tasks.TaskModule, vocab_size: int = 30522, inputs
     """
     if tasks.modality_of(module) == "text":
         return stand_in_tokenizer(vocab_size)
+    if tasks.modality_of(module) == "audio":
+        return SpeechProcessor(cast(Tokenizer, stand_in_tokenizer(vocab_size)), LogMel())
     return fresh_processor(Path(), _SOME_IMAGE if inputs is None else inputs)
 
 

@@ -204,7 +204,9 @@ def test_scores_are_means_of_log_probabilities() -> None:
 def test_prompts_equal_the_reference(language: str | None, task: str | None, with_times: bool, forced: Any) -> None:
     theirs, _, _ = pair()
     stated = copy.deepcopy(theirs.generation_config)
-    stated.update(forced_decoder_ids=forced, language=language, task=task, return_timestamps=with_times)
+    asked = {"forced_decoder_ids": forced, "language": language, "task": task, "return_timestamps": with_times}
+    for name, value in asked.items():  # ``update`` sets what is there alone
+        setattr(stated, name, value)
     frames = as_theirs(frames_of(1))
     (wanted,) = theirs._retrieve_init_tokens(frames, 1, stated, theirs.config, 100, {}).tolist()
     tokens = SpeechTokens.from_json(SETTINGS | {"forced_decoder_ids": forced}, 51, "here")

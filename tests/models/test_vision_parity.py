@@ -194,6 +194,7 @@ def test_the_rate_rises_with_depth() -> None:
     assert alone.kept().tolist() == [ALWAYS]
 
 
+@pytest.mark.slow
 def test_layers_are_skipped_by_images_and_nothing_else_changes() -> None:
     # The last layer alone drops, so an image either has what both of its parts add, or lacks one of them, or both.
     config = dataclasses.replace(still("vit", num_hidden_layers=2), drop_path_rate=0.5)
@@ -212,6 +213,7 @@ def test_layers_are_skipped_by_images_and_nothing_else_changes() -> None:
     assert not (np.asarray(whole) == states[0][1]).all(axis=(1, 2)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in VALUES])
 def test_layers_drop_the_same_unrolled_and_scanned(kind: str) -> None:
     config = dataclasses.replace(tiny_config(kind), drop_path_rate=0.5, num_hidden_layers=2)

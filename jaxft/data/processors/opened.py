@@ -13,6 +13,9 @@ from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
 from jaxft.data.processors.tokenizer_files import copy_files
 from jaxft.errors import UserError
 
+FILES = {"text": "tokenizer files", "image": image.FILE, "audio": f"tokenizer files and {speech.FILE}"}
+"""What a folder has beside the weights, by what its model reads."""
+
 
 def reads_images(inputs: Fields) -> bool:
     """Whether a model of these inputs reads images."""
