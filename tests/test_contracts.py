@@ -226,7 +226,7 @@ def test_a_task_is_a_value_of_a_head_that_a_family_has(name: str) -> None:
 def test_padding_is_as_declared_and_weighs_nothing(name: str) -> None:
     options = task_options(name)(name=name)
     fields = tasks.task(name).fields(RunConfig(task=options), 9)
-    image = dict.fromkeys(("height", "width", "channels"), 3)
+    image = dict.fromkeys(("height", "width", "channels", "frames", "bins"), 3)
     shape = Shape(2, (("length", 5), (CLASSES, 2), *image.items(), *tasks.sizes_of(options).items()))
     empty = collate([], fields, shape)
     assert empty.keys() == fields.keys()

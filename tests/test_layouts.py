@@ -18,6 +18,7 @@ from jaxft.config.tasks.embedding import Config as EmbeddingConfig
 from jaxft.data.packing import packed_fields
 from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
+from jaxft.models.families import whisper
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, jitted, make_mesh, replicated, shardings_of
 from jaxft.training.gradients import of_batch
@@ -44,6 +45,7 @@ MADE = {
     "reranking": lambda module: module.Task(at=2),
     "span_corruption": lambda module: module.Task(0.3, 2.0, (90, 91, 92, 93), (0, 1), 0, 1),
     "seq2seq": lambda module: module.Task(smoothing=0.1),
+    "speech_to_text": lambda module: module.Task(start=1, smoothing=0.1),
 }
 CASES = [
     (family, name)
@@ -90,7 +92,7 @@ def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout of some shows that they are split as well. BERT and Llama, and
     their tasks, take turns on the layouts."""
-    if task in ("seq2seq", "span_corruption", "image_classification"):
+    if task in ("seq2seq", "span_corruption", "image_classification", "speech_to_text"):
         return (family, task) in ONCE and layout == "2x2x2"
     if family not in ("bert", "llama") or task not in TURNS:
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE
@@ -169,7 +171,10 @@ def batches(task: str) -> list[dict[str, np.ndarray]]:
             batch |= {"segments": (1 + second) * mask, "starts": starts, "counts": np.full(ROWS, 2, np.int32)}
             batch["positions"] = (np.arange(LENGTH) - second * (lengths[:, None] // 2)).astype(np.int32) * mask
             batch["labels"] = batch["labels"] % 2
-        if task == "seq2seq":
+        if task == "speech_to_text":
+            frames, bins = (axis for axis in whisper.facts(whisper.TINY).inputs["frames"].axes if isinstance(axis, int))
+            batch["frames"] = rng.normal(size=(ROWS, frames, bins)).astype(np.float32)
+        if task in ("seq2seq", "speech_to_text"):
             there = (np.arange(LENGTH // 2) < np.maximum(lengths[:, None] // 2, 1)).astype(np.int32)
             batch |= {"target": rng.integers(5, 96, there.shape).astype(np.int32) * there, "target_mask": there}
             batch["row"] = np.arange(ROWS, dtype=np.int32)

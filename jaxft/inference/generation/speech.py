@@ -102,7 +102,7 @@ class Transcript:
 
 
 def stored_speech(folder: Path, start: int, note: Note) -> tuple[SpeechTokens, JsonObject]:
-    """(what a folder's transcripts begin with, what it says of :class:`SpeechGeneration`'s other fields).
+    """What a folder's transcripts begin with, and what it says of :class:`SpeechGeneration`'s other fields.
 
     Args:
       start: what the model's texts begin with, where generation_config.json does not say.
