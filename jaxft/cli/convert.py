@@ -259,7 +259,7 @@ def _write_checkpoint(target: Path, got: _Opened, dtype: str | None) -> None:
 
     from jaxft import checkpoint
     from jaxft.config import RunConfig, to_tree
-    from jaxft.data.processors.opened import copy_processor
+    from jaxft.data.processors.opened import write_processor
 
     meta = {
         "config": to_tree(RunConfig()),
@@ -272,10 +272,7 @@ def _write_checkpoint(target: Path, got: _Opened, dtype: str | None) -> None:
         "tokenizer": "tokenizer",
     }
     with TemporaryDirectory() as folder:
-        if got.tokenizer is None:
-            copy_processor(got.tokenizer_folder, Path(folder), got.model.facts.inputs)
-        else:
-            got.tokenizer.save(Path(folder))
+        write_processor(got.tokenizer, got.tokenizer_folder, Path(folder), got.model.facts.inputs)
         files = {f"tokenizer/{path.name}": path for path in sorted(Path(folder).iterdir())}
         params = (
             jax.tree.map(np.asarray, _rounded(got.params, dtype)) if got.source is None else _rounded(got.params, dtype)

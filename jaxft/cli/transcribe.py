@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxft.config.speech import SpeechTokens
     from jaxft.data.processors.speech import SpeechProcessor
     from jaxft.files import JsonObject
     from jaxft.inference.generation.speech import Listener, Transcript
@@ -86,11 +88,11 @@ def _say(text: str) -> None:
 def _opened(served: Served, options: argparse.Namespace) -> tuple[SpeechProcessor, Listener]:
     from jaxft.config.speech import SpeechGeneration
     from jaxft.data.processors.speech import SpeechProcessor
-    from jaxft.inference.generation.speech import FALLBACK, Listener, Listening, stored_speech
+    from jaxft.inference.generation.speech import FALLBACK, Listener, Listening
 
     processor = served.processor
     assert isinstance(processor, SpeechProcessor)
-    tokens, found = stored_speech(served.folder, served.model.facts.start or 0, _say)
+    tokens, found = _settings(served)
     times = tokens.no_timestamps is not None and not options.no_timestamps and options.chunks is None
     usual: JsonObject = {}
     if options.fallback:  # section 4.5 of the paper
@@ -105,6 +107,22 @@ def _opened(served: Served, options: argparse.Namespace) -> tuple[SpeechProcesso
     asked = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     config = SpeechGeneration(**{**found, **{name: value for name, value in asked.items() if value is not None}})
     return processor, Listener(served.model, served.params, processor.log_mel, tokens, config, how)
+
+
+def _settings(served: Served) -> tuple[SpeechTokens, JsonObject]:
+    """What transcripts begin with, and how they are written: as the model's folder says; of a checkpoint, as its run would export it."""
+    from jaxft.inference.generation.speech import stored_speech
+    from jaxft.inference.generation.stored import FILE
+    from jaxft.training.setup import files_of_run
+
+    start = served.model.facts.start or 0
+    if (served.folder / FILE).is_file():
+        return stored_speech(served.folder, start, _say)
+    with TemporaryDirectory() as folder:
+        said = files_of_run(served.config, served.model, served.processor).get(FILE)
+        if said is not None:
+            (Path(folder) / FILE).write_text(said, encoding="utf-8")
+        return stored_speech(served.folder if said is None else Path(folder), start, _say)
 
 
 def _recordings(inputs: list[str], served: Served, processor: SpeechProcessor) -> Iterator[tuple[str, np.ndarray]]:

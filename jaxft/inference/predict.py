@@ -259,13 +259,21 @@ def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, inputs: Fields
         note(f"{meta['tokenizer']} is gone; the tokenizer of {reference} is used")
         found = resolve_folder(reference)
     then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
-    there = then is not None and has_processor(found, inputs)
-    if there and open_processor(found, None, inputs, meta["family"]).digest() != then:
+    there, stored = then is not None and has_processor(found, inputs), _stored_inputs(meta["family"], meta["hf_config"])
+    if there and open_processor(found, None, inputs, meta["family"], stored).digest() != then:
         what = "the tokenizer has changed since the run: it gives other ids"
         if reads_images(inputs):
             what = "what makes images has changed since the run: it gives other pixels"
         note(f"warning: {found}: {what} than the model was trained on")
     return found
+
+
+def _stored_inputs(family: str, hf_config: dict[str, object]) -> Fields | None:
+    """What a model of a config.json reads, which may be another than ours of its weights; None: there is no such file."""
+    if not hf_config:
+        return None
+    module = models.family(family)
+    return module.facts(make_config(module, module.config_from_hf(hf_config))).inputs
 
 
 def _warn_of_wrong_best(tree: Mapping[str, object], note: Note) -> None:
@@ -312,7 +320,7 @@ def _served(
     if config.model.init is None and not has_processor(tokenizer_folder, facts.inputs) and reads_images(facts.inputs):
         processor = fresh_processor(tokenizer_folder, facts.inputs)  # of a run from random weights
     else:
-        processor = open_processor(tokenizer_folder, length, facts.inputs, family)
+        processor = open_processor(tokenizer_folder, length, facts.inputs, family, _stored_inputs(family, hf_config))
     if isinstance(processor, Tokenizer):
         check_vocabulary(processor, facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")

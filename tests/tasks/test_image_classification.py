@@ -223,6 +223,21 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert log.read_bytes() == whole
 
 
+def test_a_checkpoint_of_a_run_at_another_size_answers(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    more = (
+        f"model.init={trained / 'run/export'}",
+        "model.family=null",
+        "model.arch={image_size: 16}",
+        "train.export=false",
+    )
+    assert run(capsys, "train", *images.overrides(trained / "rows", tmp_path / "run", *more, "train.steps=2"))[0] == 0
+    code, out, err = run(capsys, "predict", tmp_path / "run", trained / "rows/red")
+    assert (code, len(out.splitlines())) == (0, 8)
+    assert "warning" not in err
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [

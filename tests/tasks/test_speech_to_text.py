@@ -148,6 +148,19 @@ def test_a_model_learns_tones_and_transcribes_them(trained: Path, capsys: pytest
     assert samples[-1]["wanted"] in TONES
 
 
+def test_a_checkpoint_transcribes_as_its_export_does(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    step = max((trained / "run/checkpoints").iterdir(), key=lambda one: one.name.isdigit() and int(one.name))
+    file = trained / "eval/three0.wav"
+    code, out, _ = run(capsys, "transcribe", step, file)
+    assert (code, json.loads(out)["text"]) == (0, "three")
+    assert run(capsys, "convert", trained / "run/export", tmp_path / "kept", "--to", "jaxft")[0] == 0
+    assert {"preprocessor_config.json", "generation_config.json"} <= {
+        one.name for one in (tmp_path / "kept/tokenizer").iterdir()
+    }
+
+
 @pytest.mark.slow
 def test_a_run_transcribes_with_beams_what_a_table_names(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "transcribe", trained / "run", trained / "eval.jsonl", "--num-beams", 3)

@@ -194,8 +194,8 @@ def open_processor(
         crop = _size(said, "crop_size", path)
         crop = (crop, crop) if isinstance(crop, int) else crop
     found = crop if crop is not None else resize
-    if before is not None and found == before[:2] and found != (height, width):
-        resize, found = _scaled(resize, height / before[0], width / before[1]), (height, width)
+    if before is not None and before[:2] != (height, width) and isinstance(found, tuple) and found != (height, width):
+        resize, found = _scaled(resize, height / found[0], width / found[1]), (height, width)
         crop = None if crop is None else found
     if found is not None and found != (height, width):
         made = "x".join(map(str, found)) if isinstance(found, tuple) else f"{found} by whatever they are long"

@@ -57,9 +57,11 @@ def open_processor(
     return Tokenizer(folder, max_length, model_type=model_type)
 
 
-def copy_processor(source: Path, target: Path, inputs: Fields) -> None:
-    """Copies the files that a model of these inputs needs, unread."""
-    if not reads_images(inputs):
+def write_processor(tokenizer: Tokenizer | None, source: Path, target: Path, inputs: Fields) -> None:
+    """Writes the files that a model of these inputs needs: a tokenizer's, or copies of those that it has, and copies of the others."""
+    if tokenizer is not None:
+        tokenizer.save(target)
+    elif not reads_images(inputs):
         copy_files(source, target)
     for name in (image.FILE, speech.SETTINGS) if reads_images(inputs) or hears(inputs) else ():
         if (source / name).is_file():
