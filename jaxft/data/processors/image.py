@@ -5,6 +5,7 @@ of its PIL backend do (``ViTImageProcessor``, ``DeiTImageProcessor``, ``BitImage
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -141,7 +142,7 @@ class ImageProcessor:
 
 def fresh_processor(folder: Path, height: int, width: int, channels: int) -> ImageProcessor:
     """That of a model of random weights: images are resized to what it reads, values lie in -1..1, as ViT's do."""
-    _check_channels(channels)
+    _check_possible(channels)
     half = (0.5,) * channels
     return ImageProcessor(folder, height, width, channels, (height, width), mean=half, std=half)
 
@@ -163,9 +164,7 @@ def size_made(folder: Path) -> tuple[int, int] | None:
     if key == "size" and not said.get("do_resize", True):
         return None
     found = _size(said, key, path)
-    return (
-        (found, found) if isinstance(found, int) and key == "crop_size" else found if isinstance(found, tuple) else None
-    )
+    return found if isinstance(found, tuple) else None  # whose longer edge is as it comes
 
 
 def open_processor(
@@ -180,7 +179,7 @@ def open_processor(
       UserError: the file is not there, or says something that is not supported, or another size.
     """
     path = folder / FILE
-    _check_channels(channels)
+    _check_possible(channels)
     if not has_processor(folder):
         raise UserError(
             f"{folder} has no {FILE}, which says how images are resized and normalised; copy it there, or set data.tokenizer to a "
@@ -218,7 +217,9 @@ def open_processor(
     )
 
 
-def _check_channels(channels: int) -> None:
+def _check_possible(channels: int) -> None:
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError("the package pillow reads images: pip install 'jaxft[images]'")
     if channels not in MODES:
         raise UserError(f"images of {channels} channels are not supported, only of 1 (grey) or 3 (red, green, blue)")
 
