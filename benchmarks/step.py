@@ -118,8 +118,7 @@ def overrides_of(size: str, rows: int, length: int, dropout: float, kind: str = 
         f"model.arch={json.dumps(config_of(size, dropout, length))}",
         f"model.matmul_dtype={operands}",
         f"model.activation_dtype={activations}",
-        f"data.max_length={length}",
-        f"data.buckets=[{length}]",
+        *([] if family == "vit" else [f"data.max_length={length}", f"data.buckets=[{length}]"]),
         f"train.batch_size={rows}",
         f"eval.batch_size={rows}",
         "optim.learning_rate=1e-5",
@@ -151,7 +150,7 @@ def torch_step(kind: str, options: argparse.Namespace) -> Made:
     gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
     device = "cuda" if gpu else "cpu"
     (family, stem, _), arch = SIZES[options.size], config_of(options.size, options.dropout, options.length)
-    vocabulary = arch.get("vocab_size", 2)
+    vocabulary = arch.get("vocab_size", 30000)
     tokens, labels = (torch.tensor(x, device=device) for x in data(vocabulary, options.rows, options.length))
     given = {"input_ids": tokens}
     library: Any = transformers
@@ -202,7 +201,7 @@ def jaxft_step(kind: str, options: argparse.Namespace) -> Made:
     config = load_config(None, overrides_of(options.size, options.rows, options.length, options.dropout, kind))
     arch = config.model.arch
     facts, targets = planned_targets(config, None)
-    mesh, vocabulary = make_mesh(config.mesh), arch.get("vocab_size", 2)
+    mesh, vocabulary = make_mesh(config.mesh), arch.get("vocab_size", 30000)
     processor = stand_in_processor(tasks.task(config.task.name), vocabulary, facts.inputs)
     recipe = make_recipe(config, mesh, None, targets, processor, 1000, jax.default_backend())
     shape = recipe.shape(options.rows, options.length)
