@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -131,14 +132,18 @@ def _recordings(inputs: list[str], served: Served, processor: SpeechProcessor) -
     from jaxft.data.sources.read import iter_rows
     from jaxft.data.sources.rows import Binary
 
-    data, broken = served.config.data, 0
+    data, broken, changed = served.config.data, 0, Counter[str]()
     for row in iter_rows(inputs[0] if len(inputs) == 1 else tuple(inputs), (Binary(data.audio),)):
         (value,) = row.values
         assert isinstance(value, bytes | str)
         if data.broken_files == "skip" and is_broken(value, "sound", row.where):
             broken += 1
             continue
-        yield value if isinstance(value, str) else row.where, processor.samples(value, row.where)
+        samples, how = processor.samples(value, row.where)
+        changed.update([] if how is None else [how])
+        yield value if isinstance(value, str) else row.where, samples
+    for how, count in changed.items():
+        _say(f"{count} recordings: {how}")
     if broken:
         _say(f"{broken} files cannot be read and are left out")
 

@@ -11,7 +11,7 @@ from jaxft.config import DataConfig
 from jaxft.data.labels import MOST_LABEL, label_text
 from jaxft.data.processors.image import decoded
 from jaxft.data.processors.sound import read_sound
-from jaxft.data.sources.media import file_of
+from jaxft.data.sources.media import BrokenFile, file_of
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed
 
@@ -125,7 +125,7 @@ def is_broken(value: object, kind: str, where: str) -> bool:
             decoded(value, "L", where)
         else:
             read_sound(file_of(value, where), where)
-    except UserError:
+    except BrokenFile:  # not what is missing on this machine
         return True
     return False
 

@@ -20,7 +20,7 @@ class Spans(NamedTuple):
     """What is taken out along one axis."""
 
     share: float
-    """Of its places, those that spans would cover if none overlapped; 0: nothing is taken out."""
+    """The share of places that spans would cover if none overlapped; 0: nothing is taken out."""
     length: int
     """Places of a span."""
     least: int = 0

@@ -36,9 +36,9 @@ class VisionNames:
     """What the reference calls the parts of a model."""
 
     prefix: str
-    """Of the encoder in models with a head, for instance ``vit``."""
+    """The prefix of the encoder in models with a head, for instance ``vit``."""
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
-    """Of a layer, before attention and MLP."""
+    """The norms of a layer, before attention and MLP."""
     wide: tuple[str, ...] = ("intermediate.dense",)
     down: str = "output.dense"
     scales: tuple[str, str] = ("layer_scale1", "layer_scale2")

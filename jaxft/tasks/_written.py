@@ -19,7 +19,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """The numbers of each kind of score, in points of 100."""
 _ERRORS = ("wer",)
-"""Of which less is better."""
+"""Kinds of scores of which less is better."""
 _PACKAGES = {
     "rouge": "rouge_score.rouge_scorer",
     "bleu": "sacrebleu.metrics",

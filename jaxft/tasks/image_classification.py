@@ -60,7 +60,7 @@ class Task(classification.Task):
 
     @property
     def metrics(self) -> dict[str, Direction]:
-        """Those of labels, and ``top5_accuracy`` where there are more than five."""
+        """The metrics of labels, and ``top5_accuracy`` where there are more than five."""
         more: dict[str, Direction] = {"top5_accuracy": "max"} if len(self.labels) > _TOP else {}
         return {**super().metrics, **more}
 
@@ -97,7 +97,7 @@ class Task(classification.Task):
         return batch["share"] * own + (1 - batch["share"]) * other
 
     def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
-        """Those of labels, and ``top5``: rows whose label is among the five most probable ones."""
+        """The sums of labels, and ``top5``: rows whose label is among the five most probable ones."""
         found = super().sums(forward, batch, key)
         if len(self.labels) > _TOP:
             logits = forward(batch, key).logits
@@ -108,7 +108,7 @@ class Task(classification.Task):
         return found
 
     def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, Any]:
-        """Those of labels, and ``top5_accuracy``."""
+        """The scores of labels, and ``top5_accuracy``."""
         found = super().score(sums, outputs)
         if "top5" not in sums:
             return found
@@ -153,7 +153,7 @@ class Rendering:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Those that the model reads."""
+        """Height, width and channels that the model reads."""
         how = self.processor
         return {"height": how.height, "width": how.width, "channels": how.channels}
 

@@ -97,7 +97,7 @@ class Rendering:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Those that the model reads."""
+        """Frames and bins that the model reads."""
         return {"frames": self.processor.log_mel.frames, "bins": self.processor.log_mel.feature_size}
 
     def rendered(self, example: Example, rng: np.random.Generator | None) -> Example:
@@ -207,6 +207,10 @@ def prefix_of(options: Config, processor: SpeechProcessor) -> tuple[int, ...]:
                 "of languages, tasks and times; leave them out"
             )
         return ()
+    if tokens.multilingual and tokens.languages and options.language is None:
+        raise UserError(
+            f"{processor.folder}: the model knows {len(tokens.languages)} languages: set task.language, with which transcripts begin"
+        )
     asked = "translate" if options.translate else "transcribe" if options.language is not None else None
     return tokens.prompt(options.language, asked, timestamps=options.timestamps)[1:]
 

@@ -15,7 +15,8 @@ from jaxft.data.examples import Encoded, make_split
 from jaxft.data.loader import Batches
 from jaxft.data.processors import augment, image
 from jaxft.data.processors.augment import Augmentation
-from jaxft.data.processors.image import BrokenImage, ImageProcessor
+from jaxft.data.processors.image import ImageProcessor
+from jaxft.data.sources.media import BrokenFile
 from jaxft.errors import UserError
 from jaxft.tasks.image_classification import Rendering, stored_fields
 
@@ -119,13 +120,28 @@ def test_a_model_of_another_size_is_shown_images_of_its_size(tmp_path: Path) -> 
     assert edge.resize == 64
 
 
+def test_photographs_stand_upright_and_deep_pixels_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = images.picture(np.random.default_rng(0), (10, 200, 30), 6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned to the right
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(
+        np.asarray(image.decoded(str(tmp_path / "turned.png"), "RGB", "")), np.rot90(pixels, -1)
+    )
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    with pytest.raises(BrokenFile, match=r"deep\.png: pixels of more than 8 bits"):
+        image.decoded(str(tmp_path / "deep.png"), "L", "")
+
+
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     whole = images.file_of(images.picture(np.random.default_rng(0), (9, 9, 9), 40, 40))
     for value, problem in ((whole[:300], "a broken image"), (b"hello", "no image that can be read"), (b"", "no image")):
-        with pytest.raises(BrokenImage, match=f"row 3.*{problem}"):
+        with pytest.raises(BrokenFile, match=f"row 3.*{problem}"):
             image.decoded(value, "RGB", "row 3")
     (tmp_path / "cut.png").write_bytes(whole[:300])
-    with pytest.raises(BrokenImage, match=r"cut\.png: a broken image"):
+    with pytest.raises(BrokenFile, match=r"cut\.png: a broken image"):
         image.decoded(str(tmp_path / "cut.png"), "RGB", "row 3")
     with pytest.raises(UserError, match=r"row 3: the file .* does not exist"):
         image.decoded(str(tmp_path / "none.png"), "RGB", "row 3")

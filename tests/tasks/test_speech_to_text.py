@@ -88,6 +88,8 @@ def test_transcripts_begin_with_language_and_task_and_end_once(folder: Path) -> 
     assert target(known, language="en", max_target_length=4) == [50, 53, 54, 1]
     with pytest.raises(UserError, match="no generation_config"):
         prefix_of(Config(language="en"), plain)
+    with pytest.raises(UserError, match=r"knows 2 languages: set task\.language"):
+        prefix_of(Config(), known)
     with pytest.raises(UserError, match="language 'klingon' is not one"):
         prefix_of(Config(language="klingon"), known)
 
@@ -136,7 +138,8 @@ def test_a_model_learns_tones_and_transcribes_them(trained: Path, capsys: pytest
     assert scores["wer"] <= 20
     assert "jiwer" in scores["scored_by"]["wer"]
     export = trained / "run/export"
-    code, out, _ = run(capsys, "transcribe", export, trained / "eval")
+    code, out, err = run(capsys, "transcribe", export, trained / "eval")
+    assert "3 recordings: mean of 2 channels, resampled from 8000 to 16000" in err
     said = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert len(said) == 6
@@ -173,7 +176,8 @@ def test_the_export_writes_the_same_in_the_reference(trained: Path, capsys: pyte
     model = transformers.WhisperForConditionalGeneration.from_pretrained(export)
     extractor = transformers.WhisperFeatureExtractor.from_pretrained(export)
     file = trained / "eval/two0.wav"
-    samples = processor_of(trained).samples(str(file), "two")
+    samples, changed = processor_of(trained).samples(str(file), "two")
+    assert changed == "resampled from 8000 to 16000"
     features = extractor(samples, sampling_rate=16000, return_tensors="np").input_features
     with torch.no_grad():
         made = transformers.generation.GenerationMixin.generate(

@@ -18,11 +18,11 @@ class Config(Classification):
     """Which part of a training image is shown. ``none``: as when a model answers. ``resized``: a part of random size and shape, resized
     (Szegedy et al. 2015). ``padded``: the image moved by up to ``crop_padding`` pixels each way."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Of ``resized``: the least and the greatest share of the image."""
+    """With ``resized``: the least and the greatest share of the image."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Of ``resized``: the least and the greatest width of the part by its height."""
+    """With ``resized``: the least and the greatest width of the part by its height."""
     crop_padding: int = 4
-    """Of ``padded``: pixels."""
+    """With ``padded``: pixels."""
     flip: float = 0.0
     """Probability that left and right are exchanged; 0.5 where this changes no label."""
     augment: Literal["none", "trivial", "rand"] = "none"

@@ -18,7 +18,7 @@ class Config(TaskConfig):
     """The column of transcripts; ``data.audio`` is that of sounds. With ``timestamps``, they have times as the tokenizer writes them,
     for instance ``<|0.00|> good morning<|1.20|>``."""
     language: str | None = None
-    """Spoken language, a code or an English name, of models that know several; None: as the model's folder says."""
+    """Spoken language, a code or an English name; models that know several need it."""
     translate: bool = False
     """Whether transcripts are English translations of what is said."""
     timestamps: bool = False

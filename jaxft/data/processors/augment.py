@@ -34,16 +34,16 @@ class Augmentation:
     crop: Literal["none", "resized", "padded"] = "none"
     """``resized``: a part of random size and shape, resized. ``padded``: as when nothing is random, moved by a few pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Of ``resized``: the least and the greatest share of the image."""
+    """With ``resized``: the least and the greatest share of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """The least and the greatest width of the part by its height."""
     crop_padding: int = 4
-    """Of ``padded``: pixels by which it may move."""
+    """With ``padded``: pixels by which it may move."""
     flip: float = 0.0
     """Probability that left and right are exchanged."""
     augment: Literal["none", "trivial", "rand"] = "none"
     operations: int = 2
-    """Of ``rand``: how many, one after the other."""
+    """With ``rand``: how many, one after the other."""
     magnitude: int = 9
     """Their strength, 0 to 30."""
     erase: float = 0.0
@@ -227,4 +227,4 @@ _USUAL: Mapping[str, Greatest] = {
     "posterize": lambda image: 4.0,
     "solarize": lambda image: 255.0,
 }
-"""Of RandAugment."""
+"""The same of RandAugment."""

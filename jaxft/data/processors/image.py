@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from jaxft.data.sources.media import ARRAY, file_of
+from jaxft.data.sources.media import ARRAY, BrokenFile, file_of
 from jaxft.errors import UserError
 from jaxft.files import read_json_object, write_atomic
 
@@ -30,10 +30,6 @@ MODES = {1: "L", 3: "RGB"}
 _MOST_PIXELS = 1 << 28
 """An image of more is refused: it would take a gigabyte to decode."""
 _NEAREST, _BILINEAR = 0, 2  # PIL's numbers of filters, which the file has
-
-
-class BrokenImage(UserError):
-    """What should be an image cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class ImageProcessor:
         """The image in a file's bytes, or in the file that a path names.
 
         Raises:
-          BrokenImage: it cannot be decoded, or is too large.
+          BrokenFile: it cannot be decoded, or is too large.
           UserError: there is no such file.
         """
         return decoded(value, MODES[self.channels], where)
@@ -228,9 +224,9 @@ def decoded(value: bytes | str, mode: str, where: str) -> Image.Image:
     """An image in PIL's ``mode``; animated ones are their first picture.
 
     Raises:
-      BrokenImage: it cannot be decoded, or is too large.
+      BrokenFile: it cannot be decoded, or is too large.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     data = file_of(value, where)
     name = value if isinstance(value, str) else where
@@ -241,13 +237,18 @@ def decoded(value: bytes | str, mode: str, where: str) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(data))
         if image.width * image.height > _MOST_PIXELS:
-            raise BrokenImage(f"{name}: an image of {image.width}x{image.height} pixels, over {_MOST_PIXELS:,}")
+            raise BrokenFile(f"{name}: an image of {image.width}x{image.height} pixels, over {_MOST_PIXELS:,}")
         image.load()
+        if image.mode.startswith(("I", "F")):
+            raise BrokenFile(
+                f"{name}: pixels of more than 8 bits ({image.mode}), which would be clipped; convert it to 8 bits"
+            )
+        image = ImageOps.exif_transpose(image)  # as cameras were held
         return image if image.mode == mode else image.convert(mode)
     except UnidentifiedImageError as error:
-        raise BrokenImage(f"{name}: is no image that can be read ({len(data):,} bytes)") from error
+        raise BrokenFile(f"{name}: is no image that can be read ({len(data):,} bytes)") from error
     except (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"{name}: a broken image: {error}") from error
+        raise BrokenFile(f"{name}: a broken image: {error}") from error
 
 
 def resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:

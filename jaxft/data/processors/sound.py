@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from jaxft.data.sources.media import BrokenFile
 from jaxft.errors import UserError
 
 LONGEST = 24 * 3600
@@ -49,25 +50,25 @@ def read_sound(source: bytes | Path, where: str) -> Sound:
     """
     soundfile = _package("soundfile", "reads sound")
     if isinstance(source, Path) and not source.is_file():
-        raise UserError(f"{where}: there is no such file" if not source.exists() else f"{where}: is not a file")
+        raise BrokenFile(f"{where}: there is no such file" if not source.exists() else f"{where}: is not a file")
     if not (source.stat().st_size if isinstance(source, Path) else source):
-        raise UserError(f"{where}: is empty, not a file of sound")
+        raise BrokenFile(f"{where}: is empty, not a file of sound")
     try:
         with soundfile.SoundFile(source if isinstance(source, Path) else io.BytesIO(source)) as file:
             rate, channels, stated = file.samplerate, file.channels, file.frames
             _check_form(rate, channels, stated, where)
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{where}: cannot be read as sound: {str(error.error_string).rstrip('.')}") from error
+        raise BrokenFile(f"{where}: cannot be read as sound: {str(error.error_string).rstrip('.')}") from error
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+        raise BrokenFile(f"{where}: cannot be read: {error.strerror or error}") from error
     if not len(samples):
-        raise UserError(f"{where}: has no samples")
+        raise BrokenFile(f"{where}: has no samples")
     if 0 <= len(samples) < stated < _UNKNOWN:
-        raise UserError(f"{where}: breaks off after {len(samples):,} of {stated:,} samples; copy or encode it again")
+        raise BrokenFile(f"{where}: breaks off after {len(samples):,} of {stated:,} samples; copy or encode it again")
     one = samples[:, 0] if channels == 1 else samples.mean(1, dtype=np.float32)
     if not np.isfinite(one).all():
-        raise UserError(f"{where}: sample {int(np.argmin(np.isfinite(one))) + 1:,} is not a number; encode it again")
+        raise BrokenFile(f"{where}: sample {int(np.argmin(np.isfinite(one))) + 1:,} is not a number; encode it again")
     return Sound(np.ascontiguousarray(one), rate, channels)
 
 
@@ -78,11 +79,11 @@ _UNKNOWN = 1 << 60
 def _check_form(rate: int, channels: int, frames: int, where: str) -> None:
     low, high = RATES
     if not low <= rate <= high:
-        raise UserError(f"{where}: {rate:,} samples a second: must be from {low:,} to {high:,}")
+        raise BrokenFile(f"{where}: {rate:,} samples a second: must be from {low:,} to {high:,}")
     if channels > _CHANNELS:
-        raise UserError(f"{where}: {channels} channels: must be {_CHANNELS} at most")
+        raise BrokenFile(f"{where}: {channels} channels: must be {_CHANNELS} at most")
     if LONGEST * rate < frames < _UNKNOWN:
-        raise UserError(
+        raise BrokenFile(
             f"{where}: {frames / rate / 3600:.1f} hours of sound, at most {LONGEST // 3600} are read; cut it up"
         )
 

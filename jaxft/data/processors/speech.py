@@ -67,22 +67,23 @@ class SpeechProcessor:
         Raises:
           UserError: it cannot be read.
         """
-        return self.log_mel(self.samples(value, where))
+        return self.log_mel(self.samples(value, where)[0])
 
-    def samples(self, value: bytes | str, where: str) -> Float32[np.ndarray, " N"]:
-        """The samples of a file, or of the file that a path names, at the rate that the model hears."""
+    def samples(self, value: bytes | str, where: str) -> tuple[Float32[np.ndarray, " N"], str | None]:
+        """The samples of a file, or of the one that a path names, at the rate that the model hears; and what was changed for that."""
         data = file_of(value, where)
         if data.startswith(ARRAY):
             raise UserError(f"{where}: samples without a rate; give files of sound, or their bytes")
-        return at_rate(read_sound(data, value if isinstance(value, str) else where), self.log_mel.sampling_rate)[0]
+        return at_rate(read_sound(data, value if isinstance(value, str) else where), self.log_mel.sampling_rate)
 
     def digest(self) -> str:
         """A hash of everything that frames and tokens depend on."""
         return hashlib.sha256(repr((self.tokenizer.digest(), self.log_mel)).encode()).hexdigest()
 
     def save(self, folder: Path, max_length: int | None = None) -> None:
-        """Writes the files of the tokenizer, and ``preprocessor_config.json``."""
-        self.tokenizer.save(folder, max_length)
+        """Writes the files of the tokenizer, and ``preprocessor_config.json``; how long transcripts may be stays as it was stated."""
+        del max_length  # of texts that a model reads
+        self.tokenizer.save(folder)
         write_atomic(folder / FILE, json.dumps(self.log_mel.to_json(), indent=2) + "\n")
 
 

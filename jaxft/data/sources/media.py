@@ -21,6 +21,10 @@ _MOST_BYTES = 1 << 30
 V = TypeVar("V")
 
 
+class BrokenFile(UserError):
+    """A file that is not there, or that holds no image or sound."""
+
+
 def media_value(value: object, name: str, where: str) -> bytes | str | None:
     """What a cell of a column of images or sounds holds: bytes of a file, the path of one, or None.
 
@@ -65,11 +69,11 @@ def file_of(value: bytes | str, where: str) -> bytes:
     try:
         path = Path(value)
         if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{value}: a file of over {_MOST_BYTES >> 30} GiB ({where})")
+            raise BrokenFile(f"{value}: a file of over {_MOST_BYTES >> 30} GiB ({where})")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(f"{where}: the file {value} {reason}") from error
+        raise BrokenFile(f"{where}: the file {value} {reason}") from error
 
 
 def media_in(folder: Path) -> list[Path]:

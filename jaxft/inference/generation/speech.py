@@ -51,7 +51,7 @@ class Listening:
     timestamps: bool = True
     """Times at which segments begin and end; longer recordings need them."""
     temperatures: tuple[float, ...] = (0.0,)
-    """Of one try after another, as long as a transcript is not to be believed; 0: the most probable tokens. ``FALLBACK``: usual ones."""
+    """Temperatures of one try after another, as long as a transcript is not to be believed; 0: the most probable tokens (``FALLBACK``)."""
     compression_ratio_threshold: float | None = None
     """A transcript whose tokens zlib makes smaller than by this factor says the same again and again: tried again."""
     logprob_threshold: float | None = None
@@ -61,7 +61,7 @@ class Listening:
     condition_on_previous: bool = False
     """What was said before stands before each stretch's transcript."""
     seed: int = 0
-    """Of draws."""
+    """The seed of draws."""
 
     def __post_init__(self) -> None:
         if not self.temperatures or any(not 0 <= one < math.inf for one in self.temperatures):
@@ -84,7 +84,7 @@ class Segment:
     no_speech: float | None
     """How probable silence was; None: the model has no token for it."""
     temperature: float
-    """Of the last try."""
+    """That of the last try."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Transcript:
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens, one after the other."""
+        """The tokens of the whole, one after the other."""
         return [token for segment in self.segments for token in segment.tokens]
 
 

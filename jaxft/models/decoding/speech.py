@@ -47,7 +47,7 @@ class Written(NamedTuple):
     ended: list[bool]
     """Whether one did."""
     scores: list[float]
-    """Of each, the mean of its tokens' log-probabilities among those that may follow, the one that ended it among them."""
+    """For each, the mean of its tokens' log-probabilities among those that may follow, the one that ended it among them."""
 
 
 def writes_speech(model: Model) -> bool:

@@ -32,7 +32,7 @@ class Config(vision_config.VisionConfig):
     use_mask_token: bool = True
     """Whether there is a vector for hidden patches, which pre-training has used."""
     num_register_tokens: int = 4
-    """Of ``dinov2_with_registers`` alone."""
+    """Registers, which ``dinov2_with_registers`` alone has."""
 
     OURS: ClassVar[tuple[str, ...]] = ("model_type", "num_labels")
 
