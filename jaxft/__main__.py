@@ -16,10 +16,10 @@ from typing import NoReturn
 STARTED = time.perf_counter()
 
 COMMANDS = {
-    "train": "fine-tune a model on labelled text",
+    "train": "train or fine-tune a model on texts, images or speech",
     "sweep": "try many settings of a run, each with several seeds, and rank them",
-    "eval": "score a model on labelled text",
-    "predict": "label text from a file, standard input or the command line",
+    "eval": "score a model on rows that say what is right",
+    "predict": "label texts or images: files, standard input or the command line",
     "generate": "go on with texts",
     "transcribe": "write what recordings of speech say",
     "score": "add to rows how probable their replies are under a model",

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT|key=value",
-        help="a .csv .tsv .jsonl .parquet .txt file (data.text names the column), or - for standard input (a text per line); "
+        help="a .csv .tsv .jsonl .parquet .txt file (data.text, data.image name the column), - for standard input (a text per line), or "
+        "images and folders of them; "
         "and overrides such as data.text=review data.max_length=256",
     )
     parser.add_argument("--text", action="append", default=[], help="a text; may be given several times")
