@@ -196,9 +196,7 @@ def check_cache(family: str, config: Any, folder: Path) -> None:
     cache, parts = init_cache(model, 3, 10), []
     for first, last in ((0, 3), (3, 4), (4, 8)):
         source = {name: batch[name] for name in ("tokens", "mask")} if first == 0 else {"tokens": None}
-        out = model.apply(
-            {"params": params}, **source, decoder_tokens=batch["decoder_tokens"][:, first:last], cache=cache
-        )
+        out = apply({"params": params}, **source, decoder_tokens=batch["decoder_tokens"][:, first:last], cache=cache)
         cache = out.cache
         parts.append(np.asarray(out.logits))
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)

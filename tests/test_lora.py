@@ -84,7 +84,7 @@ def test_merged_weights_and_gradients_follow_the_formula(family: str) -> None:
         return (model.base.apply({"params": base}, **batch).hidden ** 2).sum()
 
     merged = adapters.merged(params, model.alpha)
-    gradient, of_merged = jax.grad(loss)(params), jax.grad(loss_of_merged)(merged)
+    gradient, of_merged = jax.jit(jax.grad(loss))(params), jax.jit(jax.grad(loss_of_merged))(merged)
     base, made, slopes = (paths_of(tree) for tree in (params["base"], merged, of_merged))
     thin, found = paths_of(params["lora"]), paths_of(gradient["lora"])
     scale = 6.0 / 3

@@ -221,7 +221,7 @@ def test_loss_is_torch_cross_entropy(smoothing: float, weights: tuple[float, ...
         sums = task.sums(lambda batch, key: Output(x, logits=x), batch, None)
         return sums["loss"] / sums["weight"]
 
-    loss, gradient = jax.value_and_grad(loss_of)(jnp.asarray(logits))
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(jnp.asarray(logits))
     theirs = torch.tensor(logits, requires_grad=True)
     weight = None if weights is None else torch.tensor(weights)
     wanted = torch.nn.functional.cross_entropy(theirs, torch.tensor(labels), weight=weight, label_smoothing=smoothing)
@@ -269,7 +269,7 @@ def test_logged_rate_is_the_applied_one() -> None:
     state = jax.tree.map(jnp.copy, trainer.state)
     for step, batch in enumerate(batches):
         before = np.asarray(state.params["head"]["bias"], np.float64)
-        gradient = jax.grad(lambda p, b=batch: _mean_loss(p, b))(state.params)["head"]["bias"]
+        gradient = jax.jit(jax.grad(lambda p, b=batch: _mean_loss(p, b)))(state.params)["head"]["bias"]
         gradient = np.asarray(gradient, np.float64)
         state, metrics = trainer.step(state, batch, np.uint32(0))
         rate = float(metrics["learning_rate"])

@@ -84,7 +84,7 @@ def test_models_and_tasks_give_the_same_either_way(tied: bool) -> None:
                 sums = task.sums(forward_of(model, params), prepared, None)
                 return sums["loss"], sums["correct"]
 
-            found.append(jax.value_and_grad(loss, has_aux=True)(params))
+            found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
         ((value, hits), gradient), ((tiled_value, tiled_hits), tiled_gradient) = found
         np.testing.assert_allclose(tiled_value, value, rtol=1e-5)
         assert float(hits) == float(tiled_hits)
@@ -112,7 +112,7 @@ def test_capped_logits_in_tiles_are_those_at_once() -> None:
     def in_tiles(x: Any, table: Any) -> Any:
         return score_tokens(x, table, None, targets, Compute(vocab_tile=16), 1.5).loss.sum()
 
-    one, other = (jax.value_and_grad(loss, argnums=(0, 1))(x, table) for loss in (at_once, in_tiles))
+    one, other = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, table) for loss in (at_once, in_tiles))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), one, other)
 
 
@@ -136,8 +136,13 @@ def test_the_z_loss_is_that_of_its_definition(tile: int | None) -> None:
         loss = normaliser - jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
         return (loss + 0.1 * normaliser**2).sum()
 
-    (value, gradient), (wanted, wanted_gradient) = (jax.value_and_grad(loss)(params) for loss in (ours, defined))
+    (value, gradient), (wanted, wanted_gradient) = (
+        jax.jit(jax.value_and_grad(loss))(params) for loss in (ours, defined)
+    )
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient, wanted_gradient)
-    told = [one.score(jax.device_get(one.sums(forward_of(model, params), prepared, None))) for one in (task, plain)]
+    sums = [
+        jax.jit(lambda params, one=one: one.sums(forward_of(model, params), prepared, None)) for one in (task, plain)
+    ]
+    told = [one.score(jax.device_get(summed(params))) for one, summed in zip((task, plain), sums, strict=True)]
     assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-5)

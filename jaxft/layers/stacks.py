@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeParamShapeError
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, PRNGKeyArray, PyTree
@@ -19,10 +20,10 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 from jaxft.layers.compute import Compute
 from jaxft.layers.functions import subkey
 from jaxft.layers.matmul import cpu_after
-from jaxft.layers.modules import Labelled, is_ours, labelled_stack, unlabel
+from jaxft.layers.modules import Labelled, is_ours, labelled_stack, stored, unlabel
 from jaxft.layers.promotion import usual_promotion
 from jaxft.parallel.sharding import no_mesh
-from jaxft.trees import Params, Tree
+from jaxft.trees import Params, Tree, paths_of
 
 Array = jax.Array
 
@@ -89,7 +90,16 @@ def stacked_params(
                 made[child] = nn.meta.add_axis(tree, 0, {nn.PARTITION_NAME: axis})
         return made if is_ours(parent) else unlabel(made)[0]
 
-    return parent.param(name, init)
+    if not parent.has_variable("params", name):
+        return parent.param(name, init)
+    params = stored(parent, name)  # the layers compare the shapes of their own
+    for child, tree in params.items():
+        own = length - begins.get(child, 0)
+        for path, leaf in paths_of(tree).items():
+            if leaf.shape[:1] != (own,):
+                where = "/".join((*parent.path, name, child))
+                raise ScopeParamShapeError(path, where, leaf.shape, (own, *leaf.shape[1:]))
+    return params
 
 
 def apply_stack(

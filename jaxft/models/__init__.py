@@ -24,6 +24,7 @@ _NEEDED = (
 )
 
 
+@functools.cache
 def families() -> tuple[str, ...]:
     """The names of all model families."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(_families.__path__)))

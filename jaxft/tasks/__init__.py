@@ -4,6 +4,7 @@ name of its module, or by the dotted name of a module that is somewhere else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ _NEEDED = (
 )
 
 
+@functools.cache
 def tasks() -> tuple[str, ...]:
     """The names of all tasks."""
     found = (module.name for module in pkgutil.iter_modules(__path__))

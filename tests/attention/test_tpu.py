@@ -20,8 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxft.attention import MaskSpec, attend, tokens_last
 from jaxft.attention.fused import tpu
-from jaxft.layers import Compute, unlabel
+from jaxft.layers import Compute
 from jaxft.models.families import bert, llama
+from jaxft.models.initial import init_params
 
 from .cases import DIRECTIONS, HIDDEN, Case, both_passes
 
@@ -89,7 +90,7 @@ def test_heads_that_are_made_with_tokens_last_change_nothing(family: str) -> Non
     model = MODELS[family]
     assert tokens_last((3, 4, 128, 16), 2, MaskSpec(), Compute(attention="fused", platform="tpu"))
     assert not tokens_last((3, 4, 100, 16), 2, MaskSpec(), Compute(attention="fused", platform="tpu"))
-    params = unlabel(model.init(jax.random.key(1), tokens, mask)["params"])[0]
+    params = init_params(model, 1)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)  # biases too
 
     def gradients(backend: str) -> tuple[Any, Any]:

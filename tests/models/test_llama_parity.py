@@ -131,7 +131,7 @@ def test_values_and_gradients_of_classes(head: str, tmp_path: Path) -> None:
         logits = logits if head == "classification" else logits[mask]
         return (logits * weights).sum(), logits
 
-    (_, logits), gradient = jax.value_and_grad(product, has_aux=True)(params)
+    (_, logits), gradient = jax.jit(jax.value_and_grad(product, has_aux=True))(params)
     close(logits, wanted, "logits")
     named = dict(theirs.named_parameters())
     for tensor in export_tensors(gradient, llama.hf_layout(source.config, head), bare=False):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from jaxft.layers import Compute, apply_stack, declare, dropout, stacked_params
 from jaxft.layers.stacks import _period_of, _repeats
@@ -190,3 +191,17 @@ def test_orders_are_as_long_as_the_stack() -> None:
 def test_kinds_are_as_many_as_layers() -> None:
     with pytest.raises(ValueError, match="1 kinds of 2 layers"):
         apply_stack(Layer(Compute()), {}, 2, jnp.ones((1, WIDTH)), None, kinds="A")
+
+
+def test_parameters_of_another_shape_or_of_more_layers_are_refused() -> None:
+    model: Any = Stack("AB", Compute())
+    x = np.zeros((3, WIDTH), np.float32)
+    params = model.init(jax.random.key(0), x, None)["params"]
+    assert model.apply({"params": params}, x, None)[0].shape == (3, WIDTH)
+    wide = {"layers": params["layers"] | {"kernel": jnp.zeros((2, WIDTH, 5))}}
+    more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params)
+    for wrong, message in ((wide, r"\(4, 4\).*\(4, 5\)"), (more, r"\(2, 4, 4\).*\(4, 4, 4\)")):
+        with pytest.raises(ScopeParamShapeError, match=message):
+            model.apply({"params": wrong}, x, None)
+    with pytest.raises(ScopeParamNotFoundError):
+        model.apply({"params": {"layers": {"kernel": params["layers"]["kernel"]}}}, x, None)

@@ -47,7 +47,7 @@ def test_a_teachers_vectors_are_learnt_as_by_sentence_transformers(texts: int, n
         sums = Task(options).sums(lambda *_: Output(hidden), batch, None)
         return sums["loss"] / sums["weight"]
 
-    loss, gradient = jax.value_and_grad(mean)(jnp.asarray(hidden))
+    loss, gradient = jax.jit(jax.value_and_grad(mean))(jnp.asarray(hidden))
 
     class Student(torch.nn.Module):
         """Gives the vectors that it is called with."""

@@ -31,7 +31,7 @@ def of_batch(task: Any, batch: dict[str, Any]) -> Callable[[jax.Array], jax.Arra
 
 def check(task: Any, batch: dict[str, Any], logits: np.ndarray, formula: Callable[[Any], Any]) -> None:
     torch = pytest.importorskip("torch")
-    loss, gradient = jax.value_and_grad(of_batch(task, batch))(jnp.asarray(logits))
+    loss, gradient = jax.jit(jax.value_and_grad(of_batch(task, batch)))(jnp.asarray(logits))
     theirs = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     wanted = formula(theirs)
     wanted.backward()
@@ -98,11 +98,11 @@ def test_what_is_sure_has_finite_gradients(gamma: float, size: float) -> None:
     """(1 - p)^gamma has no slope where p rounds to 1; what is surely wrong counts as in the cross-entropy."""
     logits = jnp.asarray([[size, 0.0, 0.0], [0.0, size, 0.0]])
     batch = {"labels": np.array([0, 2]), "weights": np.ones(2, np.float32)}
-    loss, gradient = jax.value_and_grad(of_batch(classification.Task(NAMES, focal_gamma=gamma), batch))(logits)
+    loss, gradient = jax.jit(jax.value_and_grad(of_batch(classification.Task(NAMES, focal_gamma=gamma), batch)))(logits)
     np.testing.assert_allclose(loss, size / 2, rtol=1e-4)
     np.testing.assert_allclose(gradient, [[0, 0, 0], [0, 0.5, -0.5]], atol=1e-3)
     marks = {"labels": np.array([[1, 0, 1], [0, 0, 0]]), "weights": np.ones(2, np.float32)}
-    loss, gradient = jax.value_and_grad(of_batch(multi_label.Task(NAMES, focal_gamma=gamma), marks))(logits)
+    loss, gradient = jax.jit(jax.value_and_grad(of_batch(multi_label.Task(NAMES, focal_gamma=gamma), marks)))(logits)
     assert np.isfinite(loss)
     assert np.isfinite(gradient).all()
     np.testing.assert_allclose(gradient[1, 1], 1 / 6, rtol=1e-3)

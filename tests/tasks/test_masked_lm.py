@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,12 @@ def batch_of(lengths: list[int], width: int, seed: int = 0) -> dict[str, jax.Arr
     return {name: jnp.asarray(value, jnp.float32 if name == "weights" else jnp.int32) for name, value in made.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prepared(task: Any, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """What a compiled step makes of a batch."""
+    return task.prepare(batch, key)
+
+
 PIECES = np.arange(VOCAB) % 3 == 1  # go on with a word
 WORDS = dataclasses.replace(TASK, continuing=np.packbits(PIECES).tobytes(), rate=0.3)
 
@@ -70,7 +77,7 @@ def test_words_are_hidden_whole(seed: int, lengths: list[int], span: float) -> N
     before = batch_of(lengths, 24, seed)
     segments = np.where(np.asarray(before["mask"]), 1 + (np.arange(24) >= 8), 0).astype(np.int32)
     task = dataclasses.replace(WORDS, span_words=span)
-    after = task.prepare(before | {"segments": jnp.asarray(segments)}, jax.random.key(seed))
+    after = prepared(task, before | {"segments": jnp.asarray(segments)}, jax.random.key(seed))
     for row, length in enumerate(lengths):
         chosen = np.asarray(after["target_weights"][row]) > 0
         places = np.asarray(after["predict"][row])[chosen]
@@ -126,7 +133,7 @@ def test_what_goes_on_with_a_word(vocabulary: list[str], goes_on: list[int] | No
 @given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(3, 24), min_size=1, max_size=5))
 def test_what_is_hidden(seed: int, lengths: list[int]) -> None:
     before = batch_of(lengths, 24, seed)
-    after = TASK.prepare(before, jax.random.key(seed))
+    after = prepared(TASK, before, jax.random.key(seed))
     old, new = np.asarray(before["tokens"]), np.asarray(after["tokens"])
     for row, length in enumerate(lengths):
         chosen = np.asarray(after["target_weights"][row]) > 0
@@ -187,8 +194,8 @@ def params(model: Any) -> Any:
 
 def test_gathering_first_changes_nothing(model: Any, params: Any) -> None:
     batch = TASK.prepare(batch_of([9, 16, 12], 16), jax.random.key(0))
-    gathered = apply_model(model, params, batch, None).logits
-    everything = apply_model(model, params, {k: v for k, v in batch.items() if k != "predict"}, None).logits
+    apply = jax.jit(lambda batch: apply_model(model, params, batch, None).logits)
+    gathered, everything = apply(batch), apply({k: v for k, v in batch.items() if k != "predict"})
     assert gathered is not None
     assert everything is not None
     assert gathered.shape == (3, 2, VOCAB)
@@ -217,7 +224,7 @@ def test_loss_and_gradient_are_those_of_the_reference(model: Any, params: Any, t
         sums = TASK.sums(forward_of(model, params), batch, None)
         return sums["loss"] / sums["weight"]
 
-    ours, gradient = jax.value_and_grad(loss)(params)
+    ours, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert float(ours) == pytest.approx(wanted.item(), abs=2e-5)
     named = dict(theirs.named_parameters())
     for tensor in export_tensors(gradient, bert.hf_layout(model.config, "masked_lm"), bare=False):

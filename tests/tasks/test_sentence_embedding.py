@@ -84,7 +84,7 @@ def test_losses_and_gradients_are_those_of_sentence_transformers(name: str, widt
         sums = Task(options).sums(lambda *_: Output(hidden), batch, None)
         return sums["loss"] / sums["weight"]
 
-    loss, gradient = jax.value_and_grad(mean)(jnp.asarray(hidden))
+    loss, gradient = jax.jit(jax.value_and_grad(mean))(jnp.asarray(hidden))
 
     theirs = torch.tensor(hidden[:-2], requires_grad=True)
     labels = torch.tensor(np.asarray(batch["labels"][:-2])) if "labels" in batch else None
@@ -140,9 +140,9 @@ def test_losses_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch)
         ranked = contrastive.ranking(seen, 20.0, both=True, mask_duplicates=True)
         return ranked + contrastive.cosent(seen, numbers, 20.0)
 
-    whole = jax.value_and_grad(both)(vectors)
+    whole = jax.jit(jax.value_and_grad(both))(vectors)
     monkeypatch.setattr(contrastive, "_AT_ONCE", 30)
-    for a, b in zip(whole, jax.value_and_grad(both)(vectors), strict=True):
+    for a, b in zip(whole, jax.jit(jax.value_and_grad(both))(vectors), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

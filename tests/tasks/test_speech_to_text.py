@@ -119,7 +119,7 @@ def trained(folder: Path) -> Path:
     """A run on these rows."""
     from jaxft import __main__
 
-    assert __main__.main(["train", *overrides(folder, folder / "run", "train.steps=120")]) == 0
+    assert __main__.main(["train", *overrides(folder, folder / "run", "train.steps=120", "eval.every=60")]) == 0
     return folder
 
 
