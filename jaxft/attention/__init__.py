@@ -13,7 +13,7 @@ from jaxft.attention.choice import NAMES, Choice, choices, choose, described, no
 from jaxft.attention.dropout import make_dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, request_of
-from jaxft.layers import Compute
+from jaxft.layers import Compute, Rate
 
 __all__ = ["NAMES", "Choice", "MaskSpec", "Request", "attend", "choices", "choose", "described", "tokens_last"]
 
@@ -26,7 +26,7 @@ def attend(
     v: Float[Array, "B K T H"],
     mask: MaskSpec,
     compute: Compute,
-    rate: float = 0.0,
+    rate: Rate = 0.0,
     key: PRNGKeyArray | None = None,
     *,
     scale: float | None = None,

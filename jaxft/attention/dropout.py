@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from jaxft.layers import hash_words, keep_at
+from jaxft.layers import FixedRate, Rate, RunTimeRate, hash_words, keep_at, known_rate
 
 Array = jax.Array
 
@@ -31,20 +31,15 @@ class Dropout:
     """Two uint32: the key."""
     rows: Array
     """[B, N] uint32, b N + n counted over all devices; or a part of it."""
-    rate: float = field(metadata={"static": True})
+    rate: FixedRate | RunTimeRate
     length: int = field(metadata={"static": True})
     """Keys of a whole row, T."""
     bits: Literal["threefry", "hash"] = field(default="threefry", metadata={"static": True})
 
     @property
-    def keep(self) -> int:
-        """How many of the 65536 values of 16 random bits keep a probability."""
-        return round((1.0 - self.rate) * 65536)
-
-    @property
-    def scale(self) -> np.float32:
+    def scale(self) -> np.float32 | Array:
         """What kept probabilities are multiplied by."""
-        return np.float32(65536 / self.keep)
+        return self.rate.scale
 
     def kept(self, queries: Array, first_key: Array | int, keys: int) -> Array:
         """Bool of the shape of ``rows`` + [S, ``keys``]: what stays for ``queries`` [S] (their numbers in the row) and the
@@ -61,12 +56,12 @@ class Dropout:
         place = first // 2 + jnp.arange(words, dtype=jnp.uint32)
         halves = _threefry(self.words, rows, queries * np.uint32((self.length + 1) // 2) + place)
         if aligned:
-            return halves[..., :keys] < self.keep
-        return lax.dynamic_slice_in_dim(halves, (first % 2).astype(jnp.int32), keys, axis=-1) < self.keep
+            return self.rate.keeps(halves[..., :keys])
+        return self.rate.keeps(lax.dynamic_slice_in_dim(halves, (first % 2).astype(jnp.int32), keys, axis=-1))
 
 
 def make_dropout(
-    key: Array, rate: float, batch: int, heads: int, queries: int, keys: int, bits: Literal["threefry", "hash"]
+    key: Array, rate: Rate, batch: int, heads: int, queries: int, keys: int, bits: Literal["threefry", "hash"]
 ) -> Dropout:
     """The dropout of a whole batch of rows of so many queries and keys.
 
@@ -79,7 +74,7 @@ def make_dropout(
     # Keys of other kinds (rbg) hold four words: hashed to two, they serve as a threefry key.
     words = hash_words(key) if bits == "hash" or data.shape != (2,) else (data[0], data[1])
     rows = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    return Dropout(words, rows, rate, keys, bits)
+    return Dropout(words, rows, known_rate(rate), keys, bits)
 
 
 def _threefry(words: tuple[Array, Array], high: Array, low: Array) -> Array:

@@ -58,12 +58,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_points(options: argparse.Namespace) -> None:
+    from jaxft.training.sweep.space import MOST_POINTS
+
     if options.search == "grid" and options.points is not None:
         raise UserError("--points is for --search random or tpe; a grid has all of its points")
     if options.search != "grid" and options.points is None:
         raise UserError(f"--search {options.search}: say how many points to try, for instance --points 20")
     if options.points is not None and options.points < 1:
         raise UserError(f"--points {options.points}: must be at least 1")
+    if options.points is not None and options.points > MOST_POINTS:
+        raise UserError(f"--points {options.points}: at most {MOST_POINTS} are possible")
 
 
 def _run(options: argparse.Namespace, space: Space, config: RunConfig, out: Path) -> int:
@@ -92,15 +96,20 @@ def _report(outcome: Outcome, out: Path) -> None:
         print("", *table_lines(outcome.rows, outcome.metric, outcome.direction), sep="\n")
     if outcome.trials:
         first, last = (size / 2**30 for size in outcome.resident)
+        compiled = f"train steps compiled {_count(outcome.compiled, 'time')}"
         print(
-            f"\n{outcome.trials} trials, {outcome.groups} program{'s' * (outcome.groups > 1)} of {outcome.shapes} batch shapes: "
-            f"train steps compiled {outcome.compiled} times; memory {first:.3f} GiB after the first trial, {last:.3f} after the last"
+            f"\n{_count(outcome.trials, 'trial')}, {_count(outcome.groups, 'program')} of {_count(outcome.shapes, 'batch shape')}: "
+            f"{compiled}; memory {first:.3f} GiB after the first trial, {last:.3f} after the last"
         )
     for name in ("results.md", "results.json", "best.yaml"):
         if (out / name).exists():
             print(f"wrote {out / name}")
     if outcome.interrupted:
         print("stopped by a signal; the same command goes on from there", flush=True)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _say(text: str) -> None:

@@ -67,7 +67,8 @@ def _check_keys(schema: object, tree: object, where: str, hint: Callable[[str, I
     if not isinstance(tree, dict):
         found = tree.value if isinstance(tree, Scalar) else tree
         raise UserError(f"{where or 'config'}: expected keys and values, found {found!r}")
-    types = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema)  # those of the class itself are no keys
+    types = {one.name: hints[one.name] for one in dataclasses.fields(schema)}
     for key, value in tree.items():
         path = f"{where}.{key}".strip(".")
         if path in GONE and key not in types:

@@ -8,6 +8,7 @@ from jaxft.layers.heads import FromHeads, Projection, project, project_exactly, 
 from jaxft.layers.matmul import Activation, affine, dot, einsum, recomputed_from
 from jaxft.layers.modules import Embed, Initializer, Labelled, LayerNorm, Linear, RMSNorm, declare, labelled, unlabel
 from jaxft.layers.promotion import usual_promotion
+from jaxft.layers.rates import FixedRate, Rate, RunTimeRate, known_rate, run_time_rate
 from jaxft.layers.rotary import Rotary, rotate
 from jaxft.layers.stacks import apply_stack, stacked_params
 from jaxft.layers.vocabulary import TokenScore, score_tokens, vocabulary_logits
@@ -17,6 +18,7 @@ __all__ = [
     "Activation",
     "Compute",
     "Embed",
+    "FixedRate",
     "FromHeads",
     "Initializer",
     "Labelled",
@@ -24,7 +26,9 @@ __all__ = [
     "Linear",
     "Projection",
     "RMSNorm",
+    "Rate",
     "Rotary",
+    "RunTimeRate",
     "TokenScore",
     "affine",
     "apply_stack",
@@ -37,6 +41,7 @@ __all__ = [
     "hash_words",
     "keep_at",
     "keep_mask",
+    "known_rate",
     "labelled",
     "layer_norm",
     "project",
@@ -46,6 +51,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rows_of",
+    "run_time_rate",
     "score_tokens",
     "stacked_params",
     "subkey",

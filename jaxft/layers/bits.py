@@ -24,7 +24,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Key, UInt32
+from jaxtyping import Bool, Float32, Key, UInt32
+
+from jaxft.layers.rates import FixedRate, Rate, known_rate
 
 Array = jax.Array
 
@@ -87,15 +89,15 @@ def hash_bits(words: tuple[Array, Array], high: Array, low: Array) -> Array:
 
 def keep_at(
     words: tuple[UInt32[Array, "*_"], UInt32[Array, "*_"]],
-    rate: float,
+    rate: Rate | FixedRate,
     high: UInt32[Array, "*_"],
     low: UInt32[Array, "*_"],
-) -> tuple[Bool[Array, "*_"], np.float32]:
+) -> tuple[Bool[Array, "*_"], np.float32 | Float32[Array, ""]]:
     """What dropout at ``rate`` keeps at these counters (bool), and the scale of what is kept.
 
     Keeps where the upper 16 bits of :func:`hash_bits` are below a threshold: the rate is exact to 2**-17, the scale matches it.
     """
-    keep = round((1.0 - rate) * 65536)
+    known = known_rate(rate)
     a, b = row_words(words, high)
     upper = (mix(low * GOLDEN + a, b) >> _16).astype(jnp.int32)  # signed: vector units may lack the unsigned compare
-    return upper < keep, np.float32(65536 / keep)
+    return known.keeps(upper), known.scale

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Integer, PRNGKeyArray
+from jaxtyping import Bool, Float, Float32, Integer, PRNGKeyArray
 
 from jaxft.layers.bits import hash_words, keep_at
 from jaxft.layers.matmul import Activation, recomputed_from
 from jaxft.layers.promotion import usual_promotion
+from jaxft.layers.rates import FixedRate, Rate, RunTimeRate, known_rate
 
 Array = jax.Array
 
@@ -73,7 +74,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def dropout(
     x: Float[Array, "*shape"],
-    rate: float,
+    rate: Rate,
     key: PRNGKeyArray | None,
     bits: Literal["threefry", "hash"] = "threefry",
 ) -> Float[Array, "*shape"]:
@@ -87,13 +88,13 @@ def dropout(
     if key is None or rate == 0.0:
         return x
     if bits == "hash":
-        return _hash_dropout(rate, x, hash_words(key))
+        return _hash_dropout(x, known_rate(rate), hash_words(key))
     mask, scale = keep_mask(key, rate, x.shape)
     return jnp.where(mask, x * scale.astype(x.dtype), jnp.zeros_like(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hash_dropout(rate: float, x: Array, words: tuple[Array, Array]) -> Array:
+@jax.custom_vjp
+def _hash_dropout(x: Array, rate: FixedRate | RunTimeRate, words: tuple[Array, Array]) -> Array:
     """The last two dimensions are counted as the place, those before as the row."""
     *rest, s, d = (1, 1, *x.shape)
     if s * d > 2**32:
@@ -104,23 +105,31 @@ def _hash_dropout(rate: float, x: Array, words: tuple[Array, Array]) -> Array:
     return jnp.where(mask.reshape(x.shape), x * scale.astype(x.dtype), jnp.zeros_like(x))
 
 
-def _hash_dropout_bwd(rate: float, words: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+_KeptOfHash = tuple[FixedRate | RunTimeRate, tuple[Array, Array]]
+
+
+def _hash_dropout_fwd(x: Array, rate: FixedRate | RunTimeRate, words: tuple[Array, Array]) -> tuple[Array, _KeptOfHash]:
+    return _hash_dropout(x, rate, words), (rate, words)
+
+
+def _hash_dropout_bwd(kept: _KeptOfHash, g: Array) -> tuple[Array, None, None]:
+    rate, words = kept
     words, g = recomputed_from(words, g)
-    return _hash_dropout(rate, g, words), None
+    return _hash_dropout(g, rate, words), None, None
 
 
-_hash_dropout.defvjp(
-    usual_promotion(lambda rate, x, words: (_hash_dropout(rate, x, words), words)), usual_promotion(_hash_dropout_bwd)
-)
+_hash_dropout.defvjp(usual_promotion(_hash_dropout_fwd), usual_promotion(_hash_dropout_bwd))
 
 
-def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, "*_"], np.float32]:
+def keep_mask(
+    key: PRNGKeyArray, rate: Rate, shape: tuple[int, ...]
+) -> tuple[Bool[Array, "*_"], np.float32 | Float32[Array, ""]]:
     """What :func:`dropout` keeps, as a bool array of ``shape``, and the scale of what is kept."""
-    keep = round((1.0 - rate) * 65536)
+    known = known_rate(rate)
     *rest, last = shape
     words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
     halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, -1)[..., :last]
-    return halves < keep, np.float32(65536 / keep)
+    return known.keeps(halves), known.scale
 
 
 ALWAYS = 1 << 16

@@ -62,9 +62,9 @@ class Adapted:
         """The model's facts."""
         return self.base.facts
 
-    def clone(self, *, compute: Compute) -> Adapted:
-        """The same, computed otherwise."""
-        return dataclasses.replace(self, base=self.base.clone(compute=compute))
+    def clone(self, **fields: Any) -> Adapted:
+        """The same with another ``config`` of the model, or another ``compute``."""
+        return dataclasses.replace(self, base=self.base.clone(**fields))
 
     def apply(self, variables: Mapping[str, Params], *args: object, **kwargs: object) -> Output:
         """The model's output with merged weights."""

@@ -19,6 +19,7 @@ from jaxft.layers import (
     Initializer,
     Linear,
     Projection,
+    Rate,
     RMSNorm,
     Rotary,
     dropout,
@@ -64,7 +65,7 @@ class RotaryAttention(nn.Module):
     initial: Initializer
     out_initial: Initializer
     """Initialiser of the map from heads back to the width."""
-    rate: float = 0.0
+    rate: Rate = 0.0
     """Dropout of probabilities."""
     biased: bool = False
     together: bool = False
@@ -147,7 +148,7 @@ class GatedMlp(nn.Module):
     initial: Initializer
     down_initial: Initializer
     biased: bool = False
-    rate: float = 0.0
+    rate: Rate = 0.0
     """Dropout of the product."""
     down_biased: bool | None = None
     """Whether ``down`` has a bias; None: as the others."""

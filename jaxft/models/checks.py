@@ -7,12 +7,14 @@ import math
 from typing import Any, ClassVar, Protocol
 
 from jaxft.errors import UserError, nearest
-from jaxft.layers import ACTIVATIONS
+from jaxft.layers import ACTIVATIONS, RunTimeRate
 
 MOST_LAYERS = 4096
 """Layers of a model: each takes some time, and has a name for each of its tensors, before anything is computed."""
 MOST_SIZE = 1 << 24
 """Any other size: above the largest vocabulary, and the longest row."""
+MOST_RATE = 1.0 - 2.0**-16
+"""Of dropout: 16 random bits decide what is kept."""
 MOST_PARAMETERS = 1 << 42
 """Parameters of a model: above any that has been trained."""
 
@@ -35,6 +37,20 @@ def check_parameters(count: int) -> None:
         raise UserError(
             f"model.arch: its sizes make {count:.1e} parameters, at most {MOST_PARAMETERS:.1e} are possible"
         )
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Refuses what is no dropout rate; None is a default, and whoever made a rate that is an argument has checked it.
+
+    Raises:
+      UserError: names the field and its value.
+    """
+    if rate is None or isinstance(rate, RunTimeRate):
+        return
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        raise UserError(f"model.arch: {name}={rate} must lie in 0..1 (1 not included)")
+    if rate > MOST_RATE:
+        raise UserError(f"model.arch: {name}={rate} must be at most {MOST_RATE:.5f}, or nothing would be left")
 
 
 def check_fields(
@@ -65,8 +81,7 @@ def check_fields(
     if padding is not None and tokens is not None and not -tokens <= padding < tokens:
         raise UserError(f"model.arch: pad_token_id={padding} is not among {tokens} tokens")
     for name in rates:
-        if not 0.0 <= (getattr(config, name) or 0.0) < 1.0:
-            raise UserError(f"model.arch: {name}={getattr(config, name)} must lie in 0..1")
+        check_rate(name, getattr(config, name))
     for name in activations:
         if getattr(config, name) not in ACTIVATIONS:
             raise UserError(

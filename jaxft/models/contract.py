@@ -228,8 +228,8 @@ class Model(Protocol):
         """What the rest of jaxft may know of it."""
         ...
 
-    def clone(self, *, compute: Compute) -> Self:
-        """The same, computed otherwise."""
+    def clone(self, *, config: Any = ..., compute: Compute = ...) -> Self:
+        """The same, of another Config, or computed otherwise."""
         ...
 
     def init(self, rngs: PRNGKeyArray, /, *args: Any, **kwargs: Any) -> Mapping[str, Tree[Labelled]]:

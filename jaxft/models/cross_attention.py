@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray
 
 from jaxft.attention import MaskSpec, attend
-from jaxft.layers import Compute, FromHeads, Initializer, Projection, project, project_together
+from jaxft.layers import Compute, FromHeads, Initializer, Projection, Rate, project, project_together
 from jaxft.models.blocks import KeysAndValues
 
 Array = jax.Array
@@ -27,7 +27,7 @@ class Attention(nn.Module):
     """Initialiser of keys and values."""
     query_initial: Initializer
     out_initial: Initializer
-    rate: float = 0.0
+    rate: Rate = 0.0
     """Dropout of probabilities."""
     biased: bool = False
     key_biased: bool = True

@@ -19,6 +19,7 @@ from jaxft.layers import (
     Initializer,
     LayerNorm,
     Linear,
+    Rate,
     TokenScore,
     declare,
     dropout,
@@ -42,7 +43,7 @@ class PooledClasses(nn.Module):
 
     width: int
     classes: int
-    rate: float
+    rate: Rate
     compute: Compute
     initial: Initializer
 
@@ -60,11 +61,11 @@ class FirstTokenClasses(nn.Module):
 
     width: int
     classes: int
-    rate: float
+    rate: Rate
     compute: Compute
     initial: Initializer
     act: str = "tanh"
-    first_rate: float | None = None
+    first_rate: Rate | None = None
     """The first dropout, if it is another one."""
 
     @nn.compact
@@ -100,7 +101,7 @@ class TokenClasses(nn.Module):
 
     width: int
     classes: int
-    rate: float
+    rate: Rate
     compute: Compute
     initial: Initializer
 
@@ -144,7 +145,7 @@ class TransformedClasses(nn.Module):
 
     transform: Transform
     classes: int
-    rate: float
+    rate: Rate
     pooled: bool
     compute: Compute
     initial: Initializer

@@ -28,6 +28,7 @@ from jaxft.layers import Compute
 from jaxft.models import adapters
 from jaxft.models.contract import Facts, Family, FamilyConfig, Model, classes_of, with_classes
 from jaxft.models.initial import shapes_and_axes
+from jaxft.models.rates import model_with_rates
 from jaxft.models.reinit import redrawn_rows
 from jaxft.parallel.sharding import (
     DEFAULT_RULES,
@@ -83,6 +84,8 @@ class Recipe:
     updates: int | None
     """If the train step takes rates and other numbers of ``optim`` as arguments (:mod:`jaxft.training.optim.tunable`), for how many
     updates at most. None: they are constants in it."""
+    dropouts: tuple[str, ...]
+    """Rates of dropout that are arguments then, too: fields of the model's Config (:mod:`jaxft.models.rates`)."""
 
     def start(self, params: Params) -> TrainState[jax.Array]:
         """The state before step 0. Traceable."""
@@ -111,12 +114,16 @@ class Recipe:
         fixed = (self.state, self.batch(shape), self.seed())
         if self.updates is None:
             return fixed
-        return (*fixed, shapes_of(self.config.optim, self.updates, replicated(self.mesh)))
+        return (*fixed, shapes_of(self.config.optim, self.updates, replicated(self.mesh), self.dropouts))
 
-    def gradient(self) -> Gradient:
-        """The gradient that a train step takes."""
+    def gradient(self, model: Model | None = None) -> Gradient:
+        """The gradient that a train step takes.
+
+        Args:
+          model: the one it is of, with rates that are arguments. None: ``self.model``.
+        """
         return gradients.of_batch(
-            self.model,
+            self.model if model is None else model,
             self.task,
             accumulation=self.config.train.accumulation,
             param_shardings=self.shardings if self.mesh.size > 1 else None,
@@ -128,15 +135,15 @@ class Recipe:
 
         With ``updates``, it takes a :class:`~jaxft.training.optim.tunable.Tunable` besides.
         """
-        gradient_of, ema = self.gradient(), self.config.optim.ema
-        step = self._step(gradient_of, self.optimizer, self.schedule, ema)
+        step = self._step(self.gradient(), self.optimizer, self.schedule, self.config.optim.ema)
 
         def tuned_step(
             state: TrainState[jax.Array], batch: Batch, seed: jax.Array, tunable: Tunable[jax.Array]
         ) -> tuple[TrainState[jax.Array], Sums]:
             schedule = table_schedule(tunable.rates)
             optimizer = _optimizer(self.config, self.freeze, schedule, self.shapes, self.axes, tunable)
-            return self._step(gradient_of, optimizer, schedule, tunable.ema)(state, batch, seed)
+            gradient = self.gradient(model_with_rates(self.model, tunable.dropouts))
+            return self._step(gradient, optimizer, schedule, tunable.ema)(state, batch, seed)
 
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         chosen = step if self.updates is None else tuned_step
@@ -266,6 +273,7 @@ def make_recipe(
         freeze=freeze,
         redrawn=redrawn,
         updates=total_steps if tunable else None,
+        dropouts=(),
     )
 
 

@@ -31,6 +31,7 @@ from jaxft.machine import processes
 from jaxft.models import adapters, reinit
 from jaxft.models.contract import Facts, Model
 from jaxft.models.initial import init_params, shapes_and_axes, spread
+from jaxft.models.rates import model_with_rates
 from jaxft.parallel.sharding import make_abstract_mesh, make_mesh, make_rules
 from jaxft.tasks.contract import Sampler
 from jaxft.training.batch_shapes import buckets_of, check_batch_shapes, check_lengths, check_packed_batches
@@ -115,9 +116,11 @@ class Setup(Recipe):
 
     def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
+        # No rate plays a part in them: runs that differ in arguments of their step share what is compiled here.
+        model = model_with_rates(self.model, dict.fromkeys(self.dropouts, 0.0))
         if self.source is None:
-            return self._begun(self.model, init_params(self.model, seed, self.shardings))
-        base = adapters.base_of(self.model)
+            return self._begun(model, init_params(model, seed, self.shardings))
+        base = adapters.base_of(model)
         fresh = self.fresh_head
         with processes.raise_together():  # each process reads, and judges, what its devices keep
             loaded = load_params(self.source, base, note, mesh=self.mesh, seed=seed, fresh_head=fresh, finite=True)
@@ -125,9 +128,9 @@ class Setup(Recipe):
         if self.redrawn:
             loaded = reinit.redrawn(base, loaded, self.redrawn, seed, self.mesh)
             note(reinit.said(base, self.redrawn, self.config.model.reinit_layers))
-        if not isinstance(self.model, adapters.Adapted):
+        if not isinstance(model, adapters.Adapted):
             return loaded
-        return adapters.with_adapters(self.model, loaded, seed, self.shardings)
+        return adapters.with_adapters(model, loaded, seed, self.shardings)
 
     def _begun(self, model: Model, params: Params) -> Params:
         """The same with the bias of a fresh head that the task asks for (:class:`~jaxft.tasks.contract.Biased`)."""

@@ -82,6 +82,9 @@ def test_commas_inside_lists_mappings_and_quotes_are_no_choice() -> None:
         (["optim.learning_rate=1e-4", "train.seed=0"], "nothing varies"),
         (["optim.learning_rate=1,2", "optim.learning_rate=3"], "is given twice"),
         (["train.seed=a,b"], "seeds are whole numbers"),
+        (["train.seed=0..999999999"], "1000000000 seeds, at most 100000"),
+        (["optim.warmup_steps=0..300000000"], "300000001 points, at most 100000"),
+        (["optim.learning_rate=1e-5..1e-3:log:4000", "optim.warmup_steps=0..99"], "400000 points, at most 100000"),
         (["train.seeds=[0,1]"], "write train.seed=0..4"),
         (["eval.metric=loss,accuracy"], "one metric ranks all"),
     ],
@@ -168,6 +171,10 @@ def test_a_ledger_of_another_sweep_or_at_work_is_refused(tmp_path: Path) -> None
     with open_ledger(tmp_path, HEAD), pytest.raises(UserError, match="another jaxft sweep is at work"):
         open_ledger(tmp_path, HEAD).__enter__()
     other = HEAD | {"space": {"optim.learning_rate": "1,3"}}
+    with open_ledger(tmp_path, other):  # no trial was begun of what was there
+        pass
+    with open_ledger(tmp_path, HEAD) as ledger:
+        ledger.begin(0, 0, {"optim.learning_rate": "1"})
     with pytest.raises(UserError, match=r"optim.learning_rate was 1,2, now 1,3"):
         open_ledger(tmp_path, other).__enter__()
     (tmp_path / "sweep.jsonl").write_text("{}\n")
@@ -333,6 +340,7 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: Capture) -> None:
     rate = "optim.learning_rate=1e-5,1e-4"
     assert "--points is for --search random" in refusal(capsys, "sweep", rate, "--points", 3)
     assert "say how many points" in refusal(capsys, "sweep", rate, "--search", "random")
+    assert "at most 100000" in refusal(capsys, "sweep", rate, "--search", "random", "--points", 10**9)
     assert "did you mean" in refusal(capsys, "sweep", "optim.learning_rat=1,2")
     assert "nothing varies" in refusal(capsys, "sweep", "optim.learning_rate=1e-5")
     metric = refusal(capsys, "sweep", rate, "eval.metric=bleu", "--out", tmp_path / "out")

@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxft.attention.fused.blocks import LANES, Block, Dims, Sizes, Spec
+from jaxft.layers import RunTimeRate
 from jaxft.layers.bits import GOLDEN, mix
 from jaxft.layers.promotion import usual_promotion
 
@@ -46,11 +47,23 @@ _AHEAD = 2**19  # logits that are asked for before they are needed
 _VMEM_BYTES = 120 * 2**20  # what the compiler may use; it takes what it needs
 
 
-def _keeps(place: Array, a: Array, b: Array, keep: int) -> Array:
-    """:func:`jaxft.layers.keep_at` with the place times ``GOLDEN`` given, and the words a and b of the head, scalars."""
-    # TPUs compare signed integers only: flip the top bit. A bit that is flipped before an odd factor is flipped behind it.
-    bits = lax.bitcast_convert_type(mix(place + a, b ^ _TOP_BIT), jnp.int32)
-    return bits < np.int32((keep << 16) - (1 << 31))
+def _bits(place: Array, a: Array, b: Array) -> Array:
+    """The bits of :func:`jaxft.layers.keep_at` with the place times ``GOLDEN`` given, and the words a and b of the head, scalars: as signed
+    integers in the same order, for TPUs compare no others."""
+    # That is with the top bit flipped. A bit that is flipped before an odd factor is flipped behind it.
+    return lax.bitcast_convert_type(mix(place + a, b ^ _TOP_BIT), jnp.int32)
+
+
+def _below(keep: int) -> np.int32:
+    """What the bits that are kept are below."""
+    return np.int32((keep << 16) - (1 << 31))
+
+
+def _scalars(rate: RunTimeRate) -> tuple[Array, Array]:
+    """Of a rate that is an argument: the largest bits that are kept, int32 [1], and the factor, float32 [1]."""
+    # Of all that 16 bits can be, the first that is not kept is no int32 any more; sums and products wrap around.
+    largest = (jnp.asarray(rate.keep, jnp.int32) - (1 << 15)) * (1 << 16) - 1
+    return largest.reshape(1), jnp.asarray(rate.scale).reshape(1)
 
 
 class _Task(NamedTuple):
@@ -83,6 +96,8 @@ class _Step:
     """[rows or 1, T, S]: what a logit is at most, the largest or the least float32; None if all may be seen."""
     places: jax.Ref | None
     """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
+    rate: tuple[jax.Ref, jax.Ref] | None
+    """Those of :func:`_scalars`; None: the rate is no argument."""
 
     def run(self, first_half: Callable[[_Task], T], second_half: Callable[[_Task, T], None]) -> None:
         """Runs the tasks. First halves, which need the matrix unit, are started some tasks before second halves."""
@@ -163,8 +178,14 @@ class _Step:
         if self.places is None or self.words is None:
             return arrays
         at = self.first + task.q[0] * self.heads + task.q[1]
-        keep = _keeps(self.places[task.k[2], task.q[2]], self.words[0, at], self.words[1, at], self.spec.keep)
+        bits = _bits(self.places[task.k[2], task.q[2]], self.words[0, at], self.words[1, at])
+        keep = bits < _below(self.spec.fixed_rate.keep) if self.rate is None else bits <= self.rate[0][0]
         return tuple(jnp.where(keep, x, np.float32(0.0)) for x in arrays)
+
+    @property
+    def drop_scale(self) -> Array | np.float32:
+        """What kept probabilities are multiplied by."""
+        return self.spec.fixed_rate.scale if self.rate is None else self.rate[1][0]
 
 
 def _dot(x: Array, y: Array, *, over_last: bool = False) -> Array:
@@ -186,7 +207,7 @@ def _forward_kernel(step: _Step, q: Block, k: Block, v: Block, out: Block, top: 
         (weights,) = step.dropped(task, weights)
         mixed = _dot(v[task.k], weights.astype(v.dtype))
         sees = most != _MASKED
-        out[task.q] = (mixed * jnp.where(sees, step.spec.drop_scale / total, 0.0)).astype(out.dtype)
+        out[task.q] = (mixed * jnp.where(sees, step.drop_scale / total, 0.0)).astype(out.dtype)
         # Of a query that sees nothing, so that the backward pass finds no weight.
         top[task.q] = jnp.where(sees, most, _SEEN)
         # Not added up: float32 has no digits for the logarithm beside a large logit.
@@ -209,7 +230,7 @@ def _backward_kernel(
     dv: Block,
     sums: jax.Ref,
 ) -> None:
-    drop_scale = step.spec.drop_scale  # of dweights: left out, and made up for in the results
+    drop_scale = step.drop_scale  # of dweights: left out, and made up for in the results
     scale = np.float32(step.spec.scale) * drop_scale
 
     def products(task: _Task) -> tuple[Array, Array]:
@@ -255,12 +276,15 @@ def _call(
     arrays: tuple[Array, ...],
     ids: Array | None,
     words: Array | None,
+    rate: RunTimeRate | None,
     outs: list[jax.ShapeDtypeStruct],
 ) -> list[Array]:
     """Runs a kernel on arrays [N or K times H, B S], or [N, 1, B S]; q is the first of them."""
     b, n, kv, s, h = dims
-    sizes, drop = Sizes.of(spec, dims, arrays[0].dtype.itemsize), spec.rate > 0.0
+    sizes, drop = Sizes.of(spec, dims, arrays[0].dtype.itemsize), spec.drops
     grid = (b // sizes.rows, kv // sizes.heads)
+    scalars = [words.reshape(2, b * n)] if drop and words is not None else []
+    scalars += [] if rate is None else _scalars(rate)
     scratch: dict[str, pl.MemoryRef] = {}
     if ids is not None or spec.causal or spec.window is not None:
         scratch["bound"] = pltpu.VMEM((1 if ids is None else sizes.rows, s, s), jnp.float32)
@@ -271,13 +295,19 @@ def _call(
 
     def body(*refs: jax.Ref) -> None:
         given = iter(refs)
-        words_ref, ids_ref = next(given) if drop else None, None if ids is None else next(given)
+        words_ref = next(given) if drop else None
+        of_rate = None if rate is None else (next(given), next(given))
+        ids_ref = None if ids is None else next(given)
         operands = [Block(next(given), h, s) for _ in (*arrays, *outs)]
         held = {name: next(given) for name in scratch}
         bound, places = held.pop("bound", None), held.pop("places", None)
         # Not inside the loop over heads: there, an interpreted kernel has no program_id.
         first = (pl.program_id(0) * sizes.rows * n) + pl.program_id(1) * (n // grid[1])
-        kernel(_Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bound, places), *operands, *held.values())
+        kernel(
+            _Step(spec, sizes, n, n // kv, s, words_ref, first, ids_ref, bound, places, of_rate),
+            *operands,
+            *held.values(),
+        )
 
     def heads_of(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         block = (x.shape[0] // grid[1], *x.shape[1:-1], sizes.rows * s)
@@ -285,7 +315,7 @@ def _call(
 
     rows = pl.BlockSpec((sizes.rows, 2, s), lambda i, j, *_: (i, 0, 0))
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=int(drop),
+        num_scalar_prefetch=len(scalars),
         grid=grid,
         in_specs=[*([] if ids is None else [rows]), *map(heads_of, arrays)],
         out_specs=[heads_of(x) for x in outs],
@@ -294,7 +324,6 @@ def _call(
     order = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES)
     name = f"fused_attention{kernel.__name__}"
     run = pl.pallas_call(body, outs, grid_spec=grid_spec, compiler_params=order, interpret=spec.interpret, name=name)
-    scalars = [words.reshape(2, b * n)] if drop and words is not None else []
     return run(*scalars, *([] if ids is None else [ids]), *arrays)
 
 
@@ -310,7 +339,7 @@ def _unflat(x: Array, dims: Dims) -> Array:
 
 
 def _fwd(
-    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None
+    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None, rate: RunTimeRate | None
 ) -> tuple[Array, Array, Array]:
     """Attention and its normaliser, in two parts.
 
@@ -318,6 +347,7 @@ def _fwd(
       q: [B, N, S, H]; S a multiple of 128. k, v: [B, K, S, H].
       ids: int32 [B, 2, S], of queries and of keys: equal ones may see each other; no one sees keys of 0. None: all.
       words: of dropout, uint32 [2, B, N], from :func:`jaxft.layers.bits.row_words`; not used at rate 0.
+      rate: of dropout, where ``spec`` does not say it.
 
     Returns: (out [B, N, S, H], the largest of a query's logits in base 2 [N, 1, B S] float32, log2 of the sum of exp2 beside
       it). Of queries that see nothing: 0, and the largest float32.
@@ -328,7 +358,7 @@ def _fwd(
     dims = Dims(b, n, kv, s, h)
     number = jax.ShapeDtypeStruct((n, 1, b * s), jnp.float32)
     outs = [jax.ShapeDtypeStruct((n * h, b * s), q.dtype), number, number]
-    out, top, log_total = _call(_forward_kernel, spec, dims, (_flat(q), _flat(k), _flat(v)), ids, words, outs)
+    out, top, log_total = _call(_forward_kernel, spec, dims, (_flat(q), _flat(k), _flat(v)), ids, words, rate, outs)
     return _unflat(out, dims), top, log_total
 
 
@@ -339,6 +369,7 @@ def _bwd(
     v: Array,
     ids: Array | None,
     words: Array | None,
+    rate: RunTimeRate | None,
     out: Array,
     top: Array,
     log_total: Array,
@@ -350,28 +381,36 @@ def _bwd(
     flat = [_flat(x) for x in (q, k, v, out, g)]
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:3]]
     arrays = (*flat[:4], top, log_total, flat[4])
-    return tuple(_unflat(x, dims) for x in _call(_backward_kernel, spec, dims, arrays, ids, words, outs))
+    return tuple(_unflat(x, dims) for x in _call(_backward_kernel, spec, dims, arrays, ids, words, rate, outs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused_attention(spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None) -> Array:
+def fused_attention(
+    spec: Spec,
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Array | None,
+    words: Array | None,
+    rate: RunTimeRate | None = None,
+) -> Array:
     """The first result of :func:`_fwd`, with gradients."""
-    return _fwd(spec, q, k, v, ids, words)[0]
+    return _fwd(spec, q, k, v, ids, words, rate)[0]
 
 
-_Saved = tuple[Array, Array, Array, Array | None, Array | None, Array, Array, Array]
+_Saved = tuple[Array, Array, Array, Array | None, Array | None, RunTimeRate | None, Array, Array, Array]
 
 
 def _attention_fwd(
-    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None
+    spec: Spec, q: Array, k: Array, v: Array, ids: Array | None, words: Array | None, rate: RunTimeRate | None
 ) -> tuple[Array, _Saved]:
-    out, top, log_total = _fwd(spec, q, k, v, ids, words)
-    return out, (q, k, v, ids, words, out, top, log_total)
+    out, top, log_total = _fwd(spec, q, k, v, ids, words, rate)
+    return out, (q, k, v, ids, words, rate, out, top, log_total)
 
 
 def _attention_bwd(spec: Spec, saved: _Saved, g: Array) -> tuple[Array | None, ...]:
-    q, k, v, ids, words, out, top, log_total = saved
-    return (*_bwd(spec, q, k, v, ids, words, out, top, log_total, g), None, None)
+    q, k, v, ids, words, rate, out, top, log_total = saved
+    return (*_bwd(spec, q, k, v, ids, words, rate, out, top, log_total, g), None, None, None)
 
 
 fused_attention.defvjp(usual_promotion(_attention_fwd), usual_promotion(_attention_bwd))

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import pallas as pl
 
+from jaxft.layers import FixedRate
+
 Array = jax.Array
 
 LANES = 128
@@ -33,22 +35,22 @@ class Spec:
     window: int | None = None
     """Keys are seen that are fewer than so many places away."""
     soft_cap: float | None = None
-    rate: float = 0.0
-    """Dropout probability."""
+    rate: float | None = 0.0
+    """Dropout probability; None: an argument."""
     row_length: int = 0
     """Length of the rows that dropout counts places in; lengths of operands may have been filled up."""
     interpret: bool = False
     """Run as ordinary jax operations, on any platform."""
 
     @property
-    def keep(self) -> int:
-        """How many of the 65536 values of 16 random bits keep a probability."""
-        return round((1.0 - self.rate) * 65536)
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.rate is None or self.rate > 0.0
 
     @property
-    def drop_scale(self) -> np.float32:
-        """What kept probabilities are multiplied by."""
-        return np.float32(65536 / self.keep if self.rate > 0.0 else 1.0)
+    def fixed_rate(self) -> FixedRate:
+        """The rate, where it is no argument."""
+        return FixedRate(self.rate or 0.0)
 
     def keys_of(self, first: int, count: int, length: int) -> slice:
         """Whole registers of keys that some of ``count`` queries may see, by distance and direction."""
@@ -121,7 +123,7 @@ class Sizes:
         of_head = 2 * (4 * group + 4) * h * s * itemsize
         heads = _divisor(kv, _STEP_BYTES // of_head)
         rows = _divisor(b, min(_TOKENS // s, _STEP_BYTES // (of_head * kv))) if heads == kv else 1
-        most = _QUERIES if spec.rate > 0.0 else max(_QUERIES, s // 2)
+        most = _QUERIES if spec.drops else max(_QUERIES, s // 2)
         if spec.causal or spec.window is not None:  # to skip what none of a block may see
             most = s // 4
         block = LANES * _divisor(s // LANES, most // LANES)

@@ -22,6 +22,7 @@ from jaxft.attention.fused import fused_attention
 from jaxft.attention.fused.blocks import Spec
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.request import Request, each_device, first_of, same_tokens
+from jaxft.layers import FixedRate, RunTimeRate
 from jaxft.layers.bits import row_words
 
 Array = jax.Array
@@ -106,13 +107,14 @@ def fused(call: Call, q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropou
         causal=mask.causal,
         window=mask.window,
         soft_cap=call.soft_cap,
-        rate=0.0 if drop is None else drop.rate,
+        rate=0.0 if drop is None else drop.rate.value if isinstance(drop.rate, FixedRate) else None,
         row_length=length if drop is None else drop.length,
         interpret=_INTERPRET,
     )
     ids = None if segments is None else jnp.stack(segments, axis=1)
     words = None if drop is None else jnp.stack(row_words(drop.words, drop.rows))
-    out = fused_attention(spec, q, k, v, ids, words)[:, :, :length]  # zeros where nothing is seen, gradients too
+    rate = drop.rate if drop is not None and isinstance(drop.rate, RunTimeRate) else None
+    out = fused_attention(spec, q, k, v, ids, words, rate)[:, :, :length]  # zeros where nothing is seen, gradients too
     return out.astype(call.compute.activation_dtype)
 
 

@@ -25,10 +25,12 @@ from jaxft.attention.dropout import Dropout
 from jaxft.attention.mask import MaskSpec
 from jaxft.attention.native.compiled import BACKWARD, ENDINGS, FORWARD, multiplies_bfloat16, unavailable
 from jaxft.attention.request import Request, each_device, first_of, unshifted
+from jaxft.layers import RunTimeRate
 from jaxft.layers.promotion import usual_promotion
 
 Array = jax.Array
 _WIDEST = 16  # floats of a vector register, at most
+_BEHIND_WORDS = -1  # what kernels are told instead of a threshold that is an argument
 
 
 def native_refuses(request: Request) -> str | None:
@@ -85,14 +87,20 @@ def _types(call: Call, q: Array) -> tuple[str, str]:
 def _inputs(
     call: Call, types: tuple[str, str], q: Array, k: Array, v: Array, mask: MaskSpec, drop: Dropout | None
 ) -> tuple[Array, ...]:
-    """q, k, v, numbers of queries [B, S] and of keys [B, T], words and rows of dropout; empty where there is nothing."""
+    """q, k, v, numbers of queries [B, S] and of keys [B, T], words and rows of dropout; empty where there is nothing. A rate that is an
+    argument stands behind the words: its threshold."""
     operand, dtype = types
     # Kernels that multiply bfloat16 round by themselves.
     rounded = dtype if operand == "bfloat16" else call.compute.matmul_dtype
     operands = (x.astype(rounded).astype(dtype) for x in (q, k, v))
     none = jnp.zeros((0,), jnp.uint32)
-    words, rows = (none, none) if drop is None else (jnp.stack(drop.words), drop.rows)
+    words, rows = (none, none) if drop is None else (jnp.stack(_words(drop)), drop.rows)
     return *operands, *_ids(mask, q.shape[2]), words, rows
+
+
+def _words(drop: Dropout) -> tuple[Array, ...]:
+    keep = (jnp.asarray(drop.rate.keep, jnp.uint32),) if isinstance(drop.rate, RunTimeRate) else ()
+    return *drop.words, *keep
 
 
 def _ids(mask: MaskSpec, length: int) -> tuple[Array, Array]:
@@ -118,6 +126,7 @@ class _Kernel:
     window: int
     scale: float
     keep: int
+    """Threshold of dropout. 0: none; ``_BEHIND_WORDS``: it is an argument."""
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Results for one device's arrays."""
@@ -132,7 +141,7 @@ class _Kernel:
 
 
 def _kernel(name: str, types: tuple[str, str], call: Call, mask: MaskSpec, drop: Dropout | None) -> _Kernel:
-    keep = 0 if drop is None else drop.keep
+    keep = 0 if drop is None else _BEHIND_WORDS if isinstance(drop.rate, RunTimeRate) else drop.rate.keep
     return _Kernel(name == BACKWARD, ENDINGS[types], types[1], mask.causal, mask.window or 0, call.scale, keep)
 
 

@@ -18,7 +18,7 @@ uint32_t lowbias32(uint32_t x) {
 struct Geometry {
   const int32_t* query_ids;  // [B, S]; null where every token may see every other
   const int32_t* key_ids;    // [B, T]
-  const uint32_t* words;  // of the dropout's key
+  const uint32_t* words;  // of the dropout's key, and its threshold where that is an argument
   const uint32_t* rows;   // [B, N], its rows
   int64_t batch, heads, key_heads, length, keys, size;  // B, N, K, S, T, H
   bool causal;

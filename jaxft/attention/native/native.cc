@@ -332,7 +332,7 @@ struct Pass {
                             causal != 0,
                             window,
                             scale,
-                            static_cast<int32_t>(keep)};
+                            static_cast<int32_t>(keep < 0 ? words.typed_data()[2] : keep)};
     return {geometry, operand(rounder, q), operand(rounder, k), operand(rounder, v)};
   }
 

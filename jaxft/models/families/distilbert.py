@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxft.errors import UserError
 from jaxft.layers import Compute, Initializer
 from jaxft.models import encoder, encoder_files
+from jaxft.models.checks import check_rate
 from jaxft.models.contract import ONE_CHOICE, SPAN_ENDS, Array, Head
 from jaxft.models.heads import FirstTokenClasses, TokenClasses, dense_rules, normal
 from jaxft.models.layout import Layout, Rule, Tensors
@@ -57,8 +58,7 @@ class Config(encoder.EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("qa_dropout", "seq_classif_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"model.arch: {name}={getattr(self, name)} must lie in 0..1")
+            check_rate(name, getattr(self, name))
 
     @property
     def attention_out_dropout(self) -> float:

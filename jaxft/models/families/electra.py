@@ -15,6 +15,7 @@ import flax.linen as nn
 from jaxft.errors import UserError, nearest
 from jaxft.layers import ACTIVATIONS, Compute, Linear, dropout
 from jaxft.models import encoder, encoder_files
+from jaxft.models.checks import check_rate
 from jaxft.models.contract import ONE_CHOICE, Array, Features, Head
 from jaxft.models.heads import FirstTokenClasses, dense_rules, exact, first_of_texts, normal
 from jaxft.models.layout import Layout, Rule, Tensors
@@ -47,8 +48,7 @@ class Config(encoder.EncoderConfig):
         super().__post_init__()
         if self.embedding_size < 1:
             raise UserError(f"model.arch: embedding_size={self.embedding_size} must be at least 1")
-        if not 0.0 <= self.summary_last_dropout < 1.0:
-            raise UserError(f"model.arch: summary_last_dropout={self.summary_last_dropout} must lie in 0..1")
+        check_rate("summary_last_dropout", self.summary_last_dropout)
         if self.summary_activation and self.summary_activation not in ACTIVATIONS:
             raise UserError(
                 f"model.arch.summary_activation={self.summary_activation!r}: {nearest(self.summary_activation, ACTIVATIONS)}"

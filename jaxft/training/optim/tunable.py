@@ -6,7 +6,9 @@ of the optimizer is the same with arguments as with constants, but for the place
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxft.layers import RunTimeRate, run_time_rate
 from jaxft.training.optim.schedules import Schedule, make_schedule
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from jaxft.config import OptimConfig
 
 T = TypeVar("T")
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 SCHEDULE_KEYS = (
     *("learning_rate", "schedule", "warmup_steps", "warmup_fraction", "end_factor", "power", "step_fractions"),
@@ -42,14 +46,19 @@ class Tunable(Generic[T]):
     weight_decay: T
     clip_norm: T | None
     ema: T | None
+    dropouts: dict[str, RunTimeRate]
+    """Rates of dropout by their field of the family's Config."""
 
 
-def tunable_of(config: OptimConfig, total_steps: int, length: int) -> Tunable[np.ndarray]:
+def tunable_of(
+    config: OptimConfig, total_steps: int, length: int, dropouts: Mapping[str, float] = _NONE
+) -> Tunable[np.ndarray]:
     """The values of one run.
 
     Args:
       total_steps: updates of the run.
       length: of the table, at least ``total_steps``.
+      dropouts: rates of dropout by field of the Config.
 
     Raises:
       UserError: settings that describe no schedule.
@@ -62,6 +71,7 @@ def tunable_of(config: OptimConfig, total_steps: int, length: int) -> Tunable[np
         weight_decay=np.array(config.weight_decay, np.float32),
         clip_norm=None if config.clip_norm is None else np.array(config.clip_norm, np.float32),
         ema=None if config.ema is None else np.array(config.ema, np.float32),
+        dropouts={name: run_time_rate(rate) for name, rate in dropouts.items()},
     )
 
 
@@ -75,15 +85,18 @@ def rate_table(schedule: Schedule, total_steps: int) -> np.ndarray:
     return np.asarray(jax.jit(lambda steps: jax.lax.map(schedule, steps)).lower(counts).compile()(counts))
 
 
-def shapes_of(config: OptimConfig, length: int, sharding: Sharding) -> Tunable[jax.ShapeDtypeStruct]:
+def shapes_of(
+    config: OptimConfig, length: int, sharding: Sharding, dropouts: Collection[str] = ()
+) -> Tunable[jax.ShapeDtypeStruct]:
     """The same as shapes."""
-
+    some = {name: run_time_rate(0.0) for name in dropouts}
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
     return Tunable(
         rates=jax.ShapeDtypeStruct((length,), jnp.float32, sharding=sharding),
         weight_decay=number,
         clip_norm=None if config.clip_norm is None else number,
         ema=None if config.ema is None else number,
+        dropouts=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype, sharding=sharding), some),
     )
 
 

@@ -16,13 +16,15 @@ from jaxft.errors import UserError
 from jaxft.files import write_atomic
 from jaxft.machine.lock import held
 from jaxft.machine.memory import release_freed, resident_bytes
+from jaxft.models.checks import check_rate
+from jaxft.models.rates import chosen_rates
 from jaxft.training.setup import check_config, stand_in_task
 from jaxft.training.sweep.ledger import Finished, Ledger, open_ledger
 from jaxft.training.sweep.ranking import Direction, Ranked, ranked, table_lines
 from jaxft.training.sweep.samples import random_points
 from jaxft.training.sweep.space import SEED, Point, Space
 from jaxft.training.sweep.trial import Course, forget_state, rows_of, run_trial
-from jaxft.training.sweep.workbench import Group, Workbench, program_key
+from jaxft.training.sweep.workbench import Group, Workbench, program_key, varied_rates
 
 Search = Literal["grid", "random", "tpe"]
 Note = Callable[[str], None]
@@ -132,9 +134,11 @@ def run_sweep(sweep: Sweep, adviser: Adviser | None, note: Note) -> Outcome:
     assert total is not None
     task = stand_in_task(configs[0])
     metric = tasks.metric_of(task, configs[0].eval.metric)
+    varied = varied_rates(configs)
+    keys = [program_key(config, varied) for config in configs]
     with held(sweep.out, note), open_ledger(sweep.out, _head(sweep)) as ledger:
         return _Course(
-            *(sweep, adviser, note, ledger, seeds, known, configs, list(map(program_key, configs))),
+            *(sweep, adviser, note, ledger, seeds, known, configs, varied, keys),
             *(total, metric, task.metrics[metric]),
         ).run()
 
@@ -144,6 +148,8 @@ def _check(config: RunConfig) -> None:
         raise UserError(
             f"train.seeds={list(config.train.seeds)}: a sweep has its seeds as train.seed=0..4; leave it out"
         )
+    for name, rate in chosen_rates(config.model.arch).items():
+        check_rate(name, rate)  # of a model folder, whose Config is made for one trial of those that share a program
     check_config(config)
 
 
@@ -170,6 +176,8 @@ class _Course:
     known: list[Point] | None
     configs: list[RunConfig]
     """One for each point; where points are not known, for each corner of the space."""
+    varied: frozenset[str]
+    """Rates of dropout that are arguments of programs."""
     keys: list[str]
     """What the programs of each depend on."""
     total: int
@@ -180,10 +188,12 @@ class _Course:
 
     def run(self) -> Outcome:
         """Runs the trials that are left, in the order of their programs where points are known."""
-        bench = Workbench(self.note)
+        bench = Workbench(self.note, self.varied)
         done = len(self.ledger.finished)
         if done:
             self.note(f"{done} of {self.total * len(self.seeds)} trials are finished already ({self.sweep.out})")
+        for config in dict(zip(reversed(self.keys), reversed(self.configs), strict=True)).values():
+            bench.check(config)
         interrupted = False
         for number in self._order():
             if self._whole(number):
@@ -227,7 +237,7 @@ class _Course:
         return self.adviser.point(number, finished, self.ledger.points, self.direction)
 
     def _group(self, bench: Workbench, config: RunConfig) -> Group:
-        key = program_key(config)
+        key = program_key(config, self.varied)
         if self.known is not None:
             alike = [one for one, its in zip(self.configs, self.keys, strict=True) if its == key]
             return bench.group(key, config, alike, alike)

@@ -81,7 +81,7 @@ def open_ledger(folder: Path, head: JsonObject) -> Iterator[Ledger]:
       head: what the sweep is; ``points`` alone may differ from what the file says, for a sweep may be made longer.
 
     Raises:
-      UserError: the folder holds another sweep, a damaged ledger, or one that another process has.
+      UserError: the folder holds another sweep of which a trial was begun, a damaged ledger, or one that another process has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
@@ -98,6 +98,11 @@ def open_ledger(folder: Path, head: JsonObject) -> Iterator[Ledger]:
         if whole < len(raw):  # a line that a crash cut short
             os.ftruncate(descriptor, whole)
             os.fsync(descriptor)
+        if len(records) == 1 and _readable(records[0]):
+            os.ftruncate(
+                descriptor, 0
+            )  # no trial was begun, perhaps for a mistake in the space: it may be another one now
+            records = []
         if not records:
             _write(descriptor, {"kind": "sweep", "format": FORMAT, **head})
             fsync_folder(folder)
@@ -133,7 +138,7 @@ def _records(path: Path, raw: bytes) -> tuple[list[JsonObject], int]:
 
 def _ledger_of(path: Path, records: list[JsonObject], head: JsonObject, descriptor: int) -> Ledger:
     first = records[0]
-    if first["kind"] != "sweep" or first.get("format") != FORMAT:
+    if not _readable(first):
         raise UserError(f"{path}: not a ledger that this version of jaxft can read; give another --out")
     _check_same(path, first, head)
     ledger = Ledger(head, _descriptor=descriptor)
@@ -147,6 +152,11 @@ def _ledger_of(path: Path, records: list[JsonObject], head: JsonObject, descript
         else:
             ledger.finished[key] = _finished(record)
     return ledger
+
+
+def _readable(first: JsonObject) -> bool:
+    """Whether the first record is that of a ledger that can be gone on with."""
+    return first["kind"] == "sweep" and first.get("format") == FORMAT
 
 
 def _check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?:[ :](log))?(?::(\d+))?")
 _DIGITS = 4
 """Significant digits of numbers that a search makes: what is shown is what is used."""
+MOST_POINTS = 100_000
+"""Points of a grid, and seeds of each: more than can be run."""
 _FORM = "write LOW..HIGH, LOW..HIGH:log, or with a number of grid points LOW..HIGH:log:5"
 _OWN = {
     "train.out": "trials lie in the sweep's folder (--out)",
@@ -128,8 +130,10 @@ class Space:
         """Every point of a grid, the last key changing fastest.
 
         Raises:
-          UserError: a range that does not say how many values it has.
+          UserError: a range that does not say how many values it has, or more points than can be run.
         """
+        count = math.prod(one.size or getattr(one, "count", None) or 1 for one in self.dimensions.values())
+        _refuse_more(count, f"a grid of {', '.join(self.dimensions)}: {count} points", "use --search random")
         points: list[dict[str, str]] = [{}]
         for key, dimension in self.dimensions.items():
             points = [{**point, key: text} for point in points for text in dimension.grid(key)]
@@ -173,6 +177,7 @@ def parse_space(assignments: Sequence[str], task: str) -> Space:
             continue
         typed[key] = text
         if key == SEED:
+            _refuse_more(found.size or 0, f"{assignment}: {found.size} seeds", "take fewer")
             seeds = tuple(map(int, found.grid(key)))
         else:
             dimensions[key] = found
@@ -215,6 +220,11 @@ def _range(key: str, text: str, match: re.Match[str], kind: object) -> Range:
     if count is not None and int(count) < 2:
         raise UserError(f"{key}={text}: a range has at least 2 values")
     return Range(low, high, bool(log), None if count is None else int(count), whole)
+
+
+def _refuse_more(count: int, what: str, instead: str) -> None:
+    if count > MOST_POINTS:
+        raise UserError(f"{what}, at most {MOST_POINTS} are possible; {instead}")
 
 
 def _text(value: float, whole: bool) -> str:
