@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if folders := corpora(key, getattr(served.config.data, options.split)):
         return _score_corpora(options, served, check_task(task, served.model.head, f"{key}={folders[0]}"), folders)
     config, processor, labels = settled(served.config_for(module), module), served.processor, served.labels
-    if options.rows and not hasattr(task, "judged"):
+    if options.rows and not (hasattr(task, "judged") and getattr(task, "judging", True)):
         raise UserError(f"--rows: there is nothing to say of each row of {served.model.head}; leave it out")
     name = options.split
     refuse_other_labels(config.data.labels, labels, "the model's labels are")
@@ -165,8 +165,8 @@ def _rows(
         raise UserError(f"data.{name} is not set; name the labelled rows, for instance data.{name}=my.csv{hint}")
     if cached("data.train", data.train) is not None:
         raise UserError(f"data.{name} is not set, and data.train={data.train} is a token cache; name the labelled rows")
-    columns = module.columns(config)
-    return divided(read_rows(data.train, data, columns, _say, grouped=True), config, columns, _say)[1][name]
+    rows = read_rows(data.train, data, module.columns(config), _say, grouped=True)
+    return divided(rows, config, module, _say)[1][name]
 
 
 def _say(text: str) -> None:

@@ -45,11 +45,11 @@ def finish(
       bucket: where the folder's content is put; None: nowhere.
     """
     from jaxft.machine.processes import is_first
-    from jaxft.tasks import reported
+    from jaxft.tasks import judges, reported
     from jaxft.training.scoring import evaluated
 
     # Scores of the best step are known; what the model says of each row is kept of no evaluation, and few tasks tell it.
-    told = hasattr(ready.task, "wrongness") or hasattr(ready.task, "reported")
+    told = judges(ready.task) or hasattr(ready.task, "reported")
     held_out = evaluated(ready, programs, result.params) if told else None
     scores = {"eval": result.metrics}
     if is_first():

@@ -43,10 +43,10 @@ def write_errors(
     Returns:
       Lines that say what was written, or why nothing was; a file of an earlier evaluation is then gone.
     """
-    from jaxft.tasks import mistakes
+    from jaxft.tasks import judges, mistakes
 
     target = out / ("errors.csv" if split == "eval" else f"errors_{split}.csv")
-    if not hasattr(task, "wrongness"):
+    if not judges(task):
         return []
     if not rows:
         target.unlink(missing_ok=True)

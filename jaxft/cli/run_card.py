@@ -107,10 +107,15 @@ def _sources(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def _training(ready: Setup, result: Result, seconds: float) -> dict[str, str]:
     import jax
 
+    from jaxft.data.corpus.course import course_of
+
     mesh, lora = ready.mesh, ready.config.model.lora.rank
     adapters = {} if lora is None else {"adapters": f"of rank {lora}, merged into the weights"}
+    course, rows = course_of(ready.config), f", of {ready.config.train.batch_size} rows each"
+    staged = len(course.stages) > 1
     return {
-        "steps": f"{result.step:,}, of {ready.config.train.batch_size} rows each; the weights are those of step {result.best_step:,}",
+        "steps": f"{result.step:,}{'' if staged else rows}; the weights are those of step {result.best_step:,}",
+        **({"stages (rows x tokens)": course.text()} if staged else {}),
         **adapters,
         "seed": str(ready.config.train.seed),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

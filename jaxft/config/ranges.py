@@ -44,6 +44,12 @@ def _of_training(config: RunConfig) -> list[_Rule]:
     train = config.train
     return [
         _within("train.batch_size", train.batch_size, MOST_ROWS),
+        _Rule(
+            train.batch_ramp is None or len(train.batch_ramp) > 0,
+            "train.batch_ramp",
+            train.batch_ramp,
+            "names no stage",
+        ),
         _Rule(train.accumulation > 0, "train.accumulation", train.accumulation, "must be at least 1"),
         _Rule(
             train.batch_size % max(train.accumulation, 1) == 0,
@@ -185,6 +191,7 @@ def _of_data(config: RunConfig) -> list[_Rule]:
             "has a label twice",
         ),
         _Rule(data.mixture is None or len(data.mixture) > 0, "data.mixture", data.mixture, "names no stage"),
+        _Rule(data.lengths is None or len(data.lengths) > 0, "data.lengths", data.lengths, "names no stage"),
         _Rule(data.repeats is None or data.repeats > 0, "data.repeats", data.repeats, "must be above 0"),
         _within("data.read_ahead", data.read_ahead, MOST_AHEAD),
         _Rule(data.max_length <= MOST_TOKENS, "data.max_length", data.max_length, f"must be at most {MOST_TOKENS}"),

@@ -116,6 +116,8 @@ class DataConfig:
     split_group: str | None = None
     """Column whose values stay together when training rows are held out: rows of one customer, document or query are all trained on, or
     all held out. None: rows are held out one by one, the same share of each label."""
+    stratify: bool = True
+    """Whether rows are held out so that each part has its share of each label. ``false``: whatever their labels are."""
     header: bool = True
     """Whether the first line of CSV and TSV files names the columns; if not, they are named 0, 1, 2, ..."""
     quotes: Literal["auto", "double", "none"] = "auto"
@@ -146,7 +148,8 @@ class DataConfig:
     label_map: dict[str, str | None] | None = None
     """Other names for labels of the data, before anything else looks at them: ``{pos: positive, Positive: positive, unsure: null}``.
     Several labels may become one; rows of a label that is null are left out and counted (of several labels, such a one is taken off
-    its rows). Labels that it does not name stay as they are."""
+    its rows; of labels of words, which it names without ``B-`` and ``I-``, it becomes ``O``). Labels that it does not name stay as they
+    are."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, or of the preprocessor_config.json that says how images are made. None: what lies beside
     ``model.init``."""
@@ -170,6 +173,10 @@ class DataConfig:
     mixture: dict[str, tuple[float, ...]] | None = None
     """Weights of several corpora, in the order of ``train``, by the step that they hold from: ``{0: [0.7, 0.3], 5000: [0.5, 0.5]}``.
     None: corpora are read as one."""
+    lengths: dict[str, int] | None = None
+    """Tokens of a training row of corpora by the step that they hold from, ``{0: 128, 20000: 512, 30000: 8192}``; the last are
+    ``max_length``, which the others divide. Batches of shorter rows have as many more of them: a step has as many tokens. None:
+    ``max_length`` from the first step on."""
     repeats: float | None = None
     """How often rows of a corpus may be read in a run, at most; a run that would read them more often is refused. None: as often as it
     comes."""
@@ -258,6 +265,9 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 32
     """Rows per optimizer step, over all devices and accumulation steps."""
+    batch_ramp: dict[str, int] | None = None
+    """Batch sizes by the step that they hold from, ``{0: 32, 1000: 64, 2000: 128}``, for corpora; the last is ``batch_size``. Rates stay
+    as ``optim`` says. None: ``batch_size`` from the first step on."""
     accumulation: int = 1
     """Micro-batches per optimizer step; k of them equal one batch of the same rows."""
     seed: int = 0

@@ -119,7 +119,17 @@ def without_other_options(tree: Mapping[str, object]) -> dict[str, object]:
 
 def as_today(tree: Mapping[str, object]) -> dict[str, object]:
     """A stored configuration as today's versions read it."""
-    return without_other_options(without_gone(tree))
+    return with_its_split(without_other_options(without_gone(tree)))
+
+
+def with_its_split(tree: Mapping[str, object]) -> dict[str, object]:
+    """A stored configuration that says how its rows were held out, if it is of a version that held them out otherwise than today's."""
+    data, section = tree.get("data"), tree.get("task")
+    if not isinstance(data, dict) or not isinstance(section, dict) or "stratify" in data:
+        return dict(tree)
+    parted = data.get("eval") is None or data.get("test_fraction") is not None
+    at_random = getattr(task_options(str(section.get("name", TaskConfig.name))), "HELD_OUT_AT_RANDOM", False)
+    return {**tree, "data": {**data, "stratify": False}} if parted and at_random else dict(tree)
 
 
 def wrong_best(tree: Mapping[str, object]) -> str | None:

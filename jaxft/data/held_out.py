@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from jaxft.data.examples import stable_order
+from jaxft.data.iterative import Incidence, deviations, stratified
 from jaxft.data.labels import label_text
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 
 _STREAM = 0x5EED
 _PASSES = 20  # over all groups; few are moved after the first ones
+_ANY = ""
+"""What every row has that may have several labels: so that the parts have their shares of all rows. No label has this name."""
+
+Labelling = int | Callable[[Row], Iterable[object]] | None
+"""What rows are held out in equal shares by: the label at a place among a row's values, all the labels of a row, or nothing."""
 
 
 def hold_out(
-    rows: list[Row], shares: Mapping[str, float], seed: int, label: int | None = -1, *, grouped: bool = False
+    rows: list[Row], shares: Mapping[str, float], seed: int, label: Labelling = -1, *, grouped: bool = False
 ) -> tuple[list[Row], dict[str, list[Row]], str]:
     """Rows split into those that are kept and, by name, those held out; see :meth:`Strata.held_out`. Each part is in the order of the rows.
 
     Args:
-      label: index of the label among a row's values; None: rows have none.
       grouped: rows of one ``group`` stay together.
 
     Returns:
@@ -37,28 +42,35 @@ def hold_out(
 
 
 class Strata:
-    """Which label and which group each row has, as numbers, for rows that need not stay in memory."""
+    """Which labels and which group each row has, as numbers, for rows that need not stay in memory."""
 
-    def __init__(self, label: int | None, *, grouped: bool = False) -> None:
+    def __init__(self, label: Labelling, *, grouped: bool = False) -> None:
         self._label, self._grouped = label, grouped
         self._labels: dict[str, int] = {}
         self._groups: dict[str, int] = {}
-        self._rows, self._of_groups = array("i"), array("i")
+        self._of_labels, self._of_groups = array("i"), array("i")  # labels of a row one after the other
+        self._ends = array("q")  # of each row's, where rows may have several
 
     def add(self, row: Row) -> None:
         """The next row."""
-        name = "" if self._label is None else label_text(row.values[self._label])
-        self._rows.append(self._labels.setdefault(name, len(self._labels)))
+        if callable(self._label):
+            names = {_ANY, *map(label_text, self._label(row))}
+            self._of_labels.extend(self._labels.setdefault(name, len(self._labels)) for name in sorted(names))
+            self._ends.append(len(self._of_labels))
+        else:
+            name = "" if self._label is None else label_text(row.values[self._label])
+            self._of_labels.append(self._labels.setdefault(name, len(self._labels)))
         if self._grouped:
             self._of_groups.append(self._groups.setdefault(row.group, len(self._groups)))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._ends) if callable(self._label) else len(self._of_labels)
 
     def held_out(self, shares: Mapping[str, float], seed: int) -> np.ndarray:
         """[rows] int8: 0 for rows that are kept, i for those of the i-th share.
 
-        Without groups, each label loses its share, rounded to whole rows, and keeps one row at least. With groups, no group is on two
+        Without groups, each label loses its share, rounded to whole rows, and keeps one row at least; where rows have several, as
+        nearly as :func:`~jaxft.data.iterative.stratified` finds it. With groups, no group is on two
         sides: in an order drawn by the seed, a group is taken, or given back, if that brings the rows of each label closer to their
         share (the sum over labels of squared distances, each over the label's rows), until no group does; if none ever did, the one
         that does the least harm is taken. One group at least is kept.
@@ -69,7 +81,12 @@ class Strata:
         Raises:
           UserError: nothing would be held out.
         """
-        part = self._by_group(shares, seed) if self._grouped else self._by_label(shares, seed)
+        if self._grouped:
+            part = self._by_group(shares, seed)
+        elif callable(self._label):
+            part = stratified(self._incidence(), tuple(shares.values()), np.random.default_rng([seed, _STREAM]))
+        else:
+            part = self._by_label(shares, seed)
         for place, (key, share) in enumerate(shares.items(), start=1):
             if not (part == place).any():
                 source = key.removesuffix("_fraction")
@@ -89,10 +106,18 @@ class Strata:
         said = ", ".join(
             f"{share:g} for {key.removeprefix('data.').removesuffix('_fraction')}" for key, share in shares.items()
         )
-        return f"held out at random: {said}{' of each label' if self._label is not None else ''}"
+        if not callable(self._label):
+            return f"held out at random: {said}{' of each label' if self._label is not None else ''}"
+        most = np.abs(deviations(self._incidence(), tuple(shares.values()), part)).max()
+        return f"held out by labels: {said} of each of {len(self._labels) - 1:,} labels, to {most:.1f} rows"
+
+    def _incidence(self) -> Incidence:
+        return Incidence(
+            _by_name(self._labels, self._of_labels), np.frombuffer(self._ends, np.int64), len(self._labels)
+        )
 
     def _by_label(self, shares: Mapping[str, float], seed: int) -> np.ndarray:
-        numbers = np.array(self._rows, np.int32)
+        numbers = np.array(self._of_labels, np.int32)
         order = stable_order(numbers)
         of_labels = np.split(order, np.cumsum(np.bincount(numbers, minlength=len(self._labels)))[:-1])
         rng = np.random.default_rng([seed, _STREAM])
@@ -108,8 +133,9 @@ class Strata:
 
     def _by_group(self, shares: Mapping[str, float], seed: int) -> np.ndarray:
         # By their names, so that neither the order of the rows nor that in which sums are made matters.
-        labels, groups = _by_name(self._labels, self._rows), _by_name(self._groups, self._of_groups)
-        pairs, counts = np.unique(groups.astype(np.int64) * len(self._labels) + labels, return_counts=True)
+        labels, groups = _by_name(self._labels, self._of_labels), _by_name(self._groups, self._of_groups)
+        each = np.repeat(groups, np.diff(self._ends, prepend=0)) if callable(self._label) else groups
+        pairs, counts = np.unique(each.astype(np.int64) * len(self._labels) + labels, return_counts=True)
         begins = np.searchsorted(pairs, np.arange(len(self._groups) + 1, dtype=np.int64) * len(self._labels))
         of_pairs, totals = pairs % len(self._labels), np.bincount(labels, minlength=len(self._labels))
         order = np.random.default_rng([seed, _STREAM]).permutation(len(self._groups)).tolist()

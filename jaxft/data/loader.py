@@ -105,6 +105,11 @@ class Batches:
         shortest, longest = (bucket_of(int(size), self.buckets) for size in (lengths.min(), lengths.max()))
         return tuple(self._shape(length) for length in self.buckets if shortest <= length <= longest)
 
+    def upcoming(self, step: int) -> tuple[Shape, ...]:
+        """The shapes that batches can have, those first that may come from a step on."""
+        del step
+        return self.shapes()
+
     def _shape(self, length: int) -> Shape:
         named = any("length" in field.axes for field in self.fields.values())
         fixed = () if self.rendering is None else tuple(self.rendering.sizes.items())

@@ -19,16 +19,18 @@ from jaxft.data.processors.contract import Processor, TextProcessor
 from jaxft.data.rendering import Rendering
 from jaxft.errors import UserError, nearest
 from jaxft.models.contract import Modality
-from jaxft.tasks._scores import collected, is_better, mistakes, remarks, reported, scalar, scores, scores_rows
-from jaxft.tasks.contract import Note, Targets, Task, TaskModule
+from jaxft.tasks._scores import collected, is_better, judges, mistakes, remarks, reported, scalar, scores, scores_rows
+from jaxft.tasks.contract import Labelled, Note, Targets, Task, TaskModule
 
 __all__ = [
+    "Labelled",
     "Targets",
     "Task",
     "TaskModule",
     "adopted",
     "collected",
     "is_better",
+    "judges",
     "metric_of",
     "mistakes",
     "modality_of",

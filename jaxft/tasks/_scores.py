@@ -63,6 +63,11 @@ def scores(task: Task, sums: Arrays, outputs: Arrays, rows: Sequence[Row]) -> Ma
     return task.score(sums, outputs)
 
 
+def judges(task: Task) -> bool:
+    """Whether a task can tell the worst mistakes (:class:`~jaxft.tasks.contract.Grading`)."""
+    return hasattr(task, "wrongness") and getattr(task, "judging", True)
+
+
 def mistakes(
     task: Task, outputs: Mapping[str, np.ndarray], rows: Sequence[Row], order: np.ndarray, most: int
 ) -> tuple[list[dict[str, object]], int]:

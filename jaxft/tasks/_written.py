@@ -67,6 +67,24 @@ def text_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[
     return found | {"scored_by": said}
 
 
+def row_scores(scores: Sequence[str], written: Sequence[str], wanted: Sequence[str]) -> tuple[str, list[float]]:
+    """What tells how bad single texts are, by name, and of each text: of the first score, its WER, ROUGE-L, or chrF, as BLEU is not for
+    single sentences. NaN: nothing was wanted, so that no share of it can be wrong.
+    """
+    first = scores[0]
+    if first == "wer":
+        module = _module(first)
+        pairs = zip(written, wanted, strict=True)
+        return "wer", [100 * module.wer(right, text) if right.strip() else math.nan for text, right in pairs]
+    if first == "rouge":
+        scorer = _module(first).RougeScorer(["rougeL"], use_stemmer=True)
+        pairs = zip(written, wanted, strict=True)
+        return "rougeL", [100 * scorer.score(right, text)["rougeL"].fmeasure for text, right in pairs]
+    metric = _module(first).CHRF()
+    pairs = zip(written, wanted, strict=True)
+    return "chrf", [metric.sentence_score(text, [right]).score for text, right in pairs]
+
+
 def _errors(module: ModuleType, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 

@@ -28,7 +28,7 @@ P = TypeVar("P", bound=Processor, contravariant=True)
 
 __all__ = ["Accompanied", "Answer", "Answering", "Arrays", "Batch", "Biased", "Column", "Comparing"]
 __all__ += ["DataConfig", "Deciding", "Encoded", "Exhaustive", "Facts", "Field", "Fields", "Forward", "Grading"]
-__all__ += ["Judging", "Mixing", "Note", "Output", "Partial", "Passage", "Remarking", "Reporting", "Row"]
+__all__ += ["Judging", "Labelled", "Mixing", "Note", "Output", "Partial", "Passage", "Remarking", "Reporting", "Row"]
 __all__ += ["RunConfig", "Sample", "Sampler", "Sampling", "ScoringRows", "Split", "Sums", "Targets", "Task"]
 __all__ += ["TaskConfig", "TaskModule", "TextProcessor", "Writing", "encode_texts", "label_column"]
 __all__ += ["text_columns", "text_fields"]
@@ -144,7 +144,8 @@ class Judging(Protocol):
 
 
 class Grading(Protocol):
-    """What a task has besides if the worst mistakes among judged rows can be told: those of ``errors.csv``."""
+    """What a task has besides if the worst mistakes among judged rows can be told: those of ``errors.csv``. One whose options may leave
+    nothing to judge has ``judging``, False if they do."""
 
     def wrongness(self, judged: Mapping[str, object]) -> float | None:
         """How bad an answer is, more is worse; None: it is right.
@@ -324,6 +325,14 @@ class Remarking(Protocol):
 
     def remarks(self, split: Split) -> Iterator[str]:
         """A line for everything that is worth a word."""
+        ...
+
+
+class Labelled(Protocol):
+    """What the module of a task has besides if rows are to be held out in equal shares of several labels each."""
+
+    def row_labels(self, config: RunConfig) -> Callable[[Row], Iterable[object]]:
+        """What tells the labels of a row; the rows need not be in memory."""
         ...
 
 

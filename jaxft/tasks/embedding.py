@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from jaxft.models.contract import Facts
 from jaxft.tasks import _contrastive as contrastive
 from jaxft.tasks._contrastive import Compared
 from jaxft.tasks._correlation import pearson, spearman
-from jaxft.tasks._nearest import names, nearest_scores
+from jaxft.tasks._judged_vectors import judged_rows, wrongness
+from jaxft.tasks._nearest import cosines, margins, names, nearest_scores, taught_cosines
 from jaxft.tasks._numbers import number_of, rounded, vector_of
 from jaxft.tasks._sentence_files import Sentences, read_sentences, sentence_files
 from jaxft.tasks._several import joined, several_fields
@@ -150,14 +151,13 @@ class Task:
         vectors, texts = outputs["vectors"], outputs["texts"]
         found: dict[str, object] = {"loss": float(sums["loss"]) / (float(sums["weight"]) or math.nan)}
         if self._taught:
-            near = _taught_cosines(outputs)
+            near = taught_cosines(vectors, texts, outputs["teacher"])
             return {**found, "cosine": float(near.mean()) if len(near) else math.nan, "rows": len(texts)}
-        near = _cosines(vectors)
+        near = cosines(vectors)
         if self._numbered:
             said, labels = near[:, 0], outputs["labels"].astype(np.float64)
             if self.options.loss == "margin_mse":
-                dots = np.einsum("nd,npd->np", vectors[:, 0], vectors[:, 1:], dtype=np.float64)
-                said = dots[:, 0] - dots[:, 1]
+                said = margins(vectors)
             found |= {"spearman": spearman(said, labels), "pearson": pearson(said, labels)}
         else:
             found |= nearest_scores(vectors, texts, self.options.at)
@@ -196,25 +196,21 @@ class Task:
             for name, vector in zip(("embedding", "pair_embedding"), vectors, strict=False)
         }
         if len(texts) > 1:
-            said = {"similarity": rounded(float(_cosines(vectors[None])[0, 0])), **said}
+            said = {"similarity": rounded(float(cosines(vectors[None])[0, 0])), **said}
         cells = {name: json.dumps(value) if isinstance(value, list) else value for name, value in said.items()}
         return Answer(said, cells, bool(np.isnan(vectors).any()))
 
     def judged(
         self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
     ) -> Iterator[dict[str, object]]:
-        """For each row its texts, their cosine (with a teacher's vector, the mean), and its number if it has one: see
+        """For each row its texts and their cosine, beside what its loss is of (:mod:`jaxft.tasks._judged_vectors`): see
         :class:`~jaxft.tasks.contract.Judging`."""
         back = order.argsort()
-        if self._taught:
-            for row, cosine in zip(rows, _taught_cosines(outputs)[back].tolist(), strict=True):
-                yield {"text": row[0], **({"pair": row[1]} if len(row) > 2 else {}), "similarity": rounded(cosine)}
-            return
-        near = _cosines(outputs["vectors"][back])
-        numbers = outputs["labels"][back].tolist() if self._numbered else [None] * len(near)
-        for row, cosines, number in zip(rows, near, numbers, strict=True):
-            true = {} if number is None else {"true": rounded(number)}
-            yield {"text": row[0], "pair": row[1], **true, "similarity": rounded(float(cosines[0]))}
+        return judged_rows(self.options, {name: values[back] for name, values in outputs.items()}, rows)
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How far off a row's vectors are: see :class:`~jaxft.tasks.contract.Grading`."""
+        return wrongness(judged)
 
     def files(self, width: int, max_length: int | None) -> dict[str, str]:
         """What an export has besides: see :class:`~jaxft.tasks.contract.Accompanied`."""
@@ -232,20 +228,6 @@ def _compared(vectors: Array, batch: Batch) -> Compared:
 def _teachers(batch: Batch) -> Array:
     """[N, D], whether rows hold one example each or several."""
     return batch["teacher"].reshape(-1, batch["teacher"].shape[-1])
-
-
-def _taught_cosines(outputs: Arrays) -> np.ndarray:
-    """[N] float64, the mean cosine of each example's texts with its teacher's vector."""
-    near = _cosines(np.concatenate([outputs["teacher"][:, None], outputs["vectors"]], axis=1))
-    there = outputs["texts"] >= 0
-    return (near * there).sum(1) / np.maximum(there.sum(1), 1)
-
-
-def _cosines(vectors: np.ndarray) -> np.ndarray:
-    """[N, P - 1] float64 between the first text of each example and its others."""
-    vectors = vectors.astype(np.float64)
-    units = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return np.einsum("nd,npd->np", units[:, 0], units[:, 1:])
 
 
 def texts_of_row(options: Config) -> int:

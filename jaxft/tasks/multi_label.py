@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -278,6 +278,12 @@ def _of_row(row: Row, separator: str | None, renamed: Mapping[str, str | None] |
 
 def _separator(config: RunConfig) -> str | None:
     return config.task.separator if isinstance(config.task, Config) else None
+
+
+def row_labels(config: RunConfig) -> Callable[[Row], list[object]]:
+    """What tells the labels of a row: see :class:`~jaxft.tasks.contract.Labelled`."""
+    separator, renamed = _separator(config), label_map(config.data.label_map)
+    return lambda row: _of_row(row, separator, renamed)
 
 
 def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,9 @@ _NEVER = -1e30  # of an answer that there is not; minus infinity would make grad
 @dataclass(frozen=True)
 class Task:
     """What is learnt and how it is scored. Static and hashable: part of jit cache keys."""
+
+    choices: int = 1
+    """Columns of answers that a row has before its label."""
 
     head = "multiple_choice"
 
@@ -104,7 +108,21 @@ class Task:
         shares, labels = outputs["probabilities"][back], outputs["labels"][back]
         for row, share, label in zip(rows, shares, labels.tolist(), strict=True):
             best = None if np.isnan(share).any() else int(share.argmax())
-            yield {"text": row[0], "true": label, "choice": best, "probability": rounded(float(share[label]))}
+            words = [text for one in row[-1 - self.choices : -1] for text in (one if isinstance(one, list) else [one])]
+            yield {
+                "text": row[0],
+                "true": label,
+                "choice": best,
+                "probability": rounded(float(share[label])),
+                "right": best == label,
+                "true_answer": words[label],
+                "answer": None if best is None else words[best],
+            }
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How far the right answer's probability is below 1, where another is likelier: see :class:`~jaxft.tasks.contract.Grading`."""
+        probability = cast("float | None", judged["probability"])
+        return None if judged["right"] else math.inf if probability is None else 1 - probability
 
 
 def _is_right(outputs: Arrays) -> np.ndarray:
@@ -214,5 +232,5 @@ def fields(config: RunConfig, pad_id: int) -> Fields:
 
 def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextProcessor) -> Task:
     """The task of a run."""
-    del options, targets, facts, tokenizer
-    return Task()
+    del targets, facts, tokenizer
+    return Task(len(options.choices))

@@ -8,10 +8,11 @@ Dims: B rows, S tokens, X examples of a packed row, N = B or B X examples; 2: th
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxft.data.processors.replies import Asked, Replies, shared_prompt
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
+from jaxft.tasks._numbers import rounded
 from jaxft.tasks._replies import REPLIES, next_tokens, reply_logps, reply_tokens
 from jaxft.tasks._several import joined, several_fields
 from jaxft.tasks._texts import by_text
@@ -127,9 +129,10 @@ class Task:
         }
 
     def outputs(self, forward: Forward, batch: Batch) -> Batch:
-        """Nothing: the sums suffice."""
-        del forward, batch
-        return {}
+        """``rewards`` [N, 2] of the replies of each pair, and whether it is ``counted`` [N], beside ``weights`` [N]."""
+        pairs = self._pairs(forward, batch, None)
+        rewards = self.options.beta * (pairs.logps - pairs.reference)
+        return {"rewards": rewards, "counted": pairs.weights, "weights": by_text(batch["weights"])}
 
     def score(self, sums: Arrays, outputs: Arrays | None = None) -> dict[str, object]:
         """Means over pairs: how often the better reply has the higher reward, rewards (beta times the log of how much more probable a reply
@@ -150,6 +153,30 @@ class Task:
             "rows": int(np.rint(sums["weight"])),
         }
 
+    def judged(
+        self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
+    ) -> Iterator[dict[str, object]]:
+        """For each row its prompt, if that has a column, and its replies, with their rewards and the ``margin`` between these: see
+        :class:`~jaxft.tasks.contract.Judging`. A pair of which one reply has no token left is not told apart."""
+        back = order.argsort()
+        names = ("chosen", "rejected") if self.options.prompt is None else ("prompt", "chosen", "rejected")
+        rewards, counted = outputs["rewards"][back].astype(np.float64), outputs["counted"][back] > 0
+        for row, (chosen, rejected), there in zip(rows, rewards.tolist(), counted.tolist(), strict=True):
+            yield {
+                **{name: _shown(value) for name, value in zip(names, row, strict=False)},
+                "chosen_reward": rounded(chosen),
+                "rejected_reward": rounded(rejected),
+                "margin": rounded(chosen - rejected) if there else None,
+                "right": chosen > rejected if there else None,
+            }
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How much higher the worse reply's reward is: see :class:`~jaxft.tasks.contract.Grading`."""
+        margin = cast("float | None", judged["margin"])
+        if judged["right"] is not False:
+            return None
+        return math.inf if margin is None else -margin
+
     def learnable(self, split: Split) -> int:
         """How many pairs have tokens of both replies."""
         return int((_kept_tokens(split) > 0).all(1).sum())
@@ -164,6 +191,10 @@ class Task:
                 f"warning: {split.name}: {silent:,} of {len(tokens):,} pairs have a reply without a token within data.max_length, and "
                 "teach nothing"
             )
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _texts(batch: Batch) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,9 @@ from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Model
 from jaxft.models.decoding import write
+from jaxft.tasks._numbers import rounded
 from jaxft.tasks._tokens import TokenTask, study, token_cross_entropy
-from jaxft.tasks._written import check_scores, metrics_of, text_scores
+from jaxft.tasks._written import check_scores, metrics_of, row_scores, text_scores
 from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sample, Sampler, Sums, Targets
 from jaxft.trees import Params
 
@@ -114,8 +117,39 @@ class Task(TokenTask):
         if not self.scores:
             return {**self.score(sums)}
         texts = dict(self._texts(outputs))
-        wanted = [str(rows[number][1]) for number in texts]
+        wanted = [self.wanted(rows[number]) for number in texts]
         return {**text_scores(self.scores, list(texts.values()), wanted), **self.score(sums)}
+
+    @property
+    def judging(self) -> bool:
+        """Whether texts are written that can be judged: see :class:`~jaxft.tasks.contract.Grading`."""
+        return bool(self.scores)
+
+    def judged(
+        self, outputs: Arrays, rows: Sequence[Sequence[object]], order: np.ndarray
+    ) -> Iterator[dict[str, object]]:
+        """For each row, its text, what was wanted, what was written, and how near that is: see
+        :class:`~jaxft.tasks.contract.Judging`."""
+        del order  # rows are told by their numbers
+        texts, wanted = dict(self._texts(outputs)), [self.wanted(row) for row in rows]
+        name, found = row_scores(self.scores, [texts[number] for number in range(len(rows))], wanted)
+        for number, (row, right, score) in enumerate(zip(rows, wanted, found, strict=True)):
+            source = row[0] if isinstance(row[0], str) else f"row {number}"
+            same = texts[number].strip() == right.strip()
+            yield {"text": source, "true": right, "written": texts[number], name: rounded(score), "right": same}
+
+    def wrongness(self, judged: Mapping[str, object]) -> float | None:
+        """How far a text is from the one that was wanted, by the first of ``scores``: see :class:`~jaxft.tasks.contract.Grading`."""
+        if judged["right"]:
+            return None
+        name, score = next((name, judged[name]) for name in ("wer", "rougeL", "chrf") if name in judged)
+        if score is None:  # something was written where nothing was wanted
+            return math.inf
+        return cast(float, score) if name == "wer" else 100 - cast(float, score)
+
+    def wanted(self, row: Sequence[object]) -> str:
+        """What should be written of a row."""
+        return str(row[1])
 
     def sampler(
         self, config: LogConfig, model: Model, mesh: Mesh, tokenizer: TextProcessor, rows: Sequence[Sequence[object]]

@@ -29,7 +29,7 @@ from jaxft.models.contract import Facts, Model
 from jaxft.models.decoding.speech import transcripts
 from jaxft.tasks import seq2seq
 from jaxft.tasks._written import check_scores
-from jaxft.tasks.contract import Arrays, Batch, LongTexts, Note, Targets
+from jaxft.tasks.contract import Batch, LongTexts, Note, Targets
 from jaxft.trees import Params
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
@@ -62,9 +62,9 @@ class Task(seq2seq.Task):
         made = transcripts(model, params, self.generation, batch["frames"], batch["weights"] > 0, begun)
         return {"written": made, "row": batch["row"], "weights": batch["weights"]}
 
-    def score_rows(self, sums: Arrays, outputs: Arrays, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        """Scores of the loss, and how near the written transcripts are to those that are wanted; times are no words."""
-        return super().score_rows(sums, outputs, [(row[0], _TIMES.sub("", str(row[1])).strip()) for row in rows])
+    def wanted(self, row: Sequence[object]) -> str:
+        """What should be written of a row; times are no words."""
+        return _TIMES.sub("", super().wanted(row)).strip()
 
     def remarks(self, split: Split) -> Iterator[str]:
         """How long transcripts are, and how many sounds are cut."""

@@ -26,7 +26,9 @@ from jaxft.data.examples import Encoded, Split
 from jaxft.data.labels import class_ids, label_text, renamed_labels
 from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.windows import Window
+from jaxft.data.sources.read import shown
 from jaxft.data.sources.rows import Row
+from jaxft.data.tag_names import ENTITY_MARKS, TagNames
 from jaxft.data.tagging import Scheme, continuations, counting, entities_of, label_pieces, tags_of_spans, word_spans
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts
@@ -40,8 +42,8 @@ LONG_TEXTS: tuple[LongTexts, ...] = ("windows", "truncate")
 PACKING = True
 ROW_OPTIONS: tuple[str, ...] = ("scheme", "label_pieces")
 PROBLEM: str | None = None
-
-_ENTITY_MARKS = ("B-", "I-", "E-", "S-")
+LABEL_MAP = True
+"""``data.label_map`` is obeyed here: it names entities, which stand in tags."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Task:
     @property
     def _entities(self) -> bool:
         """Whether tags say where entities begin and go on."""
-        return any(label.startswith(_ENTITY_MARKS) for label in self.labels)
+        return any(label.startswith(ENTITY_MARKS) for label in self.labels)
 
     @property
     def metrics(self) -> dict[str, Direction]:
@@ -256,7 +258,7 @@ class _Labelled(NamedTuple):
     """A label for each word, or stretches of characters of the text."""
 
 
-def _meant(row: Row) -> _Labelled:
+def _meant(row: Row, names: TagNames) -> _Labelled:
     """A list of words has a list of labels. A text has stretches of characters, or words between blanks with as many labels.
 
     Raises:
@@ -264,7 +266,7 @@ def _meant(row: Row) -> _Labelled:
     """
     text, labels = row.values
     if isinstance(text, str) and isinstance(labels, list) and all(isinstance(one, Mapping) for one in labels):
-        return _Labelled(text, labels)
+        return _Labelled(text, names.of_spans(labels))
     words = text.split() if isinstance(text, str) else [str(word) for word in _list(text, row, "words")]
     found = labels.split() if isinstance(labels, str) else _list(labels, row, "labels")
     if len(words) != len(found):
@@ -272,7 +274,7 @@ def _meant(row: Row) -> _Labelled:
     for place, label in enumerate(found):
         if label_text(label) == "":
             raise UserError(f"{row.where}: word {place} ({words[place]!r}) has no label")
-    return _Labelled(words, found)
+    return _Labelled(words, names.of_tags(found, row.where))
 
 
 def _read(row: Row) -> str | list[str]:
@@ -291,9 +293,12 @@ def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: 
     """The tags of the training rows, "O" first; of stretches of characters, all tags of the scheme for each of their labels."""
     options = config.task
     assert isinstance(options, Config)
-    meant = map(_meant, rows)
+    renamed = TagNames(config.data.label_map)
+    meant = (_meant(row, renamed) for row in rows)
     tags = (one.labels if isinstance(one.text, list) else _tags_for(one.labels, options.scheme) for one in meant)
     values = distinct(chain.from_iterable(tags))
+    for line in renamed.lines():
+        note(f"{shown(config.data.train or '')}: {line}")
     if not values:
         raise UserError(f"{config.data.train}: no row has a label (column {config.data.label!r}, data.label)")
     names = class_names(values, config, stored, note)
@@ -316,9 +321,9 @@ def encode(
     Raises:
       UserError: a label that is none of the classes, or stretches of characters that cannot be told by words.
     """
-    stride = _stride(config, tokenizer)
+    stride, names = _stride(config, tokenizer), TagNames(config.data.label_map)
     for first, chunk in chunks_of(rows):
-        meant = [_meant(row) if targets is not None else _Labelled(_read(row), []) for row in chunk]
+        meant = [_meant(row, names) if targets is not None else _Labelled(_read(row), []) for row in chunk]
         for place, windows in _windows([one.text for one in meant], tokenizer, stride):
             counts = counting(windows)
             labels = None if targets is None else _classes(chunk[place], meant[place], windows, counts, targets, config)

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxft import tasks
 from jaxft.config import RunConfig
+from jaxft.data.corpus.course import course_of
 from jaxft.data.examples import Examples
 from jaxft.data.loader import make_buckets
 from jaxft.errors import UserError
@@ -28,7 +29,17 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
     """Raises UserError if batches or rows cannot be split over the mesh."""
     parts = ways(mesh, rules, "batch")
     micro = config.train.batch_size // config.train.accumulation
-    sizes = (("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size))
+    sizes = [("train.batch_size / train.accumulation", micro), ("eval.batch_size", config.eval.batch_size)]
+    course = course_of(config)
+    for stage in course.stages[:-1]:
+        rows = course.shape(stage).rows
+        if rows % config.train.accumulation:
+            raise UserError(
+                f"train.batch_ramp: the {rows} rows of step {stage.first} are no multiple of train.accumulation={config.train.accumulation}"
+            )
+        sizes.append(
+            (f"train.batch_ramp: rows of step {stage.first} / train.accumulation", rows // config.train.accumulation)
+        )
     of_texts = config.data.packing != "none" and counts_texts(tasks.task(config.task.name).fields(config, 0))
     for key, size in () if of_texts else sizes:  # how many rows labelled texts take is known once they are packed
         if size % parts:
@@ -36,9 +47,10 @@ def check_batch_shapes(config: RunConfig, mesh: Mesh | AbstractMesh, rules: Axis
                 f"{key} = {size} cannot be split {parts} ways (mesh slices x data x fsdp); choose a multiple of {parts}"
             )
     parts = ways(mesh, rules, "length")
-    for length in buckets_of(config):
+    for length in (*buckets_of(config), *(config.data.lengths or {}).values()):
         if length % parts:
-            key = "data.max_length" if length == row_length(config) else "data.buckets"
+            inner = "data.buckets" if config.data.lengths is None else "data.lengths"
+            key = "data.max_length" if length == row_length(config) else inner
             raise UserError(
                 f"{key}: rows of {length} tokens cannot be split {parts} ways (mesh context); choose a multiple"
             )

@@ -31,7 +31,7 @@ from jaxft.hub.source import Note, Source
 from jaxft.tasks import TaskModule
 from jaxft.training.processors import processor_of
 from jaxft.training.recipe import open_start
-from jaxft.training.rows import cached, counts_of, label_index, made_of, shares_of, stored_targets
+from jaxft.training.rows import cached, counts_of, labelling, made_of, shares_of, stored_targets
 from jaxft.training.setup import settled
 
 _SECONDS_BETWEEN_WORDS = 5.0
@@ -138,7 +138,7 @@ class _Build:
                 "cache of held-out rows has not; name rows of their own"
             )
         rows = self._rows(data.train)
-        strata = Strata(label_index(self._columns), grouped=data.split_group is not None)
+        strata = Strata(labelling(self._config, self._module), grouped=data.split_group is not None)
         seen = _counted(rows, strata)
         stored = stored_targets(self._config, self._source, self._module)
         self.targets = self._module.study(seen, self._config, stored, self._note)

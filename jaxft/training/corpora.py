@@ -12,6 +12,7 @@ import numpy as np
 from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.corpus.batches import Stream
+from jaxft.data.corpus.course import course_of
 from jaxft.data.corpus.files import MANIFEST, is_corpus
 from jaxft.data.corpus.mixture import Mixture, make_mixture
 from jaxft.data.corpus.reading import BestFit, Concatenated, Rows
@@ -71,8 +72,10 @@ def open_streams(config: RunConfig, module: TaskModule, processor: Processor, no
     data = config.data
     train = corpora("data.train", data.train)
     if not train:
-        if data.packing == "concatenated" or data.mixture is not None:
-            what = f"data.mixture={data.mixture}" if data.mixture is not None else "data.packing=concatenated"
+        said = {"data.mixture": data.mixture, "data.lengths": data.lengths, "train.batch_ramp": config.train.batch_ramp}
+        staged = [f"{key}={value}" for key, value in said.items() if value is not None]
+        if data.packing == "concatenated" or staged:
+            what = staged[0] if staged else "data.packing=concatenated"
             raise UserError(
                 f"{what}: is for corpora (jaxft data build), and data.train={shown(data.train or '')} is none"
             )
@@ -96,9 +99,7 @@ def open_streams(config: RunConfig, module: TaskModule, processor: Processor, no
     mixed = len(train) if data.mixture is not None else 1
     groups = [[folder] for folder in train] if mixed > 1 else [train]
     mixture = (
-        Mixture()
-        if data.mixture is None
-        else make_mixture(data.mixture, mixed, config.train.batch_size, "data.mixture")
+        Mixture() if data.mixture is None else make_mixture(data.mixture, mixed, course_of(config), "data.mixture")
     )
     make = functools.partial(_stream, config, module, tokenizer, note)
     streams = {}
@@ -109,6 +110,7 @@ def open_streams(config: RunConfig, module: TaskModule, processor: Processor, no
                 raise UserError(f"data.{name}={shown(reference)}: must be a corpus as data.train is (jaxft data build)")
             streams[name] = make(name, [folders], Mixture())
     found = Streams(make("train", groups, mixture), **streams)
+    _check_course(config, found.train, note)
     _check_repeats(config, train, found.train, note)
     return found
 
@@ -200,10 +202,10 @@ def _check_repeats(config: RunConfig, folders: Sequence[Path], train: Stream, no
         return
     if steps is None:
         raise UserError("train.epochs: a mixture of corpora has no epochs; set train.steps")
-    last = train.mixture.stages[-1].first // config.train.batch_size
+    last = max(map(int, data.mixture))
     if last >= steps:
         raise UserError(f"data.mixture: a stage begins at step {last}, and the run ends at {steps}; leave it out")
-    taken = train.mixture.taken(steps * config.train.batch_size)
+    taken = train.mixture.taken(course_of(config).blocks_before(steps))
     for folder, source, rows in zip(folders, train.sources, taken, strict=True):
         times = rows / source.count
         note(f"mixture: {folder}: {rows:,} rows ({rows / sum(taken):.1%}), each {times:.2f} times")
@@ -217,4 +219,22 @@ def _check_repeats(config: RunConfig, folders: Sequence[Path], train: Stream, no
 def _epochs(config: RunConfig, train: Stream) -> float:
     if config.train.steps is None:
         return config.train.epochs or 0
-    return config.train.steps * config.train.batch_size / len(train)
+    return course_of(config).blocks_before(config.train.steps) / len(train)
+
+
+def _check_course(config: RunConfig, train: Stream, note: Note) -> None:
+    """Says what the stages of a run are. Raises UserError if they cannot be those of its rows or of its length."""
+    said = {"data.lengths": config.data.lengths, "train.batch_ramp": config.train.batch_ramp}
+    for key, stages in said.items():
+        if stages is None:
+            continue
+        if config.train.steps is None:
+            raise UserError(f"{key}: stages begin at steps, so that a run must say how many it has; set train.steps")
+        if (last := max(map(int, stages))) >= config.train.steps:
+            note(f"warning: {key}: a stage begins at step {last}, and the run ends at {config.train.steps}")
+    if config.data.lengths is not None and any(source.rewriting is not None for source in train.sources):
+        raise UserError(
+            "data.lengths: the task rewrites documents as they are read, which shorter rows would cut; leave it out"
+        )
+    if any(stages is not None for stages in said.values()):
+        note(f"stages (rows x tokens): {course_of(config).text()}")

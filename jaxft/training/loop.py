@@ -28,7 +28,7 @@ from jaxft.training.packing import examples_in
 from jaxft.training.programs import Kind, Programs
 from jaxft.training.progress import Progress
 from jaxft.training.scoring import evaluate, evaluated, samples_of
-from jaxft.training.setup import Note, Setup, Times, steps_per_epoch
+from jaxft.training.setup import Note, Setup, Times
 from jaxft.training.start import run_meta, started
 from jaxft.training.state import TrainState
 from jaxft.training.watchdog import watched
@@ -257,7 +257,7 @@ class _Run:
         rules = setup.model.compute.rules
         if self.debug_nans:
             return f": {first_operation(setup, self.state.params, self.batches[number], self.seed, number)}"
-        batch = to_global(self.batches[number], setup.fields, setup.mesh, rules, self.batches.batch_size)
+        batch = to_global(self.batches[number], setup.fields, setup.mesh, rules, self.batches.shape_of(number).rows)
         said = not_finite(setup, self.state.params, batch, self.seed, number)
         return f": {said}" if said else ""
 
@@ -284,7 +284,7 @@ class _Run:
     def _send(self, batch: HostBatch, shape: Shape, seed: jax.Array) -> None:
         """Sends a step to the devices, and reads the numbers of the step before."""
         setup, step = self.setup, self.step
-        placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, self.batches.batch_size)
+        placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, shape.rows)
         self.profile.before(step + 1)
         processes.at_step(step + 1)
         self.state, sums = self.programs.train[shape](self.state, placed, seed)
@@ -395,7 +395,7 @@ def _report_step(setup: Setup, sinks: Sinks, lap: Lap, progress: Progress, sent:
                 "learning_rate": float(values["learning_rate"]),
                 "grad_norm": float(values["grad_norm"]),
                 **{name: int(values[name]) for name in ("skipped", "spikes") if name in values},
-                "epoch": step / steps_per_epoch(setup.config, setup.train),
+                "epoch": setup.epochs_before(step),
                 **({"left_out": sum(count for _, count in progress.left_out)} if progress.left_out else {}),
             },
         )

@@ -166,7 +166,7 @@ def needed(setup: Setup, batches: Batches, held_out: Batches, start: int) -> lis
             first.append(name)
             if len(first) == len(wanted):
                 break
-    rest: list[Name] = [("train", shape) for shape in wanted if ("train", shape) not in first]
+    rest: list[Name] = [("train", shape) for shape in batches.upcoming(start) if ("train", shape) not in first]
     return [*first, *(("eval", shape) for shape in held_out.shapes()), *rest]
 
 

@@ -7,16 +7,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
 
 from jaxft.config import DataConfig, RunConfig, to_tree
 from jaxft.data.cache import Cache, check_made, open_cache
 from jaxft.data.cache_files import AGAIN, MANIFEST, is_cache, read_manifest
-from jaxft.data.encode import Column, read_rows
+from jaxft.data.encode import read_rows
 from jaxft.data.examples import Split, make_split
-from jaxft.data.held_out import hold_out
+from jaxft.data.held_out import Labelling, hold_out
 from jaxft.data.labels import declared_labels, label_text
 from jaxft.data.packing import CLASSES
 from jaxft.data.processors.contract import Processor
@@ -26,13 +26,13 @@ from jaxft.errors import UserError, listed
 from jaxft.files import fits
 from jaxft.hub.source import Note, Source
 from jaxft.machine import buckets
-from jaxft.tasks import Targets, TaskModule, problem_of, scores_rows, stored_fields
+from jaxft.tasks import Labelled, Targets, TaskModule, problem_of, scores_rows, stored_fields
 
 _PART = 1 << 16  # examples looked at together
 # Options of data that no row's encoding depends on; a tokenizer is compared by its hash, labels by their names.
 _NOT_OF_ROWS = (
-    *("train", "eval", "eval_fraction", "test", "test_fraction", "split_group"),
-    *("labels", "tokenizer", "buckets", "packing", "mixture", "repeats", "read_ahead"),
+    *("train", "eval", "eval_fraction", "test", "test_fraction", "split_group", "stratify"),
+    *("labels", "tokenizer", "buckets", "packing", "mixture", "lengths", "repeats", "read_ahead"),
 )
 
 
@@ -96,7 +96,7 @@ def open_rows(config: RunConfig, module: TaskModule, processor: Processor, sourc
         rows = read_rows(data.train, data, columns, note, grouped=True)
         # Before rows are held out: of scores, each label has one row.
         targets, train = module.study(rows, config, stored_targets(config, source, module), note), None
-        rows, taken = divided(rows, config, columns, note)
+        rows, taken = divided(rows, config, module, note)
     held = {
         name: rows_of_split(name, config, module, processor, targets.labels, note) if here is None else here
         for name, here in {"eval": taken.get("eval"), "test": taken.get("test")}.items()
@@ -127,7 +127,7 @@ def shares_of(data: DataConfig) -> dict[str, float]:
 
 
 def divided(
-    rows: list[Row], config: RunConfig, columns: tuple[Column, ...], note: Note
+    rows: list[Row], config: RunConfig, module: TaskModule, note: Note
 ) -> tuple[list[Row], dict[str, list[Row]]]:
     """The training rows without those that are held out of them, and these by the name of their split."""
     shares = shares_of(config.data)
@@ -135,7 +135,7 @@ def divided(
         return rows, {}
     # The same rows for every train.seed: runs are compared on them.
     grouped = config.data.split_group is not None
-    kept, found, said = hold_out(rows, shares, 0, label_index(columns), grouped=grouped)
+    kept, found, said = hold_out(rows, shares, 0, labelling(config, module), grouped=grouped)
     note(f"{shown(config.data.train or '')}: {said}")
     return kept, {key.removeprefix("data.").removesuffix("_fraction"): part for key, part in found.items()}
 
@@ -174,9 +174,13 @@ def _warn_of_groups(parts: dict[str, list[Row]], note: Note) -> None:
             )
 
 
-def label_index(columns: tuple[Column, ...]) -> int | None:
-    """Which column rows are held out in equal shares by; None: none."""
-    return next((i for i, column in enumerate(columns) if column.kind == "label"), None)
+def labelling(config: RunConfig, module: TaskModule) -> Labelling:
+    """What rows are held out in equal shares by: a column of labels, or several labels as the task reads them."""
+    if not config.data.stratify:
+        return None
+    if hasattr(module, "row_labels"):
+        return cast(Labelled, module).row_labels(config)
+    return next((i for i, column in enumerate(module.columns(config)) if column.kind == "label"), None)
 
 
 def stored_targets(config: RunConfig, source: Source | None, module: TaskModule) -> Targets | None:

@@ -16,6 +16,7 @@ from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.ranges import MOST_NUMBER
 from jaxft.data.corpus.batches import Stream, StreamBatches
+from jaxft.data.corpus.course import course_of
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
@@ -111,8 +112,16 @@ class Setup(Recipe):
 
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
-        kind = StreamBatches if isinstance(split, Stream) else Batches
-        return kind(split, rows, self.buckets, seed, part, rendering=self.rendering)
+        if isinstance(split, Stream):
+            course = None if seed is None else course_of(self.config)
+            return StreamBatches(split, rows, self.buckets, seed, part, course=course)
+        return Batches(split, rows, self.buckets, seed, part, rendering=self.rendering)
+
+    def epochs_before(self, step: int) -> float:
+        """How often training rows have been read before a step."""
+        if isinstance(self.train, Stream):
+            return course_of(self.config).blocks_before(step) / len(self.train)
+        return step / steps_per_epoch(self.config, self.train)
 
     def start_params(self, seed: int, note: Note) -> Params:
         """The parameters before step 0, placed on the mesh."""
@@ -310,9 +319,7 @@ def _check_row_rules(config: RunConfig, module: tasks.TaskModule) -> None:
         return  # columns need not be known where nothing is read, as by `predict` on texts of the command line
     kinds = {column.kind for column in module.columns(config)}
     if data.label_map is not None and "label" not in kinds and not getattr(module, "LABEL_MAP", False):
-        raise UserError(
-            f"data.label_map={data.label_map}: renames labels of whole rows, which {name} does not read; leave it out"
-        )
+        raise UserError(f"data.label_map={data.label_map}: renames labels, which {name} does not read; leave it out")
     if data.missing_label != "refuse" and kinds <= {"text", "words", "texts"}:
         raise UserError(f"data.missing_label={data.missing_label}: rows of {name} need no label; leave it out")
 

@@ -20,6 +20,7 @@ from jaxft.data.batch import text_fields
 from jaxft.data.corpus import build as build_module
 from jaxft.data.corpus.batches import Stream, StreamBatches
 from jaxft.data.corpus.build import build
+from jaxft.data.corpus.course import Course, Stage
 from jaxft.data.corpus.files import Shard, seal_file
 from jaxft.data.corpus.mixture import Mixture, make_mixture
 from jaxft.data.corpus.options import Options
@@ -175,7 +176,8 @@ def test_any_number_of_hosts_reads_the_same_batches_from_any_step(kind: type[Con
 
 
 def test_mixtures_keep_exact_shares_through_stages() -> None:
-    mixture = make_mixture({"0": (0.7, 0.2, 0.1), "10": (0, 1, 1)}, 3, 8, "data.mixture")
+    course = Course(16, (Stage(0, 8, 1),))
+    mixture = make_mixture({"0": (0.7, 0.2, 0.1), "10": (0, 1, 1)}, 3, course, "data.mixture")
     assert mixture.stages[0].shares == (Fraction(7, 10), Fraction(1, 5), Fraction(1, 10))
     chosen, rows = mixture.rows_of(np.arange(400), [50, 60, 70])
     for count in range(1, 401):
@@ -244,6 +246,10 @@ def test_a_run_refuses_what_it_cannot_read_of_corpora(home: Path, tmp_path: Path
     train, held = tmp_path / "c" / "train", tmp_path / "c" / "eval"
     for more, message in (
         (("data.packing=none",), "choose concatenated"),
+        (
+            ("data.packing=concatenated", "data.lengths={0: 8, 2: 16}", "train.steps=null"),
+            "data.lengths: stages begin at steps",
+        ),
         (("data.packing=best_fit", "data.eval=null"), "data.eval: nothing can be held out"),
         (("data.packing=best_fit", f"data.train={tmp_path / 'c'}"), "holds corpora; name one"),
         (("data.packing=concatenated", f"data.train={home / 'a.jsonl'}"), "is for corpora"),
@@ -270,8 +276,17 @@ def test_a_run_refuses_what_it_cannot_read_of_corpora(home: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
-def test_a_run_that_was_stopped_reads_on(home: Path, tmp_path: Path, capsys: Capture, packing: str) -> None:
+@pytest.mark.parametrize(
+    ("packing", "stages"),
+    [
+        ("concatenated", ()),
+        ("best_fit", ()),
+        ("concatenated", ("data.lengths={0: 4, 1: 8, 3: 16}", "train.batch_ramp={0: 4, 2: 8}")),
+    ],
+)
+def test_a_run_that_was_stopped_reads_on(
+    home: Path, tmp_path: Path, capsys: Capture, packing: str, stages: tuple[str, ...]
+) -> None:
     more = (
         "train.log_every=1",
         "eval.every=2",
@@ -279,7 +294,7 @@ def test_a_run_that_was_stopped_reads_on(home: Path, tmp_path: Path, capsys: Cap
         "optim.schedule=constant",
         "optim.warmup_steps=1",
     )
-    settings = ("train", *corpora(home, tmp_path / "c"), f"data.packing={packing}", *more)
+    settings = ("train", *corpora(home, tmp_path / "c"), f"data.packing={packing}", *more, *stages)
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         assert tiny.run(capsys, *settings, f"train.out={tmp_path / out}", f"train.steps={steps}")[0] == 0
     whole, parts = ((tmp_path / out / "log.jsonl").read_text() for out in ("whole", "parts"))

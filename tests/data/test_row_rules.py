@@ -130,9 +130,9 @@ def test_settings_are_read_as_they_are_typed() -> None:
     ("name", "override", "said"),
     [
         (
-            "token_classification",
+            "embedding",
             "data.label_map={a: b}",
-            "renames labels of whole rows, which token_classification does",
+            "renames labels, which embedding does not read",
         ),
         ("regression", "data.label_map={a: b}", "which regression does not read; leave it out"),
         ("masked_lm", "data.missing_label=skip", "rows of masked_lm need no label; leave it out"),

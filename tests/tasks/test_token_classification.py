@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxft.config.tasks.token_classification import Config
 from jaxft.data.examples import make_split
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.sources.rows import Row
+from jaxft.data.tagging import Scheme
 from jaxft.errors import UserError
 from jaxft.models.contract import Output
 from jaxft.tasks import Targets, token_classification
@@ -287,3 +288,73 @@ def test_a_head_for_words_is_trained_further_and_others_are_said_to_be_fresh(
     assert "the checkpoint's head is kept" in out
     assert "unknown config key 'task.mask_rate'" in refusal(capsys, *common, "task.mask_rate=0.2")
     assert "data.stride=4" in refusal(capsys, *common, "data.long_texts=truncate", "data.stride=4")
+
+
+# ------------------------------------------------------------------------------------------------ other names for entities
+
+
+def learnt(rows: list[Row], label_map: dict[str, str | None], scheme: str = "BIO") -> tuple[tuple[str, ...], list[str]]:
+    """The tags that there are to learn, and what was said."""
+    notes: list[str] = []
+    config = RunConfig(
+        Config(name="token_classification", scheme=cast("Scheme", scheme)),
+        data=DataConfig(train="a", label_map=label_map),
+    )
+    return token_classification.study(rows, config, None, notes.append).labels, notes
+
+
+def test_entities_get_other_names_and_keep_their_marks() -> None:
+    rows = [
+        row(["Ada", "Byron", "of", "London"], ["B-PER", "I-PER", "O", "S-LOC"]),
+        row(["Acme", "Ltd", "by", "Bob"], "B-ORG E-ORG O I-PER"),
+    ]
+    names, notes = learnt(rows, {"PER": "PERSON", "LOC": "PLACE", "ORG": None})
+    assert names == ("O", "B-PERSON", "I-PERSON", "S-PLACE")
+    assert notes == [
+        "a: data.label_map: 'PER' is 'PERSON' 3 times", "a: data.label_map: 'LOC' is 'PLACE' 1 times",
+        "a: data.label_map: 'ORG' is taken off (O) 2 times",
+    ]  # fmt: skip
+    # Several may become one, two may be swapped, and a tag as it is written comes before the entity in it.
+    assert learnt(rows, {"PER": "X", "LOC": "X", "ORG": "X"})[0] == ("O", "B-X", "E-X", "I-X", "S-X")
+    assert learnt(rows, {"PER": "LOC", "LOC": "PER"})[0] == ("O", "B-LOC", "B-ORG", "E-ORG", "I-LOC", "S-PER")
+    assert learnt(rows, {"S-LOC": "B-LOC", "PER": "O"})[0] == ("O", "B-LOC", "B-ORG", "E-ORG")
+
+
+def test_tags_without_marks_get_other_names() -> None:
+    rows = [row(["a", "cat", "sat"], ["DT", "NN", "VBD"]), row(["1"], [1.0])]
+    assert learnt(rows, {"NN": "NOUN", "VBD": "VERB", "1": "CD"})[0] == ("CD", "DT", "NOUN", "VERB")
+    assert learnt(rows, {"DT": None, "NN": None})[0] == ("O", "1", "VBD")
+
+
+@pytest.mark.parametrize("scheme", ["BIO", "BIOES"])
+def test_stretches_get_other_names_or_are_left_out(scheme: str) -> None:
+    spans = [{"start": 0, "end": 3, "label": "COL"}, {"start": 4, "end": 9, "label": "PLACE"}]
+    names, notes = learnt([row("red house", spans)], {"COL": "COLOUR", "PLACE": None}, scheme)
+    assert names == ("O", *(f"{mark}-COLOUR" for mark in ("BI" if scheme == "BIO" else "BEIS")))
+    assert notes[1] == "a: data.label_map: 'PLACE' is taken off (O) 1 times"
+
+
+def test_rows_are_encoded_under_the_new_names(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    data = DataConfig(train="a", label_map={"COL": "COLOUR", "PLACE": None})
+    config = RunConfig(Config(name="token_classification"), data=data)
+    targets = Targets(("O", "B-COLOUR", "I-COLOUR"))
+    spans = [{"start": 0, "end": 3, "label": "COL"}, {"start": 4, "end": 9, "label": "PLACE"}]
+    rows = [row(["red", "house"], ["B-COL", "B-PLACE"]), row("red house", spans)]
+    for made in token_classification.encode(rows, Tokenizer(tmp_path, 8), targets, config):
+        assert made.example["labels"].tolist() == [-1, 1, 0, -1]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "said"),
+    [
+        ({"PRE": "PERSON"}, "data.label_map.PRE: no training row has this label: did you mean 'PER'?"),
+        ({"PER": "B-PERSON"}, "row 0: data.label_map: 'PER' is an entity, whose words keep what stands before it ('B-PER'); "
+         "call it 'PERSON', not 'B-PERSON'"),
+        ({"PER": " "}, "data.label_map: the name of 'PER' is empty"),
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be_meant_are_refused(label_map: dict[str, str | None], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        learnt([row(["Ada"], ["B-PER"]), row(["in"], ["O"])], label_map)
+    assert str(error.value) == said

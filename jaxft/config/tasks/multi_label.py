@@ -13,6 +13,9 @@ from jaxft.errors import UserError
 class Config(TaskConfig):
     """What is learnt of rows with any number of labels each."""
 
+    HELD_OUT_AT_RANDOM = True
+    """Versions without ``data.stratify`` held rows of several labels out whatever these were."""
+
     separator: str | None = None
     """What stands between the labels of a cell that holds them as one text, for instance ``,``. None: such a text is one label; lists
     need none."""

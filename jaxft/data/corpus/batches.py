@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxft.data.batch import Example, Fields, HostBatch, Shape, text_shape
+from jaxft.data.corpus.course import Course
 from jaxft.data.corpus.mixture import Mixture
 from jaxft.data.corpus.reading import Rows
 from jaxft.data.loader import Batches
@@ -57,12 +58,13 @@ class Stream:
         said = json.dumps([self.digests, how, self.mixture.said()])
         return f"corpus-{hashlib.sha256(said.encode()).hexdigest()}"
 
-    def batch(self, places: Int64[np.ndarray, " B"], seed: int | None) -> HostBatch:
+    def batch(self, places: Int64[np.ndarray, " B"], seed: int | None, parts: int = 1) -> HostBatch:
         """Rows of all that are read one after the other, padded.
 
         Args:
           places: which ones; -1: a row that only fills up.
           seed: of the order; None: as the corpora have them.
+          parts: shorter rows, one after the other, that each of them is cut into.
         """
         count = len(places)
         tokens = np.full((count, self.length), self.fields["tokens"].fill, np.int32)
@@ -76,9 +78,12 @@ class Stream:
                 some, marks = tokens[of], begins[of]
                 sizes[of] = source.fill(rows[of], _seed_of(seed, number), some, marks)
                 tokens[of], begins[of] = some, marks
+        length = self.length // parts
+        tokens, begins = tokens.reshape(-1, length), begins.reshape(-1, length)
+        sizes = np.clip(sizes[:, None] - np.arange(parts) * length, 0, length).ravel()
         segments, positions = _places(begins)
-        there = (np.arange(self.length, dtype=np.int32) < sizes[:, None]).astype(np.int32)
-        if sizes.min() < self.length:
+        there = (np.arange(length, dtype=np.int32) < sizes[:, None]).astype(np.int32)
+        if sizes.min() < length:
             segments, positions = segments * there, positions * there
         return {
             "tokens": tokens,
@@ -112,6 +117,9 @@ class StreamBatches(Batches):
     """Random access to the batches of a stream, ``batches[step]``. Epochs follow each other without a gap; only where nothing is
     shuffled, for evaluation, has the last batch rows that fill it up."""
 
+    course: Course | None = None
+    """What each step reads; None: ``batch_size`` rows."""
+
     def __post_init__(self) -> None:
         """Every row has one length."""
 
@@ -122,6 +130,8 @@ class StreamBatches(Batches):
         return self.split
 
     def __getitem__(self, step: int) -> HostBatch:
+        if self.course is not None:
+            return self._staged(self.course, int(step))
         first, last = self.part or (0, self.batch_size)
         places = np.full(self.batch_size, -1, np.int64)
         rows = self.rows_of(int(step))
@@ -129,17 +139,48 @@ class StreamBatches(Batches):
         return self.stream.batch(places[first:last], self.seed)
 
     def rows_of(self, step: int) -> np.ndarray:
-        """The places of a batch's rows among all that are read one after the other."""
+        """The places of a batch's rows among all that are read one after the other; in a stage of shorter rows, among those."""
+        if self.course is not None:
+            stage = self.course.at(step)
+            return np.arange(stage.blocks * stage.parts) + self._first_block(self.course, step) * stage.parts
         moved = sum(count for first, count in self.left_out if step >= first)
         first = (step + moved) * self.batch_size
         last = first + self.batch_size
         return np.arange(first, last if self.seed is not None else min(last, len(self.stream)))
 
     def shape_of(self, step: int) -> Shape:
-        """The shape of every batch."""
-        del step
+        """The shape of a batch: one for all, or one for each stage."""
+        if self.course is not None:
+            return self.course.shape(self.course.at(step))
         return text_shape(self.batch_size, self.stream.length)
 
     def shapes(self) -> tuple[Shape, ...]:
-        """The one shape that batches have."""
-        return (self.shape_of(0),)
+        """The shapes that batches have, in the order of the stages."""
+        return (self.shape_of(0),) if self.course is None else self.course.shapes()
+
+    def upcoming(self, step: int) -> tuple[Shape, ...]:
+        """The shapes of the stages from a step on; last those of stages that are over, for a run that goes back."""
+        if self.course is None:
+            return self.shapes()
+        now = self.course.stages.index(self.course.at(step))
+        return tuple(dict.fromkeys(map(self.course.shape, (*self.course.stages[now:], *self.course.stages[:now]))))
+
+    def _first_block(self, course: Course, step: int) -> int:
+        """The first block that a step reads; steps that are left out would have read those before."""
+        moved = sum(
+            course.blocks_before(first + count) - course.blocks_before(first)
+            for first, count in self.left_out
+            if step >= first
+        )
+        return course.blocks_before(step) + moved
+
+    def _staged(self, course: Course, step: int) -> HostBatch:
+        stage = course.at(step)
+        rows = stage.blocks * stage.parts
+        # Devices have equal shares of a batch, however many rows it has.
+        first, last = (rows * place // self.batch_size for place in self.part or (0, self.batch_size))
+        begin, end = first // stage.parts, -(-last // stage.parts)
+        places = self._first_block(course, step) + np.arange(begin, end)
+        batch = self.stream.batch(places, self.seed, stage.parts)
+        mine = slice(first - begin * stage.parts, last - begin * stage.parts)
+        return {name: value[mine] for name, value in batch.items()}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from jaxft.data.corpus.course import Course
 from jaxft.errors import UserError
 
 _MOST_PLACES = 1 << 20
@@ -111,8 +112,11 @@ def _table(shares: tuple[Fraction, ...]) -> _Table:
     return _Table(source, before, counts)
 
 
-def make_mixture(stages: Mapping[str, Sequence[float]], sources: int, batch_size: int, key: str) -> Mixture:
+def make_mixture(stages: Mapping[str, Sequence[float]], sources: int, course: Course, key: str) -> Mixture:
     """A mixture of what a configuration says: weights of the sources, in their order, by the first step that they hold for.
+
+    Args:
+      course: how much each step reads.
 
     Raises:
       UserError: steps or weights that make no sense.
@@ -131,7 +135,7 @@ def make_mixture(stages: Mapping[str, Sequence[float]], sources: int, batch_size
         shares = tuple(weight / sum(exact) for weight in exact)
         if np.lcm.reduce([share.denominator for share in shares], dtype=object) > _MOST_PLACES:
             raise UserError(f"{key}.{step}={list(weights)}: give weights of fewer digits: shares are kept exactly")
-        found.append(Stage(int(step) * batch_size, shares))
+        found.append(Stage(course.blocks_before(int(step)), shares))
     found.sort()
     if not found or found[0].first:
         raise UserError(f"{key}: no stage begins at step 0; for instance {{0: [0.7, 0.3]}}")

@@ -100,6 +100,8 @@ WRONG: dict[str, tuple[object, ...]] = {
     "checkpoint.every": (0, 10**21),
     "data.max_length": (0, 2, -1, 1.5, 2**31, BIG, 10**21, 10**400, "x"),
     "data.buckets": ("[0,16]", "[]", "[x]", f"[{BIG}]", f"[{10**21}]", 5),
+    "data.lengths": ("{}", "x", "{0: 8}", f"{{0: {10**21}}}"),
+    "train.batch_ramp": ("{}", "{0: 0}", f"{{0: {BIG}}}"),
     "data.read_ahead": (0, BIG, 10**21),
     "data.eval_fraction": (0, 1, ".nan", "x"),
     "data.labels": (
