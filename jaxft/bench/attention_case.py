@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Ready:
 
     passes: Mapping[str, Callable[[], object]]
     """``forward`` and ``both``: send off one call."""
-    wait: Callable[[Any], object]
+    wait: Callable[[object], object]
     """Returns when a call's result is there."""
     about: dict[str, str | float]
     memory: Callable[[], int | None]
@@ -242,7 +242,7 @@ def _torch_ready(case: Case) -> Ready:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         run(*inputs).backward(g)
 
-    def wait(out: None) -> None:
+    def wait(out: object) -> None:
         if gpu:
             torch.cuda.synchronize()
 

@@ -2,7 +2,7 @@
 
 The rule, value by value:
 
-- None, NaN, an empty or blank text, and a text of invisible characters alone are missing. Any other text is a name, ``"NaN"`` and
+- None, NaN, an empty or blank text, and a text of invisible characters alone are missing. Every other text is a name, ``"NaN"`` and
   ``"null"`` too.
 - Booleans, and the texts ``true``, ``True`` and ``TRUE`` (as false), are ``true`` and ``false``.
 - Numbers, and texts that are plainly numbers, are written in as few digits as give the number: 1, 1.0, ``"1"``, ``"1.0"`` and

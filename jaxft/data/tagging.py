@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def _tags(label: str, count: int, scheme: Scheme) -> list[str]:
     return [f"{mark}-{label}" for mark in marks]
 
 
-def _checked(span: Any, size: int, where: str) -> tuple[int, int, str]:
+def _checked(span: object, size: int, where: str) -> tuple[int, int, str]:
     if not isinstance(span, Mapping) or not {"start", "end", "label"} <= set(span):
         raise UserError(f'{where}: {span!r:.80} is no span; expected {{"start": 0, "end": 5, "label": "NAME"}}')
     start, end, label = span["start"], span["end"], label_text(span["label"])

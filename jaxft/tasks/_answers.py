@@ -6,7 +6,7 @@ Dims: S tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -27,7 +27,7 @@ class Given(NamedTuple):
 
 def answers_of(value: object) -> list[Given]:
     """The answers in a cell: one text, texts, or mappings with ``text`` and ``start`` or ``answer_start``; none in an empty list."""
-    items: Sequence[Any] = value if isinstance(value, list) else [value]
+    items: Sequence[object] = value if isinstance(value, list) else [value]
     return [
         Given(_text(one.get("text")), one.get("answer_start", one.get("start")))
         if isinstance(one, Mapping)

@@ -1,4 +1,4 @@
-"""Any number of labels for each text or text pair: topics, emotions, tags."""
+"""Several labels, or none, for each text or text pair: topics, emotions, tags."""
 
 from __future__ import annotations
 

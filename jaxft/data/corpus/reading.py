@@ -93,7 +93,7 @@ class Concatenated:
 
     @property
     def longest(self) -> int:
-        """Any document that does not happen to be cut."""
+        """A document that does not happen to be cut."""
         return self.length
 
     @property

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxft.config.read import kind_of
 from jaxft.config.scalars import members, takes_text
@@ -209,7 +208,7 @@ def _dimension(key: str, text: str, kind: object) -> Dimension | None:
 def _range(key: str, text: str, match: re.Match[str], kind: object) -> Range:
     first, last, log, count = match.groups()
     low, high = float(first), float(last)
-    allowed: tuple[Any, ...] = members(kind)
+    allowed: tuple[object, ...] = members(kind)
     whole = not any(one is float for one in allowed) and all(re.fullmatch(r"[-+]?\d+", end) for end in (first, last))
     if int in allowed and float not in allowed and not whole:
         raise UserError(f"{key}={text}: takes whole numbers")
