@@ -28,8 +28,8 @@ settings.register_profile("jaxft", database=None, deadline=None, derandomize=Tru
 settings.load_profile("jaxft")
 
 _STATM = Path("/proc/self/statm")
-_GROWTH = 600 * 2**20
-_most = 1200 * 2**20
+_GROWTH = 450 * 2**20
+_most = 1100 * 2**20
 
 
 @pytest.hookimpl(tryfirst=True)

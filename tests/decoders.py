@@ -159,9 +159,10 @@ def check_packed(family: str, config: Any) -> None:
         "segments": np.repeat([1, 2, 3, 0], [*lengths, 2])[None].astype(np.int32),
         "positions": np.concatenate([np.arange(n) for n in (*lengths, 2)])[None].astype(np.int32),
     }
-    found, start = model.apply({"params": params}, **packed).logits[0], 0
+    apply = jax.jit(model.apply)
+    found, start = apply({"params": params}, **packed).logits[0], 0
     for text in texts:
-        alone = model.apply({"params": params}, text[None]).logits[0]
+        alone = apply({"params": params}, text[None]).logits[0]
         np.testing.assert_allclose(found[start : start + len(text)], alone, atol=2e-5)
         start += len(text)
 

@@ -202,7 +202,7 @@ def test_a_test_is_scored_at_the_end_and_changes_nothing(ready: Ready, whole: tu
     assert (scores["rows"], run.result.metrics["rows"]) == (98, 21)
 
 
-@pytest.mark.parametrize("stops", [(1,), (7, 8, 20), (30,)])
+@pytest.mark.parametrize("stops", [(7, 8, 20), *(pytest.param(one, marks=pytest.mark.slow) for one in ((1,), (30,)))])
 def test_resuming_is_bit_identical(
     ready: Ready, whole: tuple[Run, Path], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
@@ -335,8 +335,8 @@ def scripted(patch: pytest.MonkeyPatch, metric: str, sign: int, already: int = 0
     patch.setattr(loop, "evaluate", lambda *run: evaluated(*run).metrics)
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "micro_f1", "loss"])
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "macro_f1", "micro_f1"])
 def test_early_stopping_and_best_checkpoint(
     ready: Ready, tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +399,7 @@ def earlier(patch: pytest.MonkeyPatch, metric: str, mode: str) -> None:
     patch.setattr(Checkpoints, "save", save)
 
 
-@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), ("loss", "min")])
+@pytest.mark.parametrize(("metric", "mode"), [("accuracy", "max"), pytest.param("loss", "min", marks=pytest.mark.slow)])
 def test_a_run_of_a_version_with_eval_mode_goes_on(
     ready: Ready, tmp_path: Path, metric: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

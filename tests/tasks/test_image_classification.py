@@ -106,7 +106,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("images")
     images.write_folders(made / "rows")
     how = ("task.crop=resized", "task.crop_scale=[0.5,1]", "task.flip=0.5", "task.mixup=0.2", "optim.ema=0.9")
-    assert __main__.main(["train", *images.overrides(made / "rows", made / "run", *how, "train.steps=40")]) == 0
+    assert (
+        __main__.main(
+            ["train", *images.overrides(made / "rows", made / "run", *how, "train.steps=40", "eval.every=20")]
+        )
+        == 0
+    )
     return made
 
 

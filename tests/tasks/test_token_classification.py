@@ -60,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = __main__.main([
         "train", f"model.init={folder / 'encoder'}", "task.name=token_classification", "data.max_length=16",
         f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'rows.jsonl'}", "data.buckets=[16]",
-        f"data.labels=[{','.join(TAGS)}]", "train.steps=60", "optim.learning_rate=1e-2", f"train.out={folder / 'run'}",
+        f"data.labels=[{','.join(TAGS)}]", "train.steps=60", "eval.every=30", "optim.learning_rate=1e-2", f"train.out={folder / 'run'}",
         "optim.schedule=constant",
     ])  # fmt: skip
     assert code == 0
