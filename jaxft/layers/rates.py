@@ -69,7 +69,7 @@ class RunTimeRate:
         )
 
     def keeps(self, bits: Shaped[Array, "*shape"]) -> Bool[Array, "*shape"]:
-        """As of :class:`FixedRate`. A rate of 0 keeps all of :data:`VALUES`, which is no number of 16 bits."""
+        """Which of these 16 bits keep their element. A rate of 0 keeps all of :data:`VALUES`, which is no number of 16 bits."""
         return bits.astype(jnp.int32) < self.keep
 
 

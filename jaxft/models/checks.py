@@ -14,7 +14,7 @@ MOST_LAYERS = 4096
 MOST_SIZE = 1 << 24
 """Any other size: above the largest vocabulary, and the longest row."""
 MOST_RATE = 1.0 - 2.0**-16
-"""Of dropout: 16 random bits decide what is kept."""
+"""The largest rate of dropout: 16 random bits decide what is kept."""
 MOST_PARAMETERS = 1 << 42
 """Parameters of a model: above any that has been trained."""
 

@@ -53,7 +53,7 @@ def nearest_scores(vectors: np.ndarray, texts: np.ndarray, at: int) -> dict[str,
 
 
 class Wrong(NamedTuple):
-    """Of each example, the wrong candidate that is nearest to its query."""
+    """The wrong candidate that is nearest to the query, for each example."""
 
     place: np.ndarray
     """[N] from 1: of the example's partner among all candidates, other right ones left out."""
@@ -126,7 +126,7 @@ class _Search:
         self._itself = np.where(candidates[np.minimum(itself, len(candidates) - 1)] == queries, itself, -1)
 
     def blocks(self) -> Iterator[_Block]:
-        """All queries, as many at once as there is room for."""
+        """The queries in blocks, each as large as there is room for."""
         step = max(1, _AT_ONCE // len(self.found))
         for first in range(0, len(self.asked), step):
             chosen = slice(*np.searchsorted(self.pairs[:, 0], [first, first + step]))

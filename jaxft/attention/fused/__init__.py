@@ -60,7 +60,7 @@ def _below(keep: int) -> np.int32:
 
 
 def _scalars(rate: RunTimeRate) -> tuple[Array, Array]:
-    """Of a rate that is an argument: the largest bits that are kept, int32 [1], and the factor, float32 [1]."""
+    """A rate that is an argument, as kernels take it: the largest bits that are kept, int32 [1], and the factor, float32 [1]."""
     # Of all that 16 bits can be, the first that is not kept is no int32 any more; sums and products wrap around.
     largest = (jnp.asarray(rate.keep, jnp.int32) - (1 << 15)) * (1 << 16) - 1
     return largest.reshape(1), jnp.asarray(rate.scale).reshape(1)
@@ -97,7 +97,7 @@ class _Step:
     places: jax.Ref | None
     """[T, S] uint32, times ``GOLDEN``; or None without dropout."""
     rate: tuple[jax.Ref, jax.Ref] | None
-    """Those of :func:`_scalars`; None: the rate is no argument."""
+    """References to the results of :func:`_scalars`; None: the rate is no argument."""
 
     def run(self, first_half: Callable[[_Task], T], second_half: Callable[[_Task, T], None]) -> None:
         """Runs the tasks. First halves, which need the matrix unit, are started some tasks before second halves."""

@@ -99,9 +99,8 @@ def open_ledger(folder: Path, head: JsonObject) -> Iterator[Ledger]:
             os.ftruncate(descriptor, whole)
             os.fsync(descriptor)
         if len(records) == 1 and _readable(records[0]):
-            os.ftruncate(
-                descriptor, 0
-            )  # no trial was begun, perhaps for a mistake in the space: it may be another one now
+            # No trial was begun, perhaps for a mistake in the space: it may be another one now.
+            os.ftruncate(descriptor, 0)
             records = []
         if not records:
             _write(descriptor, {"kind": "sweep", "format": FORMAT, **head})
