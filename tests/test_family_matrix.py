@@ -54,6 +54,13 @@ LACKING = {
 }
 REFUSED = {(family, use) for family, uses in LACKING.items() for use in uses}
 """What a family cannot be used for."""
+NOT_YET = {
+    (family, use)
+    for family in FAMILIES
+    for use in USES
+    if use != "embed" and models.family(family_of(family)).facts(tiny_config(family)).start is not None
+}
+"""Encoder-decoders have the head that writes; the reference has classes for rows, words and answers of some, which are not there yet."""
 
 
 def recipe_of(family: str, use: str) -> Recipe:
@@ -93,12 +100,12 @@ CASES = [(family, use) for family in FAMILIES for use in USES]
 @pytest.mark.sampled(24)
 @pytest.mark.parametrize(("family", "use"), CASES)
 def test_a_step_learns_or_says_why_not(family: str, use: str) -> None:
-    if (family, use) in REFUSED:
+    if (family, use) in REFUSED | NOT_YET:
         with pytest.raises(UserError) as refused:
             recipe_of(family, use)
-        wanted = HEADS_OF[use]
+        task, wanted = USES[use].get("task", "classification"), HEADS_OF.get(use, "classification")
         owner = family_of(family)
-        assert f"task.name={wanted}: {owner} has no head {wanted!r}, only: " in str(refused.value)
+        assert f"task.name={task}: {owner} has no head {wanted!r}, only: " in str(refused.value)
         return
     recipe = recipe_of(family, use)
     mesh, rules = recipe.mesh, recipe.model.compute.rules
