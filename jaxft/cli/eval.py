@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the metrics of the task that the model's head is for."""
     from jaxft.errors import UserError
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     import numpy as np
 
     from jaxft import tasks

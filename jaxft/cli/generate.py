@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Writes what follows one prompt as it is made, or a JSON object for each of several."""
     from jaxft.errors import UserError
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
     inputs = [item for item in options.inputs if "=" not in item or Path(item).exists()]
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--system is for conversations; give --chat too")
     if options.draft_tokens is not None and options.draft is None:
         raise UserError("--draft-tokens is of a draft; give --draft too")
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     writer = _writer(options, overrides)
     if len(options.prompt) == 1 and not options.out:
         _stream(writer, options.prompt[0])

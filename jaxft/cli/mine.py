@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.config.ranges import MOST_ROWS
     from jaxft.errors import UserError
     from jaxft.inference.mining import Mining
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
     names = [field.name for field in dataclasses.fields(Mining)]
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--batch-size must be at least 1")
     if options.batch_size > MOST_ROWS:
         raise UserError(f"--batch-size {options.batch_size}: must be at most {MOST_ROWS}")
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     from jaxft.inference.mining import embedding_config, mine, numbered, pair_vectors
     from jaxft.inference.predict import open_model
 

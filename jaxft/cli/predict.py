@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.sources.write import is_table
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
     inputs = [item for item in options.inputs if "=" not in item or Path(item).exists()]
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--batch-size {options.batch_size}: must be at most {MOST_ROWS}")
     if options.top is not None and is_table(options.out):
         raise UserError(f"--top is for JSON Lines; {options.out} has a column for each of few labels")
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     from jaxft.inference.predict import make_answerer, open_model
 
     served = open_model(options.model, overrides, lambda text: print(text, file=sys.stderr))

@@ -48,12 +48,13 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.sources.write import row_writer
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
     if not 1 <= options.batch_size <= MOST_ROWS:
         raise UserError(f"--batch-size {options.batch_size}: must lie in 1..{MOST_ROWS}")
     _check_paths(options)
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     from jaxft.inference.chunks import chunks
     from jaxft.inference.predict import open_model
     from jaxft.inference.scoring import make_scorer

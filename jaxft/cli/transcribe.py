@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     from jaxft.data.sources.media import is_media
     from jaxft.errors import UserError
     from jaxft.files import file_written_whole
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
     inputs = [item for item in options.inputs if "=" not in item or Path(item).exists()]
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("give files of sound, folders of them, or one table that names them")
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     from jaxft.inference.predict import open_model
 
     served = open_model(options.model, overrides, _say)

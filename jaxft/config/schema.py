@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxft.machine import compile_cache
+
 DType = Literal["float32", "bfloat16"]
 
 
@@ -290,7 +292,7 @@ class TrainConfig:
     watchdog: float | None = 60.0
     """Seconds without a step (or twenty times the median step, if that is longer) after which a run counts as hung and ends with exit
     code 70, and ``OUT/hang.txt`` says what its threads were doing. Evaluation, saving and compilation do not count. None: off."""
-    compilation_cache: str | None = "~/.cache/jaxft/xla"
+    compilation_cache: str | None = compile_cache.FOLDER
     """Folder of XLA's persistent compilation cache. None: off."""
     export: bool = True
     """Write the (best) model as a Hugging Face folder at the end, load it back and compare."""

@@ -256,9 +256,10 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """The harness's command with one more kind of model."""
+    from jaxft.machine import compile_cache
     from jaxft.machine.platform import set_up_jax
 
-    set_up_jax("~/.cache/jaxft/xla")
+    set_up_jax(compile_cache.FOLDER)
     try:
         register()
         _library("lm_eval.__main__").cli_evaluate()

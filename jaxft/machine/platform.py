@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from jaxft.machine.compile_cache import open_cache
+
 COMPILE_ENV = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -44,8 +46,7 @@ def set_up_jax(cache: str | None) -> None:
             print(f"{name.upper()}={found} is set aside: this command needs {usual}", file=sys.stderr)
             jax.config.update(name, usual)
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        open_cache(cache)
 
 
 def look_for_no_tpu() -> None:
