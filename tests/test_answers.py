@@ -303,3 +303,15 @@ def test_a_mesh_changes_no_answer(home: Path, tmp_path: Path, capsys: Capture) -
     problem = refusal(capsys, "eval", home / "model", f"data.eval={home / 'rows.csv'}", "eval.batch_size=6", *mesh)
     assert problem == "eval.batch_size=6 cannot be split 4 ways (mesh slices x data x fsdp); choose a multiple"
     assert "does not fit 8 devices" in refusal(capsys, "predict", home / "model", "--text", "a", "mesh.data=3")
+
+
+def test_folders_of_plain_texts_are_answered(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("one/a.txt", "the cat"), ("two/b.txt", "a dog")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text + "\n")
+    code, out, _ = run(capsys, "predict", home / "model", tmp_path / "one", tmp_path / "two")
+    assert code == 0
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["the cat", "a dog"]
+    assert "columns 'text', 'stars' are wanted" in refusal(
+        capsys, "eval", home / "model", f"data.eval={tmp_path / 'one/a.txt'}", "data.label=stars"
+    )

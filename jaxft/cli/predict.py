@@ -64,9 +64,11 @@ def run(options: argparse.Namespace) -> int:
     overrides = [item for item in options.inputs if item not in inputs]
     if inputs and " " in inputs[0] and not Path(inputs[0]).exists():
         raise UserError(f"there is no file {inputs[0]!r}; to give a text on the command line: --text {inputs[0]!r}")
-    several = len(inputs) > 1 and not all(is_media(item) for item in inputs)
+    several = len(inputs) > 1 and not all(is_media(item) or Path(item).is_dir() for item in inputs)
     if bool(inputs) == bool(options.text) or several:
-        raise UserError("give one INPUT (a file, or - for standard input), several images, or --text")
+        raise UserError(
+            "give one INPUT (a file, or - for standard input), several images or folders of them, or --text"
+        )
     if options.pair and len(options.pair) != len(options.text):
         raise UserError(f"{len(options.text)} --text and {len(options.pair)} --pair: give one --pair for each --text")
     if options.batch_size < 1 or (options.top is not None and options.top < 1):

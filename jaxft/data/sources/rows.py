@@ -144,8 +144,9 @@ def iter_txt(path: Path | None, columns: tuple[str, ...]) -> Iterator[Row]:
       UserError: more than one column is wanted.
     """
     where = "stdin" if path is None else str(path)
-    if len(columns) != 1:
-        wanted = ", ".join(map(repr, columns))
+    named = [name for name in columns if name != ALL]
+    if len(named) != 1:
+        wanted = ", ".join(map(repr, named))
         raise UserError(f"{where}: plain lines hold one text each, but columns {wanted} are wanted; use .csv or .jsonl")
     return _iter_lines(read_lines(path, table=False) if path else decoded(sys.stdin.buffer, where), where)
 
