@@ -109,7 +109,7 @@ def test_the_page_on_images(here: Path) -> None:
         Path(name).parent.mkdir(exist_ok=True)
         shutil.copy("flowers/daisy/001.jpg", name)
     config = vit.TINY
-    processor = fresh_processor(here, config.image_size, config.image_size, config.num_channels)
+    processor = fresh_processor(here, 16, 16, config.num_channels)
     write_model("google/vit-base-patch16-224-in21k", vit, config, "image_classification", processor)
     said = follow("images.md")
     assert len([json.loads(line) for line in said["predict"].splitlines()]) == 3

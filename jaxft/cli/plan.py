@@ -144,7 +144,7 @@ def _recipe(config: RunConfig, mesh: Mesh, platform: str) -> Recipe:
     facts, targets = planned_targets(config, source)
     processor = stand_in_processor(tasks.task(config.task.name), facts.vocabulary or 0, facts.inputs)
     recipe = make_recipe(config, mesh, source, targets, processor, config.train.steps or 1000, platform)
-    check_lengths(config, facts.limit)
+    check_lengths(config, facts)
     return recipe
 
 

@@ -66,6 +66,8 @@ class Plan:
     rows: int
     """Rows per step over all chips."""
     length: int
+    sizes: dict[str, int]
+    """Of a batch, along its axes besides ``batch``: ``length`` of texts, ``height`` and ``width`` of images, ``frames`` of sounds."""
     parameters: int
     """How many, in all."""
     split_percent: float
@@ -172,6 +174,7 @@ def make_plan(
         mesh={axis: size for axis, size in recipe.mesh.shape.items() if size > 1},
         rows=rows,
         length=length,
+        sizes=dict(recipe.shape(rows, length).sizes),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(recipe.shapes)),
         split_percent=100.0 * (1 - whole / total),
         memory=memory,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxft.files import JsonObject
@@ -38,12 +38,24 @@ def _head(plan: Plan) -> str:
     return "\n".join(
         [
             f"plan for {plan.topology.text}: {plan.topology.chips} chips ({plan.topology.layout}), mesh {mesh}",
-            f"{plan.rows} rows x {plan.length} tokens a step, {plan.rows / plan.topology.chips:g} rows per chip; "
+            f"{plan.rows} rows {_row(plan.sizes)} a step, {plan.rows / plan.topology.chips:g} rows per chip; "
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.split_percent:.1f} % of their bytes split",
             f"source: {how}{took}",
             *attention,
         ]
     )
+
+
+def _row(sizes: Mapping[str, int]) -> str:
+    """What a row is."""
+    if "height" in sizes:
+        return f"of {sizes['height']}x{sizes['width']} pixels"
+    parts = [
+        f"{sizes[axis]} {what}"
+        for axis, what in (("length", "tokens"), ("frames", "frames"), ("target", "tokens of targets"))
+        if axis in sizes
+    ]
+    return f"x {' and '.join(parts)}"
 
 
 _WORTH_A_ROW = 0.0005 * _GIB
@@ -249,7 +261,8 @@ def plan_json(plan: Plan, advice: list[str], versions: dict[str, str]) -> JsonOb
         "topology": {"name": plan.topology.text, "chips": plan.topology.chips} | _shape(plan),
         "mesh": plan.mesh,
         "rows": plan.rows,
-        "length": plan.length,
+        "length": plan.sizes.get("length"),
+        "sizes": plan.sizes,
         "parameters": plan.parameters,
         "split_percent": plan.split_percent,
         "attention": plan.attention,

@@ -14,6 +14,7 @@ from jaxft.data.examples import Examples
 from jaxft.data.loader import make_buckets
 from jaxft.errors import UserError
 from jaxft.hub.source import Note
+from jaxft.models.contract import Facts
 from jaxft.parallel.sharding import AxisRules, ways
 from jaxft.training.packing import counts_texts, examples_in, holds_texts, row_length, rows_of_batch
 
@@ -85,8 +86,9 @@ def check_packed_batches(
     note(f"batches: {', '.join(said)}, on average")
 
 
-def check_lengths(config: RunConfig, limit: int | None) -> None:
-    """Raises UserError if rows can be longer than the model takes."""
+def check_lengths(config: RunConfig, facts: Facts) -> None:
+    """Raises UserError if texts can be longer than the model takes; images and sounds have no such lengths."""
+    limit = facts.limit if facts.processor == "text" else None
     if limit is not None and config.data.max_length > limit:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the model's position table of {limit}; set it to {limit} or less"

@@ -202,7 +202,7 @@ def prepare(
     platform = mesh.devices.flat[0].platform
     recipe = make_recipe(config, mesh, source, targets, processor, total, platform, tunable=tunable)
     facts = recipe.model.facts
-    check_lengths(config, facts.limit if facts.processor == "text" else None)
+    check_lengths(config, facts)
     if isinstance(processor, Tokenizer):
         check_vocabulary(processor, facts.inputs, paired=config.data.text_pair is not None)
     if texts:

@@ -79,6 +79,19 @@ def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:
     assert told["textbook_bytes_sent"]["gradients_reduced"] == pytest.approx(2 * 31 / 32 * whole)
 
 
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        (("task.name=image_classification", "model.family=vit"), "of 224x224 pixels"),
+        (("task.name=speech_to_text", "model.family=whisper"), "x 3000 frames and 128 tokens of targets"),
+        (("task.name=seq2seq", "model.family=t5"), "x 128 tokens and 128 tokens of targets"),
+    ],
+)
+def test_a_plan_says_what_its_rows_are(changes: tuple[str, ...], row: str) -> None:
+    out, _ = plan(*changes, "train.batch_size=16", "train.steps=10", "--topology", "v5e-8", "--analytic")
+    assert f"16 rows {row} a step" in out
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("arguments", "problem"),
