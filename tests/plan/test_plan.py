@@ -79,6 +79,7 @@ def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:
     assert told["textbook_bytes_sent"]["gradients_reduced"] == pytest.approx(2 * 31 / 32 * whole)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("changes", "row"),
     [
