@@ -69,6 +69,7 @@ from jaxft.tasks import (
     preference,
     question_answering,
     regression,
+    replaced_token_detection,
     reranking,
     seq2seq,
     span_corruption,
@@ -114,7 +115,7 @@ TASKS: tuple[TaskModule, ...] = (
         question_answering,
         regression,
     ),
-    *(reranking, seq2seq, span_corruption, speech_to_text, token_classification),
+    *(replaced_token_detection, reranking, seq2seq, span_corruption, speech_to_text, token_classification),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[Processor], ...] = (Tokenizer, ImageProcessor, SpeechProcessor)
@@ -160,8 +161,8 @@ def test_the_references_class_is_read_as_the_head_that_it_is_written_for(family:
         stated = architecture_of(module, head, kind)
         assert stated in architectures(module)
         assert head_of_class(module, stated, names) == head
-    suffixes = [one.suffix for one in module.HEADS.values()]
-    assert len(suffixes) == len(set(suffixes))
+    told_apart = [(one.suffix, one.marks if one.suffix == "ForPreTraining" else ()) for one in module.HEADS.values()]
+    assert len(told_apart) == len(set(told_apart))
 
 
 def test_no_two_families_claim_a_model_type() -> None:
@@ -174,7 +175,7 @@ def test_facts_are_those_of_the_model(family: str) -> None:
     model: Any = module.Model(module.TINY, None)
     facts = module.facts(module.TINY)
     assert facts == model.facts
-    assert set(facts.inputs) <= set(inspect.signature(module.Model.__call__).parameters)
+    assert set(facts.inputs) <= set(inspect.signature(type(model).__call__).parameters)
     assert set(example_batch(facts, 2)) <= set(facts.inputs)
     shapes, axes = shapes_and_axes(model)
     leaves = leaves_of(shapes, axes)

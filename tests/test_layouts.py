@@ -42,6 +42,7 @@ MADE = {
     "preference": lambda module: module.Task(),
     "embedding": lambda module: module.Task(EmbeddingConfig(pooling="mean", normalize=True, at=2)),
     "regression": lambda module: module.Task(),
+    "replaced_token_detection": lambda module: module.Task(module.Hidden(4, (0, 2, 3, 4), 96, 0.3)),
     "reranking": lambda module: module.Task(at=2),
     "span_corruption": lambda module: module.Task(0.3, 2.0, (90, 91, 92, 93), (0, 1), 0, 1),
     "seq2seq": lambda module: module.Task(smoothing=0.1),
@@ -81,6 +82,7 @@ ONCE = {
     ("t5", "seq2seq"),
     ("llama", "preference"),
     ("vit", "image_classification"),
+    ("electra", "replaced_token_detection"),
 }
 """What is tried on one layout in each run of the tests."""
 
@@ -113,6 +115,8 @@ COURSES = [
     pytest.param(family, task, layout, marks=_marks(_is_quick(family, task, layout)))
     for family, task in CASES
     for layout in LAYOUTS
+    # A generator has half of the discriminator's heads, of which there are eight there.
+    if (task, layout) != ("replaced_token_detection", "tensor8")
     # The decoder's queries are of other tokens than the keys: no backend splits both over rows yet.
     if models.family(family).facts(tiny_config(family)).start is None or LAYOUTS[layout][0].context == 1
 ]

@@ -37,7 +37,7 @@ _NEEDED = (
     *("seeds.json", "seeds_test.json"),
 )
 """What a run goes on from besides its steps; all else it makes anew."""
-_BUILT = ("export/", "adapter/")
+_BUILT = ("export/", "adapter/", "parts/")
 """Folders that a run makes anew, as a whole."""
 _AT_ONCE = 16 << 20
 """Bytes of files that are read before they are put; larger ones do not grow."""

@@ -126,6 +126,32 @@ def _export(
         bucket.share(target)
     _compare(ready, programs, merged, metrics, result, target)
     _export_adapter(ready, result, target.with_name("adapter"))
+    _export_parts(ready, params, target)
+
+
+def _export_parts(ready: Setup, params: PyTree[Array], target: Path) -> None:
+    """Writes the models that a run's model is made of, if its family says that it is made of several, each to a folder of its own."""
+    from jaxft.hub.pretrained import export_folder
+    from jaxft.machine import processes
+    from jaxft.models import adapters
+
+    family, source = _family(ready), ready.source
+    found = getattr(family, "parts", lambda model, params: {})(adapters.base_of(ready.model), params)
+    for name, (model, own) in found.items() if processes.is_first() else ():
+        part = target.with_name("parts") / name
+        part.parent.mkdir(exist_ok=True)
+        with _replaced(part) as fresh:
+            export_folder(
+                fresh,
+                {} if source is None else source.hf_config,
+                family,
+                model,
+                own,
+                tokenizer=ready.processor,
+                max_length=ready.config.data.max_length,
+                note=note,
+            )
+        note(f"exported {part} (the {name} alone, Hugging Face layout)")
 
 
 def _export_adapter(ready: Setup, result: Result, target: Path) -> None:

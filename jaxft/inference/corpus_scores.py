@@ -20,7 +20,7 @@ from jaxft.tasks.contract import Batch, Exhaustive, Passage, Task
 from jaxft.training.step import forward_of
 from jaxft.trees import Params
 
-_NEEDS_MORE = "a corpus has texts alone, and the model's head, {head}, needs more; name rows"
+_NEEDS_MORE = "models with the head {head} give no probability of each token of a document, and those of a corpus are scored; name rows"
 
 
 @dataclass

@@ -119,12 +119,12 @@ def activation_bytes(recipe: Recipe, rows: int, length: int) -> float:
     """What the backward pass keeps of the forward pass, per device: from the shapes of the traced gradient. An estimate: as
     if nothing of it were split over ``tensor``."""
     from jaxft.parallel.sharding import no_mesh
-    from jaxft.training.step import forward_of
+    from jaxft.training.step import forward_of, prepared_at
 
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def kept(params: PyTree[jax.Array], batch: dict[str, jax.Array], key: PRNGKeyArray) -> Callable[..., object]:
-        batch = recipe.task.prepare(batch, key)
+        batch = prepared_at(recipe.task, batch, key, 0)
         return jax.vjp(lambda p: recipe.task.sums(forward_of(recipe.model, p), batch, key)["loss"], params)[1]
 
     def size(count: int) -> int:

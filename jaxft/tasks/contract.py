@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from jaxft.config import DataConfig, LogConfig, RunConfig, TaskConfig
 from jaxft.data.batch import Field, Fields, text_fields
@@ -29,8 +30,8 @@ P = TypeVar("P", bound=Processor, contravariant=True)
 __all__ = ["Accompanied", "Answer", "Answering", "Arrays", "Batch", "Biased", "Column", "Comparing"]
 __all__ += ["DataConfig", "Deciding", "Encoded", "Exhaustive", "Facts", "Field", "Fields", "Forward", "Grading"]
 __all__ += ["Judging", "Labelled", "Mixing", "Note", "Output", "Partial", "Passage", "Remarking", "Reporting", "Row"]
-__all__ += ["RunConfig", "Sample", "Sampler", "Sampling", "ScoringRows", "Split", "Sums", "Targets", "Task"]
-__all__ += ["TaskConfig", "TaskModule", "TextProcessor", "Writing", "encode_texts", "label_column"]
+__all__ += ["RunConfig", "Sample", "Sampler", "Sampling", "Scheduled", "ScoringRows", "Split", "Sums", "Targets"]
+__all__ += ["Task", "TaskConfig", "TaskModule", "TextProcessor", "Writing", "encode_texts", "label_column"]
 __all__ += ["text_columns", "text_fields"]
 """What a task from outside of jaxft is made of (docs/api.md)."""
 Batch = dict[str, Array]
@@ -265,6 +266,20 @@ class Mixing(Protocol):
 
     def mixed(self, batch: Batch, key: Array) -> Batch:
         """A prepared training batch, whole, with its rows mixed."""
+        ...
+
+
+class Scheduled(Protocol):
+    """What a task has besides if what it makes of training batches may change from step to step. Evaluations call
+    :meth:`Task.prepare`, so that they are alike."""
+
+    @property
+    def schedule(self) -> str:
+        """What changes when, on one line; empty: nothing does."""
+        ...
+
+    def prepare_at(self, batch: Batch, key: Array, step: ArrayLike) -> Batch:
+        """:meth:`Task.prepare` of a training batch, of one shape whatever the number of steps before it."""
         ...
 
 

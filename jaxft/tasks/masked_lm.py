@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxft.config import RunConfig
+from jaxft.config.masking import Masking
 from jaxft.config.tasks.masked_lm import Config
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.contract import TextProcessor
@@ -33,7 +36,6 @@ __all__ = [
     "make_task",
     "study",
 ]
-_HIDDEN, _RANDOM = 0.8, 0.1  # of the predicted tokens; the rest stay as they are
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,40 @@ class Task(TokenTask):
     """Never hidden: start, end and padding tokens."""
     vocab_size: int
     rate: float = 0.15
-    """Share of a text's tokens that are predicted, one at least."""
+    """Share of a text's tokens that are predicted, one at least; that of evaluations."""
     continuing: bytes = b""
     """Which ids go on with the word of the token before, a bit for each (:func:`continuing_ids`); empty: tokens are hidden singly."""
     span_words: float = 1.0
     """Words that are hidden together, on average."""
+    rates: tuple[tuple[int, float], ...] = ()
+    """The rate in training by the step that it holds from, the first is 0; empty: ``rate`` throughout."""
+    linear: bool = False
+    """Between two of these steps the rate goes from the one to the other in a straight line."""
 
     head = "masked_lm"
+    masked: ClassVar[float] = 0.8
+    """Share of the predicted tokens that the mask token stands for."""
+    replaced: ClassVar[float] = 0.1
+    """Share that a random one stands for; the rest stay as they are."""
+
+    @property
+    def schedule(self) -> str:
+        """What changes with the step, on one line; empty: nothing does."""
+        if not self.rates:
+            return ""
+        at, between = ("at", " (linear between)") if self.linear else ("from", "")
+        stages = ", ".join(f"{rate * 100:.4g} % {at} step {step:,}" for step, rate in self.rates)
+        return (
+            f"tokens hidden in training: {stages}{between}; of held-out texts: {self.rate * 100:.4g} % (task.mask_rate)"
+        )
+
+    def rate_at(self, step: ArrayLike) -> Array:
+        """Scalar float32: the rate of a training step, by the number of steps before it."""
+        firsts = jnp.asarray([first for first, _ in self.rates or ((0, 0.0),)])
+        rates = jnp.asarray([rate for _, rate in self.rates or ((0, self.rate),)], jnp.float32)
+        if self.linear:
+            return jnp.interp(jnp.asarray(step).astype(jnp.float32), firsts.astype(jnp.float32), rates)
+        return rates[jnp.searchsorted(firsts, jnp.asarray(step), side="right") - 1]
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """The batch with tokens hidden anew: 80 % as the mask token, 10 % as a random one, 10 % left as they are.
@@ -62,26 +91,34 @@ class Task(TokenTask):
         Adds ``predict`` [B, M] int32 (their positions), ``targets`` [B, M] int32 (what stood there) and
         ``target_weights`` [B, M] float32; M is ``rate`` of the padded length.
         """
+        return self._prepared(batch, key, self.rate, self.rate)
+
+    def prepare_at(self, batch: Batch, key: Array, step: ArrayLike) -> Batch:
+        """The same for a training step; M is the highest of the ``rates`` of the padded length, whatever the step."""
+        if not self.rates:
+            return self.prepare(batch, key)
+        return self._prepared(batch, key, self.rate_at(step), max(rate for _, rate in self.rates))
+
+    def _prepared(self, batch: Batch, key: Array, rate: ArrayLike, highest: float) -> Batch:
         tokens, (_, s) = batch["tokens"], batch["tokens"].shape
-        most = max(1, round(self.rate * s))
+        most = max(1, round(highest * s))
         candidates = self._candidates(batch)
-        # The sum is the same on any layout; padding counts nothing.
-        place = jnp.arange(1, s + 1, dtype=jnp.uint32)
-        text = (jnp.where(batch["mask"] != 0, tokens, 0).astype(jnp.uint32) * place).sum(-1)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(text)
+        keys = row_keys(batch, key)
         scores = jax.vmap(lambda k: jax.random.uniform(k, (s,)))(keys)
         words = self._words(batch, candidates) if self.continuing else None
         if words is not None:
             scores = jnp.take_along_axis(scores, self._groups(words, keys), axis=1)
         _, predict = jax.lax.top_k(jnp.where(candidates, scores, -1.0), most)
-        chosen = jnp.arange(most) < self._counts(candidates)[:, None]
+        chosen = jnp.arange(most) < self._counts(candidates, rate)[:, None]
         if words is not None:
             chosen &= _whole(words, candidates, predict, chosen)
 
         targets = jnp.take_along_axis(tokens, predict, axis=1)
         fate = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), (most,)))(keys)
         other = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, 2), (most,), 0, self.vocab_size))(keys)
-        shown = jnp.where(fate < _HIDDEN, self.mask_id, jnp.where(fate < _HIDDEN + _RANDOM, other, targets))
+        shown = jnp.where(
+            fate < self.masked, self.mask_id, jnp.where(fate < self.masked + self.replaced, other, targets)
+        )
         # top_k gives each position once, so what is not chosen is put back where it was.
         shown = jnp.put_along_axis(tokens, predict, jnp.where(chosen, shown, targets), axis=1, inplace=False)
         weights = chosen * batch["weights"][:, None]
@@ -138,11 +175,20 @@ class Task(TokenTask):
         ended = jnp.pad(jnp.cumsum(last, axis=1, dtype=jnp.int32)[:, :-1], ((0, 0), (1, 0)))
         return jnp.take_along_axis(ended, words, axis=1)
 
-    def _counts(self, candidates: Array) -> Array:
+    def _counts(self, candidates: Array, rate: ArrayLike) -> Array:
         """[B] int32: how many tokens of each row are predicted."""
         there = candidates.sum(-1)
-        wanted = jnp.maximum(1, jnp.round(self.rate * there).astype(jnp.int32))
+        wanted = jnp.maximum(1, jnp.round(rate * there).astype(jnp.int32))
         return jnp.where(there > 0, wanted, 0)
+
+
+def row_keys(batch: Batch, key: Array) -> Array:
+    """[B] keys that follow from ``key`` and the text of each row alone."""
+    tokens = batch["tokens"]
+    # The sum is the same on any layout; padding counts nothing.
+    place = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.uint32)
+    text = (jnp.where(batch["mask"] != 0, tokens, 0).astype(jnp.uint32) * place).sum(-1)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(text)
 
 
 def _whole(words: Array, candidates: Array, predict: Array, chosen: Array) -> Array:
@@ -192,10 +238,35 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
       UserError: the tokenizer has no mask token.
     """
     del targets, facts
-    if tokenizer.special.mask is None:
+    return Task(*masking_of(options, tokenizer))
+
+
+class MaskingValues(NamedTuple):
+    """The first fields of a :class:`Task`, in their order."""
+
+    mask_id: int
+    special_ids: tuple[int, ...]
+    vocab_size: int
+    rate: float
+    continuing: bytes
+    span_words: float
+    rates: tuple[tuple[int, float], ...]
+    linear: bool
+
+
+def masking_of(options: Masking, tokenizer: TextProcessor) -> MaskingValues:
+    """What options and a tokenizer say of a task that hides tokens.
+
+    Raises:
+      UserError: the tokenizer has no mask token, or its vocabulary does not say where words begin.
+    """
+    special = tokenizer.special
+    if special.mask is None:
         raise UserError(
-            f"{tokenizer.folder}: the tokenizer has no mask token, which masked_lm needs; set data.tokenizer"
+            f"{tokenizer.folder}: the tokenizer has no mask token, which {options.name} needs; set data.tokenizer"
         )
     words = b"" if options.mask_units == "tokens" else continuing_ids(tokenizer)
     span = options.span_words if options.mask_units == "spans" else 1.0
-    return Task(tokenizer.special.mask, tokenizer.special_ids, tokenizer.vocab_size, options.mask_rate, words, span)
+    linear = options.mask_rates_between == "linear"
+    sizes = (tokenizer.vocab_size, options.mask_rate)
+    return MaskingValues(special.mask, tokenizer.special_ids, *sizes, words, span, options.rates, linear)

@@ -15,11 +15,10 @@ import jax
 import jax.extend as jex
 
 from jaxft.data.batch import Shape
-from jaxft.models.contract import Output
 from jaxft.models.initial import initialisable
 from jaxft.parallel.sharding import no_mesh
 from jaxft.training.recipe import Recipe
-from jaxft.training.step import Batch, apply_model
+from jaxft.training.step import Batch, forward_of, prepared_at
 from jaxft.trees import Params
 
 
@@ -43,9 +42,9 @@ def model_flops(recipe: Recipe, shape: Shape) -> ModelFlops:
     key = jax.eval_shape(lambda: jax.random.key(0))
     model = initialisable(recipe.model)  # whose attention is products that can be seen; those of a kernel cannot
 
-    def forward(params: Params, batch: Batch, key: jax.Array) -> Output:
-        batch = recipe.task.prepare(batch, key)
-        return apply_model(model, params, batch, None)
+    def forward(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        batch = prepared_at(recipe.task, batch, key, 0)
+        return recipe.task.sums(forward_of(model, params), batch, None)["loss"]
 
     with no_mesh():
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), recipe.batch(shape))

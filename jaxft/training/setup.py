@@ -209,6 +209,8 @@ def prepare(
         _check_learnable(recipe.task, texts[0], texts[1:], config, note)
     for line in (line for split in texts for line in tasks.remarks(recipe.task, split)):
         note(line)
+    if schedule := getattr(recipe.task, "schedule", ""):
+        note(schedule)
     return Setup(
         **{name.name: getattr(recipe, name.name) for name in fields(recipe)},
         source=source,

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxft.models.contract import Model, Output
-from jaxft.tasks.contract import Forward, Task
+from jaxft.tasks.contract import Forward, Scheduled, Task
 from jaxft.training.optim import global_norm, update_count, update_ema, without_frozen
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.spikes import stands_out, with_step
@@ -140,10 +140,17 @@ def prepared(task: Task, batch: Batch, seed: ArrayLike, step: ArrayLike) -> tupl
       step: steps before it.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
-    batch = task.prepare(batch, jax.random.fold_in(key, _PREPARE))
+    batch = prepared_at(task, batch, jax.random.fold_in(key, _PREPARE), step)
     mixed: Callable[[Batch, jax.Array], Batch] | None = getattr(task, "mixed", None)
     batch = batch if mixed is None else mixed(batch, jax.random.fold_in(key, _MIX))
     return batch, key, jnp.maximum(task.weight(batch), 1e-30)
+
+
+def prepared_at(task: Task, batch: Batch, key: jax.Array, step: ArrayLike) -> Batch:
+    """A training batch as the task prepares it for a step (:class:`~jaxft.tasks.contract.Scheduled`)."""
+    if hasattr(task, "prepare_at"):
+        return cast(Scheduled, task).prepare_at(batch, key, step)
+    return task.prepare(batch, key)
 
 
 def make_eval_step(model: Model, task: Task) -> Callable[[Params, Batch], tuple[Sums, Batch]]:

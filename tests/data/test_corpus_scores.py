@@ -206,7 +206,7 @@ def test_the_command_tells_sources_and_refuses_what_it_cannot_score(
     other = tiny.make_folder(tmp_path / "model", "masked_lm")
     assert "of another tokenizer" in tiny.refusal(capsys, "eval", other, corpus)
     labelled = tiny.make_folder(tmp_path / "labelled", "classification", tiny.LABELS)
-    assert "a corpus has texts alone" in tiny.refusal(capsys, "eval", labelled, corpus)
+    assert "give no probability of each token of a document" in tiny.refusal(capsys, "eval", labelled, corpus)
     assert "is a corpus, other sources are not" in tiny.refusal(
         capsys, "eval", folder, f"data.eval=[{home / 'corpus'}, {home / 'b.txt'}]"
     )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_folder, refusal, rows, run, write_csv
+from token_batches import VOCAB, batch_of
 
-from jaxft.config import OptimConfig
+from jaxft.config import OptimConfig, load_config
 from jaxft.errors import UserError
 from jaxft.hub.convert import export_tensors
 from jaxft.hub.pretrained import export_folder
@@ -28,22 +30,9 @@ from jaxft.tasks.masked_lm import Task, continuing_ids
 from jaxft.training.gradients import of_batch
 from jaxft.training.optim import make_optimizer, make_schedule
 from jaxft.training.state import init_state
-from jaxft.training.step import apply_model, forward_of, make_train_step
+from jaxft.training.step import apply_model, forward_of, make_train_step, prepared_at
 
-VOCAB = 96
 TASK = Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=VOCAB)
-
-
-def batch_of(lengths: list[int], width: int, seed: int = 0) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    mask = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int32)
-    tokens = np.where(mask, rng.integers(5, VOCAB, mask.shape), 0)
-    tokens[:, 0] = 2
-    for row, length in enumerate(lengths):
-        tokens[row, length - 1] = 3
-    weights = np.ones(len(lengths), np.float32)
-    made = {"tokens": tokens, "mask": mask, "types": 0 * mask, "weights": weights, "labels": np.zeros(len(lengths))}
-    return {name: jnp.asarray(value, jnp.float32 if name == "weights" else jnp.int32) for name, value in made.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -301,3 +290,62 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"mask_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert "no mask token" in refusal(capsys, "train", "task.name=masked_lm", *common)
+
+
+# -------------------------------------------------------------------------------------------------- rates by schedule
+
+
+RATES = ((0, 0.4), (10, 0.2), (20, 0.1))
+STEPPED = dataclasses.replace(TASK, rates=RATES)
+LINEAR = dataclasses.replace(STEPPED, linear=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prepared_at_step(task: Any, batch: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    return prepared_at(task, batch, jax.random.key(1), step)
+
+
+@pytest.mark.parametrize(
+    ("task", "step", "rate"),
+    [
+        *((STEPPED, 0, 0.4), (STEPPED, 9, 0.4), (STEPPED, 10, 0.2), (STEPPED, 19, 0.2), (STEPPED, 999, 0.1)),
+        *((LINEAR, 0, 0.4), (LINEAR, 5, 0.3), (LINEAR, 15, 0.15), (LINEAR, 20, 0.1), (LINEAR, 999, 0.1)),
+    ],
+)
+def test_a_step_hides_its_own_share_in_one_shape(task: Task, step: int, rate: float) -> None:
+    batch = batch_of([42, 102], 120)
+    after = prepared_at_step(task, batch, jnp.asarray(step))
+    assert after["predict"].shape == (2, 48)  # of the highest share
+    np.testing.assert_array_equal(after["target_weights"].sum(1), [round(rate * 40), round(rate * 100)])
+    # What is not predicted stays as it was.
+    changed = np.asarray(after["tokens"] != batch["tokens"])
+    for row, places, there in zip(changed, after["predict"], after["target_weights"], strict=True):
+        assert set(np.flatnonzero(row)) <= set(np.asarray(places)[np.asarray(there) > 0].tolist())
+
+
+def test_evaluations_and_tasks_without_schedule_hide_one_share() -> None:
+    batch = batch_of([42, 102], 120)
+    plain = prepared(TASK, batch, jax.random.key(1))
+    for found in (prepared(STEPPED, batch, jax.random.key(1)), prepared_at_step(TASK, batch, jnp.asarray(7))):
+        jax.tree.map(np.testing.assert_array_equal, found, plain)
+    assert TASK.schedule == ""
+    assert STEPPED.schedule == (
+        "tokens hidden in training: 40 % from step 0, 20 % from step 10, 10 % from step 20; of held-out texts: 15 % (task.mask_rate)"
+    )
+    assert "at step 10, 10 % at step 20 (linear between); of held-out" in LINEAR.schedule
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("task.mask_rates={5: 0.3}", "task.mask_rates: says no share for step 0"),
+        ("task.mask_rates={}", "task.mask_rates: says no share for step 0"),
+        ("task.mask_rates={0: 1.5}", "task.mask_rates.0=1.5: must lie between 0 and 1"),
+        ("task.mask_rates={0: 0.3, soon: 0.2}", "task.mask_rates.soon: must be the step that a share holds from"),
+        ("task.mask_rates={0: 0.3, 00: 0.2}", "task.mask_rates: has a step twice"),
+        ("task.mask_rates_between=linear", "task.mask_rates_between=linear: there are no task.mask_rates"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(option: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        load_config(None, ["task.name=masked_lm", option])

@@ -63,7 +63,12 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
         batch = task.prepare(batch, jax.random.key(0))
         logits = scale * jax.nn.one_hot(batch.get("targets", batch["labels"]), len(labels_of(task)) or VOCAB)
 
+    text = batches(name)[0].get("tokens")
+
     def forward(batch: Any, key: Any) -> Output:
+        if name == "replaced_token_detection" and "predict" not in batch:  # it asks for the discriminator's answers
+            answers = scale * jnp.where(batch["tokens"] != text, 1.0, -1.0)[..., None]
+            return Output(answers, logits=answers)
         return Output(logits, logits=logits)
 
     found = tasks.collected([(task.sums(forward, batch, None), task.outputs(forward, batch))])
