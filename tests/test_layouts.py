@@ -45,6 +45,7 @@ MADE = {
     "replaced_token_detection": lambda module: module.Task(module.Hidden(4, (0, 2, 3, 4), 96, 0.3)),
     "reranking": lambda module: module.Task(at=2),
     "span_corruption": lambda module: module.Task(0.3, 2.0, (90, 91, 92, 93), (0, 1), 0, 1),
+    "denoising": lambda module: module.Task(0.3, 2.0, 4, (0, 1), 2),
     "seq2seq": lambda module: module.Task(smoothing=0.1),
     "speech_to_text": lambda module: module.Task(start=1, smoothing=0.1),
 }
@@ -94,7 +95,7 @@ def _is_quick(family: str, task: str, layout: str) -> bool:
     """Whether a course is tried in each run of the tests. RoBERTa and DistilBERT are BERT's encoder; labels of words and answers differ in
     their loss alone, other families in a part: one layout of some shows that they are split as well. BERT and Llama, and
     their tasks, take turns on the layouts."""
-    if task in ("seq2seq", "span_corruption", "image_classification", "speech_to_text"):
+    if task in ("seq2seq", "span_corruption", "denoising", "image_classification", "speech_to_text"):
         return (family, task) in ONCE and layout == "2x2x2"
     if family not in ("bert", "llama") or task not in TURNS:
         return layout == "fsdp2_context2_tensor2" and (family, task) in ONCE

@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,10 @@ TEXTS = "texts"
 """The axis of what is said of each text of a row: labels, weights, where it begins. Rows that hold fewer texts than others are padded."""
 CLASSES = "classes"
 """The axis of what is said of each class: as long in every row."""
+TARGET = "target"
+"""The axis of what is to be written of each text: a row of pairs has a second side, packed beside the first."""
+_PLACES = {"length": ("segments", "positions"), TARGET: ("target_segments", "target_positions")}
+"""What packed rows say of the places of each side."""
 
 
 def packed_fields(fields: Fields) -> Fields:
@@ -26,17 +31,35 @@ def packed_fields(fields: Fields) -> Fields:
 
     Fields of one value per text (or as many for each, along ``classes``) get the axis ``texts``, and so do weights; beside them is
     ``starts``, the place of each text's first token. Where rows have no such field (language models), weights stay those of rows. Rows
-    that hold several texts already keep their fields of places: what is packed then is such rows, each with as many ``starts``.
+    that hold several texts already keep their fields of places: what is packed then is such rows, each with as many ``starts``. Pairs, of
+    a text and what is to be written of it, have places on both sides.
     """
-    places = dict.fromkeys(("segments", "positions"), Field(("batch", "length")))
+    places = {name: Field(("batch", axis)) for axis in sides_of(fields) for name in _PLACES[axis]}
     of_texts = {
         name: field._replace(axes=("batch", TEXTS, *field.axes[1:]))
         for name, field in fields.items()
-        if "length" not in field.axes
+        if not any(axis in _PLACES for axis in field.axes)
     }
     if set(of_texts) == {"weights"}:
         return {**fields, **places}
     return {**fields, "starts": Field(("batch", TEXTS)), **of_texts, **places}
+
+
+def sides_of(fields: Fields) -> tuple[str, ...]:
+    """The axes that texts lie one after the other along: ``length``, and ``target`` where they are pairs."""
+    return tuple(axis for axis in _PLACES if axis == "length" or any(axis in field.axes for field in fields.values()))
+
+
+class _Places(NamedTuple):
+    """Some texts along a side, one after the other."""
+
+    stored: np.ndarray
+    """[tokens] where each lies in the split's column."""
+    positions: np.ndarray
+    """[tokens] of each in its text."""
+    begun: np.ndarray
+    """[texts] where each begins."""
+    lengths: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +67,8 @@ class Packed:
     """Rows of several texts each, put together when they are asked for: the texts stay where they are.
 
     Rows carry ``segments`` (1, 2, ... by text) and ``positions`` (from 0 in each text), [tokens] int32; and ``starts`` (first token of
-    each text), [texts] int32, where texts have fields of one value.
+    each text), [texts] int32, where texts have fields of one value. Of pairs, ``target_segments`` and ``target_positions`` are those of
+    what is to be written.
     """
 
     source: Split
@@ -72,24 +96,35 @@ class Packed:
             return np.diff(self.first)
         if axis == CLASSES:
             return np.full(len(self), self._classes)
-        if axis != "length":
-            raise KeyError(axis)
-        return self._lengths
+        return self._sizes[axis]
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.add.reduceat(self.source.sizes("length")[self.texts], self.first[:-1])
+    def _sizes(self) -> dict[str, np.ndarray]:
+        """Of each side."""
+        first = self.first[:-1]
+        return {axis: np.add.reduceat(self.source.sizes(axis)[self.texts], first) for axis in self._sides}
+
+    @cached_property
+    def _sides(self) -> tuple[str, ...]:
+        return sides_of(self.source.fields)
 
     @cached_property
     def _classes(self) -> int:
         return int(self.source.sizes(CLASSES)[0])
 
-    def _of_texts(self, name: str, values: np.ndarray, texts: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The values of a field, of some texts: [tokens] (``places``), [texts] or [texts, C]."""
+    def _of_texts(self, name: str, values: np.ndarray, texts: np.ndarray, places: dict[str, _Places]) -> np.ndarray:
+        """The values of a field, of some texts: [tokens] of a side, [texts] or [texts, C]."""
         axis = self.source.axis(name)
         if axis == CLASSES:
             return values.reshape(-1, self._classes)[texts]
-        return values[texts if axis is None else places]
+        return values[texts if axis is None else places[axis].stored]
+
+    def _placed(self, axis: str, texts: np.ndarray) -> _Places:
+        """Where some texts lie along a side, and where their tokens are stored."""
+        starts, lengths = self.source.offsets[axis][texts], self.source.sizes(axis)[texts]
+        ends = lengths.cumsum()
+        positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
+        return _Places(positions + starts.repeat(lengths), positions, ends - lengths, lengths)
 
     def __getitem__(self, index: int) -> Example:
         return self._rows(index, index + 1)
@@ -98,25 +133,23 @@ class Packed:
         """Some rows, one after the other."""
         first = self.first[start : stop + 1]
         texts = self.texts[first[0] : first[-1]]
-        starts = self.source.offsets["length"][texts]
-        lengths = self.source.sizes("length")[texts]
-        ends = lengths.cumsum()
-        positions = np.arange(ends[-1]) - (ends - lengths).repeat(lengths)
-        index = positions + starts.repeat(lengths)
-        columns = self.source.columns.items()
-        found = {name: self._of_texts(name, values, texts, index) for name, values in columns}
+        places = {axis: self._placed(axis, texts) for axis in self._sides}
+        found = {name: self._of_texts(name, values, texts, places) for name, values in self.source.columns.items()}
         numbers = np.arange(1, len(texts) + 1, dtype=np.int32)
         if stop > start + 1:
             numbers -= (first[:-1] - first[0]).repeat(np.diff(first)).astype(np.int32)
+        begun, lengths = places["length"].begun, places["length"].lengths
         if "segments" in found:  # each has several texts itself, so many of them
             each = found["starts"].shape[1]
-            found["starts"] = (found["starts"] + (ends - lengths)[:, None]).astype(np.int32)
+            found["starts"] = (found["starts"] + begun[:, None]).astype(np.int32)
             found["segments"] = (found["segments"] + ((numbers - 1) * each).repeat(lengths)).astype(np.int32)
             return found
         if TEXTS in self.fields["weights"].axes:
-            found["starts"] = (ends - lengths).astype(np.int32)
-        found["segments"] = numbers.repeat(lengths)
-        found["positions"] = positions.astype(np.int32)
+            found["starts"] = begun.astype(np.int32)
+        for axis, side in places.items():
+            segments, positions = _PLACES[axis]
+            found[segments] = numbers.repeat(side.lengths)
+            found[positions] = side.positions.astype(np.int32)
         return found
 
     def digest(self) -> str:
@@ -139,12 +172,18 @@ class Packed:
         return found.hexdigest()
 
 
-def pack(split: Split, length: int) -> Packed:
+def pack(split: Split, length: int, target: int | None = None) -> Packed:
     """The texts of ``split`` in rows of up to ``length`` tokens: each goes, longest first, to the row that it fits most closely
     (best-fit decreasing; Krell et al. 2021 on packing for BERT).
 
     Which texts share a row depends on the texts alone, so that a packed split is read like any other: by (seed, step).
+
+    Args:
+      target: of pairs, the room for what is to be written; they go where they fit most closely on both sides.
     """
+    if target is not None:
+        texts, rows = best_fit_of_pairs(split.sizes("length"), split.sizes(TARGET), length, target)
+        return Packed(split, texts[order := stable_order(rows)], offsets_of(np.bincount(rows[order])))
     lengths = split.sizes("length")
     order = stable_order(lengths.max() - lengths).astype(np.int32)
     rows = best_fit(np.bincount(lengths), length)
@@ -210,3 +249,76 @@ def best_fit(counts: np.ndarray, room: int) -> np.ndarray:
             still.push(amount - each * size, chosen[:whole])
             still.push(amount - (taken - whole * each) * size, chosen[whole:])
     return assigned
+
+
+def best_fit_of_pairs(
+    lengths: np.ndarray, targets: np.ndarray, room: int, target_room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(texts, the row of each), both [pairs] int32: each pair goes, those that fill a side most first, to the row that is left the least
+    room, both sides together as shares of theirs, of those that have room for it on both.
+
+    Pairs of the same two lengths are placed together, and rows that have the same room left on both sides are one to choose: they are
+    looked through once for each such two lengths, not for each pair.
+    """
+    share = np.maximum(lengths * target_room, targets * room).astype(np.int64)
+    order = np.lexsort((targets, lengths, -share)).astype(np.int32)
+    sizes = np.stack([lengths[order], targets[order]], 1).astype(np.int64)
+    begins = np.flatnonzero(np.r_[True, (sizes[1:] != sizes[:-1]).any(1)])
+    assigned, begun = np.empty(len(order), np.int32), 0
+    still = _OpenPairs(room, target_room)
+    for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
+        size, done = sizes[first], first
+        while done < last:
+            amount = still.closest(size)
+            has = still.whole if amount is None else np.array(amount)
+            each = min((int(all_of // one) for all_of, one in zip(has, size, strict=True) if one), default=last - done)
+            wanted = -(-(last - done) // each)
+            if amount is None:
+                chosen, begun = np.arange(begun, begun + wanted, dtype=np.int32), begun + wanted
+            else:
+                chosen = still.pop(amount, wanted)
+            taken = min(last - done, each * len(chosen))
+            assigned[done : done + taken] = np.repeat(chosen, each)[:taken]
+            done, full = done + taken, taken // each
+            still.push(has - each * size, chosen[:full])
+            still.push(has - (taken - full * each) * size, chosen[full:])
+    return order, assigned
+
+
+class _OpenPairs:
+    """Rows of pairs that have room left, by how much on each side: a stack for each amount."""
+
+    def __init__(self, room: int, target_room: int) -> None:
+        self.whole = np.array([room, target_room], np.int64)
+        self._shares = self.whole[::-1].copy()
+        self._stacks: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._amounts = np.empty((0, 2), np.int64)
+
+    def closest(self, size: np.ndarray) -> tuple[int, int] | None:
+        """The least room that there is for a pair; None: a fresh row must be begun."""
+        left = np.where((self._amounts >= size).all(1), self._amounts @ self._shares, np.iinfo(np.int64).max)
+        place = int(left.argmin()) if len(left) else 0
+        if not len(left) or left[place] == np.iinfo(np.int64).max:
+            return None
+        source, target = self._amounts[place].tolist()
+        return source, target
+
+    def push(self, left: np.ndarray, rows: np.ndarray) -> None:
+        """Rows that have so much room left; the last one will be taken first."""
+        if len(rows) == 0 or not left.all():
+            return
+        source, target = left.tolist()
+        if (source, target) not in self._stacks:
+            self._amounts = np.concatenate([self._amounts, left[None]])
+        self._stacks.setdefault((source, target), []).append(rows)
+
+    def pop(self, left: tuple[int, int], most: int) -> np.ndarray:
+        """Up to ``most`` of the rows that came last together, the last one first."""
+        stack = self._stacks[left]
+        top = stack.pop()
+        if len(top) > most:
+            stack.append(top[: len(top) - most])
+        if not stack:
+            del self._stacks[left]
+            self._amounts = self._amounts[(self._amounts != left).any(1)]
+        return top[::-1][:most]

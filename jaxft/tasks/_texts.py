@@ -23,10 +23,14 @@ def logits_by_text(output: Output) -> Array:
     return logits.reshape(-1, logits.shape[-1])
 
 
-def at_tokens(values: Array, batch: Batch) -> Array:
-    """What is said of each text, at its tokens: [B, 1] for [B] of rows of one text; for [B, E] of packed rows [B, S], 0 at padding."""
+def at_tokens(values: Array, batch: Batch, side: str = "segments") -> Array:
+    """What is said of each text, at its tokens: [B, 1] for [B] of rows of one text; for [B, E] of packed rows [B, S], 0 at padding.
+
+    Args:
+      side: the segments that say which tokens are of which text.
+    """
     if values.ndim == 1:
         return values[:, None]
-    segments = batch["segments"]
+    segments = batch[side]
     spread = jnp.take_along_axis(values, jnp.maximum(segments - 1, 0), axis=1)
     return jnp.where(segments > 0, spread, 0)

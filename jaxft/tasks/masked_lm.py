@@ -238,7 +238,7 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
       UserError: the tokenizer has no mask token.
     """
     del targets, facts
-    return Task(*masking_of(options, tokenizer))
+    return Task(*masking_of(options, tokenizer, "masked_lm"))
 
 
 class MaskingValues(NamedTuple):
@@ -254,8 +254,11 @@ class MaskingValues(NamedTuple):
     linear: bool
 
 
-def masking_of(options: Masking, tokenizer: TextProcessor) -> MaskingValues:
+def masking_of(options: Masking, tokenizer: TextProcessor, task: str) -> MaskingValues:
     """What options and a tokenizer say of a task that hides tokens.
+
+    Args:
+      task: its name, for messages.
 
     Raises:
       UserError: the tokenizer has no mask token, or its vocabulary does not say where words begin.
@@ -263,7 +266,7 @@ def masking_of(options: Masking, tokenizer: TextProcessor) -> MaskingValues:
     special = tokenizer.special
     if special.mask is None:
         raise UserError(
-            f"{tokenizer.folder}: the tokenizer has no mask token, which {options.name} needs; set data.tokenizer"
+            f"{tokenizer.folder}: the tokenizer has no mask token, which {task} needs; set data.tokenizer"
         )
     words = b"" if options.mask_units == "tokens" else continuing_ids(tokenizer)
     span = options.span_words if options.mask_units == "spans" else 1.0

@@ -31,6 +31,7 @@ from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Model
 from jaxft.models.decoding import write
 from jaxft.tasks._numbers import rounded
+from jaxft.tasks._texts import at_tokens
 from jaxft.tasks._tokens import TokenTask, study, token_cross_entropy
 from jaxft.tasks._written import check_scores, metrics_of, row_scores, text_scores
 from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sample, Sampler, Sums, Targets
@@ -51,7 +52,7 @@ __all__ = [
     "study",
 ]
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
-PACKING = False
+PACKING = True
 ROW_OPTIONS = ("target", "prefix", "max_target_length")
 PROBLEM: str | None = None
 
@@ -77,12 +78,18 @@ class Task(TokenTask):
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """Adds what the decoder reads, targets one place to the right: ``decoder_tokens`` and ``decoder_mask`` [B, T], ``targets`` and
-        ``target_weights`` [B, T], 0 on padding."""
+        ``target_weights`` [B, T], 0 on padding. Of packed rows each target begins anew, and sees its own source:
+        ``decoder_positions`` and ``decoder_segments`` [B, T]."""
         del key
         targets, there = batch["target"], batch["target_mask"]
         shifted = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=self.start)
-        weights = there * batch["weights"][:, None]
-        return batch | {"decoder_tokens": shifted, "decoder_mask": there, "targets": targets, "target_weights": weights}
+        places = {}
+        if "target_segments" in batch:
+            places = {f"decoder_{name}": batch[f"target_{name}"] for name in ("positions", "segments")}
+            shifted = jnp.where(places["decoder_positions"] == 0, self.start, shifted)
+        weights = there * at_tokens(batch["weights"], batch, "target_segments")
+        made = {"decoder_tokens": shifted, "decoder_mask": there, "targets": targets, "target_weights": weights}
+        return batch | made | places
 
     def sums(self, forward: Forward, batch: Batch, key: Array | None) -> Sums:
         """The same as of every loss of tokens; with ``smoothing``, what is learnt has ``penalty`` more than the loss that is told."""

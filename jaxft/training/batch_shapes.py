@@ -16,12 +16,12 @@ from jaxft.errors import UserError
 from jaxft.hub.source import Note
 from jaxft.models.contract import Facts
 from jaxft.parallel.sharding import AxisRules, ways
-from jaxft.training.packing import counts_texts, examples_in, holds_texts, row_length, rows_of_batch
+from jaxft.training.packing import counts_texts, examples_in, holds_texts, packs, row_length, rows_of_batch
 
 
-def buckets_of(config: RunConfig) -> tuple[int, ...]:
-    """The padded lengths that a run's batches can have."""
-    if config.data.packing in ("best_fit", "concatenated"):
+def buckets_of(config: RunConfig, *, scored: bool = False) -> tuple[int, ...]:
+    """The padded lengths that a run's batches can have, those of training or of evaluation."""
+    if packs(config, tasks.task(config.task.name))[scored]:
         return (row_length(config),)
     return make_buckets(config.data.buckets, row_length(config))
 

@@ -12,9 +12,9 @@ from jaxft.config import RunConfig
 from jaxft.data.batch import Fields, Shape
 from jaxft.data.examples import Examples, Split
 from jaxft.data.loader import Batches, make_buckets
-from jaxft.data.packing import TEXTS, Packed, pack, packed_fields
+from jaxft.data.packing import TARGET, TEXTS, Packed, pack, packed_fields, sides_of
 from jaxft.errors import UserError
-from jaxft.models.contract import Facts
+from jaxft.models.contract import Facts, Head
 
 Note = Callable[[str], None]
 _LOOKED_AT = 200
@@ -36,6 +36,26 @@ def counts_texts(fields: Fields) -> bool:
 def row_length(config: RunConfig) -> int:
     """Tokens of the longest row that a run can have: ``data.max_length`` for each text that its task puts into one."""
     return config.data.max_length * tasks.texts_of_row(config.task)
+
+
+def target_room(split: Split, config: RunConfig) -> int | None:
+    """Tokens that a row has for what is to be written; None: its texts are no pairs."""
+    return tasks.sizes_of(config.task)[TARGET] if TARGET in sides_of(split.fields) else None
+
+
+def packs(config: RunConfig, module: tasks.TaskModule) -> tuple[bool, bool]:
+    """Whether several texts share a row in training, and in evaluation: where that lets a model write, each row is one text's."""
+    packing = config.data.packing in ("best_fit", "concatenated")
+    return packing, packing and not hasattr(module.Task, "written")
+
+
+def tells_texts_apart(facts: Facts, fields: Fields, head: Head) -> bool:
+    """Whether a model can learn from packed rows: not if its head answers once a row, where each text has labels of its own.
+
+    Args:
+      fields: of batches of packed rows.
+    """
+    return "starts" not in fields or "starts" in facts.inputs or head.classes != "rows"
 
 
 def rows_of_batch(split: Examples, size: int) -> int:
@@ -83,14 +103,28 @@ def refuse_unknown_rows(config: RunConfig, fields: Fields) -> None:
 
 def packed(split: Split, config: RunConfig, note: Note) -> Packed:
     """The texts of a split in rows of :func:`row_length` tokens; says how full they are."""
-    length = row_length(config)
-    made = pack(split, length)
+    length, more = row_length(config), target_room(split, config)
+    made = pack(split, length, more)
     tokens = made.sizes("length").sum()
+    said = "" if more is None else f" and {made.sizes(TARGET).sum() / (len(made) * more):.1%} of {more} of targets"
+    what = "texts" if more is None else "pairs"
     note(
-        f"{split.name}: packed {len(split)} texts into {len(made)} rows of {length} tokens, "
-        f"{tokens / (len(made) * length):.1%} full"
+        f"{split.name}: packed {len(split)} {what} into {len(made)} rows of {length} tokens, "
+        f"{tokens / (len(made) * length):.1%} full{said}"
     )
     return made
+
+
+def _full(made: Packed, config: RunConfig) -> float:
+    """The share of packed rows that is no padding, on both sides of pairs."""
+    more = target_room(made.source, config)
+    tokens = made.sizes("length").sum() + (0 if more is None else made.sizes(TARGET).sum())
+    return float(tokens / (len(made) * (row_length(config) + (more or 0))))
+
+
+def _places(shape: Shape) -> int:
+    """Tokens of a batch of a shape, on both sides of pairs."""
+    return shape.tokens + shape.rows * dict(shape.sizes).get(TARGET, 0)
 
 
 def _in_buckets(split: Split, config: RunConfig) -> tuple[list[Shape], int]:
@@ -98,7 +132,8 @@ def _in_buckets(split: Split, config: RunConfig) -> tuple[list[Shape], int]:
     buckets = make_buckets(config.data.buckets, row_length(config))
     batches = Batches(split, config.train.batch_size, buckets, config.train.seed)
     shapes = [batches.shape_of(step) for step in range(min(_LOOKED_AT, batches.steps_per_epoch))]
-    tokens = sum(int(split.sizes("length")[batches.rows_of(step)].sum()) for step in range(len(shapes)))
+    sizes = np.sum([split.sizes(axis) for axis in sides_of(split.fields)], axis=0)
+    tokens = sum(int(sizes[batches.rows_of(step)].sum()) for step in range(len(shapes)))
     return shapes, tokens
 
 
@@ -110,9 +145,10 @@ def padding_text(split: Split, config: RunConfig) -> str:
     """
     length = row_length(config)
     shapes, tokens = _in_buckets(split, config)
-    made = pack(split, length)
-    share = made.sizes("length").sum() / (len(made) * length)
-    return f"padding: {1 - tokens / sum(shape.tokens for shape in shapes):.1%} in buckets, {1 - share:.1%} in packed rows of {length}"
+    share = _full(pack(split, length, target_room(split, config)), config)
+    return (
+        f"padding: {1 - tokens / sum(map(_places, shapes)):.1%} in buckets, {1 - share:.1%} in packed rows of {length}"
+    )
 
 
 def choose_packing(
@@ -130,20 +166,19 @@ def choose_packing(
     """
     length = row_length(config)
     shapes, tokens = _in_buckets(split, config)
-    padded = sum(shape.tokens for shape in shapes)
+    padded = sum(map(_places, shapes))
     in_buckets = f"{1 - tokens / padded:.1%} of the tokens in buckets are padding"
     if not able:
         note(
             f"data.packing=auto: none, for texts of the task {config.task.name} cannot share a row with this model; {in_buckets}"
         )
         return "none"
-    made = pack(split, length)
-    share = made.sizes("length").sum() / (len(made) * length)
+    share = _full(pack(split, length, target_room(split, config)), config)
 
     def cost(tokens: float, long: int) -> float:
         return tokens * (1 + (0 if facts is None else long / (6 * facts.stacks[0].width)))
 
-    bucketed = sum(cost(shape.tokens, dict(shape.sizes)["length"]) for shape in shapes)
+    bucketed = sum(cost(_places(shape), dict(shape.sizes)["length"]) for shape in shapes)
     chosen: Literal["none", "best_fit"] = "best_fit" if cost(tokens / share, length) <= _WORTH * bucketed else "none"
     note(f"data.packing=auto: {chosen}; {in_buckets}, {1 - share:.1%} in packed rows of {length}")
     return chosen

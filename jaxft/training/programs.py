@@ -136,7 +136,7 @@ def compile_programs(setup: Setup, note: Note, start: int = 0) -> Programs:
     def compiled(name: Name) -> Compiled:
         kind, shape = name
         with jax.set_mesh(setup.mesh), choices() as seen:  # both are per thread
-            program, arguments = evaluate, (state.best_params, setup.batch(shape))
+            program, arguments = evaluate, (state.best_params, setup.batch(shape, scored=True))
             if kind == "train":
                 program, arguments = train, setup.arguments(shape)
             return Compiled(program.lower(*arguments).compile(), list(seen.values()))

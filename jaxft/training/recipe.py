@@ -46,6 +46,7 @@ from jaxft.training.optim import frozen_mask, make_optimizer, make_schedule
 from jaxft.training.optim.freezing import Frozen
 from jaxft.training.optim.schedules import Schedule
 from jaxft.training.optim.tunable import Tunable, shapes_of, table_schedule, tunable_of
+from jaxft.training.packing import packs, tells_texts_apart
 from jaxft.training.state import TrainState, init_state, state_shardings
 from jaxft.training.step import Batch, Gradient, Step, Sums, make_train_step
 from jaxft.trees import Axes, Params, Shapes, Shardings, Tree, paths_of
@@ -64,7 +65,9 @@ class Recipe:
     task: Task
     targets: Targets
     fields: Fields
-    """Fields of a batch."""
+    """Fields of a training batch."""
+    scored_fields: Fields
+    """Fields of a batch of held-out rows, which may not be packed."""
     shapes: Shapes
     """Shaped parameter tree."""
     axes: Axes
@@ -92,9 +95,10 @@ class Recipe:
         config = self.config
         return init_state(params, self.optimizer, config.optim.ema is not None, config.train.spike_skip is not None)
 
-    def batch(self, shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch, as shapes with shardings."""
-        return shaped(self.fields, shape, self.mesh, self.model.compute.rules)
+    def batch(self, shape: Shape, *, scored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+        """A training batch, or one of held-out rows, as shapes with shardings."""
+        fields = self.scored_fields if scored else self.fields
+        return shaped(fields, shape, self.mesh, self.model.compute.rules)
 
     def shape(self, rows: int, length: int) -> Shape:
         """The shape of a batch of so many rows of so many tokens."""
@@ -250,10 +254,16 @@ def make_recipe(
     values = tunable_of(config.optim, total_steps, total_steps) if tunable else None
     optimizer = _optimizer(config, freeze, schedule, shapes, axes, values)
     shardings = shardings_of(mesh, rules, shapes, axes)
-    fields = module.fields(config, processor.pad_id)
-    if config.data.packing in ("best_fit", "concatenated"):
+    fields = scored_fields = module.fields(config, processor.pad_id)
+    training, scoring = packs(config, module)
+    if training:
         fields = packed_fields(fields)
-        _check_tells_texts_apart(config, base, fields, family_name)
+        scored_fields = fields if scoring else scored_fields
+        if not tells_texts_apart(base.facts, fields, models.family(family_name).HEADS[base.head]):
+            raise UserError(
+                f"data.packing={config.data.packing}: models of the family {family_name} give one answer a row, not one for each of its "
+                "texts; use none"
+            )
     redrawn = _redrawn(config, base, task, shapes, frozen := frozen_mask(shapes, axes, freeze))
     return Recipe(
         config=config,
@@ -263,6 +273,7 @@ def make_recipe(
         task=task,
         targets=targets,
         fields=fields,
+        scored_fields=scored_fields,
         shapes=shapes,
         axes=axes,
         shardings=shardings,
@@ -319,16 +330,6 @@ def _optimizer(
     return make_optimizer(dataclasses.replace(config.optim, freeze=freeze), schedule, shapes, axes, tunable)
 
 
-def _check_tells_texts_apart(config: RunConfig, model: Model, fields: Fields, family: str) -> None:
-    """Raises UserError if a model answers once a row, where each text of a row has labels of its own."""
-    inputs, head = model.facts.inputs, models.family(family).HEADS[model.head]
-    if "starts" in fields and "starts" not in inputs and head.classes == "rows":
-        raise UserError(
-            f"data.packing={config.data.packing}: models of the family {family} give one answer a row, not one for each of its texts; "
-            "use none"
-        )
-
-
 def _state(
     config: RunConfig, mesh: Mesh, optimizer: optax.GradientTransformation, shapes: Shapes, shardings: Shardings
 ) -> TrainState[jax.ShapeDtypeStruct]:
@@ -365,6 +366,11 @@ def make_compute(
         device=device,
         rules=rules,
     )
+
+
+def family_of(config: RunConfig, source: Source | None) -> Family:
+    """The family of a run's model."""
+    return _family_and_config(config, source)[0]
 
 
 def _family_and_config(config: RunConfig, source: Source | None) -> tuple[Family, FamilyConfig]:

@@ -38,7 +38,7 @@ def evaluated(setup: Setup, programs: Programs, params: Params, *, test: bool = 
     def parts() -> Iterator[tuple[Sums, Batch]]:
         ahead = setup.config.data.read_ahead
         for step, batch in enumerate(stream(batches, 0, batches.steps_per_epoch, ahead)):
-            placed = to_global(batch, setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
+            placed = to_global(batch, setup.scored_fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             yield programs.evaluate[batches.shape_of(step)](params, placed)
 
     sums, outputs = tasks.collected(parts())

@@ -21,6 +21,7 @@ from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
 from jaxft.data.lengths import advice
 from jaxft.data.loader import Batches, local_rows
+from jaxft.data.packing import packed_fields
 from jaxft.data.processors.contract import Processor
 from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
 from jaxft.data.rendering import Rendering, has_lengths
@@ -40,12 +41,13 @@ from jaxft.training.corpora import Streams, open_streams
 from jaxft.training.optim import make_schedule
 from jaxft.training.packing import (
     choose_packing,
-    counts_texts,
     packed,
+    packs,
     rows_of_batch,
+    tells_texts_apart,
 )
 from jaxft.training.processors import processor_of, stand_in_processor
-from jaxft.training.recipe import Recipe, assumed_targets, make_recipe, open_start, planned_targets
+from jaxft.training.recipe import Recipe, assumed_targets, family_of, make_recipe, open_start, planned_targets
 from jaxft.training.rows import Rows, open_rows
 from jaxft.training.rows_said import report_data
 from jaxft.training.samples import open_sampler
@@ -87,6 +89,9 @@ class Setup(Recipe):
     train: Examples
     held_out: Examples
     buckets: tuple[int, ...]
+    """Padded lengths of training batches."""
+    scored_buckets: tuple[int, ...]
+    """Padded lengths of batches of held-out rows."""
     total_steps: int
     eval_every: int
     scored: tuple[Row, ...] = ()
@@ -112,10 +117,11 @@ class Setup(Recipe):
 
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
+        buckets = self.scored_buckets if seed is None else self.buckets
         if isinstance(split, Stream):
             course = None if seed is None else course_of(self.config)
-            return StreamBatches(split, rows, self.buckets, seed, part, course=course)
-        return Batches(split, rows, self.buckets, seed, part, rendering=self.rendering)
+            return StreamBatches(split, rows, buckets, seed, part, course=course)
+        return Batches(split, rows, buckets, seed, part, rendering=self.rendering)
 
     def epochs_before(self, step: int) -> float:
         """How often training rows have been read before a step."""
@@ -220,6 +226,7 @@ def prepare(
         train=train,
         held_out=held[0],
         buckets=buckets_of(config),
+        scored_buckets=buckets_of(config, scored=True),
         total_steps=total,
         eval_every=config.eval.every or steps_per_epoch(config, train),
         scored=found.eval.rows if found else (),
@@ -237,7 +244,8 @@ def _packing_settled(
         return config
     facts, _ = planned_targets(config, source)
     # A family that gives one answer a row cannot learn those of several texts.
-    apart = "starts" in facts.inputs or not counts_texts(module.fields(config, 0))
+    head = family_of(config, source).HEADS.get(module.Task.head)
+    apart = head is None or tells_texts_apart(facts, packed_fields(module.fields(config, 0)), head)
     chosen = choose_packing(train, config, facts, module.PACKING and apart, note)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=chosen))
 
@@ -246,7 +254,10 @@ def _rows_of(config: RunConfig, streams: Streams | None, texts: Sequence[Split],
     """The training rows and those that are scored, of one text each or packed."""
     if streams is not None:
         return (streams.train, *streams.held_out)
-    return texts if config.data.packing == "none" else [packed(part, config, note) for part in texts]
+    training, scoring = packs(config, tasks.task(config.task.name))
+    if training and not scoring:
+        note("held-out rows are not packed: evaluation lets the model write, a text for each row")
+    return [packed(part, config, note) if (scoring if n else training) else part for n, part in enumerate(texts)]
 
 
 def check_config(config: RunConfig) -> None:

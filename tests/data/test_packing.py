@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data.batch import text_fields
+from jaxft.data.batch import Field, text_fields
 from jaxft.data.examples import Split, offsets_of, stable_order
-from jaxft.data.packing import pack
+from jaxft.data.packing import best_fit_of_pairs, pack
 
 
 def split_of(lengths: list[int]) -> Split:
@@ -84,3 +84,54 @@ def test_the_hash_tells_how_texts_are_put_together() -> None:
 def test_a_stable_order(values: list[int]) -> None:
     array = np.array(values, np.int64)
     assert np.array_equal(stable_order(array), np.argsort(array, kind="stable"))
+
+
+def fit_of_pairs(pairs: list[tuple[int, int]], rooms: tuple[int, int]) -> list[tuple[int, int]]:
+    """The rule, pair by pair, to what each row holds on both sides: those that fill a side most first, to the row of those with room for
+    both that is left the least. Of several, they are of one kind."""
+    rows: list[list[int]] = []
+
+    def left(row: list[int]) -> int:
+        return (rooms[0] - row[0]) * rooms[1] + (rooms[1] - row[1]) * rooms[0]
+
+    order = sorted(pairs, key=lambda pair: (-max(pair[0] * rooms[1], pair[1] * rooms[0]), *pair))
+    for source, target in order:
+        able = [row for row in rows if row[0] + source <= rooms[0] and row[1] + target <= rooms[1]]
+        if not able:
+            rows.append([0, 0])
+        row = min(able, key=left, default=rows[-1])
+        row[0], row[1] = row[0] + source, row[1] + target
+    return sorted((source, target) for source, target in rows)
+
+
+@settings(max_examples=80)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 7)), min_size=1, max_size=60))
+def test_pairs_go_where_they_fit_on_both_sides(pairs: list[tuple[int, int]]) -> None:
+    lengths, targets = np.array(pairs).T
+    texts, rows = best_fit_of_pairs(lengths, targets, 12, 7)
+    assert sorted(texts.tolist()) == list(range(len(pairs)))
+    found = np.stack([np.bincount(rows, sizes[texts]) for sizes in (lengths, targets)], 1).astype(int)
+    assert (found <= [12, 7]).all()
+    # As many rows as pair by pair, but for ties: which of two rows with as much room in sum comes first is not the rule's.
+    assert abs(len(found) - len(fit_of_pairs(pairs, (12, 7)))) <= 1
+    assert (found >= 1).all()
+
+
+def test_places_of_pairs_are_told_on_both_sides() -> None:
+    fields = {**text_fields(0), "target": Field(("batch", "target")), "row": Field(("batch",))}
+    columns = {"tokens": np.arange(10, 15), "target": np.arange(20, 27), "row": np.array([7, 8, 9])}
+    offsets = {"length": offsets_of(np.array([2, 1, 2])), "target": offsets_of(np.array([1, 3, 3]))}
+    packed = pack(Split("train", fields, columns, offsets), 4, 6)
+    assert [packed.texts[a:b].tolist() for a, b in zip(packed.first, packed.first[1:], strict=False)] == [[1, 0], [2]]
+    row = {name: value.tolist() for name, value in packed[0].items()}
+    assert row == {
+        "tokens": [12, 10, 11],
+        "segments": [1, 2, 2],
+        "positions": [0, 0, 1],
+        "target": [21, 22, 23, 20],
+        "target_segments": [1, 1, 1, 2],
+        "target_positions": [0, 1, 2, 0],
+        "starts": [0, 1],
+        "row": [8, 7],
+    }
+    assert packed.sizes("target").tolist() == [4, 3]

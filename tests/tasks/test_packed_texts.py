@@ -26,7 +26,16 @@ from jaxft.layers import Compute
 from jaxft.models.contract import with_classes
 from jaxft.models.initial import init_params, shapes_and_axes
 from jaxft.parallel.sharding import DEFAULT_RULES, batch_sharding, make_mesh, shardings_of
-from jaxft.tasks import classification, collected, embedding, multiple_choice, preference, regression, reranking
+from jaxft.tasks import (
+    classification,
+    collected,
+    embedding,
+    multiple_choice,
+    preference,
+    regression,
+    reranking,
+    seq2seq,
+)
 from jaxft.training.gradients import of_batch
 from jaxft.training.packing import examples_in, rows_of_batch
 from jaxft.training.step import make_eval_step
@@ -41,12 +50,14 @@ LABELS = {
     "embedding": (),
     "multiple_choice": (),
     "preference": (),
+    "seq2seq": (),
 }
 LEARNT: dict[str, Any] = {
     "regression": regression.Task,
     "reranking": reranking.Task,
     "multiple_choice": multiple_choice.Task,
     "preference": preference.Task,
+    "seq2seq": lambda: seq2seq.Task(start=3, smoothing=0.1),
     "embedding": lambda: embedding.Task(EmbeddingConfig(pooling="mean", directions="both")),
 }
 HOW: dict[str, dict[str, Any]] = {
@@ -60,14 +71,17 @@ QUICK = {
     ("bert", "token_classification", "2x2x2 in two parts"),
     ("bert", "embedding", "2x2x2 in two parts"),
     ("bert", "multiple_choice", "one device"),
+    ("t5", "seq2seq", "2x2x2 in two parts"),
 }
 CASES = [
     pytest.param(family, task, how, marks=[] if (family, task, how) in QUICK else [pytest.mark.slow])
     for family in (*models.families(), *KINDS)
     for task in LABELS
     if tasks.task(task).Task.head in models.family(family).HEADS
-    and "starts" in models.family(family).facts(models.family(family).TINY).inputs
+    and (task == "seq2seq" or "starts" in models.family(family).facts(models.family(family).TINY).inputs)
     for how in HOW
+    # No backend splits queries of other tokens than the keys over rows yet.
+    if task != "seq2seq" or how != "context2"
 ]
 
 
@@ -78,6 +92,9 @@ def texts_of(task: str) -> Split:
     def example(number: int) -> dict[str, np.ndarray]:
         length = int(rng.integers(1, 13))
         found = {"tokens": rng.integers(5, 96, length).astype(np.int32), "types": np.zeros(length, np.int32)}
+        if task == "seq2seq":  # some targets are longer than their sources
+            target = rng.integers(5, 96, int(rng.integers(1, 9))).astype(np.int32)
+            return found | {"target": target, "row": np.array(number, np.int32)}
         if task == "classification":
             return found | {"labels": np.array(rng.integers(3), np.int32)}
         if task == "multi_label":
@@ -122,8 +139,9 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     module = models.family(family)
     fields = dataclasses.fields(module.Config)
     off = {field.name: 0.0 for field in fields if "dropout" in field.name and field.default is not None}
-    config = with_classes(dataclasses.replace(tiny_config(family), num_hidden_layers=2, **off), 3)
-    model: Any = module.Model(config, tasks.task(task).Task.head, Compute(layers="scanned"))
+    config, head = dataclasses.replace(tiny_config(family), num_hidden_layers=2, **off), tasks.task(task).Task.head
+    config = with_classes(config, 3) if module.HEADS[head].classes else config
+    model: Any = module.Model(config, head, Compute(layers="scanned"))
     rng = np.random.default_rng(1)  # away from fresh parameters, whose answers are all alike
     params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), init_params(model, 0))
     learnt = LEARNT[task]() if task in LEARNT else tasks.task(task).Task(LABELS[task])
@@ -132,7 +150,7 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     if hasattr(learnt, "focal_gamma"):
         learnt = dataclasses.replace(learnt, focal_gamma=1.5)
     apart = texts_of(task)
-    packed = pack(apart, ROOM)
+    packed = pack(apart, ROOM, 16 if task == "seq2seq" else None)
     assert len(packed) <= 16 < len(apart)
     alone = batch_of(apart, TEXTS)
     expected = answered(model, learnt, params, alone, jax.jit(of_batch(model, learnt)))
@@ -151,7 +169,7 @@ def test_texts_that_share_a_row_are_learnt_and_scored_as_apart(family: str, task
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert without_floats(found[2]) == without_floats(expected[2])
+    assert found[2] == nearly(expected[2])
 
 
 def answered(model: Any, task: Any, params: Any, batch: Any, gradient: Any) -> tuple[list[Any], Any, Any]:
@@ -163,9 +181,11 @@ def answered(model: Any, task: Any, params: Any, batch: Any, gradient: Any) -> t
     return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)], sums, task.score(sums, outputs)
 
 
-def without_floats(score: Any) -> Any:
-    """Counts and rounded numbers: float32 sums come in another order."""
-    return jax.tree.map(lambda x: round(x, 4) if isinstance(x, float) else x, score)
+def nearly(score: Any) -> Any:
+    """Counts, and numbers as near as float32 sums in another order come."""
+    return jax.tree.map(
+        lambda x: pytest.approx(x, rel=1e-5, abs=1e-4, nan_ok=True) if isinstance(x, float) else x, score
+    )
 
 
 def test_a_row_that_is_not_full_has_texts_of_weight_zero() -> None:

@@ -193,3 +193,27 @@ def test_train_evaluate_export_and_write(folder: Path, tmp_path: Path, capsys: p
             made = model.generate(tokenizer(row["prompt"], return_tensors="pt").input_ids)
         assert tokenizer.decode(made[0], skip_special_tokens=True) == row["text"]
     assert "jaxft generate writes its texts" in refusal(capsys, "predict", export, folder / "eval.jsonl")
+
+
+def test_pairs_share_rows_in_training_and_are_written_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = (
+        "mesh.",
+        "data.buckets",
+        "train.steps",
+        "eval.every",
+        "train.batch_size",
+        "log.samples",
+        "task.generation.num",
+    )
+    given = [one for one in settings(folder, tmp_path / "run") if not one.startswith(left)]
+    given += ["train.steps=3", "eval.every=3", "train.batch_size=76", "train.accumulation=2", "data.packing=auto"]
+    given += ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.export=false", "optim.warmup_steps=0"]
+    code, out, err = run(capsys, "train", *given)
+    assert code == 0, err
+    assert "data.packing=auto: best_fit; " in out
+    assert "held-out rows are not packed: evaluation lets the model write, a text for each row" in out
+    assert "train: packed 256 pairs into " in out
+    assert "eval 16 texts in 16 rows" in out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"] == 16
