@@ -265,9 +265,7 @@ def masking_of(options: Masking, tokenizer: TextProcessor, task: str) -> Masking
     """
     special = tokenizer.special
     if special.mask is None:
-        raise UserError(
-            f"{tokenizer.folder}: the tokenizer has no mask token, which {task} needs; set data.tokenizer"
-        )
+        raise UserError(f"{tokenizer.folder}: the tokenizer has no mask token, which {task} needs; set data.tokenizer")
     words = b"" if options.mask_units == "tokens" else continuing_ids(tokenizer)
     span = options.span_words if options.mask_units == "spans" else 1.0
     linear = options.mask_rates_between == "linear"

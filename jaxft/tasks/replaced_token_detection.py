@@ -202,4 +202,6 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
       UserError: the tokenizer has no mask token.
     """
     del targets, facts
-    return Task(Hidden(*masked_lm.masking_of(options, tokenizer, "replaced_token_detection")), options.discriminator_weight)
+    return Task(
+        Hidden(*masked_lm.masking_of(options, tokenizer, "replaced_token_detection")), options.discriminator_weight
+    )

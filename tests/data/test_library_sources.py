@@ -8,13 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from jaxft.config import DataConfig
 from jaxft.data.encode import read_rows
+from jaxft.data.processors.image import decoded
+from jaxft.data.sources.media import BrokenFile
 from jaxft.data.sources.read import Row, iter_rows
+from jaxft.data.sources.rows import Binary
 from jaxft.errors import UserError
 
 
@@ -66,23 +71,31 @@ def test_parquet_messages(tmp_path: Path) -> None:
 # --- TensorFlow Datasets ---------------------------------------------------------------------------------------------
 
 _PREPARE = """
+import io
 import sys
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
+
+def picture(i):  # as a file: of arrays, TFDS makes files with TensorFlow alone
+    file = io.BytesIO()
+    Image.fromarray(np.full((3, 2, 3), 20 * i, np.uint8)).save(file, "PNG")
+    return io.BytesIO(file.getvalue()[:-30] if i == 9 else file.getvalue())  # the last one is cut off
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-            "text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["no", "yes"]), "n": np.int64}))
+            "text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["no", "yes"]), "n": np.int64,
+            "image": tfds.features.Image(shape=(None, None, 3))}))
 
     def _split_generators(self, downloads):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
         for i in range(10):
-            yield i, {"text": f"é {i}", "label": i % 3 - 1, "n": i}
+            yield i, {"text": f"é {i}", "label": i % 3 - 1, "n": i, "image": picture(i)}
 
 builder = Tiny(data_dir=sys.argv[1], file_format="array_record")
 builder.download_and_prepare()
@@ -105,6 +118,22 @@ def test_tfds_folder(tiny_tfds: Path) -> None:
     assert sorted(row.values for row in rows) == expected
     assert [type(value) for value in rows[0].values][::2] == [str, int]
     assert [row.where for row in rows] == [f"{reference} row {i}" for i in range(10)]
+
+
+def shade(value: Any) -> int:
+    """The value that all pixels of an image have."""
+    pixels = np.asarray(decoded(value, "RGB", "a row"))
+    assert pixels.shape == (3, 2, 3)
+    assert pixels.min() == pixels.max()
+    return int(pixels.max())
+
+
+def test_images_of_tfds(tiny_tfds: Path) -> None:
+    values = [row.values for row in iter_rows(f"tfds:{tiny_tfds}:train", ("n", Binary("image")))]
+    found = {number: value for number, value in values if number != 9}
+    assert [shade(found[i]) for i in range(9)] == [20 * i for i in range(9)]
+    with pytest.raises(BrokenFile):  # when it is looked at, so that data.broken_files decides
+        shade(next(value for number, value in values if number == 9))
 
 
 def test_tfds_slices_of_a_split(tiny_tfds: Path) -> None:
@@ -204,6 +233,14 @@ def test_hf(tmp_path: Path, datasets_library: Any) -> None:
     assert _values(f"hf:{tmp_path}/table", "label", "text", "n") == everything
     assert _values(f"hf:{tmp_path}/splits:train", "label", "text", "n") == everything
     assert list(iter_rows(f"hf:{tmp_path}/splits:test", ("text",))) == [Row(("a",), f"hf:{tmp_path}/splits:test row 0")]
+
+
+def test_images_of_the_datasets_library(tmp_path: Path, datasets_library: Any) -> None:
+    features = datasets_library.Features({"image": datasets_library.Image()})
+    pictures = [Image.fromarray(np.full((3, 2, 3), 20 * i, np.uint8)) for i in range(4)]
+    datasets_library.Dataset.from_dict({"image": pictures}, features=features).save_to_disk(tmp_path / "table")
+    rows = iter_rows(f"hf:{tmp_path}/table", (Binary("image"),))
+    assert [shade(row.values[0]) for row in rows] == [0, 20, 40, 60]
 
 
 def test_hf_without_rows(tmp_path: Path, datasets_library: Any) -> None:

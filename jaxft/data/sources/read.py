@@ -262,8 +262,11 @@ def _iter_tfds(reference: str, columns: tuple[str, ...]) -> Iterator[Row]:
         raise UserError(f"{reference!r}: expected tfds:NAME:SPLIT, for instance tfds:imdb_reviews:train[:80%]")
     tfds = _imported("tensorflow_datasets", "tensorflow-datasets", reference)
     builder = _tfds_builder(tfds, match["name"], reference)
+    # Images stay files, which are decoded where they are wanted.
+    pictures = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    decoders = dict.fromkeys(pictures, tfds.decode.SkipDecoding()) or None
     try:
-        source: Any = builder.as_data_source(split=match["split"])
+        source: Any = builder.as_data_source(split=match["split"], decoders=decoders)
     except (ValueError, NotImplementedError) as error:
         # An unknown split or slice, or data prepared in TFDS's default format, which only TensorFlow can read.
         hint = "prepared data must be in the array_record format"
