@@ -19,7 +19,7 @@ from jaxft.data.encode import Column, chunks_of, label_column
 from jaxft.data.examples import Encoded
 from jaxft.data.labels import class_ids, renamed_labels
 from jaxft.data.processors.augment import Augmentation
-from jaxft.data.processors.image import ImageProcessor
+from jaxft.data.processors.image import ImageProcessor, size_of
 from jaxft.data.sources.media import file_of
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
@@ -27,15 +27,13 @@ from jaxft.models.contract import Facts
 from jaxft.tasks import classification
 from jaxft.tasks._classes import class_weights
 from jaxft.tasks._mixing import Mixed, mixed_images
-from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Sums, Targets
+from jaxft.tasks.contract import Array, Arrays, Batch, Direction, Forward, LongTexts, Note, Sums, Targets
 
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = False
 ROW_OPTIONS: tuple[str, ...] = ()
 PROBLEM: str | None = classification.PROBLEM
 PROCESSOR = "image"
-
-study = classification.study
 
 _TOP = 5
 _IMAGE = ("batch", "height", "width", "channels")
@@ -183,6 +181,33 @@ def rendering(config: RunConfig, processor: ImageProcessor) -> Rendering:
 def columns(config: RunConfig) -> tuple[Column, ...]:
     """An image and a label."""
     return Column(config.data.image, "image"), label_column(config.data)
+
+
+def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: Note) -> Targets:
+    """The labels of the training rows, and how often each occurs among them; says how large images are."""
+    sizes: list[tuple[int, int]] = []
+
+    def seen() -> Iterator[Row]:
+        for row in rows:
+            value = row.values[0]
+            assert isinstance(value, bytes | str)
+            size = size_of(file_of(value, row.where))
+            if size is not None:  # what cannot be read is refused, or left out, when it is decoded
+                sizes.append(size)
+            yield row
+
+    targets = classification.study(seen(), config, stored, note)
+    if sizes:
+        note(f"images: {_sizes_text(sizes)} (width x height)")
+    return targets
+
+
+def _sizes_text(sizes: Sequence[tuple[int, int]]) -> str:
+    """Of the smallest, the middle one and the largest, by pixels."""
+    ordered = [f"{width}x{height}" for height, width in sorted(sizes, key=lambda size: (size[0] * size[1], size))]
+    if ordered[0] == ordered[-1]:
+        return f"all of {ordered[0]} pixels"
+    return f"{ordered[0]} to {ordered[-1]} pixels, {ordered[len(ordered) // 2]} in the middle"
 
 
 def encode(

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from tiny import refusal, run
 
+from jaxft.config import RunConfig
+from jaxft.config.tasks.image_classification import Config
+from jaxft.data.sources.rows import Row
 from jaxft.models.contract import Output
 from jaxft.tasks._mixing import mixed_images
-from jaxft.tasks.image_classification import Task
+from jaxft.tasks.image_classification import Task, study
 
 NAMES = tuple("abcdefgh")
 
@@ -275,3 +278,19 @@ def test_broken_files_are_named_or_counted(trained: Path, capsys: pytest.Capture
     named = refusal(capsys, "train", *how, *where, f"train.out={tmp_path / 'b'}")
     assert "rows.jsonl:1: the file" in named
     assert "no.png does not exist" in named
+
+
+def test_sizes_of_images_are_said(tmp_path: Path) -> None:
+    config = RunConfig(task=Config(name="image_classification"))
+    rng = np.random.default_rng(0)
+    pictures = [images.picture(rng, (9, 9, 9), height, width) for height, width in ((9, 12), (20, 30), (16, 10))]
+    values = [images.file_of(one) for one in pictures]
+
+    def said(values: list[bytes]) -> str:
+        notes: list[str] = []
+        rows = [Row((value, "ab"[i % 2]), f"row {i}") for i, value in enumerate(values)]
+        assert study(rows, config, None, notes.append).labels == ("a", "b")
+        return notes[-1]
+
+    assert said([*values, b"no image"]) == "images: 12x9 to 30x20 pixels, 10x16 in the middle (width x height)"
+    assert said([values[1]] * 2) == "images: all of 30x20 pixels (width x height)"

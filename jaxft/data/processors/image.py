@@ -251,6 +251,20 @@ def decoded(value: bytes | str, mode: str, where: str) -> Image.Image:
         raise BrokenFile(f"{name}: a broken image: {error}") from error
 
 
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that the beginning of a file states, before the image is turned as its EXIF data say; None: of no image."""
+    from PIL import Image
+
+    try:
+        if data.startswith(ARRAY):
+            height, width = np.load(io.BytesIO(data), allow_pickle=False).shape[:2]
+            return height, width
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """An image of (height, width) pixels."""
     from PIL import Image
