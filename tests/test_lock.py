@@ -54,7 +54,7 @@ def test_a_folder_has_one_holder_who_is_named(tmp_path: Path) -> None:
             UserError, match=rf"another run is at work here: process {child.pid} on \S+, since 20"
         ) as told:
             lock.held(tmp_path, said.append).__enter__()
-        assert "give another train.out" in str(told.value)
+        assert "give another folder" in str(told.value)
         assert "remove" not in str(told.value)  # of this machine's, the kernel knows
     assert said == []
 

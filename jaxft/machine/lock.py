@@ -60,7 +60,7 @@ def held(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, before = _take(path, note)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another train.out") from error
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from error
     if before is not None:
         note(f"{path}: its holder ({before}) ended without a word; this run goes on in its place")
     ended = threading.Event()
@@ -140,7 +140,7 @@ def _refuse_if_alive(path: Path, before: Holder, locked: bool, note: Callable[[s
 def _refused(path: Path, holder: Holder | None) -> UserError:
     who = "a process that has not said who it is" if holder is None else str(holder)
     text = f"{path.parent}: another run is at work here: {who}"
-    ways = "wait for it, end it, or give another train.out"
+    ways = "wait for it, end it, or give another folder"
     if holder is not None and holder.host != socket.gethostname():
         with suppress(OSError):
             text += f", last sign of life {max(0.0, _age(path)):.0f} s ago"
