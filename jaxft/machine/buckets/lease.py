@@ -131,7 +131,7 @@ def _refuse_if_alive(store: Store, before: bytes, note: Callable[[str], None]) -
         time.sleep(min(BEAT_SECONDS / 2, max(0.0, until - time.monotonic())))
         if store.read(NAME) not in (before, None):
             raise UserError(
-                f"{store.address}: another run is at work here: {_holder(before)}; wait for it, end it, or give another train.out"
+                f"{store.address}: another run is at work here: {_holder(before)}; wait for it, end it, or give another folder"
             )
 
 
