@@ -44,6 +44,7 @@ MADE = {
     "regression": lambda module: module.Task(),
     "replaced_token_detection": lambda module: module.Task(module.Hidden(4, (0, 2, 3, 4), 96, 0.3)),
     "reranking": lambda module: module.Task(at=2),
+    "sentence_pairs": lambda module: module.Task(mask_id=4, special_ids=(0, 2, 3, 4), vocab_size=96),
     "span_corruption": lambda module: module.Task(0.3, 2.0, (90, 91, 92, 93), (0, 1), 0, 1),
     "denoising": lambda module: module.Task(0.3, 2.0, 4, (0, 1), 2),
     "seq2seq": lambda module: module.Task(smoothing=0.1),
@@ -84,6 +85,7 @@ ONCE = {
     ("llama", "preference"),
     ("vit", "image_classification"),
     ("electra", "replaced_token_detection"),
+    ("bert", "sentence_pairs"),
 }
 """What is tried on one layout in each run of the tests."""
 

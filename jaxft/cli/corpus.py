@@ -14,7 +14,7 @@ from jaxft.errors import UserError
 from jaxft.machine.platform import set_up_jax
 
 if TYPE_CHECKING:
-    from jaxft.data.corpus.batches import Stream
+    from jaxft.data.corpus.batches import StreamOf
     from jaxft.data.corpus.plan import Plan
     from jaxft.data.processors.tokenizer import Tokenizer
 
@@ -150,7 +150,7 @@ def _show(folder: Path, rows: int, held_out: str | None) -> int:
     return 0
 
 
-def show_rows(stream: Stream, tokenizer: Tokenizer, count: int, seed: int) -> int:
+def show_rows(stream: StreamOf, tokenizer: Tokenizer, count: int, seed: int) -> int:
     """Prints the first rows of a run on corpora, token by token."""
     import shutil
 
@@ -162,7 +162,8 @@ def show_rows(stream: Stream, tokenizer: Tokenizer, count: int, seed: int) -> in
     for number in range(min(count, len(stream))):
         row = stream.batch(np.array([number]), seed)
         tokens = row["tokens"][0, row["mask"][0] != 0]
-        print(f"\ntraining row {number}, {int(row['segments'].max())} documents:")
+        kind = f"{row['segments'].max()} documents" if "segments" in row else f"label {row['labels'][0]}"
+        print(f"\ntraining row {number}, {kind}:")
         print("\n".join(example_lines({"tokens": tokens}, tokenizer.pieces(tokens), {}, width)))
     return 0
 

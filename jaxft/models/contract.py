@@ -24,20 +24,8 @@ from jaxft.trees import Params, Tree
 
 Array = jax.Array
 
-__all__ = [
-    "Facts",
-    "Family",
-    "Features",
-    "Field",
-    "Fields",
-    "Head",
-    "Layout",
-    "Model",
-    "Output",
-    "Rule",
-    "Stack",
-    "Tensors",
-]
+__all__ = ["Facts", "Family", "Features", "Field", "Fields", "Head"]
+__all__ += ["Layout", "Model", "Output", "Rule", "Stack", "Tensors"]
 """What a family from outside of jaxft is made of (docs/api.md)."""
 
 
@@ -58,6 +46,8 @@ class Output(NamedTuple):
     """How much each token looks at each other one in each layer and head; None unless asked for."""
     cache: Cache | None = None
     """What the model keeps of all tokens so far; None unless one was given."""
+    row_logits: Float32[Array, "B C"] | None = None
+    """What a head gives of each row beside the logits, or the score, of its tokens; None: it gives one of the two alone."""
     memory: Float[Array, "B source D"] | None = None
     """What an encoder has made of the tokens that a decoder looks at; ``hidden`` is the decoder's then."""
 
@@ -79,6 +69,13 @@ class Features(NamedTuple):
     """0 or False where a token is padding; None: nothing is, or the head pools nothing."""
     segments: Integer[Array, "B S"] | None = None
     """1, 2, ... by text of packed rows, 0 is padding; None: rows hold one text each, or the head pools nothing."""
+
+
+class TokensAndRows(NamedTuple):
+    """What a head gives that answers of the tokens of a row and of the row."""
+
+    tokens: Float32[Array, "B M V"] | TokenScore
+    rows: Float32[Array, "B C"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +187,8 @@ def text_inputs(vocabulary: int, padding: int | None, limit: int | None, *, scor
 
 ONE_CHOICE = 1
 """Logits of a row of a head for multiple choice: how well the row answers. Rows of one question are compared by a softmax."""
+PAIR_KINDS = 2
+"""Logits of a row of two texts of a head for pre-training: that they stand as they did in a document, and that they do not."""
 SPAN_ENDS = 2
 """Logits of each token of a head for spans: that an answer starts there, and that it ends there."""
 
@@ -253,8 +252,8 @@ class Head(Generic[OfConfig]):
     suffix: str
     """Ending of the reference's class, for instance ``ForMaskedLM``."""
     make: Callable[[OfConfig, Compute, str], nn.Module] | None = None
-    """``(config, compute, name)`` to a module that maps (Features, dropout key or None) to logits, or to a TokenScore. None: the
-    bare encoder."""
+    """``(config, compute, name)`` to a module that maps (Features, dropout key or None) to logits, to a TokenScore, or to TokensAndRows.
+    None: the bare encoder."""
     rules: Callable[[OfConfig], tuple[Rule, ...]] = _no_rules
     """The head's rows of the weight table."""
     marks: tuple[str, ...] = ()

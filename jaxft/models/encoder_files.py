@@ -13,6 +13,7 @@ from jaxft.models.contract import ONE_CHOICE, SPAN_ENDS, Head
 from jaxft.models.encoder import EncoderConfig
 from jaxft.models.heads import (
     MaskedLm,
+    MaskedLmAndPairs,
     PooledClasses,
     TokenClasses,
     Transform,
@@ -167,17 +168,38 @@ def masked_lm(
       read_as: field of the Head.
     """
 
-    def transform(c: EncoderConfig) -> Transform:
-        activation, width = act or c.hidden_act, c.embedding_width
-        return Transform(c.hidden_size, activation, c.layer_norm_eps, normal(c), outputs=width)
-
     def make(c: EncoderConfig, compute: Compute, name: str) -> MaskedLm:
-        return MaskedLm(transform(c), c.vocab_size, c.tie_word_embeddings, compute, name=name)
+        return MaskedLm(_transform(c, act), c.vocab_size, c.tie_word_embeddings, compute, name=name)
 
     def rules(c: EncoderConfig) -> tuple[Rule, ...]:
-        return (*transform(c).rules(dense, norm), *decoder_rules(decoder, bias, tied=c.tie_word_embeddings))
+        tied = decoder_rules(decoder, bias, tied=c.tie_word_embeddings)
+        return (*_transform(c, act).rules(dense, norm), *tied)
 
     return Head("ForMaskedLM", make, rules, marks=(f"{dense}.weight",), read_as=read_as)
+
+
+def pretraining(words: Head[EncoderConfig], rows: str, rate: Callable[[EncoderConfig], float]) -> Head[EncoderConfig]:
+    """The masked-LM head, and beside it one that says whether the two texts of a row stand as they did in a document.
+
+    Args:
+      words: the masked-LM head.
+      rows: name of the affine map of the pooled vector.
+      rate: of dropout before it, by the Config.
+    """
+
+    def make(c: EncoderConfig, compute: Compute, name: str) -> MaskedLmAndPairs:
+        tied = c.tie_word_embeddings
+        return MaskedLmAndPairs(_transform(c), c.vocab_size, tied, compute, rate=rate(c), name=name)
+
+    def rules(c: EncoderConfig) -> tuple[Rule, ...]:
+        return (*words.rules(c), *dense_rules("head/linear", rows))
+
+    return Head("ForPreTraining", make, rules, marks=(*words.marks, f"{rows}.weight"), pooled=True)
+
+
+def _transform(c: EncoderConfig, act: str | None = None) -> Transform:
+    """What masked-LM heads begin with; its activation is that of the Config, if no other is named."""
+    return Transform(c.hidden_size, act or c.hidden_act, c.layer_norm_eps, normal(c), outputs=c.embedding_width)
 
 
 def hf_layout(
@@ -205,7 +227,7 @@ def hf_layout(
       more: rows of what the encoder has besides.
     """
     # A tied decoder may be the only one of the two that a file has.
-    tied = (decoder,) if head == "masked_lm" and config.tie_word_embeddings else ()
+    tied = (decoder,) if head in _OF_WORDS and config.tie_word_embeddings else ()
     pooled = config.pools(heads[head])
     rules = (
         *(*embedding_rules(config, prefix, tied, project), *layers.rules(prefix), *more),
@@ -215,6 +237,8 @@ def hf_layout(
     return Layout(rules, f"{prefix}.", RENAMED, (*_LEFTOVERS, f"*{pooler}.*", *others), _FRESH)
 
 
+_OF_WORDS = ("masked_lm", "pretraining")
+"""Heads with a vocabulary."""
 # What a task may need that a checkpoint need not have; initialised afresh, and said.
 _FRESH = ("head/*", "pooler/*")
 # Known, harmless leftovers: buffers, and heads that the task does not use.

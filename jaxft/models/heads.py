@@ -27,7 +27,7 @@ from jaxft.layers import (
     subkey,
     vocabulary_logits,
 )
-from jaxft.models.contract import Features, Output
+from jaxft.models.contract import PAIR_KINDS, Features, Output, TokensAndRows
 from jaxft.models.layout import Rule
 
 Array = jax.Array
@@ -172,6 +172,10 @@ class MaskedLm(nn.Module):
     @nn.compact
     def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B M V"] | TokenScore:
         del key
+        return self.of_tokens(seen)
+
+    def of_tokens(self, seen: Features) -> Float32[Array, "B M V"] | TokenScore:
+        """What is said of tokens; within :meth:`__call__` only."""
         x = self.transform(seen.hidden, self.compute)
         (d, v), dtype = (self.transform.out_width, self.vocabulary), self.compute.param_dtype
         bias = declare(self, "bias", nn.initializers.zeros, ("vocab",), (v,), dtype) if self.biased else None
@@ -181,6 +185,22 @@ class MaskedLm(nn.Module):
         if seen.targets is not None and self.compute.vocab_tile is not None:
             return score_tokens(x, table, bias, seen.targets, self.compute)
         return vocabulary_logits(x, table, bias, self.compute, "predicted")
+
+
+class MaskedLmAndPairs(MaskedLm):
+    """Both heads of BERT's pre-training: the vocabulary for tokens, and one affine map of the pooled vector, whether the two texts of a
+    row stand as they did in a document."""
+
+    rate: Rate = 0.0
+    """Of dropout before that map."""
+
+    @nn.compact
+    def __call__(self, seen: Features, key: PRNGKeyArray | None) -> TokensAndRows:
+        assert seen.pooled is not None  # models with this head have a pooler
+        x = dropout(seen.pooled, self.rate, key, self.compute.dropout_bits)
+        shape = (seen.pooled.shape[-1], PAIR_KINDS)
+        linear = Linear(shape, ("embed", "classes"), exact(self.compute), self.transform.initial, name="linear")
+        return TokensAndRows(self.of_tokens(seen), linear(x))
 
 
 class Vocabulary(nn.Module):
@@ -330,6 +350,8 @@ def answered(
     if predict is not None:
         seen = seen._replace(hidden=jnp.take_along_axis(hidden, predict[..., None], axis=1))
     made = head(seen, key)
+    if isinstance(made, TokensAndRows):
+        made, more["row_logits"] = made
     if isinstance(made, TokenScore):
         return Output(hidden, pooled, score=made, **more)
     return Output(hidden, pooled, made, **more)

@@ -14,6 +14,7 @@ from typing import cast
 from jaxft.config import RunConfig, TaskConfig
 from jaxft.config.outside import outside_module
 from jaxft.data.batch import Fields
+from jaxft.data.corpus.pairs import Pairing
 from jaxft.data.corpus.reading import Rewriting
 from jaxft.data.processors.contract import Processor, TextProcessor
 from jaxft.data.rendering import Rendering
@@ -34,6 +35,7 @@ __all__ = [
     "metric_of",
     "mistakes",
     "modality_of",
+    "pairing",
     "problem_of",
     "remarks",
     "rendering_of",
@@ -110,6 +112,12 @@ def adopted(options: TaskConfig, folder: Path, note: Note) -> TaskConfig:
 def rewriting(options: TaskConfig, tokenizer: TextProcessor) -> Rewriting | None:
     """What becomes of a corpus's documents when they are read, if the task's module defines ``rewriting(options, tokenizer)``."""
     made = getattr(task(options.name), "rewriting", None)
+    return None if made is None else made(options, tokenizer)
+
+
+def pairing(options: TaskConfig, tokenizer: TextProcessor) -> Pairing | None:
+    """How a corpus's documents become pairs of texts, if the task's module defines ``pairing(options, tokenizer)``."""
+    made = getattr(task(options.name), "pairing", None)
     return None if made is None else made(options, tokenizer)
 
 

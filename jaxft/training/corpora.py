@@ -11,11 +11,13 @@ import numpy as np
 
 from jaxft import tasks
 from jaxft.config import RunConfig
-from jaxft.data.corpus.batches import Stream
+from jaxft.data.corpus.batches import Stream, StreamOf
 from jaxft.data.corpus.course import course_of
 from jaxft.data.corpus.files import MANIFEST, is_corpus
 from jaxft.data.corpus.mixture import Mixture, make_mixture
-from jaxft.data.corpus.reading import BestFit, Concatenated, Rows
+from jaxft.data.corpus.paired import Paired, PairStream
+from jaxft.data.corpus.pairs import LEAST, SHORTEST, Pairing
+from jaxft.data.corpus.reading import BestFit, Concatenated, Rows, Source
 from jaxft.data.corpus.store import Corpus, corpus_of, open_corpus
 from jaxft.data.packing import packed_fields
 from jaxft.data.processors.contract import Processor, TextProcessor
@@ -32,12 +34,12 @@ _FIELDS = {"tokens", "mask", "types", "weights", "segments", "positions"}
 class Streams(NamedTuple):
     """What a run reads of corpora."""
 
-    train: Stream
-    eval: Stream
-    test: Stream | None = None
+    train: StreamOf
+    eval: StreamOf
+    test: StreamOf | None = None
 
     @property
-    def held_out(self) -> tuple[Stream, ...]:
+    def held_out(self) -> tuple[StreamOf, ...]:
         """The parts that are scored."""
         return (self.eval,) if self.test is None else (self.eval, self.test)
 
@@ -81,11 +83,16 @@ def open_streams(config: RunConfig, module: TaskModule, processor: Processor, no
             )
         return None
     tokenizer = as_text(processor)
-    if set(packed_fields(module.fields(config, tokenizer.pad_id))) != _FIELDS:
+    pairing = tasks.pairing(config.task, tokenizer)
+    if pairing is None and set(packed_fields(module.fields(config, tokenizer.pad_id))) != _FIELDS:
         raise UserError(
             f"data.train={shown(data.train or '')}: a corpus has texts alone, and {config.task.name} needs more; name rows"
         )
-    if data.packing not in _READ:
+    if pairing is not None and data.packing != "none":
+        raise UserError(
+            f"data.packing={data.packing}: each row of the task {config.task.name} is one pair of texts; use none"
+        )
+    if pairing is None and data.packing not in _READ:
         raise UserError(
             f"data.packing={data.packing}: documents of a corpus share rows: choose concatenated (cut at data.max_length) or best_fit "
             "(documents whole)"
@@ -123,13 +130,41 @@ def _stream(
     name: str,
     groups: Sequence[Sequence[Path]],
     mixture: Mixture,
-) -> Stream:
+) -> StreamOf:
     made = [_together([_opened(folder, tokenizer) for folder in folders]) for folders in groups]
+    digests, fields = tuple(corpus.digest for corpus in made), module.fields(config, tokenizer.pad_id)
+    if (pairing := tasks.pairing(config.task, tokenizer)) is not None:
+        pairs = tuple(_pairs(config, pairing, corpus) for corpus in made)
+        for corpus, one in zip(made, pairs, strict=True):
+            note(f"{name}: {corpus.name}: {_said(corpus, one)}{_short(corpus, one)}")
+        return PairStream(name, fields, pairs, mixture, digests)
     rows = [_rows(config, tokenizer, corpus) for corpus in made]
     for corpus, one in zip(made, rows, strict=True):
         note(f"{name}: {corpus.name}: {_said(corpus, one)}")
-    fields = packed_fields(module.fields(config, tokenizer.pad_id))
-    return Stream(name, fields, tuple(rows), mixture, tuple(corpus.digest for corpus in made))
+    return Stream(name, packed_fields(fields), tuple(rows), mixture, digests)
+
+
+def _pairs(config: RunConfig, pairing: Pairing, corpus: Corpus) -> Paired:
+    """A corpus in rows of pairs.
+
+    Raises:
+      UserError: rows, or documents, are too short, or no other document can be taken from.
+    """
+    made, length = Paired(corpus, config.data.max_length, pairing), config.data.max_length
+    if length < SHORTEST:
+        raise UserError(f"data.max_length={length}: rows of two texts need {SHORTEST} tokens at least")
+    documents = corpus.documents - made.short
+    if documents < made.needs:
+        few = f"{documents} of {corpus.documents:,} documents can be parted into two texts of {LEAST} tokens or more"
+        raise UserError(
+            f"{corpus.name}: {few}; task.sentences={pairing.kind} needs {made.needs}: build it of longer ones"
+        )
+    return made
+
+
+def _short(corpus: Corpus, pairs: Paired) -> str:
+    few = pairs.short
+    return f"; {few:,} documents ({few / corpus.documents:.1%}) are too short for two texts and left out" if few else ""
 
 
 def _rows(config: RunConfig, tokenizer: TextProcessor, corpus: Corpus) -> Rows:
@@ -151,7 +186,7 @@ def _rows(config: RunConfig, tokenizer: TextProcessor, corpus: Corpus) -> Rows:
     return Concatenated(corpus, length)
 
 
-def _said(corpus: Corpus, rows: Rows) -> str:
+def _said(corpus: Corpus, rows: Source) -> str:
     sizes, counts = corpus.lengths.T
     long = int(counts[sizes > rows.longest].sum())
     beyond = (
@@ -191,7 +226,7 @@ def _together(made: Sequence[Corpus]) -> Corpus:
     return corpus_of(name, shards, lengths, digest, made[0].key)
 
 
-def _check_repeats(config: RunConfig, folders: Sequence[Path], train: Stream, note: Note) -> None:
+def _check_repeats(config: RunConfig, folders: Sequence[Path], train: StreamOf, note: Note) -> None:
     """Says how often a run reads each source. Raises UserError if that is more often than it may."""
     data, steps = config.data, config.train.steps
     if data.mixture is None:
@@ -216,13 +251,13 @@ def _check_repeats(config: RunConfig, folders: Sequence[Path], train: Stream, no
             )
 
 
-def _epochs(config: RunConfig, train: Stream) -> float:
+def _epochs(config: RunConfig, train: StreamOf) -> float:
     if config.train.steps is None:
         return config.train.epochs or 0
     return course_of(config).blocks_before(config.train.steps) / len(train)
 
 
-def _check_course(config: RunConfig, train: Stream, note: Note) -> None:
+def _check_course(config: RunConfig, train: StreamOf, note: Note) -> None:
     """Says what the stages of a run are. Raises UserError if they cannot be those of its rows or of its length."""
     said = {"data.lengths": config.data.lengths, "train.batch_ramp": config.train.batch_ramp}
     for key, stages in said.items():
@@ -232,9 +267,9 @@ def _check_course(config: RunConfig, train: Stream, note: Note) -> None:
             raise UserError(f"{key}: stages begin at steps, so that a run must say how many it has; set train.steps")
         if (last := max(map(int, stages))) >= config.train.steps:
             note(f"warning: {key}: a stage begins at step {last}, and the run ends at {config.train.steps}")
-    if config.data.lengths is not None and any(source.rewriting is not None for source in train.sources):
+    if config.data.lengths is not None and any(source.said() for source in train.sources):
         raise UserError(
-            "data.lengths: the task rewrites documents as they are read, which shorter rows would cut; leave it out"
+            "data.lengths: the task rewrites documents, or pairs parts of them, which shorter rows would cut; leave it out"
         )
     if any(stages is not None for stages in said.values()):
         note(f"stages (rows x tokens): {course_of(config).text()}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxft import models, tasks
 from jaxft.config import RunConfig
 from jaxft.config.ranges import MOST_NUMBER
-from jaxft.data.corpus.batches import Stream, StreamBatches
+from jaxft.data.corpus.batches import StreamBatches, StreamOf
 from jaxft.data.corpus.course import course_of
 from jaxft.data.examples import Examples, Split
 from jaxft.data.labels import declared_labels, refuse_alike
@@ -118,14 +118,14 @@ class Setup(Recipe):
     def _batches(self, split: Examples, rows: int, seed: int | None) -> Batches:
         part = local_rows(self.mesh, self.model.compute.rules, rows)
         buckets = self.scored_buckets if seed is None else self.buckets
-        if isinstance(split, Stream):
+        if isinstance(split, StreamOf):
             course = None if seed is None else course_of(self.config)
             return StreamBatches(split, rows, buckets, seed, part, course=course)
         return Batches(split, rows, buckets, seed, part, rendering=self.rendering)
 
     def epochs_before(self, step: int) -> float:
         """How often training rows have been read before a step."""
-        if isinstance(self.train, Stream):
+        if isinstance(self.train, StreamOf):
             return course_of(self.config).blocks_before(step) / len(self.train)
         return step / steps_per_epoch(self.config, self.train)
 

@@ -69,7 +69,8 @@ def scores(name: str, scale: float, rows: float = 1.0) -> dict[str, Any]:
         if name == "replaced_token_detection" and "predict" not in batch:  # it asks for the discriminator's answers
             answers = scale * jnp.where(batch["tokens"] != text, 1.0, -1.0)[..., None]
             return Output(answers, logits=answers)
-        return Output(logits, logits=logits)
+        of_rows = scale * jax.nn.one_hot(batch["labels"], 2) if name == "sentence_pairs" else None
+        return Output(logits, logits=logits, row_logits=of_rows)
 
     found = tasks.collected([(task.sums(forward, batch, None), task.outputs(forward, batch))])
     return dict(tasks.scores(task, *found, rows_of(name, batch)))

@@ -121,7 +121,8 @@ def judge(model: str, folder: Path, against: str, changes: dict[str, Any]) -> st
         architecture, facts, from_target = _jaxft(target)
     except UserError as error:
         return f"jaxft does not read what it wrote: {error}"
-    same = {"BertForPreTraining": "BertForMaskedLM"}  # the masked-LM half of it, by design
+    # The masked-LM half of it, by design.
+    same = {f"{stem}ForPreTraining": f"{stem}ForMaskedLM" for stem in ("Bert", "Albert")}
     if architecture != same.get(stored, stored):
         return f"a {stored} was taken for a {architecture}"
     batch = example_batch(facts, 3)

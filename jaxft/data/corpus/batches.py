@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -13,19 +15,21 @@ from jaxtyping import Int32, Int64
 from jaxft.data.batch import Example, Fields, HostBatch, Shape, text_shape
 from jaxft.data.corpus.course import Course
 from jaxft.data.corpus.mixture import Mixture
-from jaxft.data.corpus.reading import Rows
+from jaxft.data.corpus.reading import Rows, Source
 from jaxft.data.loader import Batches
+
+S = TypeVar("S", bound=Source)
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class StreamOf(Generic[S]):
     """Rows of one corpus, or of several that are mixed, as :class:`~jaxft.data.examples.Examples`: numbered from 0, as an epoch without a
     shuffle has them."""
 
     name: str
     fields: Fields
-    """Fields of batches of packed rows."""
-    sources: tuple[Rows, ...]
+    """Fields of batches."""
+    sources: tuple[S, ...]
     mixture: Mixture
     digests: tuple[str, ...]
     """A hash of the tokens of each source."""
@@ -51,13 +55,11 @@ class Stream:
 
     def digest(self) -> str:
         """A hash of the corpora, and of how their tokens become rows."""
-        how = [
-            [type(source).__name__, source.length, *(source.rewriting.said() if source.rewriting else [])]
-            for source in self.sources
-        ]
+        how = [[type(source).__name__, source.length, *source.said()] for source in self.sources]
         said = json.dumps([self.digests, how, self.mixture.said()])
         return f"corpus-{hashlib.sha256(said.encode()).hexdigest()}"
 
+    @abc.abstractmethod
     def batch(self, places: Int64[np.ndarray, " B"], seed: int | None, parts: int = 1) -> HostBatch:
         """Rows of all that are read one after the other, padded.
 
@@ -66,6 +68,13 @@ class Stream:
           seed: of the order; None: as the corpora have them.
           parts: shorter rows, one after the other, that each of them is cut into.
         """
+
+
+class Stream(StreamOf[Rows]):
+    """Rows of documents, several in each."""
+
+    def batch(self, places: Int64[np.ndarray, " B"], seed: int | None, parts: int = 1) -> HostBatch:
+        """See :meth:`StreamOf.batch`."""
         count = len(places)
         tokens = np.full((count, self.length), self.fields["tokens"].fill, np.int32)
         begins, sizes = np.zeros((count, self.length), np.int32), np.zeros(count, np.int64)
@@ -73,10 +82,10 @@ class Stream:
         for number, source in enumerate(self.sources):
             of = np.flatnonzero((chosen == number) & (places >= 0))
             if len(of) == count:
-                sizes = source.fill(rows, _seed_of(seed, number), tokens, begins)
+                sizes = source.fill(rows, seed_of(seed, number), tokens, begins)
             elif len(of):
                 some, marks = tokens[of], begins[of]
-                sizes[of] = source.fill(rows[of], _seed_of(seed, number), some, marks)
+                sizes[of] = source.fill(rows[of], seed_of(seed, number), some, marks)
                 tokens[of], begins[of] = some, marks
         length = self.length // parts
         tokens, begins = tokens.reshape(-1, length), begins.reshape(-1, length)
@@ -107,7 +116,7 @@ def _places(begins: Int32[np.ndarray, "B S"]) -> tuple[Int32[np.ndarray, "B S"],
     return np.repeat(number, sizes).reshape(begins.shape), positions.reshape(begins.shape)
 
 
-def _seed_of(seed: int | None, source: int) -> int | None:
+def seed_of(seed: int | None, source: int) -> int | None:
     """A seed of its own for each source: two copies of one corpus are not read in step."""
     return None if seed is None else seed + (source << 32)
 
@@ -124,9 +133,9 @@ class StreamBatches(Batches):
         """Every row has one length."""
 
     @functools.cached_property
-    def stream(self) -> Stream:
+    def stream(self) -> StreamOf:
         """The rows."""
-        assert isinstance(self.split, Stream)
+        assert isinstance(self.split, StreamOf)
         return self.split
 
     def __getitem__(self, step: int) -> HostBatch:

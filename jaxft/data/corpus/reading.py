@@ -42,8 +42,8 @@ class Rewriting(Protocol):
         ...
 
 
-class Rows(Protocol):
-    """Rows of up to ``length`` tokens."""
+class Source(Protocol):
+    """Rows of up to ``length`` tokens, of one corpus."""
 
     @property
     def length(self) -> int:
@@ -55,14 +55,22 @@ class Rows(Protocol):
         """Rows of an epoch."""
         ...
 
-    @property
-    def rewriting(self) -> Rewriting | None:
-        """What becomes of documents when they are read."""
+    def said(self) -> list[object]:
+        """What becomes of documents when they are read, as plain JSON; empty: nothing."""
         ...
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document that is in one row, whole."""
+        ...
+
+
+class Rows(Source, Protocol):
+    """Rows of documents, several in each."""
+
+    @property
+    def rewriting(self) -> Rewriting | None:
+        """What becomes of documents when they are read."""
         ...
 
     def fill(
@@ -91,6 +99,10 @@ class Concatenated:
     length: int
     rewriting: None = None
 
+    def said(self) -> list[object]:
+        """Documents stay as they are."""
+        return []
+
     @property
     def longest(self) -> int:
         """A document that does not happen to be cut."""
@@ -112,16 +124,17 @@ class Concatenated:
         sizes = np.full(len(rows), self.length, np.int64)
         for i, row in enumerate(rows.tolist()):
             epoch, place = divmod(row, self.count)
-            block = (
-                place
-                if seed is None
-                else int(_order_of(self.count, seed, epoch, place // _TOGETHER)[place % _TOGETHER])
-            )
+            block = place if seed is None else order_of(self.count, seed, epoch, place)
             start = block * self.length
             if (left := self.corpus.tokens - start) < self.length:
                 sizes[i] = left
             self.corpus.fill(start, tokens[i, : sizes[i]], begins[i])
         return sizes
+
+
+def order_of(count: int, seed: int, epoch: int, place: int) -> int:
+    """Which of ``count`` rows is read at a place of an epoch."""
+    return int(_order_of(count, seed, epoch, place // _TOGETHER)[place % _TOGETHER])
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,6 +170,10 @@ class BestFit:
     corpus: Corpus
     length: int
     rewriting: Rewriting | None = None
+
+    def said(self) -> list[object]:
+        """What the rewriting says of itself."""
+        return [] if self.rewriting is None else self.rewriting.said()
 
     @property
     def _room(self) -> int:

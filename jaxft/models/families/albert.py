@@ -117,6 +117,10 @@ def config_to_hf(config: Config) -> dict[str, object]:
     return {**same, **{theirs: getattr(config, ours) for ours, theirs in _OWN.items()}}
 
 
+_MASKED_LM = encoder_files.masked_lm(
+    *("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
+    read_as=("ForPreTraining",),  # it has both heads of pre-training: that of pairs is left out, unless it is asked for
+)
 HEADS: Mapping[str | None, Head] = {
     None: Head("Model"),
     "classification": Head(
@@ -133,10 +137,8 @@ HEADS: Mapping[str | None, Head] = {
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
     "question_answering": encoder_files.QUESTION_ANSWERING,
     "multiple_choice": encoder_files.multiple_choice(lambda c: c.class_dropout),
-    "masked_lm": encoder_files.masked_lm(
-        *("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias"),
-        read_as=("ForPreTraining",),  # it has both heads of pre-training
-    ),
+    "masked_lm": _MASKED_LM,
+    "pretraining": encoder_files.pretraining(_MASKED_LM, "sop_classifier.classifier", lambda c: c.class_dropout),
     # The reference has no class for it alone.
     "sentence_order": Head(
         "ForPreTraining",

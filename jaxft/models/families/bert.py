@@ -31,6 +31,11 @@ SUPERSEDED = encoder_files.SUPERSEDED
 facts, config_from_hf, config_to_hf = encoder.facts, encoder_files.config_from_hf, encoder_files.config_to_hf
 
 
+_MASKED_LM = encoder_files.masked_lm(
+    *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    *("cls.predictions.decoder", "cls.predictions.bias"),
+    read_as=("ForPreTraining",),  # it has both heads of pre-training: that of pairs is left out, unless it is asked for
+)
 HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     "classification": Head(
@@ -47,11 +52,8 @@ HEADS: Mapping[str | None, Head[Config]] = {
     "token_classification": encoder_files.TOKEN_CLASSIFICATION,
     "question_answering": encoder_files.QUESTION_ANSWERING,
     "multiple_choice": encoder_files.multiple_choice(lambda c: c.class_dropout),
-    "masked_lm": encoder_files.masked_lm(
-        *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
-        *("cls.predictions.decoder", "cls.predictions.bias"),
-        read_as=("ForPreTraining",),  # it has both heads of pre-training
-    ),
+    "masked_lm": _MASKED_LM,
+    "pretraining": encoder_files.pretraining(_MASKED_LM, "cls.seq_relationship", lambda c: 0.0),
     "next_sentence": Head(
         "ForNextSentencePrediction",
         lambda c, compute, name: PooledClasses(c.hidden_size, 2, 0.0, compute, normal(c), name=name),
