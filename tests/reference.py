@@ -46,6 +46,10 @@ def make_reference(family: Family, config: Any, head: str | None, model_type: st
             # Fresh biases are all 0 and fresh norm scales all 1: swapped or dropped ones would not be noticed. Nor would rows of
             # padding that are 0.
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
+    inner: Any = next((one for one in (model, *model.children()) if hasattr(one, "shared")), None)
+    for side in ("encoder", "decoder"):  # which the reference ties only where it ties the vocabulary too
+        if hasattr(inner, side):
+            getattr(inner, side).embed_tokens.weight = inner.shared.weight
     return model
 
 
@@ -91,7 +95,7 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
     torch = pytest.importorskip("torch")
     theirs = make_reference(family, config, head, model_type)
     model, params = ours_of(family, theirs, config, head, folder / "values")
-    batch = example_batch(family.facts(config), 4, length=20)
+    batch = example_batch(model.facts, 4, length=20)
     seen = batch["mask"].astype(bool)
     shape = jax.eval_shape(lambda: model.apply({"params": params}, **batch)).logits.shape
     labels = labels_for(shape, batch["mask"])
@@ -103,7 +107,8 @@ def compare(family: Family, config: Any, head: str, model_type: str, folder: Pat
     (loss, out), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     expected = theirs(**torch_inputs(batch), labels=torch.tensor(labels.astype(np.int64)), output_hidden_states=True)
     expected.loss.backward()
-    close(out.hidden[seen], expected.hidden_states[-1][torch.tensor(seen)], "hidden states")
+    states = expected.decoder_hidden_states if "decoder_hidden_states" in expected else expected.hidden_states
+    close(out.hidden[seen], states[-1][torch.tensor(seen)], "hidden states")
     of_tokens = out.logits.ndim == 3
     close(
         *((out.logits[seen], expected.logits[torch.tensor(seen)]) if of_tokens else (out.logits, expected.logits)),
@@ -201,7 +206,7 @@ def compare_spans(family: Family, config: Any, model_type: str, folder: Path) ->
     torch = pytest.importorskip("torch")
     theirs = make_reference(family, config, "question_answering", model_type)
     model, params = ours_of(family, theirs, config, "question_answering", folder / "values")
-    batch = example_batch(family.facts(config), 4, length=20)
+    batch = example_batch(model.facts, 4, length=20)
     # Rows without padding: the reference's loss is of padding too, whose hidden states mean nothing.
     batch["mask"][:] = 1
     ends = np.array([[0, 3], [2, 5], [1, 1], [19, 19]])

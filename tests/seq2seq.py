@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import close, make_reference, ours_of
+from reference import close, compare_head, make_reference, ours_of
 
 from jaxft import models
 from jaxft.config.generation import GenerationConfig
@@ -38,9 +38,6 @@ def reference_of(family: str, config: Any, head: str | None, seed: int = 0) -> A
     if head == HEAD and not config.tie_word_embeddings:
         matrix = theirs.lm_head.weight.detach().clone()
         theirs.lm_head.weight = torch.nn.Parameter(matrix + torch.randn_like(matrix) * 0.1)
-    inner = theirs.model if head == HEAD and hasattr(theirs, "model") else theirs
-    for side in (inner.encoder, inner.decoder):  # which the reference ties only where it ties the vocabulary too
-        side.embed_tokens.weight = inner.shared.weight
     if hasattr(theirs, "final_logits_bias"):  # no parameter, and 0 at first
         theirs.final_logits_bias.copy_(torch.randn_like(theirs.final_logits_bias))
     return theirs
@@ -134,15 +131,22 @@ def check_texts(family: str, config: Any, settings: dict[str, Any], folder: Path
         assert found.tokens[row] == text[:end], (row, settings)
 
 
+def _with_tables(theirs: Any) -> None:
+    """Gives each side the table as a parameter of its own, where nothing is tied: the file has all three then."""
+    if theirs.config.tie_word_embeddings:
+        return
+    for side in (theirs.model.encoder, theirs.model.decoder):
+        parameter = pytest.importorskip("torch").nn.Parameter
+        side.embed_tokens.weight = parameter(theirs.model.shared.weight.detach().clone())
+
+
 def check_folder(family: str, config: Any, folder: Path) -> None:
     """A folder of the reference comes back bit for bit, with a config.json that means the same to us and to it."""
     from safetensors.torch import load_file
 
     torch, notes = pytest.importorskip("torch"), list[str]()
     theirs = reference_of(family, config, HEAD)
-    if not theirs.config.tie_word_embeddings:  # nothing is tied then, and the file has the table of each side
-        for side in (theirs.model.encoder, theirs.model.decoder):
-            side.embed_tokens.weight = torch.nn.Parameter(theirs.model.shared.weight.detach().clone())
+    _with_tables(theirs)
     theirs.save_pretrained(folder / "theirs")
     source = open_source(str(folder / "theirs"), notes.append)
     # Of T5, the reference says that all vocabularies are tied, and takes those that are not from the weights.
@@ -157,6 +161,49 @@ def check_folder(family: str, config: Any, folder: Path) -> None:
     with torch.no_grad():
         ours, wanted = (one(input_ids=ids, decoder_input_ids=ids).logits for one in (again, theirs))
     assert torch.equal(ours, wanted)
+
+
+def check_head(family: str, config: Any, head: str, folder: Path) -> None:
+    """Values, loss and gradients of a head are the reference's; a folder of it comes back bit for bit, and a folder of the head that
+    writes becomes one of it."""
+    from safetensors.torch import load_file
+
+    torch, module, said = pytest.importorskip("torch"), models.family(family), list[str]()
+    kind = model_type_of(module, config)
+    compare_head(module, config, head, kind, folder)
+    theirs = make_reference(module, config, head, kind)
+    _with_tables(theirs)
+    theirs.save_pretrained(folder / "theirs")
+    ours = load(folder / "theirs", note=said.append)
+    assert ours.model.head == head
+    assert ours.model.config == config
+    ours.save(folder / "ours")
+    stored, written = (load_file(folder / which / "model.safetensors") for which in ("theirs", "ours"))
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(stored[name], written[name]) for name in stored)
+    again, report = type(theirs).from_pretrained(folder / "ours", attn_implementation="eager", output_loading_info=True)
+    assert not any(report.values())
+    ids = torch_ids(np.array([[7, 8, 9, config.eos_token_id]]))
+    with torch.no_grad():
+        found, wanted = (one.eval()(input_ids=ids)[0] for one in (again, theirs))
+    assert torch.equal(found, wanted)
+    writer = reference_of(family, config, HEAD)
+    writer.save_pretrained(folder / "writer")
+    begun = load(folder / "writer", head=head, note=said.append)
+    np.testing.assert_array_equal(
+        begun.params["encoder"]["attention"]["query"]["kernel"].reshape(-1),
+        np.stack([_query_of(writer, layer) for layer in range(config.num_hidden_layers)]).reshape(-1),
+    )
+
+
+def _query_of(writer: Any, layer: int) -> np.ndarray:
+    encoder = getattr(writer, "model", writer).encoder
+    attention = (
+        encoder.layers[layer].self_attn.q_proj
+        if hasattr(encoder, "layers")
+        else encoder.block[layer].layer[0].SelfAttention.q
+    )
+    return attention.weight.detach().numpy().T
 
 
 def check_packed(family: str, config: Any, folder: Path) -> None:

@@ -135,6 +135,8 @@ class Facts:
     """Tokens that a row may have; None: any number."""
     start: int | None = None
     """What every target of an encoder-decoder begins with; None: the model has one side."""
+    end: int | None = None
+    """The token that texts end with, where a head reads what the model made of it; None: none does."""
     processor: Modality = "text"
     """What its rows are made of: tokens, ``pixels`` [B, height, width, channels], or ``frames`` of sound [B, T, bins]."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypedDict, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, PRNGKeyArray, Shaped
 
 from jaxft.attention import MaskSpec
-from jaxft.data.batch import Field, Fields
 from jaxft.errors import UserError
 from jaxft.layers import (
     Compute,
@@ -32,7 +31,9 @@ from jaxft.layers import (
     usual_promotion,
 )
 from jaxft.models.caches import Cache, Memory
-from jaxft.models.contract import Facts, Features, Head, Output, Stack, head_named, text_inputs
+from jaxft.models.contract import Facts, Features, Head, Output, head_named
+from jaxft.models.encoder_decoder_facts import Seq2SeqConfig, facts
+from jaxft.models.source_heads import SourceHead, end_of_texts, real, shifted_right
 
 Array = jax.Array
 _OPTIONS = ("key", "hidden_states", "cache", "memory")
@@ -41,6 +42,22 @@ SEQ2SEQ_LM = "seq2seq_lm"
 
 State = tuple[Array, Array, Array | None, Array | None]
 """Keys and values of target tokens, and of the source, of one decoder layer."""
+
+
+class States(TypedDict, total=False):
+    """What an output has beside the head's."""
+
+    hidden_states: Float[Array, "states B S D"] | None
+    cache: Cache | None
+    memory: Float[Array, "B source D"] | None
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of sources."""
+
+    memory: Float[Array, "B S D"]
+    states: Float[Array, "states B S D"] | None
+    """What went into its first layer and came out of each, the last one normalised; None unless asked for."""
 
 
 class Source(NamedTuple):
@@ -61,31 +78,14 @@ class Target(NamedTuple):
     segments: Integer[Array, "B T"] | None
 
 
-class Seq2SeqConfig(Protocol):
-    """A Config, as far as every encoder-decoder's says so."""
+class Texts(NamedTuple):
+    """Sources; arguments of a model's call."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_decoder_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def decoder_heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
-    @property
-    def decoder_head_size(self) -> int: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
-    @property
-    def decoder_start_token_id(self) -> int: ...
+    tokens: Integer[Array, "B S"]
+    mask: Shaped[Array, "B S"] | None
+    positions: Integer[Array, "B S"] | None
+    segments: Integer[Array, "B S"] | None
+    starts: Integer[Array, "B E"] | None
 
 
 C = TypeVar("C", bound=Seq2SeqConfig)
@@ -103,7 +103,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
 
     @property
     def facts(self) -> Facts:
-        return facts(self.config)
+        return facts(self.config, self.HEADS.get(self.head))
 
     def table(self) -> Embed:
         """The table of tokens, of both sides."""
@@ -134,6 +134,11 @@ class EncoderDecoder(nn.Module, Generic[C]):
         """What comes out of the last layer of a side, normalised."""
         raise NotImplementedError
 
+    @property
+    def begins(self) -> int | None:
+        """What a decoder that reads the source again begins with; None: the text's last token."""
+        return self.config.decoder_start_token_id
+
     def scored(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What the vocabulary sees of the decoder's vectors."""
         return x
@@ -146,6 +151,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
         mask: Shaped[Array, "B S"] | None = None,
         positions: Integer[Array, "B S"] | None = None,
         segments: Integer[Array, "B S"] | None = None,
+        starts: Integer[Array, "B E"] | None = None,
         decoder_tokens: Integer[Array, "B T"] | None = None,
         decoder_mask: Shaped[Array, "B T"] | None = None,
         decoder_positions: Integer[Array, "B T"] | None = None,
@@ -163,6 +169,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
           mask: 0 or False where a token is padding. None: nothing is.
           positions: of the tokens. None: 0..S-1 in each row.
           segments: for packed rows, 0 is padding; tokens see only their own segment, on both sides.
+          starts: where each text of packed rows begins; logits of rows are then those of texts.
           decoder_tokens: ids of targets, one place to the right: the first is ``decoder_start_token_id``. None: that one alone.
           decoder_mask, decoder_positions, decoder_segments: the same of targets. With a cache, positions count on.
           targets: what the logits are scored against; used where ``compute.vocab_tile`` is set.
@@ -173,17 +180,27 @@ class EncoderDecoder(nn.Module, Generic[C]):
 
         Raises:
           UserError: an argument that there is not, two keys, or a mesh of explicit axes; more tokens than the model has positions; no
-            source, neither as tokens nor in a cache.
+            source, neither as tokens nor in a cache; targets or a cache where the head answers about the source.
         """
+        head = self._head()
+        if isinstance(head, SourceHead):
+            given = {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask, "cache": cache}
+            unknown |= {name: value for name, value in given.items() if value is not None}
         key = self._admitted(tokens, decoder_tokens, cache, key, unknown)
         table, source = self.table(), None
+        if isinstance(head, SourceHead) and tokens is not None:
+            texts = Texts(tokens, mask, positions, segments, starts)
+            return self._of_source(table, head, texts, key, hidden_states)
         if tokens is not None:
-            memory = self._read(table, tokens, mask, positions, segments, subkey(key, 0))
+            memory, _ = self._read(table, tokens, mask, positions, segments, subkey(key, 0))
             read = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
             source = Source(memory, read)
         target = Target(decoder_tokens, decoder_mask, decoder_positions, decoder_segments)
         apart = None if decoder_segments is None else (decoder_segments, segments)
         return self._answered(table, source, target, apart, targets, subkey(key, 1), hidden_states, cache)
+
+    def _head(self) -> Head:
+        return head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
 
     def _admitted(
         self,
@@ -209,23 +226,51 @@ class EncoderDecoder(nn.Module, Generic[C]):
         positions: Array | None,
         segments: Array | None,
         key: PRNGKeyArray | None,
-    ) -> Float[Array, "B S D"]:
-        """What the encoder makes of sources."""
+        keep: bool = False,
+    ) -> Encoded:
+        """What the encoder makes of sources.
+
+        Args:
+          keep: whether to give what went into its first layer and came out of each, too.
+        """
         c, (b, s) = self.config, tokens.shape
         if positions is None and c.limit is not None and s > c.limit:
             raise UserError(f"source of {s} tokens is beyond the model's limit of {c.limit} positions")
         positions = jnp.broadcast_to(jnp.arange(s), (b, s)) if positions is None else positions
         spec = MaskSpec(None if mask is None else mask.astype(bool), segments)
-        return self.encoded(self.embedded(table, "encoder", tokens, positions, subkey(key, 0)), spec, key)
+        return self.encoded(self.embedded(table, "encoder", tokens, positions, subkey(key, 0)), spec, key, keep)
 
-    def encoded(self, x: Float[Array, "B S D"], spec: MaskSpec, key: PRNGKeyArray | None) -> Float[Array, "B S D"]:
+    def encoded(
+        self, x: Float[Array, "B S D"], spec: MaskSpec, key: PRNGKeyArray | None, keep: bool = False
+    ) -> Encoded:
         """What the encoder's layers make of what goes into the first."""
         layers, s = self.config.num_hidden_layers, x.shape[1]
         layer, bias = self.layer("encoder"), self.bias("encoder", 0, s, s)
         example = (x[:1], None, MaskSpec(), None)
         stacked = stacked_params(self, "encoder", layer, layers, *example)
-        x, _, _ = apply_stack(layer, stacked, layers, x, subkey(key, 1), spec, bias)
-        return self.normed("encoder", x, subkey(key, 2))
+        x, states, _ = apply_stack(layer, stacked, layers, x, subkey(key, 1), spec, bias, keep=keep)
+        memory = self.normed("encoder", x, subkey(key, 2))
+        return Encoded(memory, None if states is None else states.at[-1].set(memory))
+
+    def _of_source(
+        self, table: Embed, head: SourceHead, texts: Texts, key: PRNGKeyArray | None, hidden_states: bool
+    ) -> Output:
+        """What a head says of sources that the encoder has read, and the decoder after it."""
+        alone, of_decoder = head.side == "encoder", subkey(key, 1)
+        sides = (texts.tokens, texts.mask, texts.positions, texts.segments, subkey(key, 0))
+        memory, states = self._read(table, *sides, keep=hidden_states and alone)
+        if alone:
+            features = Features(memory, None, table.embedding, None, texts.starts, texts.mask, texts.segments)
+            return self._headed(head, features, memory, subkey(of_decoder, 3), {"hidden_states": states})
+        there = real(texts.tokens, texts.mask, texts.segments)
+        if self.config.pad_token_id is not None:  # which is all that the reference looks at
+            there &= texts.tokens != self.config.pad_token_id
+        again = shifted_right(texts.tokens, there, texts.segments, self.begins)
+        # As in the reference, the decoder is told of no padding: no token sees what is behind it.
+        target = Target(again, None, texts.positions, texts.segments)
+        apart = None if texts.segments is None else (texts.segments, texts.segments)
+        source = Source(memory, jnp.ones(texts.tokens.shape, bool) if texts.mask is None else texts.mask.astype(bool))
+        return self._written(table, head, target, source, apart, None, of_decoder, hidden_states, None, texts)
 
     def _answered(
         self,
@@ -244,7 +289,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
           source: what the encoder has read; None: the cache has it.
           apart: segments of targets, and of the sources that they see. None: a target sees all of its row's source.
         """
-        head = head_named(type(self).__module__.rpartition(".")[2], self.head, self.HEADS)
+        head = self._head()
         if source is None:
             assert cache is not None
             assert cache.memory is not None
@@ -265,6 +310,7 @@ class EncoderDecoder(nn.Module, Generic[C]):
         key: PRNGKeyArray | None,
         hidden_states: bool,
         cache: Cache | None,
+        texts: Texts | None = None,
     ) -> Output:
         c, (tokens, mask, positions, own_segments), (memory, read) = self.config, target, source
         assert tokens is not None
@@ -299,45 +345,28 @@ class EncoderDecoder(nn.Module, Generic[C]):
             if source_keys is not None:
                 cache = dataclasses.replace(cache, memory=Memory(source_keys, source_values, read))
         states = states.at[-1].set(hidden) if hidden_states and states is not None else None
-        more = {"hidden_states": states, "cache": cache, "memory": memory}
+        more: States = {"hidden_states": states, "cache": cache, "memory": memory}
+        seen = Features(hidden if texts is not None else self.scored(hidden), None, table.embedding, targets)
+        if texts is not None:
+            seen = self._seen(seen, head, texts)
+        return self._headed(head, seen, hidden, subkey(key, 3), more)
+
+    def _seen(self, seen: Features, head: Head, texts: Texts) -> Features:
+        """What a head sees of a decoder that has read the source again."""
+        ends, (tokens, mask, _, segments, starts) = self.facts.end, texts
+        seen = seen._replace(mask=mask, segments=segments, starts=starts)
+        if not head.pooled:
+            return seen
+        last = jnp.zeros(tokens.shape, bool) if ends is None else tokens == ends
+        return seen._replace(pooled=end_of_texts(seen.hidden, last, real(tokens, mask, segments), segments, starts))
+
+    def _headed(
+        self, head: Head, seen: Features, hidden: Float[Array, "B T D"], key: PRNGKeyArray | None, more: States
+    ) -> Output:
+        """The output of ``hidden``, with what a head makes of it."""
         if head.make is None:
             return Output(hidden, **more)
-        seen_by_head = Features(self.scored(hidden), None, table.embedding, targets)
-        made = head.make(c, self.compute, "head")(seen_by_head, subkey(key, 3))
+        made = head.make(self.config, self.compute, "head")(seen, key)
         if isinstance(made, TokenScore):
             return Output(hidden, score=made, **more)
-        return Output(hidden, logits=made, **more)
-
-
-def facts(config: Seq2SeqConfig) -> Facts:
-    """What the rest of jaxft may know of an encoder-decoder."""
-    encoder = (
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_attention_heads,
-        config.head_size,
-    )
-    heads = (config.decoder_heads, config.decoder_heads, config.decoder_head_size)
-    decoder = (config.num_decoder_layers, config.hidden_size, *heads)
-    stacks = (Stack("encoder", *encoder), Stack("decoder", *decoder, causal=True, axis="target", looks_at="length"))
-    return Facts(
-        inputs(config.vocab_size, config.pad_token_id, config.limit),
-        stacks,
-        config.limit,
-        config.decoder_start_token_id,
-    )
-
-
-def inputs(vocabulary: int, padding: int | None, limit: int | None) -> Fields:
-    """The inputs of a model of source and target texts."""
-    of_source = text_inputs(vocabulary, padding, limit, scored="target")
-    places = ("batch", "target")
-    return {
-        **{name: field for name, field in of_source.items() if name not in ("predict", "targets")},
-        "decoder_tokens": Field(places, fill=padding or 0, count=vocabulary),
-        "decoder_mask": Field(places, value=1),
-        "decoder_positions": Field(places, count=limit),
-        "decoder_segments": Field(places),
-        "targets": of_source["targets"],
-    }
+        return Output(hidden, seen.pooled, made, **more)

@@ -30,12 +30,14 @@ def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> H
     lengths = np.linspace(length, 1, rows).astype(int)
     mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
     vocabulary = facts.vocabulary or 1
+    padding = facts.inputs["tokens"].fill if "tokens" in facts.inputs else 0
 
     def ids(seen: np.ndarray) -> np.ndarray:
-        return rng.integers(min(5, vocabulary - 1), vocabulary, seen.shape).astype(np.int32) * seen
+        found = rng.integers(min(5, vocabulary - 1), vocabulary, seen.shape).astype(np.int32)
+        return np.where(seen == 1, found, padding).astype(np.int32)
 
     if facts.processor == "text":
-        batch = {"tokens": ids(mask), "mask": mask}
+        batch = {"tokens": _ended(ids(mask), lengths, facts.end), "mask": mask}
     else:
         batch = {
             name: rng.normal(size=(rows, *one.shape[1:])).astype(one.dtype)
@@ -48,3 +50,12 @@ def example_batch(facts: Facts, rows: int, seed: int = 0, length: int = 48) -> H
     if "types" in facts.inputs:
         batch["types"] = (rng.integers(0, facts.inputs["types"].count or 1, (rows, length)) * mask).astype(np.int32)
     return batch
+
+
+def _ended(tokens: np.ndarray, lengths: np.ndarray, end: int | None) -> np.ndarray:
+    """Texts that end with the token ``end``, and have it nowhere else; None: as they are."""
+    if end is None:
+        return tokens
+    others = np.where(tokens == end, 0 if end else 1, tokens)
+    others[np.arange(len(tokens)), lengths - 1] = end
+    return others

@@ -56,8 +56,8 @@ class PooledClasses(nn.Module):
 
 
 class FirstTokenClasses(nn.Module):
-    """Dropout, affine, activation, dropout and affine on the first token's vector: logits [B, C], or [B, E, C] for the texts of packed
-    rows."""
+    """Dropout, affine, activation, dropout and affine on the first token's vector, or the pooled one: logits [B, C], or [B, E, C] for the
+    texts of packed rows."""
 
     width: int
     classes: int
@@ -67,11 +67,15 @@ class FirstTokenClasses(nn.Module):
     act: str = "tanh"
     first_rate: Rate | None = None
     """The first dropout, if it is another one."""
+    pooled: bool = False
+    """It sees the pooled vector."""
 
     @nn.compact
     def __call__(self, seen: Features, key: PRNGKeyArray | None) -> Float32[Array, "B *texts C"]:
         bits, first = self.compute.dropout_bits, self.rate if self.first_rate is None else self.first_rate
-        x = dropout(first_of_texts(seen.hidden, seen.starts), first, subkey(key, 0), bits)
+        x = seen.pooled if self.pooled else first_of_texts(seen.hidden, seen.starts)
+        assert x is not None  # models pool for heads that ask for it
+        x = dropout(x, first, subkey(key, 0), bits)
         shape, names = (self.width,) * 2, ("embed", "pooled")
         x = ACTIVATIONS[self.act](Linear(shape, names, self.compute, self.initial, name="dense")(x))
         x = dropout(x, self.rate, subkey(key, 1), bits)

@@ -24,7 +24,8 @@ def families_table() -> str:
     for name in families():
         module = family(name)
         heads = ", ".join(f"`{head}`" for head in module.HEADS if head is not None)
-        packs = "yes" if "starts" in module.facts(module.TINY).inputs else "no"
+        models = [module.Model(module.TINY, head) for head in module.HEADS]
+        packs = "yes" if any("starts" in model.facts.inputs for model in models) else "no"
         lines.append((f"`{name}`", ", ".join(f"`{kind}`" for kind in module.MODEL_TYPES), heads, packs))
     return _markdown(lines)
 

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import drawn
-from seq2seq import HEAD, check_cache, check_folder, check_packed, check_parity, check_texts, without_dropout
+from reference import compare_head, drawn
+from seq2seq import (
+    HEAD,
+    check_cache,
+    check_folder,
+    check_head,
+    check_packed,
+    check_parity,
+    check_texts,
+    without_dropout,
+)
 
 from jaxft import models
 from jaxft.errors import UserError
@@ -54,6 +63,7 @@ def random_config(kind: str, number: int) -> Any:
 
 
 DEAR = pytest.mark.slow
+ANSWERS = "question_answering"
 
 
 @pytest.mark.parametrize("kind", [pytest.param("bart", marks=DEAR), "mbart", pytest.param("marian", marks=DEAR)])
@@ -79,6 +89,29 @@ def test_random_configs_equal_the_reference(kind: str, number: int, tmp_path: Pa
 @pytest.mark.parametrize("kind", [pytest.param("bart", marks=DEAR), "mbart", "marian"])
 def test_folders_come_back_bit_equal(kind: str, tmp_path: Path) -> None:
     check_folder(*KINDS[kind], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("mbart", "classification"),
+        *(
+            pytest.param(*one, marks=DEAR)
+            for one in (("bart", "classification"), ("bart", ANSWERS), ("mbart", ANSWERS))
+        ),
+    ],
+)
+def test_heads_and_their_folders_equal_the_reference(kind: str, head: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(KINDS[kind][1], num_hidden_layers=1, num_decoder_layers=1)
+    check_head("bart", config, head, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("head", ["classification", ANSWERS])
+@pytest.mark.parametrize("kind", ["bart", "mbart"])
+def test_heads_of_random_configs_equal_the_reference(kind: str, head: str, number: int, tmp_path: Path) -> None:
+    compare_head(bart, random_config(kind, number), head, kind, tmp_path)
 
 
 @pytest.mark.slow
@@ -208,3 +241,13 @@ def test_tables_that_would_not_be_read_are_refused() -> None:
         marian.config_of_weights(Held(encoder__embed_positions__weight=one))
     kept = Held(encoder__embed_positions__weight=marian.sinusoids(4, 2), shared__weight=one)
     assert marian.config_of_weights(kept) == {}
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_several_ends_of_texts_are_kept_as_a_folder_says(family: str) -> None:
+    module = models.family(family)
+    said = module.config_to_hf(module.TINY) | {"eos_token_id": [1, 7], "model_type": family}
+    fields = module.config_from_hf(said)
+    assert fields["eos_token_id"] is None
+    assert {**said, **module.config_to_hf(module.Config(**fields))}["eos_token_id"] == [1, 7]
+    assert module.config_from_hf(said | {"eos_token_id": [7]})["eos_token_id"] == 7

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import drawn
+from reference import compare_head, drawn
 from seq2seq import (
     HEAD,
     check_cache,
     check_folder,
+    check_head,
     check_packed,
     check_parity,
     check_texts,
@@ -88,6 +89,30 @@ def test_random_configs_equal_the_reference(number: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("config", [TINY, MT5, V1_1], ids=["t5", "mt5", "v1.1"])
 def test_folders_come_back_bit_equal(config: Any, tmp_path: Path) -> None:
     check_folder("t5", config, tmp_path)
+
+
+HEADS = ("classification", "token_classification", "question_answering")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        (kind, head)
+        if (kind, head) == ("t5", "token_classification")
+        else pytest.param(kind, head, marks=pytest.mark.slow)
+        for kind in ("t5", "mt5")
+        for head in HEADS
+    ],
+)
+def test_heads_and_their_folders_equal_the_reference(kind: str, head: str, tmp_path: Path) -> None:
+    check_head("t5", TINY if kind == "t5" else MT5, head, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_random_configs_equal_the_reference(head: str, number: int, tmp_path: Path) -> None:
+    compare_head(t5, drawn(TINY, VALUES, number), head, "t5", tmp_path)
 
 
 def test_packed_pairs_and_caches_change_nothing(tmp_path: Path) -> None:

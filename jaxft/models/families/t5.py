@@ -1,5 +1,5 @@
 """T5 (Raffel et al. 2020), its versions 1.1 and Flan, and mT5 (Xue et al. 2021), as `transformers` computes them (`T5Model`,
-`T5ForConditionalGeneration`).
+`T5ForConditionalGeneration`, `T5ForSequenceClassification`, `T5ForTokenClassification`, `T5ForQuestionAnswering`, and those of `MT5`).
 
 A pre-norm encoder-decoder without positions: of each side, the first layer's table of distances is added to the logits of attention in
 all layers. These are not scaled.
@@ -9,6 +9,8 @@ Dims: B batch, S source length, T target length, D model width, N heads, H head 
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,8 +29,16 @@ from jaxft.models.checks import check_fields
 from jaxft.models.contract import Head
 from jaxft.models.cross_attention import Attention
 from jaxft.models.encoder_decoder import SEQ2SEQ_LM, State
-from jaxft.models.heads import Vocabulary
+from jaxft.models.heads import TokenClasses, Vocabulary, dense_rules
 from jaxft.models.layout import Layout, Rule, Tensors, has_own
+from jaxft.models.source_heads import (
+    SourceHead,
+    classes_of_weights,
+    classification,
+    one_end,
+    question_answering,
+    with_end,
+)
 
 Array = jax.Array
 
@@ -63,6 +73,10 @@ class Config:
     pad_token_id: int | None = 0
     decoder_start_token_id: int = 0
     """What every target begins with."""
+    eos_token_id: int | None = 1
+    """The token that texts end with: a head of classes reads the vector of its last one."""
+    classifier_dropout: float = 0.0
+    num_labels: int = 2
 
     def __post_init__(self) -> None:
         sizes = (
@@ -73,7 +87,8 @@ class Config:
             "num_attention_heads",
             "head_size",
         )
-        check_fields(self, (*sizes, "intermediate_size"), ("dropout_rate",), ("hidden_act",))
+        sizes, rates = (*sizes, "intermediate_size", "num_labels"), ("dropout_rate", "classifier_dropout")
+        check_fields(self, sizes, rates, ("hidden_act",))
         count, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if count < 4 or count % 2 or farthest <= count // 2:
             raise UserError(
@@ -209,6 +224,7 @@ class RelativeBias(nn.Module):
         return self.compute.rules.constrain(made[None], None, "act_heads", "target" if self.causal else "length", None)
 
 
+TOKEN_CLASSIFICATION = "token_classification"
 HEADS: Mapping[str | None, Head[Config]] = {
     None: Head("Model"),
     SEQ2SEQ_LM: Head(
@@ -218,6 +234,20 @@ HEADS: Mapping[str | None, Head[Config]] = {
         ),
         lambda c: () if c.tie_word_embeddings else (Rule("head/kernel", "lm_head.weight", "v d -> d v"),),
     ),
+    "classification": classification(
+        lambda c: (c.hidden_size, c.num_labels, c.classifier_dropout), lambda c: c.normal(c.hidden_size)
+    ),
+    TOKEN_CLASSIFICATION: SourceHead(
+        "ForTokenClassification",
+        lambda c, compute, name: TokenClasses(
+            c.hidden_size, c.num_labels, c.classifier_dropout, compute, c.normal(), name=name
+        ),
+        lambda c: dense_rules("head/linear", "classifier"),
+        marks=("classifier.weight",),
+        classes="tokens",
+        side="encoder",
+    ),
+    "question_answering": question_answering(lambda c: c.hidden_size, lambda c: c.normal(c.hidden_size)),
 }
 
 
@@ -275,7 +305,7 @@ _NAMES = {
     **{
         name: name
         for name in ("relative_attention_num_buckets", "relative_attention_max_distance", "dropout_rate", "initializer_factor",
-                     "tie_word_embeddings", "pad_token_id", "decoder_start_token_id")
+                     "tie_word_embeddings", "pad_token_id", "decoder_start_token_id", "eos_token_id", "classifier_dropout")
     },
 }  # fmt: skip
 """Fields of :class:`Config`, and what config.json calls them."""
@@ -291,29 +321,37 @@ def config_from_hf(hf: Mapping[str, object]) -> dict[str, object]:
     Raises:
       UserError: a decoder or an encoder alone, or an activation that is written in another way than ``relu`` and ``gated-gelu``.
     """
-    if hf.get("is_encoder_decoder", True) is False:
+    stated = hf.get("architectures")
+    named = stated if isinstance(stated, list) else []
+    # The reference's classes of words have the encoder alone, and their files say so.
+    alone = any(str(name).endswith(HEADS[TOKEN_CLASSIFICATION].suffix) for name in named)
+    if hf.get("is_encoder_decoder", True) is False and not alone:
         raise UserError("config.json: is_encoder_decoder=false is not supported; this family here has both sides")
     found = {ours: hf[theirs] for ours, theirs in _NAMES.items() if theirs in hf}
     if found.get("num_decoder_layers") is None:
         found["num_decoder_layers"] = found.get("num_hidden_layers", Config.num_decoder_layers)
     if found.get("decoder_start_token_id") is None:
         found["decoder_start_token_id"] = found.get("pad_token_id") or 0
+    found |= {
+        "eos_token_id": one_end(hf, Config.eos_token_id),
+        "classifier_dropout": hf.get("classifier_dropout") or 0.0,
+    }
     kind = str(hf.get("model_type", "t5"))
     usual = "gated-gelu" if kind == "mt5" else "relu"
-    stated = str(hf.get("feed_forward_proj", usual))
-    *gate, act = stated.split("-")
+    written = str(hf.get("feed_forward_proj", usual))
+    *gate, act = written.split("-")
     if gate not in ([], ["gated"]):
-        raise UserError(f"config.json: feed_forward_proj={stated!r}: must be an activation, or gated-ACTIVATION")
+        raise UserError(f"config.json: feed_forward_proj={written!r}: must be an activation, or gated-ACTIVATION")
     # Of models from before the key, the reference scales those whose vocabulary is tied.
     scales = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True) is not False)
-    more = {"gated": bool(gate), "hidden_act": "gelu_new" if stated == _OLD_GELU else act}
+    more = {"gated": bool(gate), "hidden_act": "gelu_new" if written == _OLD_GELU else act}
     return found | more | {"model_type": kind, "scale_decoder_outputs": scales if kind == "t5" else False}
 
 
 def config_to_hf(config: Config) -> dict[str, object]:
     """The reference's config.json of ``config``, without model type, label names and architecture."""
     act = "gelu" if config.gated and config.hidden_act == "gelu_new" else config.hidden_act
-    made = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
+    made = with_end({theirs: getattr(config, ours) for ours, theirs in _NAMES.items()})
     made |= {"feed_forward_proj": f"gated-{act}" if config.gated else act, "is_encoder_decoder": True}
     return made if config.model_type == "mt5" else made | {"scale_decoder_outputs": config.scale_decoder_outputs}
 
@@ -321,19 +359,34 @@ def config_to_hf(config: Config) -> dict[str, object]:
 def config_of_weights(weights: Tensors) -> dict[str, object]:
     """What tensors alone say about the Config; believed over config.json."""
     # transformers ties the two only where they are equal, whatever config.json says.
-    return {"tie_word_embeddings": False} if has_own(weights, "lm_head.weight", "shared.weight") else {}
+    untied = has_own(weights, "lm_head.weight", "shared.weight")
+    return classes_of_weights(weights) | ({"tie_word_embeddings": False} if untied else {})
+
+
+_INSIDE, _PREFIX = ("classification", TOKEN_CLASSIFICATION), "transformer."
+"""Heads whose classes hold the rest as a part, and what its tensors are called there."""
 
 
 def hf_layout(config: Config, head: str | None) -> Layout:
     """The reference's checkpoint layout: weight table, prefix, and what may be missing or left over."""
     tied = ("lm_head.weight",) if head == SEQ2SEQ_LM and config.tie_word_embeddings else ()
-    shared = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *tied)
-    rules = (Rule("embed/embedding", "shared.weight", spares=shared), *_side_rules(config, "encoder", 1))
-    rules = (*rules, *_side_rules(config, "decoder", 2), *HEADS[head].rules(config))
+    tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    rules = (Rule("embed/embedding", "shared.weight", spares=(*tables, *tied)), *_side_rules(config, "encoder", 1))
+    if head != TOKEN_CLASSIFICATION:
+        rules = (*rules, *_side_rules(config, "decoder", 2))
     # The first release's decoders had a table of distances to the source, which nothing reads.
     unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    leftovers = ("lm_head.*", *shared[:2], unread)
-    return Layout(rules, "", (), leftovers, ("head/*",))
+    leftovers = ("lm_head.*", *tables, "decoder.*" if head == TOKEN_CLASSIFICATION else unread)
+    others = ("classification_head.*", "classifier.*", "qa_outputs.*")
+    if head not in _INSIDE:
+        layout = Layout((*rules, *HEADS[head].rules(config)), "", (), (*leftovers, *others), ("head/*",))
+        return dataclasses.replace(layout, respelt=((rf"^{re.escape(_PREFIX)}", ""),))
+    inside = [
+        dataclasses.replace(rule, theirs=_PREFIX + rule.theirs, spares=tuple(_PREFIX + name for name in rule.spares))
+        for rule in rules
+    ]
+    within = tuple(_PREFIX + name for name in (*leftovers, *others))
+    return Layout((*inside, *HEADS[head].rules(config)), _PREFIX, (), (*within, *others), ("head/*",))
 
 
 def _side_rules(config: Config, side: str, mlp: int) -> tuple[Rule, ...]:

@@ -256,7 +256,7 @@ class Model(bart_like.BartLikeModel[Config]):
         x = gelu(Convolution((d, d), FRAMES_OF_POSITION, how, initial, name="encoder_conv2")(x))
         places = Places((c.max_source_positions, d), how, name="encoder_positions")()
         x = how.rules.constrain(x + places.astype(x.dtype), "batch", "length", "act_embed")
-        return self.encoded(dropout(x, c.hidden_dropout, subkey(key, 0), how.dropout_bits), MaskSpec(), key)
+        return self.encoded(dropout(x, c.hidden_dropout, subkey(key, 0), how.dropout_bits), MaskSpec(), key).memory
 
 
 def facts(config: Config) -> Facts:
