@@ -118,8 +118,15 @@ TASKS: tuple[TaskModule, ...] = (
         question_answering,
         regression,
     ),
-    sentence_pairs,
-    *(replaced_token_detection, reranking, seq2seq, span_corruption, speech_to_text, token_classification),
+    *(
+        replaced_token_detection,
+        reranking,
+        sentence_pairs,
+        seq2seq,
+        span_corruption,
+        speech_to_text,
+        token_classification,
+    ),
 )
 EXAMPLES: tuple[type[Examples], ...] = (Split, Cache, Packed)
 PROCESSORS: tuple[type[Processor], ...] = (Tokenizer, ImageProcessor, SpeechProcessor)

@@ -46,7 +46,7 @@ class Output(NamedTuple):
     """How much each token looks at each other one in each layer and head; None unless asked for."""
     cache: Cache | None = None
     """What the model keeps of all tokens so far; None unless one was given."""
-    row_logits: Float32[Array, "B C"] | None = None
+    row_logits: Float32[Array, "B row_classes"] | None = None
     """What a head gives of each row beside the logits, or the score, of its tokens; None: it gives one of the two alone."""
     memory: Float[Array, "B source D"] | None = None
     """What an encoder has made of the tokens that a decoder looks at; ``hidden`` is the decoder's then."""
