@@ -113,7 +113,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-HEADS = [head for head in bert.HEADS if head not in (None, "question_answering", "multiple_choice")]
+HEADS = [
+    head for head in bert.HEADS if head not in (None, "question_answering", "multiple_choice", "pretraining")
+]  # tests/tasks
 # Every head with the default; every other variant with the head it concerns most, the rest in turn.
 CONCERNED = {"untied": "masked_lm", "nine labels": "classification", "no pad token": "masked_lm"}
 CASES = [("default", head) for head in HEADS] + [
