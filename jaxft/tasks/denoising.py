@@ -8,6 +8,8 @@ Dims: S tokens of a row, K stretches at most.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -103,7 +105,8 @@ def infilled(
     count = text.sum()
     noise = jnp.round(count * density).astype(jnp.int32)
     lengths, begins = jax.random.split(key)
-    drawn = jax.random.poisson(lengths, mean, (size,)).astype(jnp.int32)
+    drawn = jnp.searchsorted(_shares(mean), jax.random.uniform(lengths, (size,)), side="right", method="compare_all")
+    drawn = drawn.astype(jnp.int32)
     before = jnp.cumsum(drawn) - drawn
     # No more masks than tokens that they stand for: a row never grows.
     stretch = (before < noise) & (jnp.arange(size) < noise)
@@ -128,6 +131,15 @@ def infilled(
     taken = jnp.argsort(keys, stable=True)[:size]
     there = keys[taken] < 4 * size
     return jnp.where(there, values[taken], 0), there
+
+
+@functools.cache
+def _shares(mean: float) -> np.ndarray:
+    """[K] float32, the shares of Poisson's lengths up to each. ``jax.random.poisson`` draws in loops whose ends all devices would have to
+    agree on."""
+    most = int(mean + 12 * mean**0.5) + 20
+    logs = np.arange(most) * math.log(mean) - mean - np.array([math.lgamma(k + 1) for k in range(most)])
+    return np.exp(logs).cumsum().astype(np.float32)
 
 
 def encode(

@@ -102,6 +102,7 @@ def test_what_cannot_be_denoised_is_one_line() -> None:
         make_task(options, Targets(), Facts({}, ()), lacking)
 
 
+@pytest.mark.slow
 def test_pre_train_from_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts, rng = tmp_path / "texts.jsonl", np.random.default_rng(0)
     words = ["the cat sings", "a dog runs", "old house", "new road", "fast bird"]
