@@ -100,7 +100,7 @@ class Packed:
 
     @cached_property
     def _sizes(self) -> dict[str, np.ndarray]:
-        """Of each side."""
+        """Tokens of each row, by side."""
         first = self.first[:-1]
         return {axis: np.add.reduceat(self.source.sizes(axis)[self.texts], first) for axis in self._sides}
 

@@ -192,11 +192,11 @@ class MaskedLm(nn.Module):
 
 
 class MaskedLmAndPairs(MaskedLm):
-    """Both heads of BERT's pre-training: the vocabulary for tokens, and one affine map of the pooled vector, whether the two texts of a
+    """The two heads of BERT's pre-training: the vocabulary for tokens, and one affine map of the pooled vector, whether the two texts of a
     row stand as they did in a document."""
 
     rate: Rate = 0.0
-    """Of dropout before that map."""
+    """The rate of dropout before that map."""
 
     @nn.compact
     def __call__(self, seen: Features, key: PRNGKeyArray | None) -> TokensAndRows:

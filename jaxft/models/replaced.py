@@ -22,7 +22,7 @@ Array = jax.Array
 C = TypeVar("C", bound=FamilyConfig)
 GENERATOR = "generator"
 _SHARED = ("token", "position", "type", "norm")
-"""What of the embeddings is the discriminator's; the map to the model's width is not."""
+"""The embeddings' parts that the discriminator shares; the map to the model's width is not among them."""
 
 
 @dataclass(frozen=True)

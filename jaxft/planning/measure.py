@@ -67,7 +67,7 @@ class Plan:
     """Rows per step over all chips."""
     length: int
     sizes: dict[str, int]
-    """Of a batch, along its axes besides ``batch``: ``length`` of texts, ``height`` and ``width`` of images, ``frames`` of sounds."""
+    """Sizes of a batch along its axes besides ``batch``: ``length`` of texts, ``height`` and ``width`` of images, ``frames`` of sounds."""
     parameters: int
     """How many, in all."""
     split_percent: float

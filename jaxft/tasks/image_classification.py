@@ -203,7 +203,7 @@ def study(rows: Iterable[Row], config: RunConfig, stored: Targets | None, note: 
 
 
 def _sizes_text(sizes: Sequence[tuple[int, int]]) -> str:
-    """Of the smallest, the middle one and the largest, by pixels."""
+    """The smallest, the middle one and the largest, by pixels, as text."""
     ordered = [f"{width}x{height}" for height, width in sorted(sizes, key=lambda size: (size[0] * size[1], size))]
     if ordered[0] == ordered[-1]:
         return f"all of {ordered[0]} pixels"

@@ -62,8 +62,12 @@ class Task(masked_lm.Task):
     def metrics(self) -> dict[str, Direction]:
         """The scalar metrics that ``eval.metric`` may name, and which way is better."""
         of_words: dict[str, Direction] = {"masked_lm_loss": "min", "perplexity": "min", "accuracy": "max"}
-        pairs = f"{self.sentences}_sentence" if self.sentences == "next" else "sentence_order"
-        return {"loss": "min", **of_words, f"{pairs}_loss": "min", f"{pairs}_accuracy": "max"}
+        return {"loss": "min", **of_words, f"{self._pairs}_loss": "min", f"{self._pairs}_accuracy": "max"}
+
+    @property
+    def _pairs(self) -> str:
+        """What metrics of pairs begin with."""
+        return "next_sentence" if self.sentences == "next" else "sentence_order"
 
     def prepare(self, batch: Batch, key: Array) -> Batch:
         """The batch with tokens hidden (:meth:`jaxft.tasks.masked_lm.Task.prepare`).
@@ -101,13 +105,12 @@ class Task(masked_lm.Task):
         words = super().score({**sums, "loss": sums["masked_lm"]}, outputs)
         pairs = float(sums["rows"]) or math.nan
         loss, right = float(sums["pairs"]) / pairs, float(sums["right"]) / pairs
-        name = "next_sentence" if self.sentences == "next" else "sentence_order"
         return {
             **words,
             "loss": words["loss"] + loss,
             "masked_lm_loss": words["loss"],
-            f"{name}_loss": loss,
-            f"{name}_accuracy": right,
+            f"{self._pairs}_loss": loss,
+            f"{self._pairs}_accuracy": right,
         }
 
 

@@ -25,7 +25,7 @@ class _Place(NamedTuple):
 
     document: int
     number: int
-    """Of the piece, in its document."""
+    """The piece's number in its document."""
     first: int
     """The document's first row."""
     rows: int

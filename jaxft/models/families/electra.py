@@ -59,8 +59,8 @@ class Config(encoder.EncoderConfig):
     summary_last_dropout: float = 0.1
     """Before the score of a choice."""
     generator_fraction: float = 0.25
-    """Of the head ``replaced_token_detection``: the generator's heads, each as wide as the discriminator's, and the width of its MLP, as a
-    share of the discriminator's."""
+    """With the head ``replaced_token_detection``: the generator's heads, each as wide as the discriminator's, and the width of its MLP,
+    as a share of the discriminator's."""
 
     FIXED: ClassVar[Mapping[str, object]] = {"pooler": False}
 
@@ -178,7 +178,7 @@ def _replaced_tokens_rules(config: Config) -> tuple[Rule, ...]:
 
 
 def _pair_rules(config: Config) -> tuple[Rule, ...]:
-    """Those of the discriminator's head, and of all that the generator has of its own."""
+    """The rules of the discriminator's head, and of all that the generator has of its own."""
     small = generator_config(config)
     project = dense_rules("embed/project", "embeddings_project") if small.projects else ()
     rules = (*project, *encoder_files.LayerNames().rules(GENERATOR), *_MASKED_LM.rules(small))
