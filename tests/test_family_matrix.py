@@ -55,7 +55,8 @@ LACKING = {
 REFUSED = {(family, use) for family, uses in LACKING.items() for use in uses}
 """What a family cannot be used for."""
 # The reference has classes for rows and answers of some encoder-decoders, for words of T5 alone; they hide no tokens.
-SOURCES = {"bart": ("tokens", *DECODERS), "marian": tuple(use for use in USES if use != "embed"), "t5": DECODERS}
+NEITHER = tuple(use for use in USES if use != "embed")
+SOURCES = {"bart": ("tokens", *DECODERS), "marian": NEITHER, "m2m100": NEITHER, "t5": DECODERS}
 REFUSED |= {(family, use) for family, uses in SOURCES.items() for use in uses}
 
 

@@ -66,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="prompts are what a user says, or lists of messages, written by the model's chat template",
     )
+    for side, text in (("source", "prompts are in"), ("target", "to write, of a model that knows several")):
+        parser.add_argument(
+            f"--{side}-language", metavar="LANG", help=f"the language {text}, as its tokenizer calls it: de_DE"
+        )
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that proposes tokens")
     parser.add_argument(
         "--draft-tokens", type=int, metavar="K", help=f"tokens that it proposes at once (default: {_DRAFT_TOKENS})"
@@ -114,6 +118,7 @@ def _answer(writer: Writer, options: argparse.Namespace, inputs: list[str], over
 
 
 def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
+    from jaxft.data.processors.contract import Languages
     from jaxft.inference.generation import GenerationConfig, Writer, stored_generation
     from jaxft.inference.predict import open_model
 
@@ -140,6 +145,7 @@ def _writer(options: argparse.Namespace, overrides: list[str]) -> Writer:
         system=options.system,
         draft=draft,
         draft_tokens=count,
+        languages=Languages(options.source_language, options.target_language),
     )
 
 

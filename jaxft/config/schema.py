@@ -17,6 +17,11 @@ class TaskConfig:
     name: str = "classification"
     """A module of ``jaxft.tasks``, or the dotted name of one of your own (docs/add_a_task.md)."""
 
+    @property
+    def languages(self) -> tuple[str | None, str | None]:
+        """Languages that a tokenizer marks texts with, and those that a model writes; None: as its files say."""
+        return None, None
+
 
 def _usual_task() -> TaskConfig:
     from jaxft.config.tasks import task_options

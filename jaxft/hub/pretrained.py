@@ -20,7 +20,8 @@ from jaxtyping import PyTree
 
 from jaxft.config import to_tree
 from jaxft.data.processors.contract import Processor
-from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, copy_files
+from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES
+from jaxft.data.processors.tokenizer_saving import copy_files
 from jaxft.errors import UserError
 from jaxft.files import folder_written_whole, write_atomic
 from jaxft.hub.convert import Imported, Leaf, export_tensors, file_names, import_params, stored_params

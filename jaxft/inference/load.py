@@ -12,7 +12,8 @@ from jax import Array
 from jaxtyping import PyTree
 
 from jaxft.data.processors.opened import FILES, has_processor, open_processor
-from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer_checks import check_vocabulary
 from jaxft.data.thresholds import beside
 from jaxft.errors import UserError, nearest
 from jaxft.hub.pretrained import check_changes, export_folder, load_params

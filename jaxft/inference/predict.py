@@ -25,9 +25,10 @@ from jaxft.data.batch import Fields, Shape, collate, text_shape
 from jaxft.data.examples import Encoded
 from jaxft.data.labels import refuse_alike
 from jaxft.data.loader import bucket_of, make_buckets
-from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.contract import Languages, Processor
 from jaxft.data.processors.opened import as_text, fresh_processor, has_processor, open_processor, reads_images
-from jaxft.data.processors.tokenizer import Tokenizer, check_types, check_vocabulary
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer_checks import check_types, check_vocabulary
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.files import JsonObject
@@ -320,7 +321,8 @@ def _served(
     if config.model.init is None and not has_processor(tokenizer_folder, facts.inputs) and reads_images(facts.inputs):
         processor = fresh_processor(tokenizer_folder, facts.inputs)  # of a run from random weights
     else:
-        processor = open_processor(tokenizer_folder, length, facts.inputs, family, _stored_inputs(family, hf_config))
+        said, stored = Languages(*config.task.languages), _stored_inputs(family, hf_config)
+        processor = open_processor(tokenizer_folder, length, facts.inputs, family, stored, said)
     if isinstance(processor, Tokenizer):
         check_vocabulary(processor, facts.inputs, paired=config.data.text_pair is not None)
     refuse_alike(labels, "the model's config.json")

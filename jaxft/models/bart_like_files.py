@@ -109,7 +109,7 @@ def hf_layout(config: BartLikeConfig, head: tuple[Rule, ...], *, learned_positio
     rules = [Rule("embed/embedding", f"model.{TABLE}", copies=copies, spares=spares)]
     for side in _SIDES:
         rules += side_rules(config, side, learned_positions)
-    positions = () if learned_positions else tuple(f"model.{side}.embed_positions.weight" for side in _SIDES)
+    positions = () if learned_positions else tuple(f"model.{side}.embed_positions.weight*" for side in _SIDES)
     leftovers = (
         HEAD_TABLE,
         *tables,

@@ -25,7 +25,7 @@ from jaxft.data.encode import Column, chunks_of
 from jaxft.data.examples import Encoded, Split
 from jaxft.data.processors.continued import Decoding
 from jaxft.data.processors.contract import TextProcessor
-from jaxft.data.processors.tokenizer_checks import check_targets
+from jaxft.data.processors.languages import check_language, written_in_its_language
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
 from jaxft.models.contract import Facts, Model
@@ -53,7 +53,7 @@ __all__ = [
 ]
 LONG_TEXTS: tuple[LongTexts, ...] = ("truncate",)
 PACKING = True
-ROW_OPTIONS = ("target", "prefix", "max_target_length")
+ROW_OPTIONS = ("target", "prefix", "source_language", "target_language", "max_target_length")
 PROBLEM: str | None = None
 
 
@@ -222,7 +222,8 @@ def encode(
     options = config.task
     assert isinstance(options, Config)
     del targets
-    end, most = tokenizer.special.end, options.max_target_length
+    end, ends, most = tokenizer.special.end, _ends(tokenizer), options.max_target_length
+    ended = end in tokenizer.around[1]
     if tokenizer.max_length is not None and most > tokenizer.max_length:
         raise UserError(
             f"task.max_target_length={most} is above data.max_length={tokenizer.max_length}: lower it, or let sources be longer"
@@ -231,10 +232,10 @@ def encode(
         sources = tokenizer.encode([options.prefix + str(row.values[0]) for row in chunk])
         wanted = None
         if len(chunk[0].values) > 1:
-            check_targets(tokenizer.folder)
-            wanted = [ids for ids, _, _ in tokenizer.encode([str(row.values[1]) for row in chunk])]
+            check_language(tokenizer)
+            wanted = [ids for ids, _, _ in tokenizer.target.encode([str(row.values[1]) for row in chunk])]
         for number, (ids, types, dropped) in enumerate(sources):
-            if end is not None and ids[-1:] != [end] and len(ids) != tokenizer.max_length:
+            if end is not None and not ended and ids[-1:] != [end] and len(ids) != tokenizer.max_length:
                 ids, types = [*ids, end], [*types, 0]
             example = {
                 "tokens": np.asarray(ids, np.int32),
@@ -242,15 +243,22 @@ def encode(
                 "row": np.array(first + number, np.int32),
             }
             if wanted is not None:
-                example["target"] = np.asarray(_ended(wanted[number], end, most), np.int32)
+                example["target"] = np.asarray(_ended(wanted[number], ends, most), np.int32)
             yield Encoded(example, first + number, dropped)
 
 
-def _ended(ids: list[int], end: int | None, length: int) -> list[int]:
-    """A target of so many tokens at most, with the one that ends texts."""
-    if end is None:
-        return ids[:length]
-    return [*(ids[:-1] if ids[-1:] == [end] else ids)[: length - 1], end]
+def _ends(tokenizer: TextProcessor) -> tuple[int, ...]:
+    """What stands behind the text of each target: the token that ends texts, and maybe that of a language."""
+    end, behind = tokenizer.special.end, tokenizer.target.around[1]
+    if end is None or end in behind:
+        return behind if end is not None else ()
+    return (end,)
+
+
+def _ended(ids: list[int], ends: tuple[int, ...], length: int) -> list[int]:
+    """A target of so many tokens at most, with those that end it."""
+    text = ids[: -len(ends)] if ends and tuple(ids[-len(ends) :]) == ends else ids
+    return [*text[: max(length - len(ends), 0)], *ends]
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:
@@ -276,8 +284,13 @@ def make_task(options: Config, targets: Targets, facts: Facts, tokenizer: TextPr
     if facts.stacks and facts.start is None:
         raise UserError("task.name=seq2seq needs a model with an encoder and a decoder")
     generation, end = options.generation, tokenizer.special.end
+    if options.generate and facts.limit is not None and generation.max_new_tokens >= facts.limit:
+        raise UserError(
+            f"task.generation.max_new_tokens={generation.max_new_tokens} is beyond the model's limit; set it to {facts.limit - 1} or less"
+        )
     if not generation.eos_token_id and end is not None:
         generation = dataclasses.replace(generation, eos_token_id=(end,))
+    generation = written_in_its_language(generation, tokenizer)
     said = generation.decoder_start_token_id
     start = (facts.start or 0) if said is None else said
     scores = options.scores if options.generate else ()

@@ -22,7 +22,8 @@ from jaxft.data.examples import Split
 from jaxft.data.held_out import Strata
 from jaxft.data.lengths import lengths_text
 from jaxft.data.processors.contract import Processor
-from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer_checks import check_vocabulary
 from jaxft.data.rendering import has_lengths
 from jaxft.data.sources.read import Reference, Row, files_of, shown
 from jaxft.errors import UserError

@@ -9,7 +9,7 @@ from typing import cast
 from jaxft import tasks
 from jaxft.config import RunConfig
 from jaxft.data.batch import Field, Fields
-from jaxft.data.processors.contract import Processor, SpecialIds, TextProcessor
+from jaxft.data.processors.contract import Languages, Processor, SpecialIds, TextProcessor
 from jaxft.data.processors.log_mel import LogMel
 from jaxft.data.processors.opened import fresh_processor, open_processor
 from jaxft.data.processors.speech import SpeechProcessor
@@ -45,7 +45,8 @@ def processor_of(config: RunConfig, source: Source | None) -> Processor:
     name = config.model.family if source is None else source.family_name
     changed = source is not None and source.stored != source.config
     stored = source.family.facts(source.stored).inputs if source is not None and changed else None
-    return open_processor(folder, config.data.max_length, inputs, name, stored)
+    languages = Languages(*config.task.languages)
+    return open_processor(folder, config.data.max_length, inputs, name, stored, languages)
 
 
 def _is_named(config: RunConfig, source: Source | None) -> bool:
@@ -56,7 +57,16 @@ def _is_named(config: RunConfig, source: Source | None) -> bool:
 def stand_in_tokenizer(vocab_size: int = 30522) -> TextProcessor:
     """What stands for a tokenizer where no text is read: it has the tokens that a task may need."""
     special = SpecialIds(pad=0, mask=3, end=2)
-    made = SimpleNamespace(folder="", vocab_size=vocab_size, pad_id=0, special=special, special_ids=(0, 1, 2, 3))
+    made = SimpleNamespace(
+        folder="",
+        vocab_size=vocab_size,
+        pad_id=0,
+        special=special,
+        special_ids=(0, 1, 2, 3),
+        language=None,
+        marks_languages=False,
+    )
+    made.target, made.around = made, ((), ())
     return cast(TextProcessor, made)
 
 

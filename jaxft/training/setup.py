@@ -23,7 +23,8 @@ from jaxft.data.lengths import advice
 from jaxft.data.loader import Batches, local_rows
 from jaxft.data.packing import packed_fields
 from jaxft.data.processors.contract import Processor
-from jaxft.data.processors.tokenizer import Tokenizer, check_vocabulary
+from jaxft.data.processors.tokenizer import Tokenizer
+from jaxft.data.processors.tokenizer_checks import check_vocabulary
 from jaxft.data.rendering import Rendering, has_lengths
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError, listed

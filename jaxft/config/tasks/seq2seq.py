@@ -20,6 +20,11 @@ class Config(TaskConfig):
     """The column of texts that are to be written; ``data.text`` is that of their sources."""
     prefix: str = ""
     """Put before each source, for instance ``summarize: ``."""
+    source_language: str | None = None
+    """What sources are marked with by tokenizers that mark languages (mBART's, NLLB's), as they call it: ``en_XX``. None: as the
+    tokenizer's files say."""
+    target_language: str | None = None
+    """What targets are marked with, and texts that are written begin with."""
     max_target_length: int = 128
     """Tokens kept of each target."""
     label_smoothing: float = 0.0
@@ -31,6 +36,11 @@ class Config(TaskConfig):
     """How texts are written: in evaluation, and by whoever uses the exported model (``generation_config.json``)."""
     scores: tuple[Scorer, ...] = ("rouge", "bleu", "chrf")
     """What texts are scored by: ROUGE-1, 2, L and Lsum (Lin 2004), BLEU (Papineni et al. 2002), chrF (Popović 2015)."""
+
+    @property
+    def languages(self) -> tuple[str | None, str | None]:
+        """The languages that the tokenizer marks sources and targets with."""
+        return self.source_language, self.target_language
 
     def __post_init__(self) -> None:
         if self.max_target_length < 1:

@@ -35,6 +35,16 @@ class SpecialIds(NamedTuple):
         return tuple(dict.fromkeys(one for one in (usual, self.first) if one is not None))
 
 
+class Languages(NamedTuple):
+    """Languages, as a tokenizer calls them; None: as its files say."""
+
+    source: str | None = None
+    target: str | None = None
+
+
+AS_FILES_SAY = Languages()
+
+
 class Processor(Protocol):
     """What is read of a model folder beside its weights, whatever it takes in."""
 
@@ -83,6 +93,26 @@ class TextProcessor(Processor, Protocol):
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids of all tokens that are not text; the unknown token stands for a word."""
+        ...
+
+    @property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the tokens that are put before a single text, and behind it."""
+        ...
+
+    @property
+    def target(self) -> TextProcessor:
+        """The processor of texts that a model writes: itself, unless those are cut into other pieces or marked with another language."""
+        ...
+
+    @property
+    def marks_languages(self) -> bool:
+        """Whether texts are marked with their languages."""
+        ...
+
+    @property
+    def language(self) -> int | None:
+        """Id of the token that marks the language of texts that a model writes; None: none does."""
         ...
 
     def pieces(self, ids: Integer[np.ndarray, " S"]) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jaxft.data.batch import Fields
 from jaxft.data.processors import image, speech
-from jaxft.data.processors.contract import Processor
+from jaxft.data.processors.contract import AS_FILES_SAY, Languages, Processor
 from jaxft.data.processors.speech import SpeechProcessor
 from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
-from jaxft.data.processors.tokenizer_files import copy_files
+from jaxft.data.processors.tokenizer_saving import copy_files
 from jaxft.errors import UserError
 
 FILES = {"text": "tokenizer files", "image": image.FILE, "audio": f"tokenizer files and {speech.FILE}"}
@@ -35,7 +35,12 @@ def has_processor(folder: Path, inputs: Fields) -> bool:
 
 
 def open_processor(
-    folder: Path, max_length: int | None, inputs: Fields, model_type: str | None, stored: Fields | None = None
+    folder: Path,
+    max_length: int | None,
+    inputs: Fields,
+    model_type: str | None,
+    stored: Fields | None = None,
+    languages: Languages = AS_FILES_SAY,
 ) -> Processor:
     """What a folder says of how rows become arrays.
 
@@ -44,6 +49,7 @@ def open_processor(
       inputs: of the model's forward pass.
       model_type: of the model, for tokenizers whose files do not say what they are.
       stored: inputs of the model as its folder has it, where those were changed on request: images then follow.
+      languages: that a tokenizer marks texts with, where not as its files say.
 
     Raises:
       UserError: the files are not there, or cannot be read.
@@ -54,7 +60,7 @@ def open_processor(
     if hears(inputs):
         frames, bins = (axis for axis in inputs["frames"].axes[1:] if isinstance(axis, int))
         return speech.open_processor(folder, max_length, frames, bins, model_type)
-    return Tokenizer(folder, max_length, model_type=model_type)
+    return Tokenizer(folder, max_length, model_type=model_type, languages=languages)
 
 
 def write_processor(tokenizer: Tokenizer | None, source: Path, target: Path, inputs: Fields) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,26 +16,19 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int32, Integer
 
-from jaxft.data.batch import Fields
-from jaxft.data.processors.contract import SpecialIds, TextProcessor
+from jaxft.data.processors.contract import AS_FILES_SAY, Languages, SpecialIds
 from jaxft.data.processors.cutting import count_dropped, cut_pairs
+from jaxft.data.processors.padding import pad_rows, padded_length
 from jaxft.data.processors.panics import Panic, told_as_errors
-from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files, save_files
+from jaxft.data.processors.tokenizer_files import TOKENIZER_FILES, has_tokenizer, read_files
+from jaxft.data.processors.tokenizer_saving import save_files
 from jaxft.data.processors.windows import Window, check_pair_room, check_room, cut, whole_pairs, whole_tokens
 from jaxft.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-__all__ = [
-    "Tokenizer",
-    "Window",
-    "check_types",
-    "check_vocabulary",
-    "has_tokenizer",
-    "pad_rows",
-    "padded_length",
-]
+__all__ = ["Tokenizer", "Window", "has_tokenizer"]
 
 _CHUNK = 1024  # rows tokenised at a time: enough to keep the library's threads busy
 
@@ -63,6 +59,7 @@ class Tokenizer:
         max_length: int | None = None,
         inputs: Collection[str] | None = None,
         model_type: str | None = None,
+        languages: Languages = AS_FILES_SAY,
     ) -> None:
         """Reads the tokenizer in ``folder``; rows are truncated to ``max_length`` tokens (None: never).
 
@@ -71,14 +68,16 @@ class Tokenizer:
           max_length: tokens kept per row.
           inputs: what a call gives of ``tokens``, ``mask`` and ``types``: what the model takes; None: all.
           model_type: of the model, for folders whose config.json does not say.
+          languages: that texts are marked with, where not as the files say.
 
         Raises:
-          UserError: there is no tokenizer, or its files are malformed.
+          UserError: there is no tokenizer, its files are malformed, or it does not know a language.
         """
         self.folder = folder
         self.max_length = max_length
+        self.languages = languages
         self._inputs = inputs
-        self._files = read_files(folder, model_type)
+        self._files = read_files(folder, model_type, languages)
         self._fast = self._files.fast
         named = ("pad", "mask", "cls", "sep", "bos", "eos", "unk")
         self.special = SpecialIds(*(self._id_of(f"{name}_token") for name in named))
@@ -88,6 +87,36 @@ class Tokenizer:
     def pad_id(self) -> int:
         """What rows are padded with. Nothing sees it: 0 where the files name no such token."""
         return 0 if self.special.pad is None else self.special.pad
+
+    @property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the tokens that are put before a single text, and behind it."""
+        row = self._fast.encode("a")
+        text = [place for place, put in enumerate(row.special_tokens_mask) if not put]
+        first, last = (text[0], text[-1] + 1) if text else (0, 0)
+        return tuple(row.ids[:first]), tuple(row.ids[last:])
+
+    @cached_property
+    def target(self) -> Tokenizer:
+        """The tokenizer of texts that a model writes: itself, unless those are cut into other pieces or marked with another language."""
+        if self._files.target is None:
+            return self
+        made = copy.copy(self)
+        made._files = dataclasses.replace(self._files, fast=self._files.target, target=None)
+        made._fast = made._files.fast
+        made._truncate(made._files.truncation_side)
+        return made
+
+    @property
+    def language(self) -> int | None:
+        """Id of the token that marks the language of texts that a model writes; None: none does."""
+        said = self._files.stated.get("tgt_lang")
+        return None if said is None else self._fast.token_to_id(said)
+
+    @property
+    def marks_languages(self) -> bool:
+        """Whether texts are marked with their languages."""
+        return "src_lang" in self._files.stated
 
     @property
     def vocab_size(self) -> int:
@@ -333,9 +362,10 @@ class Tokenizer:
         finally:
             self._truncate(self._files.truncation_side)
         tokens = sorted(self._fast.get_vocab(with_added_tokens=True).items())
-        said = json.dumps(
-            [tokens, self.special_ids, self.special.mask, self.special.end, self._files.truncation_side, rows]
-        )
+        meant = [tokens, self.special_ids, self.special.mask, self.special.end, self._files.truncation_side, rows]
+        if self.target is not self:
+            meant.append(self.target.digest())
+        said = json.dumps(meant)
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _meant(self, text: str, pair: str | None) -> list[list[int]] | str:
@@ -360,61 +390,3 @@ class Tokenizer:
 
 def _at(values: list[int], kept: list[int] | None) -> list[int]:
     return values if kept is None else [values[i] for i in kept]
-
-
-def check_vocabulary(tokenizer: TextProcessor, inputs: Fields, *, paired: bool = False) -> None:
-    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have.
-
-    Args:
-      inputs: of the model.
-      paired: rows are of two texts.
-    """
-    rows = inputs["tokens"].count
-    if rows is not None and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {rows}: "
-            "wrong tokenizer for these weights; set data.tokenizer"
-        )
-    check_types(tokenizer, inputs, paired=paired)
-
-
-def check_types(tokenizer: TextProcessor, inputs: Fields, *, paired: bool) -> None:
-    """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
-    rows, types = inputs["types"].count if "types" in inputs else None, tokenizer.count_types(paired=paired)
-    if rows is not None and types > rows:
-        texts = "two texts" if paired else "one text"
-        raise UserError(
-            f"{tokenizer.folder}: rows of {texts} have token types up to {types - 1}, the model's table of types has "
-            f"type_vocab_size={rows} rows: this model does not tell texts apart"
-        )
-
-
-def pad_rows(
-    tokens: Sequence[Sequence[int]], types: Sequence[Sequence[int]], length: int | None, pad_id: int
-) -> dict[str, Int32[np.ndarray, "B S"]]:
-    """Ragged rows as [B, S] int32 arrays ``tokens``, ``mask`` and ``types``; S is ``length`` or that of the longest row."""
-    width = max(map(len, tokens), default=1) if length is None else length
-    out = {name: np.zeros((len(tokens), width), np.int32) for name in ("tokens", "mask", "types")}
-    out["tokens"][:] = pad_id
-    for i, (ids, kinds) in enumerate(zip(tokens, types, strict=True)):
-        out["tokens"][i, : len(ids)] = ids
-        out["types"][i, : len(ids)] = kinds
-        out["mask"][i, : len(ids)] = 1
-    return out
-
-
-def padded_length(longest: int, length: int | None, buckets: Sequence[int] | None) -> int:
-    """The width of rows of which the longest has so many tokens.
-
-    Raises:
-      UserError: it does not fit, or both are given.
-    """
-    if length is not None and buckets is not None:
-        raise UserError(f"length={length}, buckets={list(buckets)}: give one of the two")
-    widths = sorted(buckets) if buckets is not None else [longest if length is None else length]
-    found = next((width for width in widths if width >= longest), None)
-    if found is None:
-        raise UserError(
-            f"a row has {longest} tokens, more than {widths[-1] if widths else 0}; load the tokenizer with max_length to truncate"
-        )
-    return found

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxft.data.batch import Fields
+from jaxft.data.processors.contract import TextProcessor
 from jaxft.data.processors.tokenizer_classes import Kind, Settings
 from jaxft.errors import UserError
-from jaxft.files import present, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -82,13 +83,28 @@ def _growth(tree: object) -> float:
     return max(1, len(content) / len(plain)) if isinstance(plain, str) and plain else 1 + len(content)
 
 
-def check_targets(folder: Path) -> None:
-    """Raises UserError for a tokenizer that puts a language's code beside texts: that of sources is all that its files say of ids."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json_object(path) if present(path) else {}
-    source, target = settings.get("src_lang"), settings.get("tgt_lang")
-    if source is not None and source != target:
+def check_vocabulary(tokenizer: TextProcessor, inputs: Fields, *, paired: bool = False) -> None:
+    """Raises UserError if the tokenizer can produce tokens or types that the model's tables do not have.
+
+    Args:
+      inputs: of the model.
+      paired: rows are of two texts.
+    """
+    rows = inputs["tokens"].count
+    if rows is not None and tokenizer.vocab_size > rows:
         raise UserError(
-            f"{path}: src_lang={source!r}, tgt_lang={target!r}: targets would be given the code of the source's language, which is not "
-            "supported; give a tokenizer without codes"
+            f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding table {rows}: "
+            "wrong tokenizer for these weights; set data.tokenizer"
+        )
+    check_types(tokenizer, inputs, paired=paired)
+
+
+def check_types(tokenizer: TextProcessor, inputs: Fields, *, paired: bool) -> None:
+    """Raises UserError if rows of one text (or of two, ``paired``) have token types that the model's table does not have."""
+    rows, types = inputs["types"].count if "types" in inputs else None, tokenizer.count_types(paired=paired)
+    if rows is not None and types > rows:
+        texts = "two texts" if paired else "one text"
+        raise UserError(
+            f"{tokenizer.folder}: rows of {texts} have token types up to {types - 1}, the model's table of types has "
+            f"type_vocab_size={rows} rows: this model does not tell texts apart"
         )

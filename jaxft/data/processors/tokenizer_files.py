@@ -7,18 +7,18 @@ _from_pretrained`` and ``models/auto/tokenization_auto.py``. Code that a folder 
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxft.data.processors import tokenizer_marian
+from jaxft.data.processors.contract import AS_FILES_SAY, Languages
 from jaxft.data.processors.panics import first_line, told_as_errors
 from jaxft.data.processors.tokenizer_checks import check_model, check_settings
 from jaxft.data.processors.tokenizer_classes import NAMED, Kind, Settings, build, class_of, native
 from jaxft.errors import UserError
-from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, check_size, present, read_json_object, write_atomic
+from jaxft.files import MOST_VOCABULARY_BYTES, JsonObject, check_size, present, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -41,6 +41,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "sentencepiece.model",
     "spm.model",
+    "source.spm",
+    "target.spm",
     "tekken.json",
     "tiktoken.model",
     "chat_template.jinja",
@@ -78,6 +80,12 @@ class Files:
     """``model_max_length``, if it is a number that means something."""
     denied: frozenset[str] = frozenset()
     """Names of tokens that the files say there is none of."""
+    target: Fast | None = None
+    """What texts that a model writes are tokenized with, where that is not ``fast``."""
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """What tokenizer_config.json must say for the two sides to be told apart again: the class, and languages that texts are marked with."""
+    made_of: str | None = None
+    """A hash of the files that it is made of, where tokenizer.json could not hold it."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -85,14 +93,15 @@ def has_tokenizer(folder: Path) -> bool:
     return any(present(folder / name) for name in _VOCABULARIES)
 
 
-def read_files(folder: Path, model_type: str | None = None) -> Files:
+def read_files(folder: Path, model_type: str | None = None, languages: Languages = AS_FILES_SAY) -> Files:
     """Reads the tokenizer in ``folder``.
 
     Args:
       model_type: of the model, for folders whose config.json does not say.
+      languages: that texts are marked with, where not as the files say.
 
     Raises:
-      UserError: there is none, it is malformed, or it is made by code.
+      UserError: there is none, it is malformed, it is made by code, or it does not know a language.
     """
     settings = read_json(folder / "tokenizer_config.json")
     hf_config = read_json(folder / "config.json")
@@ -107,9 +116,10 @@ def read_files(folder: Path, model_type: str | None = None) -> Files:
         check_size(vocabulary, MOST_VOCABULARY_BYTES)
     try:
         with told_as_errors():
-            files = _read(folder, settings, hf_config)
-            check_model(folder, files.fast)
-            files.fast.encode("", "")  # a template's tokens are looked up here only
+            files = _read(folder, settings, hf_config, languages)
+            for fast in filter(None, (files.fast, files.target)):
+                check_model(folder, fast)
+                fast.encode("", "")  # a template's tokens are looked up here only
             return files
     except UserError:
         raise
@@ -117,14 +127,26 @@ def read_files(folder: Path, model_type: str | None = None) -> Files:
         raise UserError(f"{folder}: not a tokenizer that can be read: {first_line(error)}") from error
 
 
-def _read(folder: Path, settings: JsonObject, hf_config: JsonObject) -> Files:
+def _read(folder: Path, settings: JsonObject, hf_config: JsonObject, languages: Languages) -> Files:
     name = class_of(folder, settings, hf_config)
     kind = native(name)
     if kind is None or settings.get("fix_mistral_regex") or _only_sentencepiece(folder):
-        from jaxft.data.processors.tokenizer_foreign import reference_tokenizer
+        from jaxft.data.processors.tokenizer_foreign import class_name, reference_tokenizer
 
-        return _of_reference(reference_tokenizer(folder, name, settings, hf_config))
-    return _built(folder, kind, settings)
+        if name is None:
+            known = tokenizer_marian.is_found(
+                folder
+            )  # which transformers' tables know only with the sentencepiece package
+            name = tokenizer_marian.CLASS if known else class_name(folder, settings, hf_config)
+        if name != tokenizer_marian.CLASS:
+            return _of_reference(folder, reference_tokenizer(folder, name), languages)
+        kind = None
+    if any(languages):
+        raise UserError(
+            f"{folder}: a tokenizer of class {name} does not mark languages: leave out task.source_language and task.target_language, "
+            "or give texts the marks themselves (task.prefix)"
+        )
+    return _two_sided(folder, settings) if kind is None else _built(folder, kind, settings)
 
 
 def read_json(path: Path) -> JsonObject:
@@ -312,12 +334,33 @@ def _set_ends(fast: Fast, named: dict[str, Token], settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------------------- ends
 
 
-def _of_reference(reference: PreTrainedTokenizerFast) -> Files:
+def _of_reference(folder: Path, reference: PreTrainedTokenizerFast, languages: Languages) -> Files:
     """What a tokenizer of transformers amounts to."""
+    from jaxft.data.processors.tokenizer_foreign import marked
+
     named = {name: str(token) for name, token in reference._special_tokens_map.items() if token is not None}
     types = "token_type_ids" in reference.model_input_names
     length = _length(reference.model_max_length)
-    return Files(_plain(reference.backend_tokenizer), named, reference.truncation_side, types, length)
+    target, stated = marked(folder, reference, languages)
+    fast = _plain(reference.backend_tokenizer)
+    return Files(fast, named, reference.truncation_side, types, length, target=target, stated=stated)
+
+
+def _two_sided(folder: Path, stored: Settings) -> Files:
+    """Marian's tokenizer."""
+    settings = _arguments(stored, has_json=False)
+    added = _added_tokens(folder, settings, has_json=False)
+    settings = {**tokenizer_marian.DEFAULTS, **settings}
+    sides, named = tokenizer_marian.read(folder, settings), _named(settings)
+    for fast in (sides.source, sides.target):
+        fast.encode_special_tokens = bool(settings.get("split_special_tokens"))
+        _add_tokens(fast, added, named, settings.get("extra_special_tokens") or ())
+        _plain(fast)
+    contents = {name: str(token) for name, token in named.items()}
+    side = settings.get("truncation_side", "right")
+    length = _length(settings.get("model_max_length", 512))
+    stated = {"tokenizer_class": tokenizer_marian.CLASS}
+    return Files(sides.source, contents, side, False, length, target=sides.target, stated=stated, made_of=sides.made_of)
 
 
 def _plain(fast: Fast) -> Fast:
@@ -330,57 +373,3 @@ def _plain(fast: Fast) -> Fast:
 def _length(stated: object) -> int | None:
     # The reference writes 1e30 for "unknown".
     return int(stated) if isinstance(stated, int | float) and 2 < stated < 1_000_000 else None
-
-
-def save_files(source: Path, files: Files, target: Path, max_length: int | None) -> None:
-    """See :meth:`jaxft.data.processors.tokenizer.Tokenizer.save`."""
-    copy_files(source, target, max_length)
-    try:
-        same = _meaning(read_files(target)) == _meaning(files)
-    except UserError:
-        same = False
-    if same:
-        return
-    for name in TOKENIZER_FILES:
-        if not name.startswith("chat_template"):
-            (target / name).unlink(missing_ok=True)
-    write_atomic(target / "tokenizer.json", json.dumps(_tree(files.fast), ensure_ascii=False) + "\n")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", *(["token_type_ids"] if files.types else []), "attention_mask"],
-        "truncation_side": files.truncation_side,
-        **({"split_special_tokens": True} if files.fast.encode_special_tokens else {}),
-        **({} if files.stated_length is None else {"model_max_length": files.stated_length}),
-        **{name: token for name, token in files.named.items() if name.endswith("_token")},
-    }
-    write_atomic(target / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    _adjust(target, max_length)
-
-
-def copy_files(source: Path, target: Path, max_length: int | None = None) -> None:
-    """Copies tokenizer files unread, but for ``model_max_length``, and settings that name code."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    _adjust(target, max_length)
-
-
-def _adjust(folder: Path, length: int | None) -> None:
-    """Puts ``model_max_length`` into tokenizer_config.json, and takes out where code for it would be."""
-    path = folder / "tokenizer_config.json"
-    before = read_json(path)
-    settings = {name: value for name, value in before.items() if name != "auto_map"}
-    if length is not None:
-        settings["model_max_length"] = length
-    if settings != before:
-        write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-def _meaning(files: Files) -> tuple[object, ...]:
-    """What decides the ids."""
-    return _tree(files.fast), files.named, files.truncation_side, files.types, files.fast.encode_special_tokens
-
-
-def _tree(fast: Fast) -> dict[str, object]:
-    """A backend as tokenizer.json has it, without what is set for each use."""
-    return json.loads(fast.to_str()) | {"truncation": None, "padding": None}

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
+from jaxft.data.processors.contract import Languages
 from jaxft.data.processors.tokenizer_classes import GENERIC, Settings, is_byte_level
-from jaxft.errors import UserError
+from jaxft.errors import UserError, nearest
 
 if TYPE_CHECKING:  # seconds
+    from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerFast
 
 
-def reference_tokenizer(
-    folder: Path, name: str | None, settings: Settings, hf_config: Settings
-) -> PreTrainedTokenizerFast:
+def reference_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     """A tokenizer object of `transformers` itself.
 
     AutoTokenizer is not called: it asks on standard input whether to run a folder's code. The class used here is one of the
     library's own, and local files are all that it reads.
 
     Args:
-      name: the class's name without "Fast"; None: what config.json's ``model_type`` stands for.
-      settings: tokenizer_config.json.
+      name: the class's name without "Fast".
 
     Raises:
       UserError: the class has no fast tokenizer, or files or packages that it needs are missing.
     """
     from transformers.utils import logging
 
-    kind = _class(folder, name, settings, hf_config)
+    kind = _class(folder, name)
     _check_files(folder, kind)
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -41,12 +40,11 @@ def reference_tokenizer(
         logging.set_verbosity(before)
 
 
-def _class(folder: Path, name: str | None, settings: Settings, hf_config: Settings) -> type[PreTrainedTokenizerFast]:
+def _class(folder: Path, name: str) -> type[PreTrainedTokenizerFast]:
     """The class, resolved as AutoTokenizer would."""
     from transformers.models.auto import tokenization_auto as auto
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-    name = _name(folder, settings, hf_config, auto) if name is None else name
     kind = None if name in GENERIC else auto.tokenizer_class_from_name(name)
     if kind is None or kind.__name__ in GENERIC:
         return TokenizersBackend
@@ -58,8 +56,15 @@ def _class(folder: Path, name: str | None, settings: Settings, hf_config: Settin
     return kind
 
 
-def _name(folder: Path, settings: Settings, hf_config: Settings, auto: ModuleType) -> str:
-    """The class's name where transformers has its own opinion of a ``model_type``."""
+def class_name(folder: Path, settings: Settings, hf_config: Settings) -> str:
+    """The class's name, without "Fast", where transformers has its own opinion of a ``model_type``.
+
+    Args:
+      settings: tokenizer_config.json.
+      hf_config: config.json.
+    """
+    from transformers.models.auto import tokenization_auto as auto
+
     model_type = str(hf_config.get("model_type"))
     stated = str(settings.get("tokenizer_class") or hf_config.get("tokenizer_class") or "").removesuffix("Fast")
     registered = str(auto.TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
@@ -88,3 +93,39 @@ def _check_files(folder: Path, kind: type[PreTrainedTokenizerFast]) -> None:
             f"{folder}: {files[0]} is a SentencePiece model, and there is no tokenizer.json; try: pip install sentencepiece, "
             "or save the tokenizer once with transformers"
         )
+
+
+def marked(
+    folder: Path, reference: PreTrainedTokenizerFast, languages: Languages
+) -> tuple[Fast | None, Mapping[str, str]]:
+    """What texts that a model writes are tokenized with, if ``reference`` marks texts with their languages; and what tokenizer_config.json
+    has to say for that. ``reference`` marks those of the source's language from then on.
+
+    Raises:
+      UserError: it does not know a language, or marks none.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    if not hasattr(reference, "src_lang"):
+        if any(languages):
+            raise UserError(
+                f"{folder}: its tokenizer does not mark languages: leave out task.source_language and task.target_language"
+            )
+        return None, {}
+    named = {str(token) for token in reference._special_tokens_map.values()}
+    known = [token for token in reference.all_special_tokens if token not in named]
+    for name, said in languages._asdict().items():
+        if said is not None and said not in known:
+            raise UserError(
+                f"task.{name}_language={said!r} is no language of the tokenizer in {folder}; {nearest(said, known)}"
+            )
+    source, target = languages.source or reference.src_lang, languages.target or reference.tgt_lang
+    stated = {"tokenizer_class": type(reference).__name__, "src_lang": source}
+    made = None
+    if target is not None:
+        made = Fast.from_str(reference.backend_tokenizer.to_str())
+        reference.set_tgt_lang_special_tokens(target)
+        made.post_processor = reference.backend_tokenizer.post_processor
+        stated["tgt_lang"] = target
+    reference.src_lang = source
+    return made, stated

@@ -16,6 +16,8 @@ from jaxtyping import PyTree
 from jaxft.config.generation import TOKENS, GenerationConfig
 from jaxft.data.processors.chat import ChatTemplate, Message, check_messages
 from jaxft.data.processors.continued import text_after, without_ends
+from jaxft.data.processors.contract import AS_FILES_SAY, Languages
+from jaxft.data.processors.languages import written_in_its_language
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.errors import UserError
 from jaxft.inference.predict import Served
@@ -43,6 +45,13 @@ Prompt = str | Sequence[Message]
 """A text, or the messages of a conversation."""
 
 
+def _whole(served: Served, languages: Languages) -> Tokenizer:
+    """The tokenizer of a model, cutting nothing off."""
+    before = served.tokenizer.languages
+    said = Languages(languages.source or before.source, languages.target or before.target)
+    return Tokenizer(served.tokenizer.folder, None, model_type=served.family_name, languages=said)
+
+
 class Writer:
     """A model that goes on with texts.
 
@@ -53,6 +62,7 @@ class Writer:
       system: what conversations begin with that do not say it themselves.
       draft: a smaller model, of the same tokens, that proposes them.
       draft_tokens: how many it proposes at once.
+      languages: that texts are marked with, where not as the model's files say.
 
     Raises:
       UserError: the model makes no texts, or has no chat template.
@@ -69,6 +79,7 @@ class Writer:
         system: str | None = None,
         draft: Served | None = None,
         draft_tokens: int = 5,
+        languages: Languages = AS_FILES_SAY,
     ) -> None:
         if not writes(served.model):
             raise UserError(
@@ -79,7 +90,8 @@ class Writer:
         if served.devices.mesh is not None and served.devices.batch_ways > 1:
             raise UserError("generate splits models, not batches: use mesh.tensor, and mesh.data=1 mesh.fsdp=1")
         self._served, self._stop, self._seed = served, tuple(stop), seed
-        self._tokenizer = Tokenizer(served.tokenizer.folder, None, model_type=served.family_name)
+        self._tokenizer = _whole(served, languages)
+        config = written_in_its_language(config, self._tokenizer, anew=languages.target is not None)
         self._template, self._system = ChatTemplate(served.tokenizer.folder) if chat else None, system
         ends = config.eos_token_id
         count = served.model.facts.vocabulary or 0
