@@ -1,12 +1,14 @@
-"""Fine-tuning on short labelled texts: rows packed with several texts each, against padding, and against torch.
+"""Fine-tuning on short texts: rows packed with several texts each, against padding, and against torch.
 
     python benchmarks/packing.py                     # WordNet-8 with MiniLM, as configs/runs/wordnet8_minilm.yaml has it
+    python benchmarks/packing.py configs/runs/translate_en_de.yaml       # pairs of texts, its data made as that file says
     python benchmarks/packing.py RUN --turns 6 --seconds 5 key=value ...
 
 Contenders, each in its own process, taking turns: `packed` (data.packing=best_fit), `buckets` (batches of similar length, in the
 buckets of the run file), `longest` (every row padded to data.max_length), and `torch`, a loop over `transformers` as its Trainer
 has it with its defaults: shuffled batches padded to their own longest row, AdamW, clipping at norm 1, float32, no compilation.
-All read the same texts and take batches of train.batch_size texts (packed: on average), with the dropout of the model's config.
+All read the same texts and take batches of train.batch_size texts (packed: on average), with the dropout of the model's config, and
+label smoothing where the run has it. Runs of classes start from their model; encoder-decoders may be new ones, of one shape.
 A turn trains for some seconds, reading of batches included; the steps that compile come before. Printed: texts a second (median of the
 turns, and their range), the ratio to `longest`, and the share of tokens that are padding.
 """
@@ -28,8 +30,8 @@ from jaxft.bench.workers import Worker, answer
 RUN = "configs/runs/wordnet8_minilm.yaml"
 LIKE = {
     "packed": ("data.packing=best_fit", "data.buckets=null"),
-    "buckets": (),
-    "longest": ("data.buckets=[{length}]",),
+    "buckets": ("data.packing=none",),
+    "longest": ("data.packing=none", "data.buckets=[{length}]"),
 }
 """Settings of jaxft's contenders."""
 CONTENDERS = (*LIKE, "torch")
@@ -73,18 +75,54 @@ def jaxft_step(options: argparse.Namespace, kind: str) -> Step:
             batch = to_global(next(rows), setup.fields, setup.mesh, setup.model.compute.rules, batches.batch_size)
             state, metrics = made.train[shape](state, batch, seed)
         jax.block_until_ready(metrics["loss"])
-        tokens = int(setup.train.sizes("length")[chosen].sum())
-        return examples_in(setup.train, chosen), tokens, shape.tokens
+        tokens = sum(int(setup.train.sizes(axis)[chosen].sum()) for axis, _ in shape.sizes)
+        return examples_in(setup.train, chosen), tokens, shape.rows * sum(size for _, size in shape.sizes)
 
     return step
 
 
-def torch_step(options: argparse.Namespace, kind: str) -> Step:
-    import torch
+def classifier(config: Any, found: Any) -> tuple[Any, Any, Any]:
+    """A model of classes on torch, its rows, and what makes batches of them."""
     import transformers
 
-    from jaxft import tasks
     from jaxft.hub.source import resolve_folder
+
+    folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+    rows = [
+        {"input_ids": row["tokens"].tolist(), "token_type_ids": row["types"].tolist(), "labels": int(row["labels"])}
+        for row in map(found.train.__getitem__, range(len(found.train)))
+    ]
+    return model, rows, transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def writer(config: Any, found: Any) -> tuple[Any, Any, Any]:
+    """An encoder-decoder on torch, its pairs, and what makes batches of them."""
+    import transformers
+
+    from jaxft import models
+    from jaxft.hub.source import make_config, resolve_folder
+
+    if config.model.init is not None:
+        folder = resolve_folder(config.model.init)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    else:
+        family, folder = models.family(config.model.family), resolve_folder(config.data.tokenizer)
+        shape = family.config_to_hf(make_config(family, dict(config.model.arch)))
+        named = transformers.AutoConfig.for_model(config.model.family, **shape)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(named)
+    rows = [
+        {"input_ids": row["tokens"].tolist(), "labels": row["target"].tolist()}
+        for row in map(found.train.__getitem__, range(len(found.train)))
+    ]
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    return model, rows, transformers.DataCollatorForSeq2Seq(tokenizer, model)
+
+
+def torch_step(options: argparse.Namespace, kind: str) -> Step:
+    import torch
+
+    from jaxft import tasks
     from jaxft.training.processors import processor_of
     from jaxft.training.recipe import open_start
     from jaxft.training.rows import open_rows
@@ -92,20 +130,14 @@ def torch_step(options: argparse.Namespace, kind: str) -> Step:
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     config = config_of(options, kind)
-    source = open_start(config, lambda line: None)
-    found = open_rows(config, tasks.task("classification"), processor_of(config, source), source, lambda line: None)
-    folder, labels = resolve_folder(config.model.init), len(found.targets.labels)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels).train()
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    rows: Any = [
-        {"input_ids": row["tokens"].tolist(), "token_type_ids": row["types"].tolist(), "labels": int(row["labels"])}
-        for row in map(found.train.__getitem__, range(len(found.train)))
-    ]
-    collate = transformers.DataCollatorWithPadding(tokenizer)
+    source, name = open_start(config, lambda line: None), config.task.name
+    found = open_rows(config, tasks.task(name), processor_of(config, source), source, lambda line: None)
+    model, rows, collate = (writer if name == "seq2seq" else classifier)(config, found)
     loader = torch.utils.data.DataLoader(
         rows, config.train.batch_size, shuffle=True, drop_last=True, collate_fn=collate
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.learning_rate)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=config.optim.learning_rate)
+    smoothing = getattr(config.task, "label_smoothing", 0.0)
 
     def endless() -> Any:
         while True:
@@ -115,11 +147,19 @@ def torch_step(options: argparse.Namespace, kind: str) -> Step:
 
     def step() -> tuple[int, int, int]:
         batch = next(batches)
-        model(**batch).loss.backward()
+        output, labels = model(**batch), batch["labels"]
+        loss = output.loss
+        if smoothing:
+            loss = torch.nn.functional.cross_entropy(
+                output.logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing
+            )
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return len(batch["labels"]), int(batch["attention_mask"].sum()), batch["input_ids"].numel()
+        pairs = labels.ndim == 2
+        tokens = int(batch["attention_mask"].sum()) + (int((labels >= 0).sum()) if pairs else 0)
+        return len(labels), tokens, batch["input_ids"].numel() + (labels.numel() if pairs else 0)
 
     return step
 
