@@ -93,7 +93,8 @@ def classifier(config: Any, found: Any) -> tuple[Any, Any, Any]:
         {"input_ids": row["tokens"].tolist(), "token_type_ids": row["types"].tolist(), "labels": int(row["labels"])}
         for row in map(found.train.__getitem__, range(len(found.train)))
     ]
-    return model, rows, transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(folder))
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    return model, rows, transformers.DataCollatorWithPadding(tokenizer)
 
 
 def writer(config: Any, found: Any) -> tuple[Any, Any, Any]:

@@ -159,15 +159,18 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
     )
 
 
-def _tokenizer_in(folder: Path, model_type: str) -> Tokenizer | None:
+def _tokenizer_in(
+    folder: Path, model_type: str, languages: tuple[str | None, str | None] = (None, None)
+) -> Tokenizer | None:
     """The tokenizer beside the weights; None, with a line that says so, if it cannot be read: weights need none."""
+    from jaxft.data.processors.contract import Languages
     from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer
     from jaxft.errors import UserError
 
     if not has_tokenizer(folder):
         return None
     try:
-        return Tokenizer(folder, model_type=model_type)
+        return Tokenizer(folder, model_type=model_type, languages=Languages(*languages))
     except UserError as error:
         print(f"tokenizer files are copied as they are: {error}")
         return None
@@ -200,7 +203,7 @@ def _open_checkpoint(path: Path, options: argparse.Namespace) -> _Opened:
         )
     if options.family not in (None, family_name):
         raise UserError(f"--family {options.family}: the checkpoint is of family {family_name}; leave it out")
-    tokenizer = _tokenizer_in(tokenizer_folder, family_name)
+    tokenizer = _tokenizer_in(tokenizer_folder, family_name, config.task.languages)
     return _Opened(
         family_name=family_name,
         model=model,

@@ -261,7 +261,8 @@ def _tokenizer_of(folder: Path, meta: RunMeta, config: RunConfig, inputs: Fields
         found = resolve_folder(reference)
     then = meta.get("tokenizer_digest")  # checkpoints of earlier versions do not say
     there, stored = then is not None and has_processor(found, inputs), _stored_inputs(meta["family"], meta["hf_config"])
-    if there and open_processor(found, None, inputs, meta["family"], stored).digest() != then:
+    said = Languages(*config.task.languages)
+    if there and open_processor(found, None, inputs, meta["family"], stored, said).digest() != then:
         what = "the tokenizer has changed since the run: it gives other ids"
         if reads_images(inputs):
             what = "what makes images has changed since the run: it gives other pixels"

@@ -177,7 +177,9 @@ def test_languages_that_are_missing_or_unknown_are_one_line(tmp_path: Path, mari
     folder, source, _ = multilingual("MBart50Tokenizer", tmp_path / "tok")
     with pytest.raises(UserError, match=r"names none for targets; set task\.target_language"):
         check_language(Tokenizer(folder, languages=Languages(source)))
-    with pytest.raises(UserError, match=r"task\.target_language='de_De' is no language of .*; did you mean 'de_DE'\?"):
+    with pytest.raises(
+        UserError, match=r"target language 'de_De' is none of the tokenizer in .*; did you mean 'de_DE'\?"
+    ):
         Tokenizer(folder, languages=Languages(source, "de_De"))
-    with pytest.raises(UserError, match=r"MarianTokenizer does not mark languages: leave out task\.source_language"):
+    with pytest.raises(UserError, match="MarianTokenizer does not mark texts with languages: name none"):
         Tokenizer(marian, languages=Languages("en"))

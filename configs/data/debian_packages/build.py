@@ -1,6 +1,7 @@
 """Real rows from the package lists of a Debian or Ubuntu machine: what a package is, its tags, and its long description.
 
-    (apt-cache dumpavail; /usr/lib/apt/apt-helper cat-file /var/lib/apt/lists/*_Translation-en*) | python configs/data/debian_packages/build.py FOLDER
+    (apt-cache dumpavail; /usr/lib/apt/apt-helper cat-file /var/lib/apt/lists/*_Translation-en*) > packages.txt
+    python configs/data/debian_packages/build.py FOLDER < packages.txt
 
 FOLDER gets tags_train.jsonl and tags_test.jsonl: ``text``, name and short description, and ``tags``, the debtags that at least 300
 packages have; and descriptions_train.jsonl and descriptions_test.jsonl: the ``short`` and the ``long`` description, from the lists of

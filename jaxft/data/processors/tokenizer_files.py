@@ -143,8 +143,8 @@ def _read(folder: Path, settings: JsonObject, hf_config: JsonObject, languages: 
         kind = None
     if any(languages):
         raise UserError(
-            f"{folder}: a tokenizer of class {name} does not mark languages: leave out task.source_language and task.target_language, "
-            "or give texts the marks themselves (task.prefix)"
+            f"{folder}: a tokenizer of class {name} does not mark texts with languages: name none, or give texts the marks "
+            "themselves (task.prefix)"
         )
     return _two_sided(folder, settings) if kind is None else _built(folder, kind, settings)
 

@@ -109,16 +109,14 @@ def marked(
     if not hasattr(reference, "src_lang"):
         if any(languages):
             raise UserError(
-                f"{folder}: its tokenizer does not mark languages: leave out task.source_language and task.target_language"
+                f"{folder}: its tokenizer does not mark texts with languages: name none (task.source_language, task.target_language)"
             )
         return None, {}
     named = {str(token) for token in reference._special_tokens_map.values()}
     known = [token for token in reference.all_special_tokens if token not in named]
     for name, said in languages._asdict().items():
         if said is not None and said not in known:
-            raise UserError(
-                f"task.{name}_language={said!r} is no language of the tokenizer in {folder}; {nearest(said, known)}"
-            )
+            raise UserError(f"{name} language {said!r} is none of the tokenizer in {folder}; {nearest(said, known)}")
     source, target = languages.source or reference.src_lang, languages.target or reference.tgt_lang
     stated = {"tokenizer_class": type(reference).__name__, "src_lang": source}
     made = None
