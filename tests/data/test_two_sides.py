@@ -19,7 +19,9 @@ from jaxft.data.processors.languages import check_language, written_in_its_langu
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.sources.rows import Row
 from jaxft.errors import UserError
-from jaxft.tasks.seq2seq import encode
+from jaxft.models.contract import Facts
+from jaxft.tasks.contract import Targets
+from jaxft.tasks.seq2seq import Config, encode, make_task
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -168,6 +170,15 @@ def test_targets_end_as_their_language_asks_and_are_cut_before(kind: str, tmp_pa
     config = load_config(None, ["task.name=seq2seq", "task.max_target_length=4"])
     tokenizer = Tokenizer(folder, 20, languages=Languages(source, target))
     (one,) = encode([Row(("red cat", "rot " * 9), "row 1")], tokenizer, None, config)
+    assert tokenizer.special.end == 2
+    options = config.task
+    assert isinstance(options, Config)
+    task = make_task(options, Targets(), Facts({}, ()), tokenizer)
+    first = "decoder_start_token_id" if kind == "MBartTokenizer" else "forced_bos_token_id"
+    assert json.loads(task.files(8, None)["generation_config.json"])[first] == tokenizer.language
+    short = Facts({}, (), limit=128)
+    with pytest.raises(UserError, match="max_new_tokens=128 is beyond the model's limit; set it to 127 or less"):
+        make_task(options, Targets(), short, tokenizer)
     rot, code = tokenizer.plain(["rot"])[0][0][0], tokenizer.language
     assert one.example["target"].tolist() == ([rot, rot, 2, code] if kind == "MBartTokenizer" else [code, rot, rot, 2])
     assert one.example["tokens"].tolist() == tokenizer.ids(["red cat"])[0]
