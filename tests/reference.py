@@ -24,11 +24,11 @@ from jaxft.trees import paths_of
 TOLERANCE = 2e-5
 
 
-def close(ours: Any, theirs: Any, what: str) -> None:
-    """Within 2e-5 of the largest value compared, or absolutely where all values are below 1."""
+def close(ours: Any, theirs: Any, what: str, tolerance: float = TOLERANCE) -> None:
+    """Within ``tolerance`` of the largest value compared, or absolutely where all values are below 1."""
     ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs.detach())
     assert ours.shape == theirs.shape, what
-    limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    limit = tolerance * max(1.0, float(np.abs(theirs).max()))
     worst = float(np.abs(ours - theirs).max())
     assert worst <= limit, f"{what}: {worst:.2e} > {limit:.2e}"
 
