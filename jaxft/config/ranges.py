@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxft.config.schema import RunConfig
+from jaxft.config.schema import DataConfig, RunConfig
 from jaxft.errors import UserError, redacted
 
 
@@ -129,31 +129,15 @@ def _of_evaluation(config: RunConfig) -> list[_Rule]:
 
 
 def _of_data(config: RunConfig) -> list[_Rule]:
-    data = config.data
+    return [*_of_lengths(config.data), *_of_shares(config.data), *_of_rows(config.data)]
+
+
+def _of_lengths(data: DataConfig) -> list[_Rule]:
     return [
         _Rule(
             data.max_length > 2, "data.max_length", data.max_length, "must leave room for text beside special tokens"
         ),
-        _Rule(0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
-        _Rule(
-            data.test_fraction is None or 0 < data.test_fraction < 1,
-            "data.test_fraction",
-            data.test_fraction,
-            "must lie between 0 and 1",
-        ),
-        _Rule(
-            data.test_fraction is None or data.test is None,
-            "data.test_fraction",
-            data.test_fraction,
-            "holds out a part of data.train, and data.test names other rows; leave out one of them",
-        ),
-        _Rule(
-            data.test_fraction is None or data.eval is not None or data.eval_fraction + data.test_fraction < 1,
-            "data.test_fraction",
-            data.test_fraction,
-            f"leaves nothing to train on beside data.eval_fraction={data.eval_fraction}",
-        ),
-        _Rule(data.label_map is None or len(data.label_map) > 0, "data.label_map", data.label_map, "names no label"),
+        _Rule(data.max_length <= MOST_TOKENS, "data.max_length", data.max_length, f"must be at most {MOST_TOKENS}"),
         _Rule(
             data.buckets is None or (len(data.buckets) > 0 and min(data.buckets) > 0),
             "data.buckets",
@@ -173,11 +157,47 @@ def _of_data(config: RunConfig) -> list[_Rule]:
             "has no use with data.packing; leave it out",
         ),
         _Rule(
+            data.buckets is None or max(data.buckets, default=0) <= MOST_TOKENS,
+            "data.buckets",
+            data.buckets,
+            f"must name lengths up to {MOST_TOKENS}",
+        ),
+        _Rule(
             data.long_texts != "split" or data.text_pair is None,
             "data.long_texts",
             data.long_texts,
             "is for single texts; leave out data.text_pair, or use truncate",
         ),
+    ]
+
+
+def _of_shares(data: DataConfig) -> list[_Rule]:
+    return [
+        _Rule(0 < data.eval_fraction < 1, "data.eval_fraction", data.eval_fraction, "must lie between 0 and 1"),
+        _Rule(
+            data.test_fraction is None or 0 < data.test_fraction < 1,
+            "data.test_fraction",
+            data.test_fraction,
+            "must lie between 0 and 1",
+        ),
+        _Rule(
+            data.test_fraction is None or data.test is None,
+            "data.test_fraction",
+            data.test_fraction,
+            "holds out a part of data.train, and data.test names other rows; leave out one of them",
+        ),
+        _Rule(
+            data.test_fraction is None or data.eval is not None or data.eval_fraction + data.test_fraction < 1,
+            "data.test_fraction",
+            data.test_fraction,
+            f"leaves nothing to train on beside data.eval_fraction={data.eval_fraction}",
+        ),
+    ]
+
+
+def _of_rows(data: DataConfig) -> list[_Rule]:
+    return [
+        _Rule(data.label_map is None or len(data.label_map) > 0, "data.label_map", data.label_map, "names no label"),
         _Rule(
             data.labels is None or len(data.labels) > 0,
             "data.labels",
@@ -194,13 +214,6 @@ def _of_data(config: RunConfig) -> list[_Rule]:
         _Rule(data.lengths is None or len(data.lengths) > 0, "data.lengths", data.lengths, "names no stage"),
         _Rule(data.repeats is None or data.repeats > 0, "data.repeats", data.repeats, "must be above 0"),
         _within("data.read_ahead", data.read_ahead, MOST_AHEAD),
-        _Rule(data.max_length <= MOST_TOKENS, "data.max_length", data.max_length, f"must be at most {MOST_TOKENS}"),
-        _Rule(
-            data.buckets is None or max(data.buckets, default=0) <= MOST_TOKENS,
-            "data.buckets",
-            data.buckets,
-            f"must name lengths up to {MOST_TOKENS}",
-        ),
     ]
 
 
