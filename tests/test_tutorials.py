@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from multilingual import multilingual
 
 import jaxft
 from jaxft import __main__
@@ -29,7 +30,7 @@ from jaxft.data.processors.speech import SETTINGS, SpeechProcessor
 from jaxft.data.processors.tokenizer import Tokenizer
 from jaxft.data.processors.tokenizer_training import Wanted, train_tokenizer
 from jaxft.hub.pretrained import export_folder
-from jaxft.models.families import t5, vit, whisper
+from jaxft.models.families import bart, m2m100, t5, vit, whisper
 from jaxft.models.initial import init_params
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -41,6 +42,7 @@ _SMALL = {
     "train.epochs=3": "train.epochs=1",
     "train.batch_size=16": "train.batch_size=8",
 }
+MBART = dataclasses.replace(bart.TINY, model_type="mbart")
 SENTENCES = ["the cat sleeps", "the old dog runs home", "a small bird sings in the garden", "say it again"]
 
 
@@ -175,6 +177,18 @@ def test_the_page_on_speech(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names["transcript"].segments
 
 
+def write_translators(here: Path) -> None:
+    """The models of several languages that the page names."""
+    for name, kind, family, config in (
+        ("facebook/nllb-200-distilled-600M", "NllbTokenizer", m2m100, m2m100.TINY),
+        ("facebook/mbart-large-50-many-to-many-mmt", "MBart50Tokenizer", bart, MBART),
+    ):
+        folder, *_ = multilingual(kind, here / kind)
+        tokenizer, layers = Tokenizer(folder, None), {"num_hidden_layers": 1, "num_decoder_layers": 1}
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, max_position_embeddings=512, **layers)
+        write_model(name, family, config, "seq2seq_lm", tokenizer)
+
+
 def test_the_page_on_texts(here: Path) -> None:
     (here / "configs").symlink_to(DOCS.parent / "configs")
     for split, count in (("train", 16), ("test", 4)):
@@ -185,7 +199,9 @@ def test_the_page_on_texts(here: Path) -> None:
     )
     train_tokenizer(lambda: SENTENCES * 5, Wanted("wordpiece", 80, "encoder-decoder", max_length=64), here / "tok")
     write_model("google-t5/t5-small", t5, t5.TINY, "seq2seq_lm", Tokenizer(here / "tok", None))
+    write_translators(here)
     said = follow("seq2seq.md")
+    assert json.loads(Path("runs/german/export/tokenizer_config.json").read_text())["tgt_lang"] == "deu_Latn"
     assert "rouge" in json.loads(Path("runs/my_texts/metrics.json").read_text())["scored_by"]
     assert said["generate"]
     assert Path("runs/my_t5/export/model.safetensors").is_file()

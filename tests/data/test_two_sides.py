@@ -8,9 +8,9 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from multilingual import multilingual
 
 from jaxft.config import load_config
 from jaxft.config.generation import GenerationConfig
@@ -115,25 +115,6 @@ def test_files_of_marians_that_cannot_be_are_one_line(
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer(tmp_path / "m")
     assert "\n" not in str(caught.value)
-
-
-WORDS = ["▁red", "▁rot", "▁cat", "▁K", "atze", "e", "▁"]
-
-
-def multilingual(kind: str, folder: Path) -> tuple[Path, str, str]:
-    """A folder with a tokenizer that marks languages, and two of them."""
-    source, target = ("eng_Latn", "deu_Latn") if kind == "NllbTokenizer" else ("en_XX", "de_DE")
-    named = ["<s>", "<pad>", "</s>", "<unk>", *WORDS]
-    if kind == "NllbTokenizer":
-        made: Any = transformers.NllbTokenizer(vocab={word: i for i, word in enumerate(named)}, merges=[])
-        made.add_special_tokens({"additional_special_tokens": [source, target]})
-    else:
-        vocabulary = [(word, -float(i)) for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])]
-        made = getattr(transformers, kind)(vocab=vocabulary)
-    made.save_pretrained(str(folder))
-    family = "m2m_100" if kind == "NllbTokenizer" else "mbart"
-    (folder / "config.json").write_text(json.dumps({"model_type": family}))
-    return folder, source, target
 
 
 @pytest.mark.parametrize("kind", ["MBartTokenizer", "MBart50Tokenizer", "NllbTokenizer"])
