@@ -22,14 +22,17 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from jaxft.files import write_atomic
 from jaxft.machine.memory import release_freed
+from jaxft.reporting import plots
 
 settings.register_profile("jaxft", database=None, deadline=None, derandomize=True)
 settings.load_profile("jaxft")
 
 _STATM = Path("/proc/self/statm")
 _GROWTH = 450 * 2**20
-_most = 1100 * 2**20
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+_most = min(max(1100 * 2**20, _MEMORY // 8), 1700 * 2**20)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -65,6 +68,29 @@ def pytest_runtest_logfinish() -> None:
         gc.collect()
         release_freed()  # to the system: the C library would keep it
         _most = max(_most, _resident() + _GROWTH)
+
+
+_paint = plots.save
+_BLANK = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010100000000376ef9240"
+    "000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+
+
+def _blank(figure: object, path: Path) -> Path:
+    write_atomic(path, _BLANK)
+    return path
+
+
+plots.save = _blank  # most runs are not begun for their pictures, whose painting costs more than many a training
+
+
+@pytest.fixture(scope="module")
+def painted() -> Iterator[None]:
+    """Pictures are painted, not left blank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", _paint)
+        yield
 
 
 @pytest.fixture

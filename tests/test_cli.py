@@ -19,6 +19,7 @@ from tiny import LABELS, make_folder, refusal, rows, run, write_csv
 
 import jaxft
 
+pytestmark = pytest.mark.usefixtures("painted")
 Capture = pytest.CaptureFixture[str]
 USUAL = [
     "data.max_length=16",

@@ -14,6 +14,7 @@ from jaxft.config import RunConfig, load_config, to_yaml
 from jaxft.errors import UserError
 from jaxft.training.setup import check_config
 
+pytestmark = pytest.mark.usefixtures("painted")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "step", "exponential", "inverse_sqrt", "warmup_stable_decay")
 
 

@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ready(folder: Path) -> Ready:
     with pytest.MonkeyPatch.context() as patch:
-        return prepared(config_of(folder), 1, patch)
+        return prepared(config_of(folder, "eval.every=10"), 1, patch)
 
 
 @functools.cache
@@ -170,6 +170,14 @@ def assert_same_result(a: Result, b: Result) -> None:
 
 
 @pytest.fixture(scope="session")
+def begun(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped at step 11; for copies."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    fit(ready, out, stop_at=11)
+    return out
+
+
+@pytest.fixture(scope="session")
 def whole(ready: Ready, folder: Path) -> tuple[Run, Path]:
     """A run that never stops."""
     return fit(ready, folder / "whole"), folder / "whole"
@@ -180,7 +188,7 @@ def test_a_run_learns_and_logs(whole: tuple[Run, Path]) -> None:
     log = read_log(out / "log.jsonl")
     train = [record for record in log if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(3, TOTAL + 1, 3))
-    assert [record["step"] for record in log if record["kind"] == "eval"] == list(range(5, TOTAL + 1, 5))
+    assert [record["step"] for record in log if record["kind"] == "eval"] == list(range(10, TOTAL + 1, 10))
     losses = [record["loss"] for record in train]
     assert sum(losses[5:]) < sum(losses[:5])  # single ones are of a few small batches, with dropout
     # 13 steps show all 98 rows once.
@@ -380,21 +388,21 @@ def test_early_stopping_and_best_checkpoint(
 
 
 def test_the_checkpoint_of_the_lowest_loss_is_kept(ready: Ready, tmp_path: Path) -> None:
-    run = fit(ready.but(eval={"metric": "loss", "every": 5}), tmp_path)
+    run = fit(ready.but(eval={"metric": "loss", "every": 6}), tmp_path)
     losses = {r["step"]: r["loss"] for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "eval"}
     assert run.result.best_step == min(losses, key=lambda step: losses[step])
     assert run.result.metrics["loss"] == min(losses.values()) < max(losses.values())
 
 
 def earlier(patch: pytest.MonkeyPatch, metric: str, mode: str) -> None:
-    """Checkpoints are written as by versions that had ``eval.mode``, of a run whose best value is at step 5."""
+    """Checkpoints are written as by versions that had ``eval.mode``, of a run whose best value is at step 10."""
     real = Checkpoints.save
 
     def save(self: Checkpoints, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
         evaluation = meta["config"]["eval"] | {"metric": metric, "mode": mode}
-        progress = {"best_value": 9.0, "best_step": 5, "bad_evals": 1}
+        progress = {"best_value": 9.0, "best_step": 10, "bad_evals": 1}
         old = meta | {"config": meta["config"] | {"eval": evaluation}, "progress": progress}
-        real(self, step, state, old, best=step == 5)
+        real(self, step, state, old, best=step == 10)
 
     patch.setattr(Checkpoints, "save", save)
 
@@ -470,16 +478,20 @@ def test_another_seed_and_resume_never_are_refused(ready: Ready, whole: tuple[Ru
         fit(ready.but(checkpoint={"resume": "never"}), whole[1])
 
 
-def test_what_does_not_change_the_course_may_change(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
-    fit(ready, tmp_path, stop_at=11)
+def test_what_does_not_change_the_course_may_change(
+    ready: Ready, whole: tuple[Run, Path], begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     other = ready.but(data={"read_ahead": 1}, checkpoint={"every": 3, "keep": 1}, train={"out": "x", "export": False})
     fit(other, tmp_path)
     assert_same_end(ready, tmp_path, whole[1])
 
 
-def test_logging_and_evaluation_may_change_too(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
-    fit(ready, tmp_path, stop_at=11)
-    fit(ready.but(train={"log_every": 1, "max_nonfinite": 3}, eval={"every": 4, "patience": 9}), tmp_path)
+def test_logging_and_evaluation_may_change_too(
+    ready: Ready, whole: tuple[Run, Path], begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    fit(ready.but(train={"log_every": 1, "max_nonfinite": 3}, eval={"every": 8, "patience": 9}), tmp_path)
     steps = [record["step"] for record in read_log(tmp_path / "log.jsonl") if record["kind"] == "train"]
     assert steps == [3, 6, 9, *range(12, TOTAL + 1)]
     (state, _), (same, _) = stored(ready, tmp_path, TOTAL), stored(ready, whole[1], TOTAL)
@@ -526,7 +538,7 @@ def test_a_finished_run_can_be_made_longer(ready: Ready, whole: tuple[Run, Path]
     assert len(run.batches) == 10
     assert (tmp_path / "log.jsonl").read_bytes().startswith(before)
     after = read_log(tmp_path / "log.jsonl")[len(before.splitlines()) :]
-    assert [record["step"] for record in after] == [33, 35, 36, 39, 40, 40]
+    assert [record["step"] for record in after] == [33, 36, 39, 40, 40]
     # What keeps its past: a constant rate, but only if the warm-up too is as long as before.
     for warmup, kept in ((3, True), (None, False)):
         constant = longer.but(optim={"schedule": "constant", "warmup_steps": warmup})
@@ -548,10 +560,11 @@ def test_a_run_cannot_become_shorter_than_it_is(ready: Ready, whole: tuple[Run, 
         fit(ready.but(train={"steps": 20}), whole[1])
 
 
-def test_a_run_goes_on_after_its_files_moved(ready: Ready, whole: tuple[Run, Path], tmp_path: Path) -> None:
-    fit(ready, tmp_path / "old", stop_at=11)
-    meta = stored(ready, tmp_path / "old", 11)[1]
-    (tmp_path / "old").rename(tmp_path / "new")
+def test_a_run_goes_on_after_its_files_moved(
+    ready: Ready, whole: tuple[Run, Path], begun: Path, tmp_path: Path
+) -> None:
+    meta = stored(ready, begun, 11)[1]
+    shutil.copytree(begun, tmp_path / "new")
     moved = ready.but(data={"train": "elsewhere.csv", "text": "review", "tokenizer": "t"}, model={"init": "weights"})
     run = fit(moved, tmp_path / "new")
     assert_same_end(ready, tmp_path / "new", whole[1])
@@ -668,7 +681,7 @@ def _right(ready: Ready, params: Any, row: int) -> bool:
 def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
     def spoilt(programs: Mapping[Any, Any]) -> dict[Any, Any]:
         def call(program: Any, state: Any, batch: Any, seed: Any) -> Any:
-            bad = batch["weights"] * (np.nan if int(state.step) >= 12 else 1.0)
+            bad = batch["weights"] * (np.nan if int(state.step) >= 4 else 1.0)
             return program(state, batch | {"weights": bad}, seed)
 
         return {shape: lambda *a, p=program: call(p, *a) for shape, program in programs.items()}
@@ -677,12 +690,12 @@ def test_divergence_ends_the_run(ready: Ready, tmp_path: Path) -> None:
     broken = dataclasses.replace(
         broken, programs=dataclasses.replace(broken.programs, train=spoilt(broken.programs.train))
     )
-    with pytest.raises(UserError, match=r"^step 17: loss or gradient was not finite 5 steps in a row; lower optim"):
+    with pytest.raises(UserError, match=r"^step 9: loss or gradient was not finite 5 steps in a row; lower optim"):
         fit(broken, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", keep=99) as store:
-        assert store.steps() == tuple(range(1, 17))
-    good, _ = stored(ready, tmp_path, 12)
-    after, _ = stored(ready, tmp_path, 16)
+        assert store.steps() == tuple(range(1, 9))
+    good, _ = stored(ready, tmp_path, 4)
+    after, _ = stored(ready, tmp_path, 8)
     for field in ("params", "opt_state", "ema"):
         for a, b in zip(jax.tree.leaves(getattr(good, field)), jax.tree.leaves(getattr(after, field)), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -801,7 +814,7 @@ def test_what_was_not_finite_is_named(ready: Ready) -> None:
 def test_another_mesh_goes_on_with_the_same_data(
     ready: Ready, whole: tuple[Run, Path], folder: Path, tmp_path: Path
 ) -> None:
-    config = config_of(folder, "mesh.data=1", "mesh.fsdp=8")
+    config = config_of(folder, "eval.every=10", "mesh.data=1", "mesh.fsdp=8")
     with pytest.MonkeyPatch.context() as patch:
         sharded = prepared(config, 8, patch)
     begun = fit(ready, tmp_path, stop_at=17)
@@ -834,7 +847,7 @@ def test_accumulation_in_the_loop(whole: tuple[Run, Path], folder: Path, tmp_pat
 def test_several_seeds_share_programs(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["train.seeds=[3,4]", f"train.out={tmp_path}", "train.steps=10", "train.export=false"]
+    more = ["train.seeds=[3,4]", f"train.out={tmp_path}", "train.steps=6", "eval.every=6", "train.export=false"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
         patch.setattr(setup, "init_params", init_params)

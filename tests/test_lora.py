@@ -186,18 +186,30 @@ def test_a_run_from_a_model_leaves_its_adapters_beside_the_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start, out = tmp_path / "start", tmp_path / "out"
-    assert run(capsys, "train", *overrides(tmp_path, f"train.out={start}", "train.steps=2"))[0] == 0
+    kind = models.family("bert")
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = dataclasses.replace(kind.TINY, **sizes, max_position_embeddings=32)
+    base: Any = kind.Model(config, None, Compute())
+    overrides(tmp_path)  # writes the tokenizer
+    params = filled(shapes_and_axes(base)[0])
+    export_folder(start / "export", {}, kind, base, params, tokenizer_folder=str(tmp_path / "tokenizer"))
     settings = (f"model.init={start / 'export'}", "model.arch={}", "model.lora.rank=2", "train.steps=4")
     code, text, err = run(capsys, "train", *overrides(tmp_path, f"train.out={out}", *settings))
     assert code == 0, err
     assert f"exported {out / 'adapter'} (adapters alone, for peft)" in text
     config = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (2, str(start / "export"))
-    base, merged = (load_file(folder / "export/model.safetensors") for folder in (start, out))
+    before, merged = (load_file(folder / "export/model.safetensors") for folder in (start, out))
     adapter = load_file(out / "adapter/adapter_model.safetensors")
-    name = "bert.encoder.layer.0.attention.self.query"
-    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
-    moved = merged[f"{name}.weight"] - base[f"{name}.weight"]
+    name = "encoder.layer.0.attention.self.query"
+    a, b = (adapter[f"base_model.model.bert.{name}.lora_{letter}.weight"] for letter in "AB")
+    moved = merged[f"bert.{name}.weight"] - before[f"{name}.weight"]
     assert np.abs(moved).max() > 0
     np.testing.assert_allclose(config["lora_alpha"] / 2 * b @ a, moved, atol=1e-6)
 

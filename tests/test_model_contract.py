@@ -48,6 +48,12 @@ def head_to_train(family: str) -> str:
     return next(head for head in models.family(family).HEADS if head is not None)
 
 
+@functools.cache
+def params_of(family: str, head: str | None) -> Any:
+    """Fresh parameters, which no test changes."""
+    return init_params(models.family(family).Model(tiny(family), head), 0)
+
+
 def result(out: Any) -> Any:
     return out.hidden if out.logits is None else out.logits
 
@@ -66,12 +72,29 @@ def test_every_parameter_is_labelled_and_every_label_is_in_the_table(family: str
         assert {"layers" if of_layers(name) else name for name in names} <= {None, *dict(DEFAULT_RULES.table)}, path
 
 
+def test_shapes_are_traced_once_and_are_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = models.family("bert")
+
+    def shapes_of(size: int) -> Any:
+        return shapes_and_axes(module.Model(dataclasses.replace(tiny("bert"), intermediate_size=size), None))[0]
+
+    first = shapes_of(24)
+    wanted = paths_of(first)
+    first["layers"]["mlp"].clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "eval_shape", None)
+        assert paths_of(shapes_of(24)) == wanted
+    path = "layers/mlp/up/kernel"
+    assert (wanted[path].shape[-1], paths_of(shapes_of(40))[path].shape[-1]) == (24, 40)
+
+
 @pytest.mark.parametrize(("family", "head"), ROUND_TRIPS)
 def test_round_trip_through_hugging_face_layout_is_bit_equal(family: str, head: str | None, tmp_path: Path) -> None:
     module = models.family(family)
     model = module.Model(tiny(family), head, Compute())
     shapes, _ = shapes_and_axes(model)
-    params = init_params(model, 0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     layout = module.hf_layout(model.config, head)
     write_safetensors(tmp_path, export_tensors(params, layout, bare=head is None), shard_bytes=20_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -111,7 +134,7 @@ def test_execution_modes_give_the_same_values_and_gradients(family: str, layers:
 @functools.cache
 def _gradient(family: str, config: Any, compute: Compute) -> Any:
     model: Any = models.family(family).Model(config, None, compute)
-    params, batch = init_params(model, 0), example_batch(model.facts, 3)
+    params, batch = params_of(family, None), example_batch(model.facts, 3)
     # A random cotangent: the sum of squares of a normalised vector has no gradient to speak of.
     hidden = jax.eval_shape(lambda p: model.apply({"params": p}, **batch).hidden, params)
     weights = np.random.default_rng(0).normal(size=hidden.shape).astype(np.float32)
@@ -125,7 +148,7 @@ def _gradient(family: str, config: Any, compute: Compute) -> Any:
 @pytest.mark.parametrize("family", OF_TEXTS)
 def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)
-    params = init_params(model, 0)
+    params = params_of(family, None)
     batch = example_batch(model.facts, 2)
     short = {name: value[:, :20] for name, value in batch.items()}
     short["mask"] = np.ones_like(short["mask"])
@@ -140,7 +163,7 @@ def test_padding_changes_nothing_for_real_tokens(family: str) -> None:
 @pytest.mark.parametrize("family", OF_TEXTS)
 def test_packed_rows_equal_separate_ones(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)
-    params = init_params(model, 0)
+    params = params_of(family, None)
     rng = np.random.default_rng(0)
     first, second = (rng.integers(5, model.config.vocab_size, (1, n)).astype(np.int32) for n in (7, 12))
     packed = np.concatenate([first, second, np.zeros((1, 3), np.int32)], axis=1)
@@ -155,7 +178,7 @@ def test_packed_rows_equal_separate_ones(family: str) -> None:
 @pytest.mark.parametrize("family", MOST)
 def test_rows_of_padding_alone_are_finite(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), head_to_train(family))
-    params = init_params(model, 0)
+    params = params_of(family, head_to_train(family))
     batch = example_batch(model.facts, 2)
     batch = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
 
@@ -171,7 +194,7 @@ def test_rows_of_padding_alone_are_finite(family: str) -> None:
 @pytest.mark.parametrize("mesh_config", [MeshConfig(2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(family: str, mesh_config: MeshConfig) -> None:
     model: Any = models.family(family).Model(tiny(family), head_to_train(family), Compute())
-    params = init_params(model, 0)
+    params = params_of(family, head_to_train(family))
     batch = example_batch(model.facts, 8)
 
     def loss(p: Any, batch: Any) -> Any:
@@ -198,7 +221,7 @@ def test_bf16_operands_stay_near_float32(family: str) -> None:
     exact, rounded = (
         models.family(family).Model(config, None, Compute(matmul_dtype=kind)) for kind in ("float32", "bfloat16")
     )
-    params = init_params(exact, 0)
+    params = params_of(family, None)
     a, b = (jax.jit(m.apply)({"params": params}, **batch).hidden for m in (exact, rounded))
     assert a.dtype == b.dtype == jnp.float32
     seen = batch["mask"] == 1 if "mask" in batch else ...
@@ -210,7 +233,7 @@ def test_bf16_operands_stay_near_float32(family: str) -> None:
 @pytest.mark.parametrize("family", TEXTS)
 def test_only_encoders_see_what_comes_later(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)
-    params = init_params(model, 0)
+    params = params_of(family, None)
     tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, 20)).astype(np.int32)
     changed = tokens.copy()
     changed[0, 12] += 1 if tokens[0, 12] < model.config.vocab_size - 1 else -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from pathlib import Path
@@ -49,6 +50,13 @@ def loss(model: Any, params: Any, tokens: Any = TOKENS, mask: Any = MASK, key: A
 
 def gradient(model: Any, key: Any = None) -> Any:
     return jax.value_and_grad(lambda params, tokens, mask: loss(model, params, tokens, mask, key))
+
+
+@functools.cache
+def usual(model: Any, seed: int | None = None) -> Any:
+    """The loss and its gradient on one device, with dropout where there is a seed."""
+    key = None if seed is None else jax.random.key(seed)
+    return jax.jit(gradient(model, key))(init_params(model, 0), TOKENS, MASK)
 
 
 def assert_same(found: Any, wanted: Any) -> None:
@@ -144,7 +152,7 @@ def test_keys_of_any_kind(impl: str, bits: Any) -> None:
 def test_a_mesh_of_ones_own(made: tuple[Any, Any], shape: tuple[int, ...], axes: tuple[str, ...], known: bool) -> None:
     model, params = made
     key = jax.random.key(1)
-    wanted = jax.jit(gradient(model, key))(params, TOKENS, MASK)
+    wanted = usual(model, 1)
     mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=jax.devices()[:4])
     tokens, mask = jax.device_put((TOKENS, MASK), NamedSharding(mesh, PartitionSpec(axes[0])))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -168,7 +176,7 @@ def test_a_mesh_of_explicit_axes_is_refused_with_what_to_do(made: tuple[Any, Any
         with pytest.raises(UserError, match=r"explicit axes \(rows\).*auto_axes"):
             jax.jit(logits)(tokens)
         inside = jax.jit(jax.sharding.auto_axes(logits, out_sharding=PartitionSpec("rows")))(tokens)
-    assert_same(inside, logits(TOKENS))
+    assert_same(inside, jax.jit(logits)(TOKENS))
 
 
 def on_each_device(model: Any) -> Any:
@@ -202,7 +210,7 @@ def checkpointed(model: Any) -> Any:
 @pytest.mark.parametrize("way", [on_each_device, by_pmap, by_vmap, checkpointed])
 def test_a_transformation_changes_no_value(made: tuple[Any, Any], way: Any) -> None:
     model, params = made
-    wanted = jax.jit(gradient(model))(params, TOKENS, MASK)
+    wanted = usual(model)
     run = way(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of pmap
@@ -232,14 +240,16 @@ def test_a_program_can_be_exported(made: tuple[Any, Any]) -> None:
         return plain.apply({"params": params}, tokens).logits
 
     # Refuses calls of functions that are not part of jax, as the native backend's.
-    assert_same(jax.export.export(jax.jit(logits))(params, TOKENS).call(params, TOKENS), logits(params, TOKENS))
+    assert_same(
+        jax.export.export(jax.jit(logits))(params, TOKENS).call(params, TOKENS), jax.jit(logits)(params, TOKENS)
+    )
 
 
 @pytest.mark.parametrize("switch", ["strict", "rank", "transfers", pytest.param("no jit", marks=pytest.mark.slow)])
 def test_switches_of_jax(made: tuple[Any, Any], switch: str) -> None:
     model, params = made
-    key = jax.random.key(2)
-    wanted = jax.jit(gradient(model, key))(params, TOKENS, MASK)
+    key = jax.random.key(1)
+    wanted = usual(model, 1)
     with {
         "strict": lambda: jax.numpy_dtype_promotion("strict"),
         "rank": lambda: jax.numpy_rank_promotion("raise"),
@@ -263,9 +273,11 @@ def test_auto_takes_the_native_backend_here() -> None:
 def test_states_of_all_layers_end_in_the_last(made: tuple[Any, Any], layers: Any) -> None:
     model, params = made
     model = model.clone(compute=Compute(layers=layers))
-    plain = model.apply({"params": params}, TOKENS)
+    plain, out = (
+        jax.jit(lambda params, keep=keep: model.apply({"params": params}, TOKENS, hidden_states=keep))(params)
+        for keep in (False, True)
+    )
     assert plain.hidden_states is None
-    out = model.apply({"params": params}, TOKENS, hidden_states=True)
     assert out.hidden_states.shape == (2, ROWS, 8, 32)
     assert_same((out.hidden_states[-1], out.logits), (plain.hidden, plain.logits))
 
@@ -283,15 +295,15 @@ class Theirs(nn.Module):
 def test_parameters_inside_someone_elses_module_are_plain_arrays(made: tuple[Any, Any]) -> None:
     model, params = made
     theirs = Theirs(model)
-    inside = theirs.init(jax.random.key(0), TOKENS)["params"]["part"]
+    inside = jax.jit(theirs.init)(jax.random.key(0), TOKENS)["params"]["part"]
     assert jax.tree.map(jnp.shape, inside) == jax.tree.map(jnp.shape, params)
     assert all(
         isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(inside, is_leaf=lambda x: not isinstance(x, dict))
     )
-    found = theirs.apply(
+    found = jax.jit(theirs.apply)(
         {"params": {"part": params, "Dense_0": {"kernel": jnp.ones((32, 1)), "bias": jnp.zeros(1)}}}, TOKENS
     )
-    wanted = model.apply({"params": params}, TOKENS).hidden[:, 0].sum(-1, keepdims=True)
+    wanted = jax.jit(model.apply)({"params": params}, TOKENS).hidden[:, 0].sum(-1, keepdims=True)
     assert_same(found, wanted)
 
 

@@ -16,6 +16,7 @@ from jaxft.reporting.plots import Series, score_series, smoothed
 from jaxft.reporting.report import report_text, schedule_png, schedule_text, seeds_text, write_report, write_seeds
 from jaxft.tasks.classification import Task
 
+pytestmark = pytest.mark.usefixtures("painted")
 LABELS = ("bad", "fair", "good")
 # 20 rows; bad: precision 6/8, recall 6/10; fair: 4/7, 4/6; good: 3/5, 3/4.
 CONFUSION = [[6, 3, 1], [1, 4, 1], [1, 0, 3]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, TypeVar
 
 import jax
@@ -26,6 +27,20 @@ def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
     Raises:
       UserError: it would have more parameters than any model.
     """
+    try:
+        hash(model)
+    except TypeError:  # someone's own, with settings that change
+        return _traced(model)
+    shapes, axes = _remembered(model)
+    return _copied(shapes), _copied(axes)
+
+
+def _copied(tree: PyTree) -> PyTree:
+    """The caller's own dicts, of the same leaves."""
+    return {name: _copied(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _traced(model: Model) -> tuple[Shapes, Axes]:
     example = smallest_shapes(model.facts)
     # The tree does not depend on how layers are computed; scanned, it is traced once instead of once per layer.
     quick = initialisable(model, layers="scanned")
@@ -34,6 +49,10 @@ def shapes_and_axes(model: Model) -> tuple[Shapes, Axes]:
         shapes, axes = unlabel(made)
     check_parameters(sum(leaf.size for leaf in jax.tree.leaves(shapes)))
     return shapes, axes
+
+
+# One command asks several times, and tracing takes a fifth of a second.
+_remembered = functools.lru_cache(maxsize=64)(_traced)
 
 
 def check_fits(params: PyTree, model: Model, where: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,16 @@ def arrays(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
+def passes(f: Callable[..., jax.Array], g: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """Values and gradients, from one program: eager ones would be compiled operation by operation."""
+
+    def run(g: jax.Array, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        out, vjp = jax.vjp(f, *inputs)
+        return out, *vjp(g)
+
+    return jax.jit(run)(g, *inputs)
+
+
 def masks() -> dict[str, MaskSpec]:
     lengths = np.array([S, 4, 7])
     padding = jnp.asarray(np.arange(S) < lengths[:, None])
@@ -58,21 +69,21 @@ def masks() -> dict[str, MaskSpec]:
 def test_values_and_gradients_are_those_of_the_formula(kind: str, rate: float) -> None:
     q, k, v, g = arrays(0, *[(B, N, S, H)] * 4)
     mask, key = masks()[kind], jax.random.key(3) if rate else None
-    ours, ours_vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), rate, key), q, k, v)
-    wanted, wanted_vjp = jax.vjp(lambda q, k, v: textbook(q, k, v, mask, rate, key), q, k, v)
+    ours, *gradients = passes(lambda q, k, v: attend(q, k, v, mask, Compute(), rate, key), g, q, k, v)
+    wanted, *wanted_gradients = passes(lambda q, k, v: textbook(q, k, v, mask, rate, key), g, q, k, v)
     np.testing.assert_allclose(ours, wanted, atol=2e-6)
     if kind in ("none", "padding"):  # where a row may see nothing, the gradient of the formula is nan
-        for got, expected in zip(ours_vjp(g), wanted_vjp(g), strict=True):
+        for got, expected in zip(gradients, wanted_gradients, strict=True):
             np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
 def test_segments_have_the_gradients_of_separate_sequences() -> None:
     q, k, v, g = arrays(1, *[(1, N, 9, H)] * 4)
     segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
-    packed = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(None, segments), Compute(), 0.0, None), q, k, v)[1](g)
+    _, *packed = passes(lambda q, k, v: attend(q, k, v, MaskSpec(None, segments), Compute(), 0.0, None), g, q, k, v)
     for part in (slice(0, 4), slice(4, 9)):
         cut = [x[:, :, part] for x in (q, k, v, g)]
-        alone = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), *cut[:3])[1](cut[3])
+        _, *alone = passes(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), cut[3], *cut[:3])
         for got, expected in zip(packed, alone, strict=True):
             np.testing.assert_allclose(got[:, :, part], expected, atol=5e-6)
 
@@ -80,8 +91,7 @@ def test_segments_have_the_gradients_of_separate_sequences() -> None:
 def test_rows_that_see_nothing_give_zeros_and_no_gradient() -> None:
     q, k, v, g = arrays(2, *[(1, N, S, H)] * 4)
     mask = MaskSpec(jnp.zeros((1, S), bool))
-    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, Compute(), 0.0, None), q, k, v)
-    for x in (out, *vjp(g)):
+    for x in passes(lambda q, k, v: attend(q, k, v, mask, Compute(), 0.0, None), g, q, k, v):
         np.testing.assert_array_equal(x, np.zeros_like(x))
 
 
@@ -95,9 +105,9 @@ def test_grouped_heads_are_repeated_heads() -> None:
     def repeated(q, k, v):
         return textbook(q, jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1), mask, 0.3, jax.random.key(0))
 
-    (ours, ours_vjp), (wanted, wanted_vjp) = (jax.vjp(f, q, k, v) for f in (grouped, repeated))
+    (ours, *gradients), (wanted, *wanted_gradients) = (passes(f, g, q, k, v) for f in (grouped, repeated))
     np.testing.assert_allclose(ours, wanted, atol=2e-6)
-    for got, expected in zip(ours_vjp(g), wanted_vjp(g), strict=True):
+    for got, expected in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
@@ -123,7 +133,7 @@ def test_rows_split_over_devices_give_the_same(kind: str, causal: bool, backend:
         out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, compute, rate, key), q, k, v)
         return out, *vjp(g)
 
-    wanted = both("reference", q, k, v, g, mask)
+    wanted = jax.jit(functools.partial(both, "reference"))(q, k, v, g, mask)
     with jax.set_mesh(make_mesh(MeshConfig(8 // ways, context=ways))):
         found = jax.jit(functools.partial(both, backend))(q, k, v, g, mask)
     for one, other in zip(wanted, found, strict=True):
@@ -153,18 +163,23 @@ def test_shapes_that_do_not_fit_are_refused(keys: tuple[int, ...]) -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     q, k, v, g = arrays(3, *[(1, N, S, H)] * 4)
-    out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), 1e4 * q, 1e4 * k, v)
-    assert all(np.isfinite(x).all() for x in (out, *vjp(g)))
+    found = passes(lambda q, k, v: attend(q, k, v, MaskSpec(), Compute(), 0.0, None), g, 1e4 * q, 1e4 * k, v)
+    assert all(np.isfinite(x).all() for x in found)
+
+
+@jax.jit
+def within_segments(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    return attend(q, k, v, MaskSpec(None, segments), Compute(), 0.0, None)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), cut=st.integers(1, S - 1))
 def test_what_is_in_one_document_never_moves_another(seed: int, cut: int) -> None:
     q, k, v, other = arrays(seed, *[(1, N, S, H)] * 4)
-    mask = MaskSpec(None, jnp.asarray(np.where(np.arange(S) < cut, 1, 2))[None])
-    before = attend(q, k, v, mask, Compute(), 0.0, None)
-    q, k, v = (x.at[:, :, :cut].set(100 * other[:, :, :cut]) for x in (q, k, v))
-    after = attend(q, k, v, mask, Compute(), 0.0, None)
+    segments = np.where(np.arange(S) < cut, 1, 2)[None]
+    before = within_segments(q, k, v, segments)
+    first = (np.arange(S) < cut)[:, None]
+    after = within_segments(*(np.where(first, 100 * other, x) for x in (q, k, v)), segments)
     np.testing.assert_array_equal(before[:, :, cut:], after[:, :, cut:])
 
 

@@ -15,6 +15,7 @@ from jaxft.bench import attention as bench
 from jaxft.bench.attention_case import Case
 from jaxft.bench.results import read_results, text_of
 
+pytestmark = pytest.mark.usefixtures("painted")
 SMALL = ["bench", "attention", "--shape", "1x4/2x16", "--turns", "1", "--turn-seconds", "0.01"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

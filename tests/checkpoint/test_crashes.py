@@ -102,12 +102,12 @@ def test_death_before_any_operation_of_a_deletion(tmp_path: Path, monkeypatch: p
     """On disk as a kill: from the n-th unlink, rmdir or rename on, none happens any more."""
     real = {name: getattr(os, name) for name in ("unlink", "rmdir", "rename")}
     states: set[tuple[str, ...]] = set()
-    for allowed in range(100):
-        folder = tmp_path / str(allowed)
-        store = Checkpoints(folder, keep=2)
+    with Checkpoints(tmp_path / "whole", keep=2) as store:
         for step in (1, 2):
             store.save(step, numbered(step, 10), {}, best=step == 1)
-        store.wait()
+    for allowed in range(100):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(allowed))
+        store = Checkpoints(folder, keep=2)
         left = [allowed]
 
         def counted(name: str, left: list[int] = left) -> Callable[..., Any]:

@@ -11,11 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from quick_xla import quick_flags
 from safetensors.numpy import load_file
 from tiny_run import overrides
+
+from jaxft.__main__ import main
+from jaxft.parallel.sharding import make_mesh
+from jaxft.training import setup
 
 ROOT = Path(__file__).parents[2]
 # Without the suite's eight virtual devices.
@@ -66,8 +71,10 @@ def logged(folder: Path, out: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("later", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_one_course_on_one_process_and_several(later: int, tmp_path: Path) -> None:
-    finish([sys.executable, "-m", "jaxft", "train", *arguments(tmp_path, "one")])
+def test_one_course_on_one_process_and_several(later: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # the process of the tests, on one of its devices
+        patch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        assert main(["train", *arguments(tmp_path, "one")]) == 0
     two = [LOCAL, "2", *arguments(tmp_path, "many", "mesh.data=1", "mesh.fsdp=2")]
     stopped = stop_at(two, tmp_path / "many" / "log.jsonl", 9)
     assert 9 <= stopped < 60

@@ -23,6 +23,8 @@ from jaxft.tasks._calibration import (
     temperature_of_labels,
 )
 
+pytestmark = pytest.mark.usefixtures("painted")
+
 
 def _output(made: Output, batch: Any, key: Any) -> Output:
     return made

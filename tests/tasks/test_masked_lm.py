@@ -83,7 +83,7 @@ def test_spans_are_longer_than_words() -> None:
     runs = {}
     for span in (1.0, 4.0):
         task = dataclasses.replace(WORDS, span_words=span, rate=0.4)
-        after = task.prepare(before, jax.random.key(0))
+        after = prepared(task, before, jax.random.key(0))
         hidden = np.zeros((64, 24), bool)
         for row in range(64):
             chosen = np.asarray(after["target_weights"][row]) > 0
@@ -136,7 +136,7 @@ def test_what_is_hidden(seed: int, lengths: list[int]) -> None:
 
 def test_shares_are_those_of_the_paper() -> None:
     before = batch_of([128] * 256, 128)
-    after = TASK.prepare(before, jax.random.key(0))
+    after = prepared(TASK, before, jax.random.key(0))
     chosen = np.asarray(after["target_weights"]) > 0
     shown = np.take_along_axis(np.asarray(after["tokens"]), np.asarray(after["predict"]), 1)[chosen]
     same = shown == np.asarray(after["targets"])[chosen]

@@ -65,10 +65,19 @@ def test_the_generator_is_narrower_and_shares_the_tables() -> None:
 
 def written_of(batch: dict[str, jax.Array]) -> np.ndarray:
     """What the generator writes, with the task's own draws."""
+    return np.asarray(_written(params(), batch))
+
+
+@jax.jit
+def _written(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     text = {name: value for name, value in batch.items() if name != "targets"}
-    logits = forward_of(MODEL, params())(text, None).logits
+    logits = forward_of(MODEL, params)(text, None).logits
     assert logits is not None
-    return np.asarray(sampled(logits, batch["sampling"]))
+    return sampled(logits, batch["sampling"])
+
+
+prepared = jax.jit(TASK.prepare)
+sums_of = jax.jit(lambda params, batch: TASK.sums(forward_of(MODEL, params), batch, None))
 
 
 def test_loss_and_gradients_equal_the_reference(tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_loss_and_gradients_equal_the_reference(tmp_path: Path) -> None:
     generator.electra.embeddings = discriminator.electra.embeddings
     generator.generator_lm_head.weight = discriminator.electra.embeddings.word_embeddings.weight
 
-    batch = TASK.prepare(few_words([9, 16, 12], 16), jax.random.key(0))
+    batch = prepared(few_words([9, 16, 12], 16), jax.random.key(0))
     gradient, sums = jax.jit(of_batch(MODEL, TASK))(params(), batch, jax.random.key(1), TASK.weight(batch))
 
     chosen, places = np.asarray(batch["target_weights"]) > 0, np.asarray(batch["predict"])
@@ -100,7 +109,7 @@ def test_loss_and_gradients_equal_the_reference(tmp_path: Path) -> None:
     loss.backward()
 
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(loss.item(), rel=2e-5)
-    score = TASK.score(jax.device_get(TASK.sums(forward_of(MODEL, params()), batch, None)))
+    score = TASK.score(jax.device_get(sums_of(params(), batch)))
     assert score["generator_loss"] == pytest.approx(first.item(), rel=2e-5)
     assert score["discriminator_loss"] == pytest.approx(second.item(), rel=2e-5)
     assert score["loss"] == pytest.approx(loss.item(), rel=2e-5)
@@ -129,7 +138,7 @@ def assert_gradients(found: dict[str, jax.Array], theirs: dict[str, Any]) -> Non
 @pytest.mark.slow
 def test_nothing_is_passed_back_through_what_is_written() -> None:
     """Without its own loss the generator learns nothing."""
-    batch = TASK.prepare(batch_of([9, 16], 16), jax.random.key(0))
+    batch = prepared(batch_of([9, 16], 16), jax.random.key(0))
 
     def discriminators(params: Any) -> jax.Array:
         sums = TASK.sums(forward_of(MODEL, params), batch, None)
@@ -142,13 +151,13 @@ def test_nothing_is_passed_back_through_what_is_written() -> None:
 
 def test_draws_follow_from_key_and_text_alone() -> None:
     key = jax.random.key(5)
-    together = TASK.prepare(batch_of([9, 16, 12], 16), key)
-    turned = TASK.prepare(jax.tree.map(lambda x: x[::-1], batch_of([9, 16, 12], 16)), key)
+    together = prepared(batch_of([9, 16, 12], 16), key)
+    turned = prepared(jax.tree.map(lambda x: x[::-1], batch_of([9, 16, 12], 16)), key)
     np.testing.assert_array_equal(written_of(turned)[::-1], written_of(together))
-    other = TASK.prepare(batch_of([9, 16, 12], 16), jax.random.key(6))
+    other = prepared(batch_of([9, 16, 12], 16), jax.random.key(6))
     assert np.any(together["sampling"] != other["sampling"])
     # Eight tokens in ten and a half of those that are predicted are behind the mask, and none is another one.
-    many = TASK.prepare(batch_of([400] * 8, 400), key)
+    many = prepared(batch_of([400] * 8, 400), key)
     there = np.asarray(many["target_weights"]) > 0
     shown = np.take_along_axis(np.asarray(many["tokens"]), np.asarray(many["predict"]), 1)[there]
     kept = shown == np.asarray(many["targets"])[there]
@@ -165,8 +174,8 @@ def test_draws_are_of_the_softmax() -> None:
 
 @pytest.mark.slow
 def test_nothing_to_score_is_said_so() -> None:
-    batch = TASK.prepare(batch_of([9], 16) | {"weights": jnp.zeros(1)}, jax.random.key(0))
-    sums = jax.device_get(TASK.sums(forward_of(MODEL, params()), batch, None))
+    batch = prepared(batch_of([9], 16) | {"weights": jnp.zeros(1)}, jax.random.key(0))
+    sums = jax.device_get(sums_of(params(), batch))
     assert sums["loss"] == 0
     assert math.isnan(TASK.score(sums)["loss"])
 
@@ -198,7 +207,7 @@ def ruled(seed: int) -> dict[str, jax.Array]:
 
 def evaluate(model: Any, params: Any) -> Any:
     """Sums over texts with the rule that training has not seen."""
-    batch = TASK.prepare(ruled(10**6), jax.random.key(9))
+    batch = prepared(ruled(10**6), jax.random.key(9))
     return jax.jit(lambda params: TASK.sums(forward_of(model, params), batch, None))(params)
 
 
