@@ -229,7 +229,7 @@ def test_bf16_operands_stay_near_float32(family: str) -> None:
     assert 0 < difference < 0.1
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", TEXTS)
 def test_only_encoders_see_what_comes_later(family: str) -> None:
     model: Any = models.family(family).Model(tiny(family), None)

@@ -37,7 +37,8 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 40, (ROWS, 8)), jnp.in
 MASK = jnp.asarray(np.arange(8) < np.array([[8], [5], [7], [8]]))
 
 
-@pytest.fixture(params=list(MODELS), scope="module")
+# What is done with a model is the same whatever its family.
+@pytest.fixture(params=["bert", pytest.param("llama", marks=pytest.mark.slow)], scope="module")
 def made(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model and parameters."""
     model = MODELS[request.param]

@@ -35,13 +35,15 @@ from jaxft.models.initial import init_params
 
 DOCS = Path(__file__).parents[1] / "docs"
 _SMALL = {
-    "configs/runs/my_texts.yaml": "configs/runs/my_texts.yaml\ntrain.epochs=1\ntask.generation.max_new_tokens=8",
+    "configs/runs/my_texts.yaml": "configs/runs/my_texts.yaml\ntrain.epochs=1\ntask.generation.max_new_tokens=8"
+    "\ntask.generation.num_beams=1",
     "configs/runs/my_t5.yaml": "configs/runs/my_t5.yaml\ntrain.steps=2\neval.every=2\ndata.max_length=64\n"
     "model.arch={hidden_size: 16, num_hidden_layers: 1, num_decoder_layers: 1, intermediate_size: 16}",
     "train.steps=4000": "train.steps=2\ntask.max_target_length=24\ntask.generation.max_new_tokens=12",
     "train.epochs=3": "train.epochs=1",
     "train.batch_size=16": "train.batch_size=8",
 }
+T5 = dataclasses.replace(t5.TINY, num_hidden_layers=1, num_decoder_layers=1)
 MBART = dataclasses.replace(bart.TINY, model_type="mbart")
 SENTENCES = ["the cat sleeps", "the old dog runs home", "a small bird sings in the garden", "say it again"]
 
@@ -198,7 +200,7 @@ def test_the_page_on_texts(here: Path) -> None:
         "".join(json.dumps({"text": f"{text} {number}"}) + "\n" for number in range(300) for text in SENTENCES)
     )
     train_tokenizer(lambda: SENTENCES * 5, Wanted("wordpiece", 80, "encoder-decoder", max_length=64), here / "tok")
-    write_model("google-t5/t5-small", t5, t5.TINY, "seq2seq_lm", Tokenizer(here / "tok", None))
+    write_model("google-t5/t5-small", t5, T5, "seq2seq_lm", Tokenizer(here / "tok", None))
     write_translators(here)
     said = follow("seq2seq.md")
     assert json.loads(Path("runs/german/export/tokenizer_config.json").read_text())["tgt_lang"] == "deu_Latn"

@@ -76,7 +76,7 @@ permutes, or sums them up whole (docs/planning.md)."""
 
 def _of_weights(plan: Plan, config: RunConfig) -> list[str]:
     """Gradients summed up whole on every chip, though each keeps a part only."""
-    if plan.source == "analytic" or plan.topology.chip is None or plan.traffic.gradients_scattered == 0:
+    if plan.source != "compiled" or plan.topology.chip is None or plan.traffic.gradients_scattered == 0:
         return []
     expected = plan.traffic.gradients_reduced + plan.traffic.tensor_parallel
     found = sum(one.count * one.wire_bytes for one in plan.collectives if one.kind == "all-reduce")

@@ -60,7 +60,8 @@ class Plan:
     """Everything that is known of a run before it has hardware. Per chip and step, unless it says otherwise."""
 
     source: str
-    """``compiled``, or ``analytic``."""
+    """``compiled``; ``unread``, if it was compiled and this jax cannot read the program: memory is the compiler's then, all else formulas;
+    or ``analytic``."""
     topology: Topology
     mesh: dict[str, int]
     rows: int
@@ -93,7 +94,7 @@ class Plan:
         """Seconds of the exchanges one after the other, at the full bandwidth of the links that their groups can use."""
         if self.topology.chip is None:
             return None
-        if self.source == "analytic":
+        if self.source != "compiled":
             return self.traffic.total / self.topology.bandwidth(self.topology.chips)
         return sum(map(self.seconds_of, self.collectives))
 
@@ -222,19 +223,10 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
         )
         program = _compile(lowered, resident=plan.memory.total - plan.memory.temporaries)
     seconds = time.perf_counter() - start
-    text = program.as_text()
-    stats = program.memory_analysis()
-    assert text is not None  # XLA's compilers give both
-    assert stats is not None
-    costs = costs_of(text)
-    extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    memory = replace(
-        plan.memory,
-        temporaries=stats.temp_size_in_bytes,
-        program=stats.generated_code_size_in_bytes,
-        total=stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,
-    )
-    chip = plan.topology.chip
+    memory, text = _memory_of(program, plan.memory), _text_of(program)
+    if text is None:
+        return replace(plan, source="unread", memory=memory, compile_seconds=seconds)
+    costs, chip = costs_of(text), plan.topology.chip
     est = price = None
     if isinstance(chip, Tpu):
         est = costs.estimated_cycles / chip.clock_hz if costs.estimated_cycles else None
@@ -253,6 +245,29 @@ def _compiled(plan: Plan, recipe: Recipe, llo_folder: Path | None) -> Plan:
         unpriced=costs.unpriced,
         roofline=roofline_of(text, _peaks(chip)) if isinstance(chip, Gpu) else None,
     )
+
+
+def _memory_of(program: Compiled, formulas: Memory) -> Memory:
+    """What a compiled program takes of a chip."""
+    stats = program.memory_analysis()
+    assert stats is not None  # XLA's compilers give it
+    extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return replace(
+        formulas,
+        temporaries=stats.temp_size_in_bytes,
+        program=stats.generated_code_size_in_bytes,
+        total=stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + extra,
+    )
+
+
+def _text_of(program: Compiled) -> str | None:
+    """A program as text; None: this jaxlib cannot read what a newer libtpu has written (0.10 of some asynchronous exchanges)."""
+    try:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):
+            raise
+        return None
 
 
 def _peaks(gpu: Gpu) -> Peaks:

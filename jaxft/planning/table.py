@@ -29,6 +29,7 @@ def _head(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     how = {
         "compiled": "the real train step, compiled ahead of time for these chips",
+        "unread": "memory from the real train step; the rest by formulas, for this jax cannot read what libtpu compiled: jax 0.12 can",
         "analytic": "formulas only: nothing was compiled",
     }[plan.source]
     if plan.roofline is not None:
@@ -63,7 +64,7 @@ _WORTH_A_ROW = 0.0005 * _GIB
 
 def _memory(plan: Plan) -> str:
     """The parts of the total, one below the other; what formulas say of temporaries stands below it."""
-    m, exact = plan.memory, plan.source == "compiled"
+    m, exact = plan.memory, plan.source != "analytic"
     parts: list[tuple[str, float, str]] = [("parameters", m.parameters, "exact"), ("optimizer", m.optimizer, "exact")]
     if m.average:
         parts.append(("average", m.average, "exact"))
@@ -94,7 +95,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> str:
-    if plan.source == "analytic":
+    if plan.source != "compiled":
         return _textbook(plan)
     lines = [
         (

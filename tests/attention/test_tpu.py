@@ -83,7 +83,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert")])
 def test_heads_that_are_made_with_tokens_last_change_nothing(family: str) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 96, (3, 128)), jnp.int32)
     mask = (jnp.arange(128) < jnp.asarray([[128], [77], [5]])).astype(jnp.int32)

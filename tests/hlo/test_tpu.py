@@ -131,6 +131,7 @@ def test_large_matmul_by_both_prices(matmul: tuple[Costs, LloPrice]) -> None:
     assert price.ops[0].bound == "matmul"
 
 
+@pytest.mark.slow
 def test_train_step_costs(step: tuple[Costs, LloPrice]) -> None:
     costs, price = step
     rows = 8192 // 8

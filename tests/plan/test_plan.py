@@ -17,6 +17,7 @@ from tiny_plan import BASE, BERT, LAYOUTS, LLAMA, SMALL, as_in_the_textbook, no_
 from jaxft.data.batch import text_shape
 from jaxft.machine.chips import parse_topology
 from jaxft.planning.measure import DoesNotFit, largest_batch, make_plan
+from jaxft.planning.table import plan_text
 from jaxft.training.flops import model_flops
 
 
@@ -67,6 +68,27 @@ def test_the_plan_of_cpu_devices_is_of_the_compiled_step(tmp_path: Path) -> None
     assert told["mfu"] == {}
     assert {one["kind"] for one in told["exchanges"]} >= {"all-gather", "all-reduce"}
     assert told["versions"]["jax"] == jax.__version__
+
+
+def test_a_program_that_this_jax_cannot_read_is_told_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax 0.10 of some asynchronous exchanges that libtpu writes."""
+
+    def refuses(self: object) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390) 1 operands but sees 3")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", refuses)
+    tiny = BERT | {"num_hidden_layers": 1}
+    recipe = recipe_of(SMALL | {"model.arch": json.dumps(tiny)}, "mesh.fsdp=8", "mesh.data=1", "model.attention=xla")
+    found = make_plan(recipe, parse_topology("cpu:8"), 8, 16, compiled=True)
+    assert found.source == "unread"
+    assert found.memory.temporaries > 0
+    assert found.compile_seconds is not None
+    text = plan_text(found, [])
+    assert (
+        "memory from the real train step; the rest by formulas, for this jax cannot read what libtpu compiled" in text
+    )
+    assert "of the compiled program" in text
+    assert "exchanges per step, by formula" in text
 
 
 def test_formulas_need_neither_libtpu_nor_data(tmp_path: Path) -> None:

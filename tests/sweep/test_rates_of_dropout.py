@@ -43,6 +43,7 @@ def log_of_a_run(base: RunConfig, out: Path, *changes: str) -> bytes:
     return (out / "log.jsonl").read_bytes()
 
 
+@pytest.mark.slow  # rates of learning, and the same bits: test_sweep.py
 def test_one_step_serves_all_rates_and_gives_the_bits_of_train(
     base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
