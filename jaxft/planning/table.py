@@ -29,12 +29,13 @@ def _head(plan: Plan) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     how = {
         "compiled": "the real train step, compiled ahead of time for these chips",
-        "unread": "memory from the real train step; the rest by formulas, for this jax cannot read what libtpu compiled: jax 0.12 can",
+        "unread": "the real train step, compiled ahead of time for these chips",
         "analytic": "formulas only: nothing was compiled",
     }[plan.source]
     if plan.roofline is not None:
         how += ", kernels chosen without autotuning (no GPU to try them on)"
     took = "" if plan.compile_seconds is None else f" in {plan.compile_seconds:.0f} s"
+    unread = plan.source == "unread"
     attention = [] if plan.attention is None else [f"attention: {plan.attention}"]
     return "\n".join(
         [
@@ -42,6 +43,11 @@ def _head(plan: Plan) -> str:
             f"{plan.rows} rows {_row(plan.sizes)} a step, {plan.rows / plan.topology.chips:g} rows per chip; "
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.split_percent:.1f} % of their bytes split",
             f"source: {how}{took}",
+            *(
+                ["this jax cannot read the program (0.12 can): its memory is the compiler's, the rest formulas"]
+                if unread
+                else []
+            ),
             *attention,
         ]
     )
