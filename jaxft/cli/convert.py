@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,9 +159,7 @@ def _open(options: argparse.Namespace, opened: ExitStack) -> _Opened:
     )
 
 
-def _tokenizer_in(
-    folder: Path, model_type: str, languages: tuple[str | None, str | None] = (None, None)
-) -> Tokenizer | None:
+def _tokenizer_in(folder: Path, model_type: str, languages: Sequence[str | None] = ()) -> Tokenizer | None:
     """The tokenizer beside the weights; None, with a line that says so, if it cannot be read: weights need none."""
     from jaxft.data.processors.contract import Languages
     from jaxft.data.processors.tokenizer import Tokenizer, has_tokenizer

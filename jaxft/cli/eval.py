@@ -81,7 +81,7 @@ class _HeldOut(NamedTuple):
     split: Split
     count: int
     rows: list[Row]
-    """As they were read; none of a token cache."""
+    """The rows as they were read; none, if they come from a token cache."""
 
 
 class _Scored(NamedTuple):
