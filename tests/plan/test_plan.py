@@ -242,3 +242,14 @@ def test_the_largest_batch_that_fits_is_found_and_fits(tmp_path: Path) -> None:
     assert any(not fits and rows <= 1.1 * told["rows"] + 8 for rows, fits in tried.items()) or (
         told["memory_bytes"]["total"] > 0.9 * told["memory_bytes"]["limit"]
     )
+
+
+@pytest.mark.slow
+def test_long_rows_several_on_a_chip_fit_its_vector_memory() -> None:
+    """Kernels hold blocks of the next row beside those of this one."""
+    pytest.importorskip("libtpu")
+    arch = {"max_position_embeddings": 8192, "num_hidden_layers": 2}
+    base = SMALL | {"model.family": "modernbert", "model.arch": json.dumps(arch)}
+    more = ("data.max_length=8192", "data.packing=best_fit", "train.batch_size=8", "eval.batch_size=8")
+    out, _ = plan(*options(*more, base=base), "--topology", "v5e-4")
+    assert "attention: splash at 8192 tokens" in out

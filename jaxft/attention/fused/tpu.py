@@ -140,7 +140,8 @@ def _splash_kernel(
         one: masks.Mask = masks.LocalMask(shape, window_size=(window - 1, 0 if causal else window - 1), offset=0)
     else:
         one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-    # By price: blocks of 1024 queries and 2048 keys are the largest that fit vector memory (benchmarks/attention_tpu.py).
+    # By price: blocks of 1024 queries and 2048 keys are the largest that fit vector memory (benchmarks/attention_tpu.py); those of the
+    # backward pass hold more, and of several rows the next one's lie beside them.
     block = _splash_block(length)
     keys = 2048 if length % 2048 == 0 else block
     sizes = kernels.BlockSizes(
@@ -148,7 +149,7 @@ def _splash_kernel(
         block_kv=keys,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=keys,
+        block_kv_dkv=block,
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
