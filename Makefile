@@ -41,12 +41,12 @@ train: $(VENV)/.run
 train-quick: $(VENV)/.run
 	$(BIN)/python -m jaxft train $(RUN) train.out=runs/quick train.steps=40 data.max_length=32 data.buckets=[32] $(ARGS)
 
-# A file's tests stay in one process: what they share is made and compiled once; the files that take longest come first.
+# A file's tests stay in one process: what they share is made and compiled once.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 zoo: $(VENV)/.dev
 	$(BIN)/python tests/zoo/run.py $(ARGS)

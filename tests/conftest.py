@@ -35,15 +35,9 @@ _MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 _most = min(max(1100 * 2**20, _MEMORY // 8), 1400 * 2**20)
 
 
-_LONG = {"layouts", "loop", "tutorials", "runs", "own_loop", "model_contract", "docs"}
-"""Names of files that take longest."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is ``sampled(n)``, all but every n-th are slow. Files that take longest come first: a worker that begins
-    one when the other has nothing left keeps it waiting."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+    """Of the cases of a test that is ``sampled(n)``, all but every n-th are slow."""
     seen: Counter[str] = Counter()
     for item in items:
         mark = item.get_closest_marker("sampled")

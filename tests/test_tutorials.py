@@ -90,8 +90,10 @@ def write_model(
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The reader's folder."""
+    """The reader's folder, on a machine of one device."""
     monkeypatch.chdir(tmp_path)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: one)
     return tmp_path
 
 
@@ -206,4 +208,5 @@ def test_the_page_on_texts(here: Path) -> None:
     assert json.loads(Path("runs/german/export/tokenizer_config.json").read_text())["tgt_lang"] == "deu_Latn"
     assert "rouge" in json.loads(Path("runs/my_texts/metrics.json").read_text())["scored_by"]
     assert said["generate"]
+    assert "mesh: one device" in said["train"]
     assert Path("runs/my_t5/export/model.safetensors").is_file()
