@@ -10,7 +10,12 @@ from pathlib import Path
 # LLVM need not polish. Loops are emitted without MLIR, and a program is one LLVM module: each more costs as much as the code
 # in it. These two are read by some versions of XLA only, and an unknown flag ends the process.
 _ALWAYS = ("--xla_backend_optimization_level=0",)
-_WHERE_KNOWN = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+# Eight devices on two cores that do other work as well: one of them may be late, and the others, after 40 s, would end the process.
+_WHERE_KNOWN = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+)
 
 
 @functools.cache
