@@ -130,7 +130,7 @@ def start_save(
     # Shardings are always given at restore: those of the devices that happened to save are of no use, and Orbax cannot
     # read them on fewer devices (google/orbax#648).
     context.array.saving.enable_write_sharding_file = False
-    # Nothing reads it: shapes and types are the manifest's, and it is a fifth of what a small save costs.
+    # Nothing reads it: shapes and types are the manifest's.
     context.array.saving.array_metadata_store = None
     # Replicas write a part each, which a program per shape and part cuts off: where one process writes all, for nothing.
     context.array.saving.use_replica_parallel = jax.process_count() > 1

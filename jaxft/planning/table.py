@@ -43,11 +43,7 @@ def _head(plan: Plan) -> str:
             f"{plan.rows} rows {_row(plan.sizes)} a step, {plan.rows / plan.topology.chips:g} rows per chip; "
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.split_percent:.1f} % of their bytes split",
             f"source: {how}{took}",
-            *(
-                ["this jax cannot read the program (0.12 can): its memory is the compiler's, the rest formulas"]
-                if unread
-                else []
-            ),
+            *(["this jax cannot read the program: its memory is the compiler's, the rest formulas"] if unread else []),
             *attention,
         ]
     )

@@ -258,7 +258,7 @@ def _ends(tokenizer: TextProcessor) -> tuple[int, ...]:
 def _ended(ids: list[int], ends: tuple[int, ...], length: int) -> list[int]:
     """A target of so many tokens at most, with those that end it."""
     text = ids[: -len(ends)] if ends and tuple(ids[-len(ends) :]) == ends else ids
-    return [*text[: max(length - len(ends), 0)], *ends]
+    return [*text[: max(length - len(ends), 0)], *ends][:length]
 
 
 def fields(config: RunConfig, pad_id: int) -> Fields:

@@ -163,6 +163,9 @@ def test_targets_end_as_their_language_asks_and_are_cut_before(kind: str, tmp_pa
     rot, code = tokenizer.plain(["rot"])[0][0][0], tokenizer.language
     assert one.example["target"].tolist() == ([rot, rot, 2, code] if kind == "MBartTokenizer" else [code, rot, rot, 2])
     assert one.example["tokens"].tolist() == tokenizer.ids(["red cat"])[0]
+    least = load_config(None, ["task.name=seq2seq", "task.max_target_length=1"])
+    (one,) = encode([Row(("red cat", "rot"), "row 1")], tokenizer, None, least)
+    assert one.example["target"].tolist() == [2]
 
 
 def test_languages_that_are_missing_or_unknown_are_one_line(tmp_path: Path, marian: Path) -> None:

@@ -134,9 +134,8 @@ def _read(folder: Path, settings: JsonObject, hf_config: JsonObject, languages: 
         from jaxft.data.processors.tokenizer_foreign import class_name, reference_tokenizer
 
         if name is None:
-            known = tokenizer_marian.is_found(
-                folder
-            )  # which transformers' tables know only with the sentencepiece package
+            # The tables of transformers know of it only with the sentencepiece package.
+            known = tokenizer_marian.is_found(folder)
             name = tokenizer_marian.CLASS if known else class_name(folder, settings, hf_config)
         if name != tokenizer_marian.CLASS:
             return _of_reference(folder, reference_tokenizer(folder, name), languages)
